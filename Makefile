@@ -1,0 +1,52 @@
+# make test, bench, check, gpu: each sets up what it needs first.
+#   PYTHON=python3.12  the interpreter to build the environment from
+#   VENV=.venv         the environment, a folder in the checkout; VENV=system installs nothing and uses what PYTHON holds
+#   TRITON=3.6.0       another Triton, in an environment of its own over .venv
+#   JOBS=2             test processes
+#   OUT=dir ARGS=...   bench, gpu: where results go; bench: further arguments
+#   STAGE=models       gpu: one stage of tests, models
+SHELL = bash
+PYTHON ?= python3
+VENV ?= .venv$(TRITON:%=-triton-%)
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))
+export PYTHON VENV TRITON JOBS
+
+ifeq ($(VENV),system)
+RUN = "$(PYTHON)"
+override TRITON =
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+RUN = "$(VENV)/bin/python"
+endif
+# one thread a process: the processes already fill the cores
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+
+.PHONY: setup test test-fast test-compile test-slow bench check gpu
+.DEFAULT_GOAL = test
+.NOTPARALLEL:
+
+setup:
+	@$(if $(TRITON),VENV=.venv TRITON= .ci/setup)
+	@.ci/setup
+
+test: test-fast test-compile test-slow
+
+test-fast: setup
+	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow"
+
+test-compile: setup
+	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m compile
+
+test-slow: setup
+	@.ci/stage "slow tests" env TRITON_INTERPRET=1 $(PYTEST) -m "slow and not compile"
+
+bench: setup
+	@$(RUN) -m fastconv bench $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+check: setup
+	@.ci/stage format $(RUN) -m ruff format --check .
+	@.ci/stage lint $(RUN) -m ruff check .
+	@.ci/stage types $(RUN) -m mypy
+
+gpu: setup
+	@OUT="$(or $(OUT),out/gpu)" STAGE="$(STAGE)" .ci/gpu $(RUN)
