@@ -2,3 +2,10 @@
 
 if __name__ != "fastconv.autotune":
     raise ImportError(f"import 'fastconv.autotune', not {__name__!r}: the folder is part of the fastconv package")
+
+from fastconv.autotune.choose import Choice, choose
+from fastconv.autotune.cost_model import Work, predict
+from fastconv.autotune.gpus import Gpu, gpu_named, known_gpus
+from fastconv.autotune.space import Config, Space
+
+__all__ = ["Choice", "Config", "Gpu", "Space", "Work", "choose", "gpu_named", "known_gpus", "predict"]

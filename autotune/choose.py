@@ -1,0 +1,45 @@
+"""The one place that answers: which tile for this problem on this GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from fastconv.autotune.cost_model import Work, predict
+from fastconv.autotune.gpus import Gpu
+from fastconv.autotune.space import Config, Space
+
+
+@dataclass(frozen=True)
+class Choice:
+    config: Config
+    source: str  # where the config came from
+    seconds: float  # predicted
+    bound: str  # what the prediction says limits it
+
+
+_choices: dict[tuple[str, Hashable, Gpu], Choice] = {}
+
+
+def choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
+    """The config of ``space`` for the problem that ``features`` identifies; a known problem is one dictionary hit.
+
+    ``work(config)`` says what a config makes of the problem. Never measures. Raises ValueError where nothing fits.
+    """
+    key = (space.name, features, gpu)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _by_cost_model(space, work, gpu)
+    return choice
+
+
+def _by_cost_model(space: Space, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
+    best: Choice | None = None
+    for config in space:
+        prediction = predict(work(config), gpu)
+        # In the order of the space, so that equals go to the earlier, plainer config.
+        if prediction is not None and (best is None or prediction.seconds < best.seconds):
+            best = Choice(config, "cost model", prediction.seconds, prediction.bound)
+    if best is None:
+        raise ValueError(f"no config of the space {space.name!r} fits the {gpu.name}")
+    return best

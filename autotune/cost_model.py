@@ -1,0 +1,84 @@
+"""How long a tiled kernel takes on a GPU: a roofline per multiprocessor, with waves, occupancy and latency.
+
+Every figure it returns is a prediction. It ranks tiles; it is no measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastconv.autotune.gpus import Gpu
+
+# Share of the peak matrix rate that a well-fed tile reaches.
+MATRIX_EFFICIENCY = 0.75
+# Share of DRAM's peak that streaming kernels reach.
+DRAM_EFFICIENCY = 0.85
+# Seconds from a load's issue to its use, spread over the copies in flight; start and end of a program; a launch.
+STEP_LATENCY = 1.0e-6
+PROGRAM_LATENCY = 2.0e-6
+LAUNCH = 3.0e-6
+# The interpreter: seconds for a step whatever its size, and for an element of its operands.
+INTERPRETED_STEP = 6e-3
+INTERPRETED_ELEMENT = 2e-8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one config makes of one problem."""
+
+    programs: int
+    steps: int  # of one program
+    step_flops: int
+    step_bytes: int  # that a step loads, from L2 at best
+    dram_bytes: int  # that the launch must move in all
+    shared_memory: int  # bytes a program, all stages together
+    registers: int  # a thread
+    warps: int
+    stages: int
+    matrix_share: float  # of Gpu.matrix_rate for this dtype; 0: vector units
+    extra_bytes: int = 0  # moved by a second launch, 0: none
+
+
+@dataclass(frozen=True)
+class Prediction:
+    seconds: float
+    bound: str  # "matrix", "L2", "DRAM", "latency"
+    occupancy: int  # programs a multiprocessor
+
+
+def predict(work: Work, gpu: Gpu) -> Prediction | None:
+    """Predicted time; None where the work does not fit a multiprocessor."""
+    if gpu.interpreted:
+        elements = work.step_bytes // 2
+        seconds = work.programs * work.steps * (INTERPRETED_STEP + INTERPRETED_ELEMENT * elements)
+        return Prediction(seconds, "interpreter", 1)
+    occupancy = occupancy_of(work, gpu)
+    if occupancy == 0:
+        return None
+    rate = gpu.matrix_rate * work.matrix_share * MATRIX_EFFICIENCY if work.matrix_share else gpu.vector_rate / 2
+    busy = {
+        "matrix": work.steps * work.step_flops / (rate / gpu.multiprocessors),
+        "L2": work.steps * work.step_bytes / (gpu.l2_bandwidth / gpu.multiprocessors),
+    }
+    bound = max(busy, key=lambda name: busy[name])
+    latency = PROGRAM_LATENCY + work.steps * STEP_LATENCY / max(work.stages - 1, 1)
+    rounds, rest = divmod(-(-work.programs // gpu.multiprocessors), occupancy)
+    seconds = rounds * max(occupancy * busy[bound], latency) + (max(rest * busy[bound], latency) if rest else 0.0)
+    if seconds <= (rounds + bool(rest)) * latency:
+        bound = "latency"
+    dram = work.dram_bytes / (gpu.bandwidth * DRAM_EFFICIENCY)
+    if dram > seconds:
+        seconds, bound = dram, "DRAM"
+    if work.extra_bytes:
+        seconds += LAUNCH + work.extra_bytes / (gpu.bandwidth * DRAM_EFFICIENCY)
+    return Prediction(seconds + LAUNCH, bound, occupancy)
+
+
+def occupancy_of(work: Work, gpu: Gpu) -> int:
+    """Programs that fit a multiprocessor at once; 0 where not even one does."""
+    if work.shared_memory > gpu.shared_memory or work.registers > 255:
+        return 0
+    threads = 32 * work.warps
+    by_registers = 65536 // (-(-work.registers // 8) * 8 * threads)
+    by_memory = gpu.shared_memory // max(work.shared_memory, 1)
+    return min(by_registers, by_memory, 2048 // threads, 32)

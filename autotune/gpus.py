@@ -1,0 +1,124 @@
+"""What the cost model knows of each GPU: published figures, each with its source; anything else is asked of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. Rates are peaks without sparsity; the cost model discounts them."""
+
+    name: str
+    arch: int  # compute capability, 90 for 9.0; 0 for Triton's interpreter
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may use
+    l2_bytes: int
+    bandwidth: float  # DRAM, bytes a second
+    l2_bandwidth: float  # bytes a second; an estimate until measured
+    matrix_rate: float  # fp16 and bf16 FLOP a second; tf32 runs at half of it
+    vector_rate: float  # fp32 FLOP a second outside the tensor cores
+    source: str
+
+    @property
+    def interpreted(self) -> bool:
+        return self.arch == 0
+
+    @property
+    def tma(self) -> bool:
+        """Whether tiles can be moved by bulk tensor copies."""
+        return self.arch >= 90
+
+    @property
+    def wgmma(self) -> bool:
+        return 90 <= self.arch < 100
+
+    @property
+    def tcgen05(self) -> bool:
+        return 100 <= self.arch < 120
+
+
+A100 = Gpu(
+    name="NVIDIA A100",
+    arch=80,
+    multiprocessors=108,
+    shared_memory=163 << 10,
+    l2_bytes=40 << 20,
+    bandwidth=2.04e12,
+    l2_bandwidth=4.0e12,
+    matrix_rate=312e12,
+    vector_rate=19.5e12,
+    source="NVIDIA A100 Tensor Core GPU datasheet (80 GB SXM); CUDA C++ Programming Guide, compute capabilities",
+)
+H100 = Gpu(
+    name="NVIDIA H100",
+    arch=90,
+    multiprocessors=132,
+    shared_memory=227 << 10,
+    l2_bytes=50 << 20,
+    bandwidth=3.35e12,
+    l2_bandwidth=5.5e12,
+    matrix_rate=989e12,
+    vector_rate=67e12,
+    source="NVIDIA H100 Tensor Core GPU datasheet (SXM5); CUDA C++ Programming Guide, compute capabilities",
+)
+H200 = replace(H100, name="NVIDIA H200", bandwidth=4.8e12, source="NVIDIA H200 Tensor Core GPU datasheet (SXM)")
+B200 = Gpu(
+    name="NVIDIA B200",
+    arch=100,
+    multiprocessors=148,
+    shared_memory=227 << 10,
+    l2_bytes=126 << 20,
+    bandwidth=8.0e12,
+    l2_bandwidth=10e12,
+    matrix_rate=2250e12,
+    vector_rate=75e12,
+    source="NVIDIA DGX B200 datasheet; CUDA C++ Programming Guide, compute capabilities",
+)
+# On it the cost is Python's, so rates mean nothing; a program may be as large as a tensor in Triton.
+INTERPRETER = Gpu(
+    name="Triton interpreter",
+    arch=0,
+    multiprocessors=1,
+    shared_memory=1 << 40,
+    l2_bytes=1 << 40,
+    bandwidth=1.0,
+    l2_bandwidth=1.0,
+    matrix_rate=1.0,
+    vector_rate=1.0,
+    source="this process",
+)
+KNOWN: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in (A100, H100, H200, B200)})
+
+
+def known_gpus() -> tuple[Gpu, ...]:
+    """The GPUs of the table, in order of their architecture."""
+    return tuple(KNOWN.values())
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The table's entry for a device name such as ``NVIDIA H100 80GB HBM3``, or None."""
+    return next((gpu for known, gpu in KNOWN.items() if name.startswith(known)), None)
+
+
+def describe(
+    name: str, arch: int, multiprocessors: int, shared_memory: int, l2_bytes: int, bandwidth: float | None
+) -> Gpu:
+    """A GPU that the table lacks, from its own properties and the table's entry nearest in architecture."""
+    like = min(KNOWN.values(), key=lambda gpu: (abs(gpu.arch - arch), gpu.arch))
+    share = multiprocessors / like.multiprocessors
+    return replace(
+        like,
+        name=name,
+        arch=arch,
+        multiprocessors=multiprocessors,
+        shared_memory=shared_memory,
+        l2_bytes=l2_bytes,
+        bandwidth=bandwidth or like.bandwidth * share,
+        l2_bandwidth=like.l2_bandwidth * share,
+        matrix_rate=like.matrix_rate * share,
+        vector_rate=like.vector_rate * share,
+        source=f"device properties; rates scaled from the {like.name} by multiprocessors",
+    )

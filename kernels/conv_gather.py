@@ -1,0 +1,329 @@
+"""Implicit-GEMM convolution by pointer gather on channels_last tensors: fprop, dgrad, and so transposed convolution.
+
+``y[n, o, k] = sum over taps r, channels c of x[n, o * stride - padding + r * dilation, c] * w[k, r, c]`` along each axis.
+As a GEMM: rows are output pixels, columns output channels, the reduction runs over taps and channels. Bytes: x, w
+and y once each; taps re-read x from L2.
+
+dgrad is the same walk. Input pixel ``h`` meets tap ``r`` where ``h + padding - r * dilation`` is a multiple of the stride, so
+pixels of equal ``h % stride`` (a phase) share their taps, every ``stride / gcd(dilation, stride)``-th one, and see them as a
+stride-1 convolution of the output's gradient: no zero is ever multiplied. A stride-2 dgrad is four small convolutions, one
+launch. The idea of the phases: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 4.6.
+
+Ranks 1 and 2 are rank 3 with axes of size one. All sizes are runtime arguments, so a new image or batch size never
+compiles; channel counts and strides come divided by VEC, which tells the compiler their alignment.
+"""
+
+from __future__ import annotations
+
+from math import gcd, prod
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
+from fastconv.kernels.problem import ConvProblem
+
+
+@triton.jit
+def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr):
+    """How phase ``index`` walks one axis: output = first + i * step; source = base + i * move + j * hop; tap = tap + j * skip.
+
+    Returns (first, step, count of i, base, move, hop, tap, skip, count of j).
+    """
+    if DGRAD:
+        phase = (index + PADDING) % STRIDE
+        skip = STRIDE // GCD
+        tap = (phase // GCD * INVERSE) % skip
+        taps = tl.where(phase % GCD == 0, (TAPS - tap + skip - 1) // skip, 0)
+        taps = tl.maximum(taps, 0)
+        # Exact where the phase has a tap, so that rounding of negative quotients does not matter.
+        base = (index + PADDING - tap * DILATION) // STRIDE
+        return index, STRIDE, (OUT - index + STRIDE - 1) // STRIDE, base, 1, -(DILATION // GCD), tap, skip, taps
+    else:
+        return 0, 1, OUT, -PADDING, STRIDE, DILATION, 0, 1, TAPS
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "T", "R", "S",
+        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "y_stride_n", "y_stride_d", "y_stride_h", "y_stride_w",
+        "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
+        "dilation_d", "dilation_h", "dilation_w", "gcd_d", "gcd_h", "gcd_w", "inverse_d", "inverse_h", "inverse_w",
+    ]
+)  # fmt: skip
+def conv_gather_kernel(
+    x_ptr,  # [N, D, H, W, groups * C]: the input (fprop) or the output's gradient (dgrad)
+    w_ptr,  # [channels of the output, T, R, S, input channels of a group], dense
+    bias_ptr,  # [groups * K]
+    y_ptr,  # [N, O, P, Q, groups * K]
+    N, D, H, W,
+    C,  # reduced channels of a group, in units of VEC_C
+    O, P, Q,
+    K,  # produced channels of a group, in units of VEC_K
+    T, R, S,
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
+    y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC_K
+    stride_d, stride_h, stride_w,
+    padding_d, padding_h, padding_w,
+    dilation_d, dilation_h, dilation_w,
+    gcd_d, gcd_h, gcd_w,  # of dilation and stride
+    inverse_d, inverse_h, inverse_w,  # of dilation / gcd modulo stride / gcd
+    VEC_C: tl.constexpr,
+    VEC_K: tl.constexpr,
+    RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
+    DGRAD: tl.constexpr,
+    POINTWISE: tl.constexpr,  # one tap
+    PADDED: tl.constexpr,  # a tap may fall outside x
+    FLAT: tl.constexpr,  # few channels: a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
+    WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
+    PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    C *= VEC_C
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
+        x_stride_n * VEC_C,
+        x_stride_d * VEC_C,
+        x_stride_h * VEC_C,
+        x_stride_w * VEC_C,
+    )
+    K *= VEC_K
+    y_stride_n, y_stride_d, y_stride_h, y_stride_w = (
+        y_stride_n * VEC_K,
+        y_stride_d * VEC_K,
+        y_stride_h * VEC_K,
+        y_stride_w * VEC_K,
+    )
+    if WIDE:
+        x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
+            x_stride_n.to(tl.int64),
+            x_stride_d.to(tl.int64),
+            x_stride_h.to(tl.int64),
+            x_stride_w.to(tl.int64),
+        )
+        y_stride_n, y_stride_d, y_stride_h, y_stride_w = (
+            y_stride_n.to(tl.int64),
+            y_stride_d.to(tl.int64),
+            y_stride_h.to(tl.int64),
+            y_stride_w.to(tl.int64),
+        )
+
+    # Channel tiles fastest, so that x comes from DRAM once; then phases, which share their source pixels.
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    pid_k = pid % k_tiles
+    pid_m = pid // k_tiles
+    phase_d, phase_h, phase_w = 0, 0, 0
+    if DGRAD:
+        phases_w = tl.minimum(stride_w, Q)
+        phase_w = pid_m % phases_w
+        pid_m = pid_m // phases_w
+        phases_h = tl.minimum(stride_h, P)
+        phase_h = pid_m % phases_h
+        pid_m = pid_m // phases_h
+        if RANK == 3:
+            phases_d = tl.minimum(stride_d, O)
+            phase_d = pid_m % phases_d
+            pid_m = pid_m // phases_d
+    first_h, step_h, count_h, base_h, move_h, hop_h, tap_h, skip_h, taps_h = _axis(
+        phase_h, P, R, stride_h, padding_h, dilation_h, gcd_h, inverse_h, DGRAD
+    )
+    first_w, step_w, count_w, base_w, move_w, hop_w, tap_w, skip_w, taps_w = _axis(
+        phase_w, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD
+    )
+    taps = taps_h * taps_w
+    if RANK == 3:
+        first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = _axis(
+            phase_d, O, T, stride_d, padding_d, dilation_d, gcd_d, inverse_d, DGRAD
+        )
+        taps = taps * taps_d
+
+    # The tile's output pixels and the source pixel of each one's tap (0, 0, 0).
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = m % count_w
+    m = m // count_w
+    p = m % count_h
+    n = m // count_h
+    x_h = base_h + p * move_h
+    x_w = base_w + q * move_w
+    x_row = x_h * x_stride_h + x_w * x_stride_w
+    y_row = (first_h + p * step_h) * y_stride_h + (first_w + q * step_w) * y_stride_w
+    if RANK == 3:
+        o = n % count_d
+        n = n // count_d
+        x_d = base_d + o * move_d
+        x_row += x_d * x_stride_d
+        y_row += (first_d + o * step_d) * y_stride_d
+    mask_m = n < N
+    x_row += n * x_stride_n
+    y_row += n * y_stride_n
+
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_k = offs_k < K
+    x_tile = x_ptr + x_row[:, None] + (group * C + offs_c)[None, :]
+    if DGRAD:
+        w_stride_c = T * R * S * K
+        w_stride_tap = K
+        w_row = group * C * w_stride_c + offs_k
+    else:
+        w_stride_c = 1
+        w_stride_tap = C
+        w_row = (group * K + offs_k) * (T * R * S * C)
+    if not FLAT:
+        w_tile = w_ptr + (offs_c * w_stride_c)[:, None] + w_row[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    if FLAT:
+        steps = tl.cdiv(taps * C, BLOCK_C)
+    else:
+        steps = taps * tl.cdiv(C, BLOCK_C)
+    c, r, s, t = 0, 0, 0, 0
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        for _ in range(steps):
+            if FLAT:
+                pair = c + offs_c
+                channel = pair % C
+                j = pair // C
+                s_j = j % taps_w
+                j = j // taps_w
+                r_j = j % taps_h
+                delta = channel - offs_c + r_j * hop_h * x_stride_h + s_j * hop_w * x_stride_w
+                index = (tap_h + r_j * skip_h) * S + tap_w + s_j * skip_w
+                mask_c = pair < taps * C
+                mask = mask_m[:, None] & mask_c[None, :]
+                if PADDED:
+                    h = x_h[:, None] + (r_j * hop_h)[None, :]
+                    w = x_w[:, None] + (s_j * hop_w)[None, :]
+                    mask = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                if RANK == 3:
+                    t_j = j // taps_h
+                    delta += t_j * hop_d * x_stride_d
+                    index += (tap_d + t_j * skip_d) * (R * S)
+                    if PADDED:
+                        d = x_d[:, None] + (t_j * hop_d)[None, :]
+                        mask = mask & (d >= 0) & (d < D)
+                a = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
+                w_offs = index * w_stride_tap + channel * w_stride_c
+                b = tl.load(w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
+                c += BLOCK_C
+            else:
+                mask_row = mask_m
+                if PADDED:
+                    h = x_h + r * hop_h
+                    w = x_w + s * hop_w
+                    mask_row = mask_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    if RANK == 3:
+                        d = x_d + t * hop_d
+                        mask_row = mask_row & (d >= 0) & (d < D)
+                delta = c
+                index = tap_h * S + tap_w
+                if RANK == 3:
+                    index += tap_d * (R * S)
+                if not POINTWISE:
+                    delta += r * hop_h * x_stride_h + s * hop_w * x_stride_w
+                    index += r * skip_h * S + s * skip_w
+                    if RANK == 3:
+                        delta += t * hop_d * x_stride_d
+                        index += t * skip_d * (R * S)
+                mask_c = c + offs_c < C
+                a = tl.load(x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0)
+                b = tl.load(
+                    w_tile + index * w_stride_tap + c * w_stride_c, mask=mask_c[:, None] & mask_k[None, :], other=0.0
+                )
+                # Carried counters: a division a step costs more than the step's other arithmetic.
+                c += BLOCK_C
+                if not POINTWISE:
+                    carry = c >= C
+                    c = tl.where(carry, 0, c)
+                    s = tl.where(carry, s + 1, s)
+                    carry = s >= taps_w
+                    s = tl.where(carry, 0, s)
+                    r = tl.where(carry, r + 1, r)
+                    if RANK == 3:
+                        carry = r >= taps_h
+                        r = tl.where(carry, 0, r)
+                        t = tl.where(carry, t + 1, t)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + group * K + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    y_tile = y_ptr + y_row[:, None] + (group * K + offs_k)[None, :]
+    tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+
+
+def conv_gather(
+    direction: str,
+    problem: ConvProblem,
+    config: Config,
+    precision: str,
+    x_strides: Strides | None = None,
+    y_strides: Strides | None = None,
+    bias: bool = False,
+) -> Launch:
+    """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given."""
+    lifted = problem.lifted
+    dgrad = direction == "dgrad"
+    operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
+    (_, x_channels, *x_size), (_, y_channels, *y_size) = operands
+    x_strides = x_strides or dense_strides(operands[0])
+    y_strides = y_strides or dense_strides(operands[1])
+    c, k = x_channels // problem.groups, y_channels // problem.groups
+    vec_c, vec_k = vector(c, *x_strides), vector(k, *y_strides)
+    gcds = tuple(map(gcd, lifted.dilation, lifted.stride))
+    inverses = tuple(
+        pow(d // g, -1, s // g) if s > g else 0 for d, s, g in zip(lifted.dilation, lifted.stride, gcds, strict=True)
+    )
+    phases = tuple(map(min, lifted.stride, y_size)) if dgrad else (1, 1, 1)
+    # Phases differ by at most one pixel along an axis; the largest sets the grid.
+    pixels = problem.batch * prod(map(triton.cdiv, y_size, lifted.stride if dgrad else phases))
+    element = pointer_type(problem.dtype)
+    tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
+    return Launch(
+        kernel=conv_gather_kernel,
+        grid=(
+            triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]),
+            problem.groups,
+            1,
+        ),
+        pointers=(element, element, element if bias else None, element),
+        scalars=(
+            problem.batch,
+            *x_size,
+            c // vec_c,
+            *y_size,
+            k // vec_k,
+            *lifted.filter_size,
+            *(stride // vec_c for stride in x_strides),
+            *(stride // vec_k for stride in y_strides),
+            *lifted.stride,
+            *lifted.padding,
+            *lifted.dilation,
+            *gcds,
+            *inverses,
+        ),
+        constants={
+            "VEC_C": vec_c,
+            "VEC_K": vec_k,
+            "RANK": max(problem.rank, 2),
+            "DGRAD": dgrad,
+            "POINTWISE": problem.taps == 1,
+            "PADDED": problem.padded(direction),
+            "FLAT": few_channels(c),
+            "WIDE": wide((operands[0], x_strides), (operands[1], y_strides)),
+            "PRECISION": precision,
+            **tile,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def few_channels(channels: int) -> bool:
+    """Whether one step covers several taps: under 16 channels a tensor-core tile of one tap would be mostly zeros."""
+    return channels < 16

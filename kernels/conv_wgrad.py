@@ -1,0 +1,252 @@
+"""The weight's gradient by pointer gather, split over pixels, with an ordered reduction.
+
+``dw[k, r, c] = sum over n, o of dy[n, o, k] * x[n, o * stride - padding + r * dilation, c]`` along each axis. As a GEMM: rows are
+output channels, columns (tap, input channel) pairs, the reduction runs over output pixels. It is long where the result is
+small, so it is split over programs, whose fp32 sums go to a workspace; a second kernel adds them in the order of the
+splits, so that the result is the same bit for bit from run to run. Bytes: dy and x once each, the workspace twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config
+from fastconv.kernels.conv_gather import few_channels
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
+from fastconv.kernels.problem import ConvProblem
+from fastconv.kernels.reduce import split_sum, unravel
+
+
+@triton.jit
+def advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK: tl.constexpr):
+    """Add an unravelled number of pixels to unravelled pixels: carries instead of divisions."""
+    q += q_step
+    carry = q >= Q
+    q = tl.where(carry, q - Q, q)
+    p += p_step + carry.to(tl.int32)
+    carry = p >= P
+    p = tl.where(carry, p - P, p)
+    if RANK == 3:
+        o += o_step + carry.to(tl.int32)
+        carry = o >= O
+        o = tl.where(carry, o - O, o)
+    n += n_step + carry.to(tl.int32)
+    return n, o, p, q
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "T", "R", "S",
+        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "dy_stride_n", "dy_stride_d", "dy_stride_h", "dy_stride_w",
+        "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
+        "dilation_d", "dilation_h", "dilation_w", "splits",
+    ]
+)  # fmt: skip
+def conv_wgrad_kernel(
+    x_ptr,  # [N, D, H, W, groups * C]
+    dy_ptr,  # [N, O, P, Q, groups * K]
+    dw_ptr,  # [splits, groups * K, T, R, S, C], or [splits, groups * K, C, T, R, S] unless CHANNELS_LAST
+    N, D, H, W,
+    C,  # input channels of a group, in units of VEC_C
+    O, P, Q,
+    K,  # output channels of a group, in units of VEC_K
+    T, R, S,
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
+    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w,  # in units of VEC_K
+    stride_d, stride_h, stride_w,
+    padding_d, padding_h, padding_w,
+    dilation_d, dilation_h, dilation_w,
+    splits,
+    VEC_C: tl.constexpr,
+    VEC_K: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,  # a tap may fall outside x
+    FLAT: tl.constexpr,  # few channels: a tile's columns are (tap, channel) pairs, not channels of one tap
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels of a step
+):  # fmt: skip
+    C *= VEC_C
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
+        x_stride_n * VEC_C,
+        x_stride_d * VEC_C,
+        x_stride_h * VEC_C,
+        x_stride_w * VEC_C,
+    )
+    K *= VEC_K
+    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w = (
+        dy_stride_n * VEC_K,
+        dy_stride_d * VEC_K,
+        dy_stride_h * VEC_K,
+        dy_stride_w * VEC_K,
+    )
+    if WIDE:
+        x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
+            x_stride_n.to(tl.int64),
+            x_stride_d.to(tl.int64),
+            x_stride_h.to(tl.int64),
+            x_stride_w.to(tl.int64),
+        )
+        dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w = (
+            dy_stride_n.to(tl.int64),
+            dy_stride_d.to(tl.int64),
+            dy_stride_h.to(tl.int64),
+            dy_stride_w.to(tl.int64),
+        )
+
+    # Tiles of one split are neighbours: they read the same pixels.
+    taps = T * R * S
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    c_tiles = tl.cdiv(taps * C, BLOCK_C) if FLAT else taps * tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    pid_k = pid % k_tiles
+    pid_c = pid // k_tiles % c_tiles
+    split = pid // k_tiles // c_tiles
+
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    if FLAT:
+        pair = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = pair < taps * C
+        offs_c = pair % C
+        tap = pair // C
+    else:
+        offs_c = pid_c % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        tap = pid_c // tl.cdiv(C, BLOCK_C)
+    tap_w = tap % S * dilation_w - padding_w
+    tap_h = tap // S % R * dilation_h - padding_h
+    x_column = group * C + offs_c + tap_h * x_stride_h + tap_w * x_stride_w
+    if RANK == 3:
+        tap_d = tap // (R * S) * dilation_d - padding_d
+        x_column += tap_d * x_stride_d
+    x_tile = x_ptr + x_column[None, :]
+    dy_tile = dy_ptr + (group * K + offs_k)[None, :]
+
+    # This split's share of the pixels, in whole steps; the last shares may be empty.
+    pixels = N * P * Q
+    if RANK == 3:
+        pixels *= O
+    steps = tl.cdiv(pixels, BLOCK_M)
+    share = tl.cdiv(steps, splits)
+    first = split * share
+    steps = tl.minimum(steps - first, share)
+    n, o, p, q = unravel(first * BLOCK_M + tl.arange(0, BLOCK_M), O, P, Q, RANK)
+    q_step = BLOCK_M % Q
+    p_step = BLOCK_M // Q % P
+    n_step = BLOCK_M // Q // P
+    o_step = 0
+    if RANK == 3:
+        o_step = n_step % O
+        n_step = n_step // O
+
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        for _ in range(steps):
+            mask_m = n < N
+            x_h = p * stride_h
+            x_w = q * stride_w
+            x_row = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
+            dy_row = n * dy_stride_n + p * dy_stride_h + q * dy_stride_w
+            if RANK == 3:
+                x_d = o * stride_d
+                x_row += x_d * x_stride_d
+                dy_row += o * dy_stride_d
+            if PADDED and FLAT:
+                h = x_h[:, None] + tap_h[None, :]
+                w = x_w[:, None] + tap_w[None, :]
+                mask = mask_m[:, None] & mask_c[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                if RANK == 3:
+                    d = x_d[:, None] + tap_d[None, :]
+                    mask = mask & (d >= 0) & (d < D)
+            else:
+                mask_row = mask_m
+                if PADDED:
+                    h = x_h + tap_h
+                    w = x_w + tap_w
+                    mask_row = mask_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    if RANK == 3:
+                        d = x_d + tap_d
+                        mask_row = mask_row & (d >= 0) & (d < D)
+                mask = mask_row[:, None] & mask_c[None, :]
+            b = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
+            a = tl.load(dy_tile + dy_row[:, None], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+            n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
+
+    k = group * K + offs_k
+    if CHANNELS_LAST:
+        column = tap * C + offs_c
+    else:
+        column = offs_c * taps + tap
+    out = dw_ptr + split.to(tl.int64) * (tl.num_programs(1) * K * taps * C)
+    out += (k * (taps * C))[:, None] + column[None, :]
+    tl.store(out, acc.to(dw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
+
+
+def conv_wgrad(
+    problem: ConvProblem,
+    config: Config,
+    precision: str,
+    x_strides: Strides | None = None,
+    dy_strides: Strides | None = None,
+    channels_last: bool = True,
+) -> tuple[Launch, ...]:
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where the pixels are split (``config["SPLITS"]``).
+
+    Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
+    """
+    lifted = problem.lifted
+    _, _, *x_size = lifted.input_shape
+    _, _, *dy_size = lifted.output_shape
+    x_strides = x_strides or dense_strides(lifted.input_shape)
+    dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    vec_c, vec_k = vector(c, *x_strides), vector(k, *dy_strides)
+    flat = few_channels(c)
+    tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
+    columns = triton.cdiv(problem.taps * c, tile["BLOCK_C"]) if flat else problem.taps * triton.cdiv(c, tile["BLOCK_C"])
+    splits = config["SPLITS"]
+    element = pointer_type(problem.dtype)
+    product = Launch(
+        kernel=conv_wgrad_kernel,
+        grid=(triton.cdiv(k, tile["BLOCK_K"]) * columns * splits, problem.groups, 1),
+        pointers=(element, element, element if splits == 1 else "*fp32"),
+        scalars=(
+            problem.batch,
+            *x_size,
+            c // vec_c,
+            *dy_size,
+            k // vec_k,
+            *lifted.filter_size,
+            *(stride // vec_c for stride in x_strides),
+            *(stride // vec_k for stride in dy_strides),
+            *lifted.stride,
+            *lifted.padding,
+            *lifted.dilation,
+            splits,
+        ),
+        constants={
+            "VEC_C": vec_c,
+            "VEC_K": vec_k,
+            "RANK": max(problem.rank, 2),
+            "PADDED": problem.padded("wgrad"),
+            "FLAT": flat,
+            "CHANNELS_LAST": channels_last or splits > 1,
+            "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
+            "PRECISION": precision,
+            **tile,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    if splits == 1:
+        return (product,)
+    return product, split_sum(splits, problem.out_channels, problem.taps, c, element, channels_last)

@@ -1,0 +1,137 @@
+"""Which kernel family serves a call, and the launches it takes: one ordered list for each direction.
+
+The first family without a reason against it is taken; where every family has one, PyTorch's own op runs and the
+reason is what ``explain`` shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fastconv.autotune import Choice, Gpu, gpu_named
+from fastconv.autotune import gpus as gpu_table
+from fastconv.kernels import mend
+from fastconv.kernels.conv_gather import conv_gather
+from fastconv.kernels.conv_wgrad import conv_wgrad
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides
+from fastconv.kernels.problem import DIRECTIONS, ConvProblem
+from fastconv.kernels.tiles import gather_tile, wgrad_tile
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tensors of a call add to its problem. Pixel strides in elements, None: dense channels_last."""
+
+    source: Strides | None = None  # of x (fprop, wgrad) or dy (dgrad)
+    other: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
+    bias: bool = False
+    channels_last: bool = True  # of dw
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is served; ``family`` is "pytorch" where no kernel is, and ``reasons`` says why each one is not."""
+
+    direction: str
+    problem: ConvProblem
+    family: str
+    choice: Choice | None
+    launches: tuple[Launch, ...]
+    reasons: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    unsupported: Callable[[str, ConvProblem, Gpu], str | None]  # a reason, or None
+    plan: Callable[[str, ConvProblem, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
+
+
+def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+    if problem.dtype not in POINTER_TYPES:
+        return f"{problem.dtype} is not one of float32, float16, bfloat16"
+    if problem.groups > 65535:
+        return f"{problem.groups} groups are more than a grid's second axis holds"
+    # Pixels are numbered in 32 bits, with room for the last tile.
+    if max(problem.input_pixels, problem.output_pixels) > INT32_MAX - 2**16:
+        return "more than 2^31 pixels"
+    if problem.out_channels * (problem.in_channels // problem.groups) * problem.taps > INT32_MAX:
+        return "a weight of more than 2^31 elements"
+    return None
+
+
+def _plan_gather(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    precision = fp32_precision(problem.dtype)
+    if direction == "wgrad":
+        choice = wgrad_tile(problem, precision, gpu)
+        return choice, conv_wgrad(problem, choice.config, precision, layout.source, layout.other, layout.channels_last)
+    choice = gather_tile(direction, problem, precision, gpu)
+    launch = conv_gather(direction, problem, choice.config, precision, layout.source, layout.other, layout.bias)
+    return choice, (launch,)
+
+
+GATHER = Family("gather", _gather_unsupported, _plan_gather)
+FAMILIES: dict[str, tuple[Family, ...]] = {direction: (GATHER,) for direction in DIRECTIONS}
+
+
+def plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = Layout()) -> Plan:
+    """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
+    reasons = []
+    for family in FAMILIES[direction]:
+        reason = family.unsupported(direction, problem, gpu)
+        if reason is None:
+            choice, launches = family.plan(direction, problem, gpu, layout)
+            return Plan(direction, problem, family.name, choice, launches, tuple(reasons))
+        reasons.append((family.name, reason))
+    return Plan(direction, problem, "pytorch", None, (), tuple(reasons))
+
+
+def fp32_precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are made: "tf32" only for float32, as PyTorch's convolutions are set."""
+    if dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+_forced: list[Gpu] = []
+
+
+def target(device: torch.device) -> Gpu:
+    """What plans are made for on ``device``: its GPU, or Triton's interpreter."""
+    if _forced:
+        return _forced[-1]
+    if mend.interpreting():
+        return gpu_table.INTERPRETER
+    return _device_gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache(maxsize=None)
+def _device_gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    known = gpu_named(properties.name)
+    if known is not None:
+        return known
+    return gpu_table.describe(
+        properties.name,
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.L2_cache_size,
+        None,
+    )
+
+
+@contextlib.contextmanager
+def use_target(gpu: Gpu) -> Iterator[None]:
+    """Plan for ``gpu`` inside the block, whatever the device: how every family runs in the interpreter."""
+    _forced.append(gpu)
+    try:
+        yield
+    finally:
+        _forced.pop()

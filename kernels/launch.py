@@ -1,0 +1,99 @@
+"""The one place where a kernel is launched, and the description of a launch that needs neither tensors nor a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fastconv.kernels import mend
+
+if mend.interpreting():
+    mend.apply()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, ready but for its tensors: the parameters of ``kernel`` are its pointers, its runtime scalars,
+    then its constexprs, in this order."""
+
+    kernel: Any  # a triton.jit function
+    grid: tuple[int, int, int]
+    pointers: tuple[str | None, ...]  # "*bf16"; None where the operand is absent
+    scalars: tuple[int, ...]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "arguments", {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        )
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @cached_property
+    def compile_key(self) -> tuple[Any, ...]:
+        """What decides the binary: two launches with equal keys share one compilation."""
+        widths = tuple(-(2**31) <= value < 2**31 for value in self.scalars)
+        constants = tuple((name, getattr(value, "__name__", value)) for name, value in self.constants.items())
+        return (self.name, self.pointers, widths, constants, self.num_warps, self.num_stages)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A launch as it happened: its operands' shapes, dtypes and the bytes they occupy (None where absent)."""
+
+    launch: Launch
+    shapes: tuple[tuple[int, ...] | None, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    bytes: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.launch.name
+
+
+# Not a context variable: autograd runs backward on threads of its own.
+_recorders: list[list[Record]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Record]]:
+    """Collect every launch made inside the block, on any thread, in the order they were made."""
+    records: list[Record] = []
+    _recorders.append(records)
+    try:
+        yield records
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not records]
+
+
+def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
+    """Launch on the current stream of the first tensor's device. ``tensors`` follow ``launch.pointers``."""
+    for records in _recorders:
+        records.append(
+            Record(
+                launch,
+                tuple(None if t is None else tuple(t.shape) for t in tensors),
+                tuple(None if t is None else t.dtype for t in tensors),
+                tuple(0 if t is None else t.numel() * t.element_size() for t in tensors),
+            )
+        )
+    if mend.interpreting():
+        with mend.LOCK:
+            launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+        return
+    device = next(t for t in tensors if t is not None).device
+    if device.index == torch.cuda.current_device():
+        launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+    else:
+        with torch.cuda.device(device):
+            launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)

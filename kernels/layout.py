@@ -1,0 +1,85 @@
+"""Memory layout, decided once: what PyTorch would return, and what a kernel needs to know of a tensor's strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+# Of one operand's batch, depth, height and width, in elements; channels are contiguous.
+Strides = tuple[int, int, int, int]
+
+INT32_MAX = 2**31 - 1
+POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def pointer_type(dtype: torch.dtype) -> str:
+    """Triton's name for a pointer to ``dtype``."""
+    return POINTER_TYPES[dtype]
+
+
+def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether PyTorch takes a tensor [N, C, spatial] for channels_last; a rank-1 one is judged as [N, C, 1, L].
+
+    The rule of ``c10/core/MemoryFormat.h``, ambiguous cases (C=1, a single pixel) included: they are not channels_last.
+    """
+    if len(shape) == 3:
+        shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
+    if strides[1] == 0:
+        return False
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(shape[axis], 1)
+    return True
+
+
+def strides_like(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """The strides of a dense tensor [N, C, spatial] in either memory format."""
+    order = (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1)
+    strides = [0] * len(shape)
+    step = 1
+    for axis in order:
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
+
+
+def dense_strides(shape: Sequence[int]) -> Strides:
+    """Pixel strides of a dense channels_last operand of shape [N, C, D, H, W]."""
+    n, _, d, h, w = strides_like(shape, True)
+    return n, d, h, w
+
+
+def pixel_strides(shape: Sequence[int], strides: Sequence[int]) -> Strides:
+    """Pixel strides of [N, C, spatial] of rank 1 to 3; an axis of size one has stride 0."""
+    n, _, *spatial = (0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    d, h, w = (0,) * (3 - len(spatial)) + tuple(spatial)
+    return n, d, h, w
+
+
+def contiguous_channels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """None where neighbouring channels are neighbours in memory, else the strides of a channels_last copy."""
+    return None if shape[1] == 1 or strides[1] == 1 else strides_like(shape, True)
+
+
+def dense_channels_last(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """None where the tensor is channels_last without gaps, else the strides of such a copy."""
+    dense = strides_like(shape, True)
+    same = all(size == 1 or have == want for size, have, want in zip(shape, strides, dense, strict=True))
+    return None if same else dense
+
+
+def vector(channels: int, *strides: int) -> int:
+    """The widest power of two, to 8 elements, that divides the channels and every stride: a load's alignment."""
+    return next(width for width in (8, 4, 2, 1) if all(value % width == 0 for value in (channels, *strides)))
+
+
+def wide(*operands: tuple[Sequence[int], Strides]) -> bool:
+    """Whether an operand ([N, C, D, H, W], pixel strides) reaches past 2^31 elements and needs 64-bit offsets."""
+    return any(
+        sum((size - 1) * stride for size, stride in zip((shape[0], *shape[2:]), strides, strict=True)) + shape[1]
+        > INT32_MAX
+        for shape, strides in operands
+    )

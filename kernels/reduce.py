@@ -1,0 +1,130 @@
+"""Ordered sums: over pixels (the bias's gradient) and over the splits of another kernel's reduction.
+
+No atomics: every sum has one order, so results are the same bit for bit from run to run. Bytes: the input once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import Strides, vector, wide
+
+
+@triton.jit
+def unravel(index, O, P, Q, RANK: tl.constexpr):
+    """Pixel numbers -> (n, o, p, q)."""
+    q = index % Q
+    index = index // Q
+    p = index % P
+    n = index // P
+    if RANK == 3:
+        o = n % O
+        n = n // O
+    else:
+        o = tl.zeros_like(n)
+    return n, o, p, q
+
+
+@triton.jit(do_not_specialize=["splits", "rows", "C", "taps"])
+def split_sum_kernel(
+    partial_ptr,  # [splits, rows, taps, C], fp32
+    out_ptr,  # [rows, taps, C], or [rows, C, taps] unless CHANNELS_LAST
+    splits, rows, C, taps,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the splits in their order; elements are independent, so the order is the same whatever BLOCK is."""
+    size = rows * taps * C
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    source = partial_ptr + index
+    for _ in range(splits):
+        acc += tl.load(source, mask=mask, other=0.0)
+        source += size
+    if not CHANNELS_LAST:
+        c = index % C
+        tap = index // C % taps
+        index = index // (C * taps) * (C * taps) + c * taps + tap
+    tl.store(out_ptr + index, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["N", "O", "P", "Q", "K", "stride_n", "stride_d", "stride_h", "stride_w", "splits"]
+)  # fmt: skip
+def channel_sum_kernel(
+    x_ptr,  # [N, O, P, Q, K]
+    out_ptr,  # [splits, K]
+    N, O, P, Q,
+    K,  # in units of VEC
+    stride_n, stride_d, stride_h, stride_w,  # in units of VEC
+    splits,
+    VEC: tl.constexpr,
+    RANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums over pixels, the bias's gradient: each program one share of the pixels, in steps of BLOCK_M, in order."""
+    K *= VEC
+    stride_n, stride_d, stride_h, stride_w = stride_n * VEC, stride_d * VEC, stride_h * VEC, stride_w * VEC
+    if WIDE:
+        stride_n, stride_d, stride_h, stride_w = (
+            stride_n.to(tl.int64),
+            stride_d.to(tl.int64),
+            stride_h.to(tl.int64),
+            stride_w.to(tl.int64),
+        )
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    split = tl.program_id(1)
+    steps = tl.cdiv(N * O * P * Q, BLOCK_M)
+    share = tl.cdiv(steps, splits)
+    first = split * share
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for step in range(first, tl.minimum(first + share, steps)):
+        n, o, p, q = unravel(step * BLOCK_M + tl.arange(0, BLOCK_M), O, P, Q, RANK)
+        row = n * stride_n + o * stride_d + p * stride_h + q * stride_w
+        x = tl.load(x_ptr + row[:, None] + offs_k[None, :], mask=(n < N)[:, None] & mask_k[None, :], other=0.0)
+        acc += x.to(tl.float32)
+    tl.store(out_ptr + split * K + offs_k, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_k)
+
+
+def split_sum(splits: int, rows: int, taps: int, channels: int, element: str, channels_last: bool = True) -> Launch:
+    """The launch that adds fp32 partial sums [splits, rows, taps, channels] in order: partial -> out."""
+    block = 1024
+    return Launch(
+        kernel=split_sum_kernel,
+        grid=(triton.cdiv(rows * taps * channels, block), 1, 1),
+        pointers=("*fp32", element),
+        scalars=(splits, rows, channels, taps),
+        constants={"CHANNELS_LAST": channels_last, "BLOCK": block},
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def channel_sum(shape: tuple[int, ...], strides: Strides, element: str, config: Config) -> tuple[Launch, ...]:
+    """The launches that sum [N, K, O, P, Q] over all but K: x -> out, or x -> workspace -> out."""
+    n, k, *size = shape
+    vec = vector(k, *strides)
+    splits = config["SPLITS"]
+    first = Launch(
+        kernel=channel_sum_kernel,
+        grid=(triton.cdiv(k, config["BLOCK_K"]), splits, 1),
+        pointers=(element, element if splits == 1 else "*fp32"),
+        scalars=(n, *size, k // vec, *(stride // vec for stride in strides), splits),
+        constants={
+            "VEC": vec,
+            "RANK": 2 if size[0] == 1 else 3,
+            "WIDE": wide((shape, strides)),
+            "BLOCK_M": config["BLOCK_M"],
+            "BLOCK_K": config["BLOCK_K"],
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return (first,) if splits == 1 else (first, split_sum(splits, 1, 1, k, element))

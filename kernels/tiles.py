@@ -1,0 +1,203 @@
+"""The tiles each kernel may be launched with, and what a tile makes of a problem: what ``autotune`` chooses from."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
+from fastconv.kernels.conv_gather import few_channels
+from fastconv.kernels.problem import ConvProblem
+
+# Largest tensor that Triton allows, in elements.
+MAX_ELEMENTS = 1 << 20
+# What a thread holds beside its accumulator and the addresses of its loads.
+BASE_REGISTERS = 48
+
+
+def _matrix_tile(rows: str, columns: str):
+    """A rule on the accumulator's share of a thread's registers."""
+
+    def valid(config: Config) -> str | None:
+        elements = config[rows] * config[columns] // (32 * config["num_warps"])
+        if elements > 64:
+            return f"{elements} accumulators a thread leave too few registers for addresses"
+        if elements < 16:
+            return f"{elements} accumulators a thread are too little work for a tensor core"
+        return None
+
+    return valid
+
+
+def _fits_interpreter(config: Config) -> str | None:
+    sides = sorted(value for name, value in config.items() if name.startswith("BLOCK_"))
+    return "larger than a tensor may be" if sides[-1] * sides[-2] > MAX_ELEMENTS else None
+
+
+GATHER = Space(
+    "conv_gather",
+    {
+        "BLOCK_M": (128, 64),
+        "BLOCK_K": (128, 64, 32),
+        "BLOCK_C": (64, 32),
+        "num_warps": (4, 8),
+        "num_stages": (4, 3),
+    },
+    _matrix_tile("BLOCK_M", "BLOCK_K"),
+)
+WGRAD = Space(
+    "conv_wgrad",
+    {
+        "BLOCK_K": (128, 64, 32),
+        "BLOCK_C": (128, 64, 32),
+        "BLOCK_M": (64, 32),
+        "SPLITS": tuple(2**i for i in range(11)),
+        "num_warps": (4, 8),
+        "num_stages": (4, 3),
+    },
+    _matrix_tile("BLOCK_K", "BLOCK_C"),
+)
+CHANNEL_SUM = Space(
+    "channel_sum",
+    {
+        "BLOCK_M": (32,),
+        "BLOCK_K": (64,),
+        "SPLITS": tuple(2**i for i in range(11)),
+        "num_warps": (4,),
+        "num_stages": (3,),
+    },
+)
+# In the interpreter a step costs much the same whatever its size, so tiles are as large as the problem.
+INTERPRETED = {
+    "conv_gather": Space(
+        "conv_gather",
+        {
+            "BLOCK_M": tuple(2**i for i in range(4, 15)),
+            "BLOCK_K": (16, 64, 256),
+            "BLOCK_C": (16, 64, 256, 1024),
+            "num_warps": (4,),
+            "num_stages": (1,),
+        },
+        _fits_interpreter,
+    ),
+    "conv_wgrad": Space(
+        "conv_wgrad",
+        {
+            "BLOCK_K": (16, 64, 256),
+            "BLOCK_C": (16, 64, 256, 1024),
+            "BLOCK_M": tuple(2**i for i in range(4, 15)),
+            "SPLITS": (1, 2),
+            "num_warps": (4,),
+            "num_stages": (1,),
+        },
+        _fits_interpreter,
+    ),
+    "channel_sum": Space(
+        "channel_sum",
+        {
+            "BLOCK_M": tuple(2**i for i in range(4, 13)),
+            "BLOCK_K": (16, 64, 256),
+            "SPLITS": (1, 2),
+            "num_warps": (4,),
+            "num_stages": (1,),
+        },
+        _fits_interpreter,
+    ),
+}
+
+
+def matrix_share(dtype: torch.dtype, precision: str) -> float:
+    """The share of the GPU's fp16 matrix rate that a product of this dtype runs at; 0 without tensor cores."""
+    if dtype is not torch.float32:
+        return 1.0
+    return 0.5 if precision == "tf32" else 0.0
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
+    """The tile of fprop or dgrad."""
+    k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
+    pixels, phases = problem.output_pixels, 1
+    if direction == "dgrad":
+        k, c = c, k
+        phases = prod(map(min, problem.stride, problem.input_size))
+        pixels = _cdiv(problem.input_pixels, phases)
+    element = problem.dtype.itemsize
+
+    def work(config: Config) -> Work:
+        m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
+        steps = _cdiv(problem.taps * c, depth) if few_channels(c) else problem.taps * _cdiv(c, depth)
+        loads = (2 * m + n) * depth * element // (16 * 32 * warps)  # 16-byte loads a thread, rows with two coordinates
+        return Work(
+            programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * problem.groups,
+            steps=max(1, steps // phases),
+            step_flops=2 * m * n * depth,
+            step_bytes=(m + n) * depth * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + n) * depth * element,
+            registers=BASE_REGISTERS + m * n // (32 * warps) + 2 * loads,
+            warps=warps,
+            stages=config["num_stages"],
+            matrix_share=matrix_share(problem.dtype, precision),
+        )
+
+    return _choose(GATHER, (direction, problem, precision), work, gpu)
+
+
+def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
+    """The tile of wgrad, and into how many parts its pixels are split."""
+    k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
+    element = problem.dtype.itemsize
+
+    def work(config: Config) -> Work:
+        m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
+        splits = config["SPLITS"]
+        columns = _cdiv(problem.taps * c, n) if few_channels(c) else problem.taps * _cdiv(c, n)
+        steps = _cdiv(problem.output_pixels, depth)
+        loads = (m + 2 * n) * depth * element // (16 * 32 * warps)
+        workspace = 2 * splits * problem.out_channels * problem.taps * c * 4 if splits > 1 else 0
+        return Work(
+            programs=_cdiv(k, m) * columns * problem.groups * splits,
+            steps=_cdiv(steps, splits),
+            step_flops=2 * m * n * depth,
+            step_bytes=(m + n) * depth * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + n) * depth * element,
+            registers=BASE_REGISTERS + m * n // (32 * warps) + 3 * loads,
+            warps=warps,
+            stages=config["num_stages"],
+            matrix_share=matrix_share(problem.dtype, precision),
+            extra_bytes=workspace,
+        )
+
+    return _choose(WGRAD, (problem, precision), work, gpu)
+
+
+def channel_sum_tile(pixels: int, channels: int, element: int, gpu: Gpu) -> Choice:
+    """The tile of a sum over pixels."""
+
+    def work(config: Config) -> Work:
+        m, n, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
+        return Work(
+            programs=_cdiv(channels, n) * splits,
+            steps=_cdiv(_cdiv(pixels, m), splits),
+            step_flops=m * n,
+            step_bytes=m * n * element,
+            dram_bytes=pixels * channels * element,
+            shared_memory=0,
+            registers=BASE_REGISTERS + m * n // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=0.0,
+            extra_bytes=2 * splits * channels * 4 if splits > 1 else 0,
+        )
+
+    return _choose(CHANNEL_SUM, (pixels, channels, element), work, gpu)
+
+
+def _choose(space: Space, features: tuple, work, gpu: Gpu) -> Choice:
+    return choose(INTERPRETED[space.name] if gpu.interpreted else space, features, work, gpu)
