@@ -17,9 +17,10 @@ DRAM_EFFICIENCY = 0.85
 STEP_LATENCY = 1.0e-6
 PROGRAM_LATENCY = 2.0e-6
 LAUNCH = 3.0e-6
-# The interpreter: seconds for a step whatever its size, and for an element of its operands.
-INTERPRETED_STEP = 6e-3
-INTERPRETED_ELEMENT = 2e-8
+# The interpreter on a common CPU: seconds for a program and a step whatever their size, and for an operand's element.
+INTERPRETED_PROGRAM = 3e-3
+INTERPRETED_STEP = 1.5e-3
+INTERPRETED_ELEMENT = 1.7e-8
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Work:
     programs: int
     steps: int  # of one program
     step_flops: int
-    step_bytes: int  # that a step loads, from L2 at best
+    step_elements: int  # that a step loads
+    step_bytes: int  # the same in bytes, from L2 at best
     dram_bytes: int  # that the launch must move in all
     shared_memory: int  # bytes a program, all stages together
     registers: int  # a thread
@@ -49,9 +51,8 @@ class Prediction:
 def predict(work: Work, gpu: Gpu) -> Prediction | None:
     """Predicted time; None where the work does not fit a multiprocessor."""
     if gpu.interpreted:
-        elements = work.step_bytes // 2
-        seconds = work.programs * work.steps * (INTERPRETED_STEP + INTERPRETED_ELEMENT * elements)
-        return Prediction(seconds, "interpreter", 1)
+        step = INTERPRETED_STEP + INTERPRETED_ELEMENT * work.step_elements
+        return Prediction(work.programs * (INTERPRETED_PROGRAM + work.steps * step), "interpreter", 1)
     occupancy = occupancy_of(work, gpu)
     if occupancy == 0:
         return None

@@ -239,7 +239,7 @@ def conv_wgrad(
             "RANK": max(problem.rank, 2),
             "PADDED": problem.padded("wgrad"),
             "FLAT": flat,
-            "CHANNELS_LAST": channels_last or splits > 1,
+            "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
             "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
             "PRECISION": precision,
             **tile,

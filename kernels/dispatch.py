@@ -56,6 +56,8 @@ class Family:
 def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
     if problem.dtype not in POINTER_TYPES:
         return f"{problem.dtype} is not one of float32, float16, bfloat16"
+    if not gpu.interpreted and gpu.arch < 80:
+        return f"compute capability {gpu.arch / 10:.1f} is below 8.0"
     if problem.groups > 65535:
         return f"{problem.groups} groups are more than a grid's second axis holds"
     # Pixels are numbered in 32 bits, with room for the last tile.

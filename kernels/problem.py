@@ -154,6 +154,8 @@ def conv_problem(
             f"Given groups={groups}, weight of size {list(weight_shape)}, expected input{list(input_shape)} to have "
             f"{weight_shape[1] * groups} channels, but got {input_shape[1]} channels instead"
         )
+    if any(size <= 0 for size in input_shape[2:]):
+        raise RuntimeError(f"Only a zero batch is supported, but got input of size: {list(input_shape)}")
     before, after = padding[:rank], padding[rank:]
     sizes = tuple(
         output_size(*axis)
@@ -258,7 +260,8 @@ def check_arguments(
         raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")
     if any(value <= 0 for value in stride):
         raise RuntimeError(f"non-positive stride is not supported, but got stride={list(stride)}")
-    if any(value < 0 for value in padding):
+    # Trailing sides may be negative: the ones that make a transposed convolution's backward fit.
+    if any(value < 0 for value in padding[: len(stride)]):
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
     if any(value <= 0 for value in dilation):
         raise RuntimeError(f"dilation should be greater than zero, but got dilation={list(dilation)}")

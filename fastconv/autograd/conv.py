@@ -1,0 +1,325 @@
+"""Convolution's three directions as library operators, and as autograd Functions over them.
+
+fprop, dgrad and wgrad are closed under differentiation: each one's gradients are the other two, so gradients of any
+order exist. The operators ``torch.ops.fastconv.*`` are what torch.compile, torch.export and the profiler see; they
+choose kernel and tile inside, so that sizes never become guards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastconv.kernels import conv as kernels
+from fastconv.kernels.layout import is_channels_last, strides_like
+from fastconv.kernels.problem import conv_problem
+from fastconv.settings import settings
+
+log = logging.getLogger("fastconv")
+
+_library = torch.library.Library("fastconv", "DEF")
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+
+def _operator(schema: str, implementation: Any, fake: Any) -> Any:
+    """Define ``fastconv::<schema>``, for every device alike, and return its overload."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=_TAGS)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastconv::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastconv, name).default
+
+
+@lru_cache(maxsize=1024)
+def _say_once(name: str, reason: str) -> None:
+    log.info("%s runs PyTorch's own op: %s", name, reason)
+
+
+def _fall_back(name: str, reason: Exception) -> None:
+    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log."""
+    if settings.strict:
+        raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
+    _say_once(name, str(reason))
+
+
+def _fprop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    try:
+        return kernels.conv_fprop(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    except kernels.Uncovered as reason:
+        _fall_back("conv_fprop", reason)
+    rank = len(stride)
+    if padding[:rank] != padding[rank:]:
+        sides = [side for axis in range(rank - 1, -1, -1) for side in (padding[axis], padding[axis + rank])]
+        x, padding = torch.nn.functional.pad(x, sides), [0] * rank
+    return torch.convolution(
+        x, weight, bias, stride, padding[:rank], dilation, transposed=False, output_padding=[0] * rank, groups=groups
+    )
+
+
+def _fprop_fake(x, weight, bias, stride, padding, dilation, groups):
+    kernels.check_same_kind(x, weight, bias)
+    problem = conv_problem(
+        x.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups, x.dtype
+    )
+    channels_last = is_channels_last(x.shape, x.stride()) or is_channels_last(weight.shape, weight.stride())
+    return x.new_empty_strided(problem.output_shape, strides_like(problem.output_shape, channels_last))
+
+
+def _backward_op(dy, x, weight, stride, padding, dilation, groups, mask):
+    rank = len(stride)
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, [0] * rank, groups, mask
+    )
+
+
+def _dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    try:
+        return kernels.conv_dgrad(
+            dy, weight, bias, tuple(input_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
+        )
+    except kernels.Uncovered as reason:
+        _fall_back("conv_dgrad", reason)
+    shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
+    x = dy.new_empty(1).expand(shape)
+    dx = _backward_op(dy, x, weight, stride, padding, dilation, groups, [True, False, False])[0]
+    if bias is not None:
+        dx += bias.view(-1, *(1,) * len(input_size))
+    return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
+
+
+def _dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
+    kernels.check_same_kind(dy, weight, bias)
+    shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
+    return dy.new_empty_strided(shape, strides_like(shape, channels_last))
+
+
+def _wgrad(
+    x: Tensor,
+    dy: Tensor,
+    filter_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    try:
+        return kernels.conv_wgrad(
+            x, dy, tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
+        )
+    except kernels.Uncovered as reason:
+        _fall_back("conv_wgrad", reason)
+    shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
+    weight = x.new_empty(1).expand(shape)
+    dw = _backward_op(dy, x, weight, stride, padding, dilation, groups, [False, True, False])[1]
+    return dw.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dw)
+
+
+def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, channels_last):
+    shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
+    return x.new_empty_strided(shape, strides_like(shape, channels_last))
+
+
+def _channel_sum_fake(x):
+    return x.new_empty(x.shape[1])
+
+
+conv_fprop = _operator(
+    "conv_fprop(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "SymInt groups) -> Tensor",
+    _fprop,
+    _fprop_fake,
+)
+conv_dgrad = _operator(
+    "conv_dgrad(Tensor dy, Tensor weight, Tensor? bias, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, bool channels_last) -> Tensor",
+    _dgrad,
+    _dgrad_fake,
+)
+conv_wgrad = _operator(
+    "conv_wgrad(Tensor x, Tensor dy, SymInt[] filter_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "SymInt groups, bool channels_last) -> Tensor",
+    _wgrad,
+    _wgrad_fake,
+)
+channel_sum = _operator("channel_sum(Tensor x) -> Tensor", kernels.channel_sum, _channel_sum_fake)
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``conv(x, weight, bias)``, differentiable; ``padding`` holds the leading sides, then the trailing ones.
+
+    x [N, C, spatial], weight [K, C/groups, filter], bias [K] or None -> [N, K, output].
+    """
+    if _tracked(x, weight, bias):
+        return Conv.apply(x, weight, bias, stride, padding, dilation, groups)
+    return conv_fprop(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """The transposed convolution, differentiable: dgrad of the convolution with the same weight.
+
+    x [N, K, spatial], weight [K, C/groups, filter], bias [C] or None -> [N, C, *output_size].
+    """
+    if _tracked(x, weight, bias):
+        return ConvTranspose.apply(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+    return conv_dgrad(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+
+
+def weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    filter_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """The weight's gradient [K, C/groups, *filter_size] of the convolution of x [N, C, spatial], differentiable."""
+    if _tracked(x, dy):
+        return ConvWeightGradient.apply(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
+    return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """The sum of [N, K, spatial] over all but K, differentiable."""
+    return ChannelSum.apply(dy) if _tracked(dy) else channel_sum(dy)
+
+
+def _is_channels_last(*tensors: Tensor) -> bool:
+    return any(is_channels_last(t.shape, t.stride()) for t in tensors)
+
+
+class Conv(Function):
+    """fprop; backward is dgrad, wgrad and a sum, each only where its gradient is needed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.sizes = x.shape[2:], weight.shape[2:]
+        ctx.arguments = stride, padding[: len(stride)], dilation, groups
+        # PyTorch's rule for both gradients' formats: the input's or else the weight's decides.
+        ctx.channels_last = _is_channels_last(x, weight), _is_channels_last(weight)
+        return conv_fprop(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.channels_last
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx = conv_transpose(dy, weight, None, input_size, *ctx.arguments, dx_format) if need_x else None
+        dw = weight_gradient(x, dy, filter_size, *ctx.arguments, dw_format) if need_weight else None
+        return dx, dw, bias_gradient(dy) if need_bias else None, None, None, None, None
+
+
+def _both_sides(padding, x_size, dy_size, filter_size, stride, dilation):
+    """Leading sides, then the trailing ones with which fprop maps ``x_size`` to ``dy_size``; these may be negative."""
+    after = [
+        (p - 1) * s + d * (r - 1) + 1 - h - before
+        for before, h, p, r, s, d in zip(padding, x_size, dy_size, filter_size, stride, dilation, strict=True)
+    ]
+    return [*padding, *after]
+
+
+class ConvTranspose(Function):
+    """dgrad, as a function of the output's gradient and the weight; backward is fprop, wgrad and a sum."""
+
+    @staticmethod
+    def forward(ctx, dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
+        need_dy, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(dy if need_weight else None, weight if need_dy else None)
+        ctx.filter_size, ctx.channels_last = weight.shape[2:], _is_channels_last(weight)
+        ctx.padding = _both_sides(padding, input_size, dy.shape[2:], weight.shape[2:], stride, dilation)
+        ctx.arguments = stride, padding, dilation, groups
+        return conv_dgrad(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        dy, weight = ctx.saved_tensors
+        need_dy, need_weight, need_bias = ctx.needs_input_grad[:3]
+        stride, _, dilation, groups = ctx.arguments
+        ddy = conv(ddx, weight, None, stride, ctx.padding, dilation, groups) if need_dy else None
+        dw = weight_gradient(ddx, dy, ctx.filter_size, *ctx.arguments, ctx.channels_last) if need_weight else None
+        return ddy, dw, bias_gradient(ddx) if need_bias else None, None, None, None, None, None, None
+
+
+class ConvWeightGradient(Function):
+    """wgrad, as a function of the input and the output's gradient; backward is dgrad and fprop."""
+
+    @staticmethod
+    def forward(ctx, x, dy, filter_size, stride, padding, dilation, groups, channels_last):
+        need_x, need_dy = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_dy else None, dy if need_x else None)
+        ctx.input_size, ctx.channels_last = x.shape[2:], _is_channels_last(x)
+        ctx.padding = _both_sides(padding, x.shape[2:], dy.shape[2:], filter_size, stride, dilation)
+        ctx.arguments = stride, padding, dilation, groups
+        return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
+
+    @staticmethod
+    def backward(ctx, ddw):
+        x, dy = ctx.saved_tensors
+        stride, _, dilation, groups = ctx.arguments
+        need_x, need_dy = ctx.needs_input_grad[:2]
+        dx = conv_transpose(dy, ddw, None, ctx.input_size, *ctx.arguments, ctx.channels_last) if need_x else None
+        ddy = conv(x, ddw, None, stride, ctx.padding, dilation, groups) if need_dy else None
+        return dx, ddy, None, None, None, None, None, None
+
+
+class ChannelSum(Function):
+    """The sum over all axes but the second; backward spreads the gradient over them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return channel_sum(x)
+
+    @staticmethod
+    def backward(ctx, dsum):
+        return dsum.view(-1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
