@@ -1,8 +1,8 @@
 """Convolutions for PyTorch as hand-written Triton kernels, forward and backward.
 
-``fastconv.convert(model)`` swaps a model's convolutions in place; ``fastconv.nn`` and ``fastconv.functional`` hold the same
-layers and functions under torch's names. Nothing is imported before it is asked for: ``import fastconv`` loads neither
-torch nor Triton and touches no GPU.
+``fastconv.convert(model)`` swaps a model's convolutions in place; ``fastconv.nn`` and ``fastconv.functional`` hold the
+same layers and functions under torch's names. Nothing is imported before it is asked for: ``import fastconv`` loads
+neither torch nor Triton and touches no GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MODULES = ("functional", "nn")
 
 
 class _Package(ModuleType):
-    """Keeps ``fastconv.convert`` and ``fastconv.settings`` the functions: importing a submodule binds the module to its name."""
+    """Keeps ``fastconv.convert`` a function: importing a submodule would bind the module to that name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FUNCTIONS and isinstance(value, ModuleType):

@@ -1,0 +1,33 @@
+"""What every test shares: who needs a GPU, and the table of problems per kernel family that a run ends with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the distinct problems per family and direction that passing tests noted.
+
+    A test notes one with ``record_property("problem", (family, direction, description))``, which also reaches here from
+    the worker processes of pytest-xdist.
+    """
+    problems: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "problem":
+                family, direction, description = value
+                problems[family, direction].add(description)
+    if problems:
+        terminalreporter.section("problems per family and direction")
+        for (family, direction), descriptions in sorted(problems.items()):
+            terminalreporter.write_line(f"{family:24} {direction:8} {len(descriptions):5}")
