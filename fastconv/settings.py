@@ -1,4 +1,4 @@
-"""What a user may set, as a call (``fastconv.settings(strict=True)``), as a context manager, or as ``FASTCONV_STRICT=1``."""
+"""What a user may set: by a call (``fastconv.settings(strict=True)``), in a ``with``, or by ``FASTCONV_STRICT=1``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar, Token
-from types import Iterator, MappingProxyType
+from types import MappingProxyType
 
 _NOTHING: Mapping[str, bool] = MappingProxyType({})
 _DEFAULTS = MappingProxyType({"strict": False})
@@ -16,7 +16,7 @@ _in_context: ContextVar[Mapping[str, bool]] = ContextVar("fastconv.settings", de
 
 
 class Change:
-    """A call of ``settings``: in force at once and for the whole process, or where it is entered, only inside ``with``."""
+    """A call of ``settings``: in force at once and for the whole process; once entered, only inside its ``with``."""
 
     def __init__(self, values: Mapping[str, bool], before: Change | None) -> None:
         self.values = values
