@@ -1,0 +1,66 @@
+"""The command ``fastconv``. Exit codes: 0 fine, 1 a wrong result, 2 bad usage (one line on stderr)."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+from fastconv.cli.interpreter import enter_interpreter
+
+COMMANDS = ("bench", "check", "explain")
+# What these compute with: kernels that run on a GPU, or interpreted where there is none.
+NUMERIC = ("bench", "check", "explain")
+
+
+class BadUsage(Exception):
+    """What the user asked for cannot be done; the message is one line and says what would work."""
+
+
+def main() -> None:
+    """The console entry. Without a GPU it starts over with Triton's interpreter on, before torch is imported."""
+    if sys.argv[1:2] and sys.argv[1] in NUMERIC and not {"--help", "-h"} & set(sys.argv):
+        enter_interpreter()
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line in this process and return its exit code. Imports the named command's file alone."""
+    if find_spec("typer") is None or find_spec("rich") is None:
+        return refuse("the commands need typer and rich: pip install 'fastconv[cli]'")
+    import typer
+
+    # Click's class, or the copy of it that newer typers bring along.
+    usage_error = typer.BadParameter.__bases__[0]
+    try:
+        # A command's return value is its exit code; --help and --version return 0 or None.
+        return (
+            typer.main.get_command(_app(arguments)).main(arguments or ["--help"], "fastconv", standalone_mode=False)
+            or 0
+        )
+    except (usage_error, BadUsage) as error:
+        return refuse(" ".join((error.format_message() if isinstance(error, usage_error) else str(error)).split()))
+    except (typer.Abort, KeyboardInterrupt):
+        return refuse("interrupted; what was finished has been written", 130)
+
+
+def refuse(line: str, code: int = 2) -> int:
+    """Say ``line`` on stderr and return ``code``."""
+    print(f"fastconv: {line}", file=sys.stderr)
+    return code
+
+
+def _app(arguments: list[str]):  # type: ignore[no-untyped-def]  # typer is absent where the extra is not installed
+    from importlib import import_module
+
+    import typer
+
+    app = typer.Typer(help="Convolutions in Triton for PyTorch.", add_completion=False, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def _group() -> None:
+        """Convolutions in Triton for PyTorch."""
+
+    for name in [name for name in COMMANDS if name in arguments[:1]] or COMMANDS:
+        command = getattr(import_module(f"fastconv.cli.{name}"), name)
+        app.command(name)(command)
+    return app

@@ -1,0 +1,29 @@
+"""``fastconv explain``: which kernel and tile each layer of a model gets, and what is left to PyTorch, and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def explain(
+    model: Annotated[str, typer.Option(help="A name of torchvision's or timm's, or module:factory.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 1,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of an image; the model's own, or 224.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+) -> int:
+    """Print the kernel and tile of every layer of a model, and what is left to PyTorch and why."""
+    import torch
+
+    import fastconv
+    from fastconv.cli import options
+    from fastconv.cli.models import load
+
+    precision = options.dtype(dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = load(model, batch, size)
+    network = subject.model.to(device, precision).eval()
+    x = torch.randn(subject.input_shape, device=device, dtype=precision)
+    print(fastconv.explain(network, x))
+    return 0

@@ -1,0 +1,51 @@
+"""Whether PyTorch can use a GPU here, found without importing torch; and starting over without one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+SWITCH = "TRITON_INTERPRET"
+
+
+def gpu_present() -> bool:
+    """True where torch is built for CUDA and the driver reports a device (``CUDA_VISIBLE_DEVICES=`` hides them)."""
+    return _torch_has_cuda() and _driver_devices() > 0
+
+
+def enter_interpreter() -> None:
+    """Without a GPU, replace this process by the same command line with Triton's interpreter on.
+
+    For the console entry alone, before torch is imported: Triton binds its builtins when a kernel is decorated. The
+    variable is its own guard: whoever has set it, to 0 or to 1, is not restarted.
+    """
+    if SWITCH in os.environ or gpu_present():
+        return
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, SWITCH: "1"})
+
+
+def _torch_has_cuda() -> bool:
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    # torch/version.py alone: importing torch takes two seconds and would be too late for the switch.
+    version = spec_from_file_location("_torch_version", Path(spec.origin).with_name("version.py"))
+    assert version is not None and version.loader is not None
+    module = module_from_spec(version)
+    version.loader.exec_module(module)
+    return bool(module.cuda)
+
+
+def _driver_devices() -> int:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value

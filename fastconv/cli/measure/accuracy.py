@@ -1,0 +1,68 @@
+"""How wrong a tensor may be: bounds from dtype and reduction depth, or PyTorch's own error as the yardstick."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+FP32_EPS = torch.finfo(torch.float32).eps
+# Our error may be this many times PyTorch's own: two right kernels with different summation orders stay well under it.
+YARDSTICK = 2.0
+Tensors = dict[str, torch.Tensor]
+
+
+def tolerance(eps: float, depth: int) -> float:
+    """Largest error of a sum of ``depth`` products, over the largest element of the result: one rounding to the output
+    type (``eps``, twice the bound of one rounding) and fp32 roundings that add up like a random walk."""
+    return eps + 2 * FP32_EPS * math.sqrt(depth)
+
+
+def max_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute error over the largest element of the reference. NaN in, NaN out."""
+    if reference.numel() == 0:
+        return 0.0
+    scale = reference.double().abs().max().item()
+    error = (value.double() - reference.double()).abs().max().item()
+    return error / scale if scale > 0 else error
+
+
+def norm_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """``|value - reference| / |reference|``, norms over all elements. NaN in, NaN out."""
+    scale = torch.linalg.vector_norm(reference.double()).item()
+    error = torch.linalg.vector_norm(value.double() - reference.double()).item()
+    return error / scale if scale > 0 else error
+
+
+def against_yardstick(ours: Tensors, eager: Tensors, reference: Tensors, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """One row a tensor, worst first: our relative error, PyTorch's in the same dtype, and whether ours is acceptable.
+
+    A tensor may be YARDSTICK times as wrong as PyTorch's, or as PyTorch's typical tensor of this model is (a single
+    scalar can be right by luck), or as wrong as one convolution alone may be.
+    """
+    rows = [
+        {"tensor": name, "ours": norm_error(ours[name], value), "eager": norm_error(eager[name], value)}
+        for name, value in reference.items()
+    ]
+    typical = statistics.median(row["eager"] for row in rows)
+    for row in rows:
+        row["allowed"] = max(YARDSTICK * row["eager"], YARDSTICK * typical, tolerance(torch.finfo(dtype).eps, 4096))
+        # A NaN compares false, so it is never acceptable.
+        row["right"] = row["ours"] <= row["allowed"]
+    return sorted(rows, key=lambda row: (row["right"], -row["ours"] / row["allowed"]))
+
+
+@contextlib.contextmanager
+def fp32_convolutions(precision: str) -> Iterator[None]:
+    """fp32 convolutions by "ieee" arithmetic or "tf32" (PyTorch's default: operands rounded to 11 bits)."""
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

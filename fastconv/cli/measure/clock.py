@@ -1,0 +1,118 @@
+"""Timing: samples of a call on the device and on the host, candidates visited in turn, medians with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Milliseconds of one call: on the device, and on the host until the call returned."""
+
+    device: float
+    host: float
+
+
+class Clock(Protocol):
+    """``cold`` empties the L2 cache first and hides the host's latency: for single operators."""
+
+    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False) -> Sample: ...
+
+
+class CudaClock:
+    """CUDA events on the current stream."""
+
+    # Long enough for the host to enqueue an operator behind it, at any clock rate a GPU runs at.
+    SLEEP_CYCLES = 1_000_000
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(4 * cache, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False) -> Sample:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if cold:
+            torch.cuda._sleep(self.SLEEP_CYCLES)
+            self._flush.zero_()
+        begin.record()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        enqueued = time.perf_counter()
+        end.record()
+        end.synchronize()
+        return Sample(begin.elapsed_time(end) / repeats, (enqueued - started) * 1e3 / repeats)
+
+
+class HostClock:
+    """The host's clock for both numbers: what a dry run uses. Its times say nothing about a GPU."""
+
+    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False) -> Sample:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        elapsed = (time.perf_counter() - started) * 1e3 / repeats
+        return Sample(elapsed, elapsed)
+
+
+@dataclass
+class Rounds:
+    """What ``interleave`` collected: samples by candidate, and why a candidate left."""
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def interleave(
+    candidates: Mapping[str, Call],
+    sample: Callable[[Call], Sample],
+    *,
+    deadline: float,
+    least: int = 3,
+    most: int = 30,
+    now: Callable[[], float] = time.monotonic,
+) -> Rounds:
+    """Sample every candidate once a round, each round beginning one candidate later, so that drift of the clocks or
+    the temperature falls on all alike. Stops after ``most`` rounds, or at ``deadline`` (seconds of ``now``) once
+    ``least`` are done. A candidate that raises leaves with its reason; the others go on."""
+    rounds = Rounds(samples={name: [] for name in candidates})
+    for done in range(most):
+        if done >= least and now() >= deadline:
+            break
+        alive = [name for name in candidates if name not in rounds.failures]
+        if not alive:
+            break
+        first = done % len(alive)
+        for name in alive[first:] + alive[:first]:
+            try:
+                rounds.samples[name].append(sample(candidates[name]))
+            except Exception as error:  # a benchmark's row, not its end
+                rounds.failures[name] = reason(error)
+    return rounds
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile, and the number of values."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3], "samples": len(values)}
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line of a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; the CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,350 @@
+"""A whole network, inference and training step: compared first, then timed against PyTorch's ways of running it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+import fastconv
+from fastconv.cli.measure.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
+from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize
+from fastconv.cli.measure.results import Part
+from fastconv.cli.measure.screen import Progress
+from fastconv.cli.models import Subject
+from fastconv.kernels import launch
+
+MODES = ("infer", "train")
+YARDSTICK_PROVIDER = "eager channels_last"
+SAMPLE_MS = 20.0  # a sample holds as many steps as fill this, so that the events' resolution does not matter
+WARM_UP_STEPS = 3
+
+
+class Workload:
+    """One model, one batch, one mode: makes fresh copies of the model, and the step that runs one.
+
+    Inference runs the model in ``dtype`` under ``torch.inference_mode``. A training step keeps fp32 weights and runs
+    under autocast (none in fp32): forward, loss, backward, SGD with momentum.
+    """
+
+    def __init__(self, subject: Subject, mode: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.subject, self.mode, self.dtype, self.device = subject, mode, dtype, device
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(subject.input_shape, generator=generator).to(device)
+        self.labels = torch.randint(1 << 30, subject.input_shape[:1], generator=generator).to(device)
+        self.model = copy.deepcopy(subject.model).to(device)
+        _take_statistics(self.model, self.x)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        name = "inference" if self.mode == "infer" else "training step"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = "x".join(map(str, self.x.shape))
+        return {
+            "title": f"{self.subject.name}, {name}, {shape}, {dtype}",
+            "model": self.subject.name,
+            "mode": self.mode,
+            "dtype": dtype,
+            "input_shape": list(self.x.shape),
+        }
+
+    def fresh(self, memory_format: torch.memory_format, dtype: torch.dtype | None = None) -> nn.Module:
+        """A copy of the model: in ``dtype``, by default in what this mode keeps weights in."""
+        weights = self.dtype if self.mode == "infer" else torch.float32
+        model = copy.deepcopy(self.model).to(dtype=dtype or weights)
+        return _in_format(model, memory_format).train(self.mode == "train")
+
+    def converted(self) -> nn.Module:
+        """A copy converted by fastconv, in the dense channels-last format."""
+        return fastconv.convert(self.fresh(self.subject.memory_format))
+
+    def input(self, memory_format: torch.memory_format, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The batch, as the training loop or the server would hand it over."""
+        return self.x.to(dtype or self.dtype).contiguous(memory_format=memory_format)
+
+    def step(self, model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+        """A call that runs ``model`` once and returns its output (inference) or loss (training)."""
+        if self.mode == "infer":
+
+            def infer() -> Any:
+                with torch.inference_mode():
+                    return model(x)
+
+            return infer
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def train() -> Any:
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(model, x)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return train
+
+    def loss(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of every ``[N, classes]`` output, mean square of every other."""
+        # One use a step: autocast's cache of cast weights would gain nothing and does not survive a graph's capture.
+        low = self.dtype != torch.float32 and x.dtype == self.dtype
+        with torch.autocast(self.device.type, self.dtype if low else None, enabled=low, cache_enabled=False):
+            outputs = _float_leaves(model(x))
+        losses = [
+            F.cross_entropy(y.to(_wide(y)), self.labels % y.shape[1])
+            if y.dim() == 2
+            else y.to(_wide(y)).square().mean()
+            for y in outputs
+        ]
+        return torch.stack(losses).sum()
+
+    def outcome(self, model: nn.Module, x: torch.Tensor) -> Tensors:
+        """What the comparison looks at: outputs, and in training every parameter's gradient."""
+        # Masks drawn in different dtypes differ; what is compared is arithmetic.
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in (
+                "StochasticDepth",
+                "DropPath",
+            ):
+                module.eval()
+        if self.mode == "infer":
+            outputs = _float_leaves(self.step(model, x)())
+            return {_numbered("output", index, outputs): y.to(_wide(y)) for index, y in enumerate(outputs)}
+        loss = self.loss(model, x)
+        loss.backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        return {"loss": loss.detach(), **gradients}
+
+
+def check(work: Workload) -> Part:
+    """Outputs and every parameter's gradient, ours and PyTorch's in the same dtype, against wider arithmetic: fp32
+    without TF32 for half precision, fp64 for fp32."""
+    part: Part = {"id": f"check-{work.mode}", "kind": "check", **work.description, "rows": [], "launches": {}}
+    part["title"] = f"{part['title']}: compared"
+    wide = torch.float64 if work.dtype == torch.float32 else torch.float32
+    plain = work.subject.memory_format
+    try:
+        with fp32_convolutions("ieee"):
+            exact = work.outcome(work.fresh(plain, wide), work.input(plain, wide))
+        eager = work.outcome(work.fresh(plain), work.input(plain))
+        with launch.record() as records:
+            model = work.converted()
+            ours = work.outcome(model, work.input(plain))
+    except Exception as error:
+        return part | {"verdict": "failed", "reason": reason(error)}
+    rows = against_yardstick(ours, eager, exact, work.dtype)
+    wrong = [row["tensor"] for row in rows if not row["right"]]
+    problems = []
+    if not records:
+        problems.append("no kernel of fastconv ran")
+    if ours.keys() != exact.keys():
+        problems.append(f"gradients differ in number: {len(ours)} against {len(exact)}")
+    if wrong:
+        problems.append(f"{len(wrong)} of {len(rows)} tensors are too far off: {', '.join(wrong[:3])}")
+    return part | {
+        "verdict": "wrong" if problems else "right",
+        "reason": "; ".join(problems) or None,
+        "rows": rows,
+        "launches": dict(Counter(record.name for record in records)),
+        "report": str(fastconv.report(model)).splitlines()[-1:],
+    }
+
+
+@dataclass
+class Ready:
+    """A provider that has run: its step, and the row that its times will complete."""
+
+    step: Callable[[], Any]
+    row: dict[str, Any]
+
+
+def measure(
+    work: Workload, compared: Part, clock: Clock, deadline: float, progress: Progress, save: Callable[[Part], None]
+) -> Part:
+    """Time every provider, in turn; ``save`` gets the part after each provider's warm-up and again at the end.
+
+    No time is taken where ``compared`` found the numbers wrong. Providers that ``deadline`` leaves no time for, and
+    those that fail, are rows that say so.
+    """
+    part: Part = {"id": f"time-{work.mode}", "kind": "time", **work.description, "rows": [], "noise": None}
+    if compared["verdict"] != "right":
+        return part | {"verdict": "skipped", "reason": "not timed: the comparison did not pass"}
+    ready: dict[str, Ready] = {}
+    reference = None
+    torch._dynamo.reset()  # an earlier mode's guards would count against this one's limit of recompilations
+    providers = _providers(work)
+    progress.begin(part["title"], len(providers) + 1)
+    for name, build in providers.items():
+        row: dict[str, Any] = {"provider": name, "status": "ok", "reason": None}
+        part["rows"].append(row)
+        if time.monotonic() > deadline:
+            row |= {"status": "skipped", "reason": "no time left"}
+            continue
+        try:
+            ready[name], result = _warm_up(build, row, work.device)
+            if work.mode == "infer":
+                values = _float_leaves(result)[0].float()
+                reference = values if reference is None else reference
+                row["difference"] = norm_error(values, reference)
+        except Exception as error:
+            row |= {"status": "failed", "reason": reason(error)}
+            _release(work.device)
+        save(part | {"verdict": "skipped", "reason": "warmed up, not timed yet"})
+        progress.tick(name)
+    steps = {name: provider.step for name, provider in ready.items()}
+    if YARDSTICK_PROVIDER in steps:
+        steps["A/A"] = steps[YARDSTICK_PROVIDER]  # the same step under a second name: its difference is the noise
+    repeats = {id(provider.step): provider.row["repeats"] for provider in ready.values()}
+    rounds = interleave(steps, lambda step: clock(step, repeats[id(step)]), deadline=deadline)
+    for name, provider in ready.items():
+        if name in rounds.failures:
+            provider.row |= {"status": "failed", "reason": rounds.failures[name]}
+            continue
+        provider.row["step_ms"] = spread([sample.device for sample in rounds.samples[name]])
+        provider.row["host_ms"] = spread([sample.host for sample in rounds.samples[name]])
+        provider.row["samples_per_s"] = work.x.shape[0] / provider.row["step_ms"]["median"] * 1e3
+    base = ready[YARDSTICK_PROVIDER].row if YARDSTICK_PROVIDER in ready else {}
+    if "step_ms" in base and rounds.samples.get("A/A"):
+        again = spread([sample.device for sample in rounds.samples["A/A"]])
+        part["noise"] = abs(again["median"] / base["step_ms"]["median"] - 1)
+        for provider in ready.values():
+            if "step_ms" in provider.row:
+                provider.row["speed"] = base["step_ms"]["median"] / provider.row["step_ms"]["median"]
+    timed = any("step_ms" in row for row in part["rows"])
+    return part | (
+        {"verdict": "right", "reason": None} if timed else {"verdict": "failed", "reason": "no provider ran"}
+    )
+
+
+def _providers(work: Workload) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """Each builds a model and its step; the order is what time runs out for last to first."""
+    dense = work.subject.memory_format
+    # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
+    backend = "inductor" if work.device.type == "cuda" else "aot_eager"
+
+    def eager(memory_format: torch.memory_format) -> Callable[[], Any]:
+        return work.step(work.fresh(memory_format), work.input(memory_format))
+
+    def ours() -> Callable[[], Any]:
+        return work.step(work.converted(), work.input(dense))
+
+    def compiled(model: nn.Module) -> Callable[[], Any]:
+        return work.step(torch.compile(model, backend=backend), work.input(dense))
+
+    return {
+        YARDSTICK_PROVIDER: lambda: eager(dense),
+        "fastconv": ours,
+        "eager contiguous": lambda: eager(torch.contiguous_format),
+        "fastconv, CUDA graph": lambda: _graphed(ours()),
+        f"{YARDSTICK_PROVIDER}, CUDA graph": lambda: _graphed(eager(dense)),
+        "torch.compile channels_last": lambda: compiled(work.fresh(dense)),
+        "fastconv, torch.compile": lambda: compiled(work.converted()),
+    }
+
+
+def _warm_up(build: Callable[[], Callable[[], Any]], row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
+    """Build and run a provider; fill in its compile time, memory, launches and how many steps a sample holds."""
+    cuda = device.type == "cuda"
+    _release(device)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    started = time.perf_counter()
+    step = build()
+    for _ in range(WARM_UP_STEPS):
+        result = step()
+    synchronize(device)
+    row["warm_up_s"] = time.perf_counter() - started
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with launch.record() as records:
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        took_ms = (time.perf_counter() - started) * 1e3
+    # A graph's memory is taken at its capture and kept: what a replay shows is not its peak.
+    captured = getattr(step, "peak_bytes", 0)
+    row["peak_bytes"] = max(captured, torch.cuda.max_memory_allocated()) - before if cuda else None
+    row["launches"] = dict(Counter(record.name for record in records))
+    row["gpu_kernels"] = _gpu_kernels(step) if cuda else None
+    row["repeats"] = math.ceil(SAMPLE_MS / took_ms) if cuda else 1
+    return Ready(step, row), result
+
+
+class _Replay:
+    """A captured step: replays it and returns what the captured call returned."""
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = step()
+        self.peak_bytes = torch.cuda.max_memory_allocated()
+        self.step = step  # keeps the parameters, optimizer and input that the graph reads alive
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result
+
+
+def _graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    return _Replay(step)
+
+
+def _gpu_kernels(step: Callable[[], Any]) -> int | None:
+    """Kernels the GPU ran in one step, copies and fills aside; None where the profiler does not work."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device) or None
+    except Exception:  # the profiler needs rights that some machines do not give
+        return None
+
+
+def _take_statistics(model: nn.Module, x: torch.Tensor) -> None:
+    """Random weights with the running statistics of no data blow activations up layer by layer: take this batch's."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None
+    with torch.no_grad():
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _in_format(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    return model if memory_format == torch.contiguous_format else model.to(memory_format=memory_format)
+
+
+def _float_leaves(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _numbered(name: str, index: int, items: list[Any]) -> str:
+    return name if len(items) == 1 else f"{name} {index}"
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,132 @@
+"""The result file: one JSON document, rewritten as each part ends, that tables and plots are rendered from.
+
+``{"schema": "fastconv-bench/1", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
+is ``{"id", "kind", "title", "verdict", "reason", ...}`` and the rest depends on its kind. Times are milliseconds,
+memory is bytes, errors are relative unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastconv.cli import BadUsage
+
+SCHEMA = "fastconv-bench/1"
+VERDICTS = ("right", "wrong", "failed", "skipped")
+Part = dict[str, Any]
+
+
+class Results:
+    """The parts measured so far, on disk after every ``put``: a run that is killed keeps what it had finished."""
+
+    def __init__(self, folder: Path, *, dry_run: bool = False) -> None:
+        self.path = folder / "bench.json"
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": ["fastconv", *sys.argv[1:]],
+            "dry_run": dry_run,
+            "environment": environment(),
+            "parts": [],
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+        except OSError as error:
+            raise BadUsage(f"cannot write to --out {folder}: {error.strerror}") from error
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.data["parts"]
+
+    def put(self, part: Part) -> None:
+        """Add ``part``, or replace the one with its id, and write the file."""
+        check_part(part)
+        self.data["parts"] = [other for other in self.parts if other["id"] != part["id"]] + [part]
+        self._write()
+
+    @property
+    def wrong(self) -> bool:
+        """True when a part compared numbers and found them wrong, or could not compare what it should have."""
+        return any(part["verdict"] in ("wrong", "failed") for part in self.parts)
+
+    def _write(self) -> None:
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(fresh, self.path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The document at ``path``, checked. Raises BadUsage where it is no result file of this schema."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise BadUsage(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadUsage(f"{path} is not JSON: {error}") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise BadUsage(f"{path} has schema {schema!r}, this fastconv reads {SCHEMA!r}")
+    missing = {"created", "command", "dry_run", "environment", "parts"} - data.keys()
+    if missing:
+        raise BadUsage(f"{path} lacks {', '.join(sorted(missing))}")
+    for part in data["parts"]:
+        check_part(part)
+    return data
+
+
+def check_part(part: Part) -> None:
+    """Raise BadUsage where a part lacks what every reader relies on."""
+    missing = {"id", "kind", "title", "verdict", "reason"} - part.keys()
+    if missing:
+        raise BadUsage(f"part {part.get('id')!r} lacks {', '.join(sorted(missing))}")
+    if part["verdict"] not in VERDICTS:
+        raise BadUsage(f"part {part['id']!r} has verdict {part['verdict']!r}, not one of {', '.join(VERDICTS)}")
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code: machine, driver, versions, commit. Unknown entries are None."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        if gpu
+        else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "torchvision": _installed("torchvision"),
+        "python": platform.python_version(),
+        "fastconv": _installed("fastconv"),
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None

@@ -1,0 +1,42 @@
+"""Where a command writes: a console, and one progress bar on it that leaves nothing behind."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich import progress
+from rich.console import Console
+
+LOG_WIDTH = 140  # columns of a table in a file or a pipe, where no terminal says how many there are
+
+
+def console() -> Console:
+    """Standard output."""
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=LOG_WIDTH)
+
+
+class Progress:
+    """``begin`` a stage of so many steps, ``tick`` each of them."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+        self._bar = progress.Progress(*columns, progress.TimeElapsedColumn(), console=console, transient=True)
+        self._stage = self._bar.add_task("", visible=False)
+        self._name = ""
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str, steps: int) -> None:
+        self._name = name
+        self._bar.reset(self._stage, total=steps, description=name, visible=True)
+
+    def tick(self, step: str = "") -> None:
+        self._bar.update(self._stage, advance=1, description=f"{self._name}: {step}" if step else self._name)

@@ -1,0 +1,107 @@
+"""Models by name, with random weights: torchvision's, timm's, or ``module:factory`` of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from fastconv.cli import BadUsage
+
+_kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in fp32 on the CPU, in training mode, and the shape of one input batch."""
+
+    name: str
+    model: nn.Module
+    input_shape: tuple[int, ...]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The dense channels-last format of this rank; one-dimensional tensors have none and stay as they are."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return formats.get(len(self.input_shape), torch.contiguous_format)
+
+
+def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Subject:
+    """The model ``name`` with the weights that ``seed`` gives, for square inputs of ``size`` (the model's own, or 224).
+
+    Raises BadUsage, with the nearest names, where nothing is called so.
+    """
+    torch.manual_seed(seed)
+    model = _user_model(name) if ":" in name else _library_model(name)
+    convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    channels = convs[0].in_channels if convs else 3
+    rank = len(convs[0].kernel_size) if convs else 2
+    if size is None:
+        size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
+    # Sixteen frames is what torchvision's video models were trained with.
+    spatial = (16, size, size) if rank == 3 else (size,) * rank
+    return Subject(name, model.train(), (batch, channels, *spatial))
+
+
+def torchvision() -> ModuleType:
+    """torchvision, also where its compiled part does not load (a CUDA wheel beside a CPU build of torch).
+
+    Its import registers Python code for ``nms`` and fails when the compiled part has not defined it. Detection's
+    box operators stay unusable then; every model still builds and runs.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        raise BadUsage(f"{error.name} is not installed: pip install 'fastconv[models]'") from error
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for half_imported in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
+        del sys.modules[half_imported]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _kept.append(library)
+    return importlib.import_module("torchvision")
+
+
+def _library_model(name: str) -> nn.Module:
+    vision = torchvision().models
+    known = list(vision.list_models())
+    if name in known:
+        return vision.get_model(name, weights=None)
+    try:
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError:
+        source = "torchvision's (timm is not installed)"
+    else:
+        source = "torchvision's and timm's"
+        known += timm.list_models()
+        if timm.is_model(name):
+            return timm.create_model(name)
+    close = ", ".join(difflib.get_close_matches(name, dict.fromkeys(known), n=5)) or "none is close"
+    raise BadUsage(f"no model {name!r} among {source}; close names: {close}; your own: module:factory")
+
+
+def _user_model(name: str) -> nn.Module:
+    module, _, factory = name.partition(":")
+    # A console script has its own folder on the path, not the user's.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except ModuleNotFoundError as error:
+        raise BadUsage(f"--model {name}: no module named {error.name!r}") from error
+    except AttributeError as error:
+        raise BadUsage(f"--model {name}: module {module!r} has no {factory!r}") from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise BadUsage(f"--model {name}: {factory} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
