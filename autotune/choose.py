@@ -9,6 +9,9 @@ from fastconv.autotune.cost_model import Work, predict
 from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.space import Config, Space
 
+# What the cost model cannot tell apart: within it the space's earlier config wins, so that problems share binaries.
+RESOLUTION = 0.1
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,12 +37,10 @@ def choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu
 
 
 def _by_cost_model(space: Space, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
-    best: Choice | None = None
-    for config in space:
-        prediction = predict(work(config), gpu)
-        # In the order of the space, so that equals go to the earlier, plainer config.
-        if prediction is not None and (best is None or prediction.seconds < best.seconds):
-            best = Choice(config, "cost model", prediction.seconds, prediction.bound)
-    if best is None:
+    predictions = [(config, predict(work(config), gpu)) for config in space]
+    fitting = [(config, prediction) for config, prediction in predictions if prediction is not None]
+    if not fitting:
         raise ValueError(f"no config of the space {space.name!r} fits the {gpu.name}")
-    return best
+    limit = (1 + RESOLUTION) * min(prediction.seconds for _, prediction in fitting)
+    config, prediction = next((c, p) for c, p in fitting if p.seconds <= limit)
+    return Choice(config, "cost model", prediction.seconds, prediction.bound)

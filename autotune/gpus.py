@@ -1,4 +1,4 @@
-"""What the cost model knows of each GPU: published figures, each with its source; anything else is asked of the device."""
+"""What the cost model knows of each GPU: published figures with their source, else the device is asked."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def conv2d(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv2d: input [N, C, H, W] or [C, H, W], weight [K, C/groups, R, S], bias [K] -> [N, K, P, Q].
+    """As torch.nn.functional.conv2d: input [N, C, H, W] or [C, H, W], weight [K, C/groups, R, S], bias [K]
+    -> [N, K, P, Q].
 
     Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
     """
@@ -99,7 +100,8 @@ def conv_transpose1d(
     groups: int = 1,
     dilation: Ints = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv_transpose1d: input [N, K, Q] or [K, Q], weight [K, C/groups, S], bias [C] -> [N, C, W].
+    """As torch.nn.functional.conv_transpose1d: input [N, K, Q] or [K, Q], weight [K, C/groups, S], bias [C]
+    -> [N, C, W].
 
     Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from fastconv.kernels.layout import (
     dense_channels_last,
     is_channels_last,
     pixel_strides,
-    pointer_type,
     strides_like,
 )
 from fastconv.kernels.problem import ConvProblem, check_arguments, conv_problem
@@ -176,7 +176,7 @@ def _prepare_gather(
             other=pixel_strides(shape, strides),
             bias=bias,
         )
-        launches = _launches(direction, problem, gpu, layout)
+        launches = _plan(direction, problem, gpu, layout).launches
     return Call(copies, launches, shape, strides, None if direct else strides_like(shape, False))
 
 
@@ -221,8 +221,9 @@ def _prepare_wgrad(
         other=pixel_strides(dy.shape, copies[1] or dy.stride()),
         channels_last=channels_last,
     )
-    launches = _launches("wgrad", problem, gpu, layout)
-    return Call(copies, launches, shape, strides, workspace=_workspace(launches))
+    plan = _plan("wgrad", problem, gpu, layout)
+    workspace = plan.choice.config["SPLITS"] * prod(shape) if len(plan.launches) > 1 else 0
+    return Call(copies, plan.launches, shape, strides, workspace=workspace)
 
 
 def channel_sum(x: torch.Tensor) -> torch.Tensor:
@@ -239,23 +240,15 @@ def _prepare_channel_sum(gpu: Gpu, operands, bias) -> Call:
     shape = (n, k, *(1,) * (3 - len(size)), *size)
     choice = channel_sum_tile(x.numel() // k, k, x.element_size(), gpu)
     strides = pixel_strides(x.shape, copies[0] or x.stride())
-    launches = reduce.channel_sum(shape, strides, pointer_type(x.dtype), choice.config)
-    return Call(copies, launches, (k,), (1,), workspace=_workspace(launches))
+    launches = reduce.channel_sum(shape, strides, x.dtype, choice.config)
+    return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 
-def _launches(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Launch, ...]:
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> dispatch.Plan:
     plan = dispatch.plan(direction, problem, gpu, layout)
     if plan.family == "pytorch":
         raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    return plan.launches
-
-
-def _workspace(launches: tuple[Launch, ...]) -> int:
-    """Elements of the partial sums that the second launch adds."""
-    if len(launches) == 1:
-        return 0
-    splits, rows, channels, taps = launches[1].scalars
-    return splits * rows * channels * taps
+    return plan
 
 
 def _gradient_problem(

@@ -1,13 +1,14 @@
 """Implicit-GEMM convolution by pointer gather on channels_last tensors: fprop, dgrad, and so transposed convolution.
 
-``y[n, o, k] = sum over taps r, channels c of x[n, o * stride - padding + r * dilation, c] * w[k, r, c]`` along each axis.
+``y[n, p, k] = sum over taps r, channels c of x[n, p * stride - padding + r * dilation, c] * w[k, r, c]``, on each axis.
 As a GEMM: rows are output pixels, columns output channels, the reduction runs over taps and channels. Bytes: x, w
 and y once each; taps re-read x from L2.
 
-dgrad is the same walk. Input pixel ``h`` meets tap ``r`` where ``h + padding - r * dilation`` is a multiple of the stride, so
-pixels of equal ``h % stride`` (a phase) share their taps, every ``stride / gcd(dilation, stride)``-th one, and see them as a
-stride-1 convolution of the output's gradient: no zero is ever multiplied. A stride-2 dgrad is four small convolutions, one
-launch. The idea of the phases: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 4.6.
+dgrad is the same walk. Input pixel ``h`` meets tap ``r`` where ``h + padding - r * dilation`` is a multiple of the
+stride, so pixels of equal ``h % stride`` (a phase) share their taps, every ``stride / gcd(dilation, stride)``-th one,
+and see them as a stride-1 convolution of the output's gradient: no zero is ever multiplied. A stride-2 dgrad is four
+small convolutions in one launch. The idea: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning",
+section 4.6.
 
 Ranks 1 and 2 are rank 3 with axes of size one. All sizes are runtime arguments, so a new image or batch size never
 compiles; channel counts and strides come divided by VEC, which tells the compiler their alignment.
@@ -28,7 +29,8 @@ from fastconv.kernels.problem import ConvProblem
 
 @triton.jit
 def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr):
-    """How phase ``index`` walks one axis: output = first + i * step; source = base + i * move + j * hop; tap = tap + j * skip.
+    """How phase ``index`` walks one axis, over its outputs i and its taps j:
+    output = first + i * step; source = base + i * move + j * hop; tap of the filter = tap + j * skip.
 
     Returns (first, step, count of i, base, move, hop, tap, skip, count of j).
     """
@@ -74,8 +76,7 @@ def conv_gather_kernel(
     VEC_K: tl.constexpr,
     RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
     DGRAD: tl.constexpr,
-    POINTWISE: tl.constexpr,  # one tap
-    PADDED: tl.constexpr,  # a tap may fall outside x
+    POINTWISE: tl.constexpr,  # one tap, never outside x
     FLAT: tl.constexpr,  # few channels: a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
@@ -165,7 +166,7 @@ def conv_gather_kernel(
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_c = tl.arange(0, BLOCK_C)
     mask_k = offs_k < K
-    x_tile = x_ptr + x_row[:, None] + (group * C + offs_c)[None, :]
+    x_tile = x_ptr + group * C + x_row[:, None]
     if DGRAD:
         w_stride_c = T * R * S * K
         w_stride_tap = K
@@ -175,6 +176,7 @@ def conv_gather_kernel(
         w_stride_tap = C
         w_row = (group * K + offs_k) * (T * R * S * C)
     if not FLAT:
+        x_tile += offs_c[None, :]
         w_tile = w_ptr + (offs_c * w_stride_c)[:, None] + w_row[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
@@ -193,44 +195,38 @@ def conv_gather_kernel(
                 s_j = j % taps_w
                 j = j // taps_w
                 r_j = j % taps_h
-                delta = channel - offs_c + r_j * hop_h * x_stride_h + s_j * hop_w * x_stride_w
+                delta = channel + r_j * hop_h * x_stride_h + s_j * hop_w * x_stride_w
                 index = (tap_h + r_j * skip_h) * S + tap_w + s_j * skip_w
                 mask_c = pair < taps * C
                 mask = mask_m[:, None] & mask_c[None, :]
-                if PADDED:
-                    h = x_h[:, None] + (r_j * hop_h)[None, :]
-                    w = x_w[:, None] + (s_j * hop_w)[None, :]
-                    mask = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                h = x_h[:, None] + (r_j * hop_h)[None, :]
+                w = x_w[:, None] + (s_j * hop_w)[None, :]
+                mask = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 if RANK == 3:
                     t_j = j // taps_h
                     delta += t_j * hop_d * x_stride_d
                     index += (tap_d + t_j * skip_d) * (R * S)
-                    if PADDED:
-                        d = x_d[:, None] + (t_j * hop_d)[None, :]
-                        mask = mask & (d >= 0) & (d < D)
+                    d = x_d[:, None] + (t_j * hop_d)[None, :]
+                    mask = mask & (d >= 0) & (d < D)
                 a = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
                 w_offs = index * w_stride_tap + channel * w_stride_c
                 b = tl.load(w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
                 c += BLOCK_C
             else:
                 mask_row = mask_m
-                if PADDED:
+                delta = c
+                index = 0
+                if not POINTWISE:
                     h = x_h + r * hop_h
                     w = x_w + s * hop_w
                     mask_row = mask_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    delta += r * hop_h * x_stride_h + s * hop_w * x_stride_w
+                    index = (tap_h + r * skip_h) * S + tap_w + s * skip_w
                     if RANK == 3:
                         d = x_d + t * hop_d
                         mask_row = mask_row & (d >= 0) & (d < D)
-                delta = c
-                index = tap_h * S + tap_w
-                if RANK == 3:
-                    index += tap_d * (R * S)
-                if not POINTWISE:
-                    delta += r * hop_h * x_stride_h + s * hop_w * x_stride_w
-                    index += r * skip_h * S + s * skip_w
-                    if RANK == 3:
                         delta += t * hop_d * x_stride_d
-                        index += t * skip_d * (R * S)
+                        index += (tap_d + t * skip_d) * (R * S)
                 mask_c = c + offs_c < C
                 a = tl.load(x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0)
                 b = tl.load(
@@ -274,7 +270,7 @@ def conv_gather(
     x_strides = x_strides or dense_strides(operands[0])
     y_strides = y_strides or dense_strides(operands[1])
     c, k = x_channels // problem.groups, y_channels // problem.groups
-    vec_c, vec_k = vector(c, *x_strides), vector(k, *y_strides)
+    vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, *y_strides)
     gcds = tuple(map(gcd, lifted.dilation, lifted.stride))
     inverses = tuple(
         pow(d // g, -1, s // g) if s > g else 0 for d, s, g in zip(lifted.dilation, lifted.stride, gcds, strict=True)
@@ -312,9 +308,8 @@ def conv_gather(
             "VEC_K": vec_k,
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
-            "POINTWISE": problem.taps == 1,
-            "PADDED": problem.padded(direction),
-            "FLAT": few_channels(c),
+            "POINTWISE": problem.taps == 1 and not problem.padded(direction),
+            "FLAT": flat(problem.taps, c),
             "WIDE": wide((operands[0], x_strides), (operands[1], y_strides)),
             "PRECISION": precision,
             **tile,
@@ -324,6 +319,6 @@ def conv_gather(
     )
 
 
-def few_channels(channels: int) -> bool:
+def flat(taps: int, channels: int) -> bool:
     """Whether one step covers several taps: under 16 channels a tensor-core tile of one tap would be mostly zeros."""
-    return channels < 16
+    return taps > 1 and channels < 16

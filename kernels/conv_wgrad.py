@@ -1,9 +1,10 @@
 """The weight's gradient by pointer gather, split over pixels, with an ordered reduction.
 
-``dw[k, r, c] = sum over n, o of dy[n, o, k] * x[n, o * stride - padding + r * dilation, c]`` along each axis. As a GEMM: rows are
-output channels, columns (tap, input channel) pairs, the reduction runs over output pixels. It is long where the result is
-small, so it is split over programs, whose fp32 sums go to a workspace; a second kernel adds them in the order of the
-splits, so that the result is the same bit for bit from run to run. Bytes: dy and x once each, the workspace twice.
+``dw[k, r, c] = sum over n, p of dy[n, p, k] * x[n, p * stride - padding + r * dilation, c]``, on each axis. As a GEMM:
+rows are output channels, columns (tap, input channel) pairs, the reduction runs over output pixels. It is long where
+the result is small, so it is split over programs, whose fp32 sums go to a workspace; a second kernel adds them in the
+order of the splits, so that the result is the same bit for bit from run to run. Bytes: dy and x once each, the
+workspace twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config
-from fastconv.kernels.conv_gather import few_channels
+from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
 from fastconv.kernels.problem import ConvProblem
@@ -39,7 +40,8 @@ def advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK: tl.conste
 @triton.jit(
     do_not_specialize=[
         "N", "D", "H", "W", "C", "O", "P", "Q", "K", "T", "R", "S",
-        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "dy_stride_n", "dy_stride_d", "dy_stride_h", "dy_stride_w",
+        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w",
+        "dy_stride_n", "dy_stride_d", "dy_stride_h", "dy_stride_w",
         "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
         "dilation_d", "dilation_h", "dilation_w", "splits",
     ]
@@ -62,7 +64,7 @@ def conv_wgrad_kernel(
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
     RANK: tl.constexpr,
-    PADDED: tl.constexpr,  # a tap may fall outside x
+    POINTWISE: tl.constexpr,  # one tap, never outside x
     FLAT: tl.constexpr,  # few channels: a tile's columns are (tap, channel) pairs, not channels of one tap
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -127,7 +129,8 @@ def conv_wgrad_kernel(
         tap_d = tap // (R * S) * dilation_d - padding_d
         x_column += tap_d * x_stride_d
     x_tile = x_ptr + x_column[None, :]
-    dy_tile = dy_ptr + (group * K + offs_k)[None, :]
+    # [BLOCK_K, pixels] as the product wants it: a tl.trans here would keep sm_80 from copying it asynchronously.
+    dy_tile = dy_ptr + (group * K + offs_k)[:, None]
 
     # This split's share of the pixels, in whole steps; the last shares may be empty.
     pixels = N * P * Q
@@ -159,7 +162,7 @@ def conv_wgrad_kernel(
                 x_d = o * stride_d
                 x_row += x_d * x_stride_d
                 dy_row += o * dy_stride_d
-            if PADDED and FLAT:
+            if FLAT:
                 h = x_h[:, None] + tap_h[None, :]
                 w = x_w[:, None] + tap_w[None, :]
                 mask = mask_m[:, None] & mask_c[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -168,7 +171,7 @@ def conv_wgrad_kernel(
                     mask = mask & (d >= 0) & (d < D)
             else:
                 mask_row = mask_m
-                if PADDED:
+                if not POINTWISE:
                     h = x_h + tap_h
                     w = x_w + tap_w
                     mask_row = mask_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -177,8 +180,8 @@ def conv_wgrad_kernel(
                         mask_row = mask_row & (d >= 0) & (d < D)
                 mask = mask_row[:, None] & mask_c[None, :]
             b = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
-            a = tl.load(dy_tile + dy_row[:, None], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+            a = tl.load(dy_tile + dy_row[None, :], mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
             n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
 
     k = group * K + offs_k
@@ -199,7 +202,7 @@ def conv_wgrad(
     dy_strides: Strides | None = None,
     channels_last: bool = True,
 ) -> tuple[Launch, ...]:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where the pixels are split (``config["SPLITS"]``).
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
     Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
     """
@@ -209,10 +212,12 @@ def conv_wgrad(
     x_strides = x_strides or dense_strides(lifted.input_shape)
     dy_strides = dy_strides or dense_strides(lifted.output_shape)
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    vec_c, vec_k = vector(c, *x_strides), vector(k, *dy_strides)
-    flat = few_channels(c)
+    vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, *dy_strides)
+    pairs = flat(problem.taps, c)
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
-    columns = triton.cdiv(problem.taps * c, tile["BLOCK_C"]) if flat else problem.taps * triton.cdiv(c, tile["BLOCK_C"])
+    columns = (
+        triton.cdiv(problem.taps * c, tile["BLOCK_C"]) if pairs else problem.taps * triton.cdiv(c, tile["BLOCK_C"])
+    )
     splits = config["SPLITS"]
     element = pointer_type(problem.dtype)
     product = Launch(
@@ -237,8 +242,8 @@ def conv_wgrad(
             "VEC_C": vec_c,
             "VEC_K": vec_k,
             "RANK": max(problem.rank, 2),
-            "PADDED": problem.padded("wgrad"),
-            "FLAT": flat,
+            "POINTWISE": problem.taps == 1 and not problem.padded("wgrad"),
+            "FLAT": pairs,
             "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
             "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
             "PRECISION": precision,
@@ -249,4 +254,4 @@ def conv_wgrad(
     )
     if splits == 1:
         return (product,)
-    return product, split_sum(splits, problem.out_channels, problem.taps, c, element, channels_last)
+    return product, split_sum(splits, problem.out_channels, problem.taps, c, problem.dtype, channels_last)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -79,7 +79,7 @@ def _plan_gather(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout)
 
 
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
-FAMILIES: dict[str, tuple[Family, ...]] = {direction: (GATHER,) for direction in DIRECTIONS}
+FAMILIES: dict[str, tuple[Family, ...]] = dict.fromkeys(DIRECTIONS, (GATHER,))
 
 
 def plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = Layout()) -> Plan:
@@ -113,7 +113,7 @@ def target(device: torch.device) -> Gpu:
     return _device_gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     known = gpu_named(properties.name)

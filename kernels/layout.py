@@ -71,15 +71,16 @@ def dense_channels_last(shape: Sequence[int], strides: Sequence[int]) -> tuple[i
     return None if same else dense
 
 
-def vector(channels: int, *strides: int) -> int:
-    """The widest power of two, to 8 elements, that divides the channels and every stride: a load's alignment."""
-    return next(width for width in (8, 4, 2, 1) if all(value % width == 0 for value in (channels, *strides)))
+def vector(dtype: torch.dtype, channels: int, *strides: int) -> int:
+    """The elements of a 16-byte load where channels and strides are multiples of it, else 1: two binaries, no more."""
+    width = 16 // dtype.itemsize
+    return width if all(value % width == 0 for value in (channels, *strides)) else 1
 
 
 def wide(*operands: tuple[Sequence[int], Strides]) -> bool:
     """Whether an operand ([N, C, D, H, W], pixel strides) reaches past 2^31 elements and needs 64-bit offsets."""
     return any(
-        sum((size - 1) * stride for size, stride in zip((shape[0], *shape[2:]), strides, strict=True)) + shape[1]
+        sum((size - 1) * stride for size, stride in zip((shape[0], *shape[2:]), strides, strict=True)) + shape[1] - 1
         > INT32_MAX
         for shape, strides in operands
     )

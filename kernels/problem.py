@@ -24,7 +24,7 @@ def output_size(size: int, filter_size: int, stride: int, padding: int, dilation
 
 @dataclass(frozen=True)
 class ConvProblem:
-    """One convolution. Sizes are tuples of ``rank`` entries, outermost axis first; ``padding`` is the leading side's."""
+    """One convolution. Sizes are tuples of ``rank`` entries, outermost axis first; ``padding`` the leading side's."""
 
     batch: int
     in_channels: int
@@ -68,7 +68,7 @@ class ConvProblem:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions, padding included as PyTorch's FLOP counter does; the same in each direction."""
+        """Multiplications and additions, padding counted as PyTorch's counter does; the same in each direction."""
         return 2 * self.output_pixels * self.out_channels * (self.in_channels // self.groups) * self.taps
 
     @property
@@ -255,7 +255,7 @@ def check_arguments(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    """What torch checks of every convolution before it looks at the input; ``bias_axis`` is the weight's output axis."""
+    """What torch checks of a convolution before it looks at the input; ``bias_axis``: the weight's output axis."""
     if groups <= 0:
         raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")
     if any(value <= 0 for value in stride):

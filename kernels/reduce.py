@@ -5,12 +5,13 @@ No atomics: every sum has one order, so results are the same bit for bit from ru
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import Strides, vector, wide
+from fastconv.kernels.layout import Strides, pointer_type, vector, wide
 
 
 @triton.jit
@@ -32,11 +33,15 @@ def unravel(index, O, P, Q, RANK: tl.constexpr):
 def split_sum_kernel(
     partial_ptr,  # [splits, rows, taps, C], fp32
     out_ptr,  # [rows, taps, C], or [rows, C, taps] unless CHANNELS_LAST
-    splits, rows, C, taps,
+    splits, rows,
+    C,  # in units of VEC
+    taps,
+    VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits in their order; elements are independent, so the order is the same whatever BLOCK is."""
+    C *= VEC
     size = rows * taps * C
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
@@ -93,24 +98,28 @@ def channel_sum_kernel(
     tl.store(out_ptr + split * K + offs_k, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_k)
 
 
-def split_sum(splits: int, rows: int, taps: int, channels: int, element: str, channels_last: bool = True) -> Launch:
+def split_sum(
+    splits: int, rows: int, taps: int, channels: int, dtype: torch.dtype, channels_last: bool = True
+) -> Launch:
     """The launch that adds fp32 partial sums [splits, rows, taps, channels] in order: partial -> out."""
     block = 1024
+    vec = vector(dtype, channels)
     return Launch(
         kernel=split_sum_kernel,
         grid=(triton.cdiv(rows * taps * channels, block), 1, 1),
-        pointers=("*fp32", element),
-        scalars=(splits, rows, channels, taps),
-        constants={"CHANNELS_LAST": channels_last, "BLOCK": block},
+        pointers=("*fp32", pointer_type(dtype)),
+        scalars=(splits, rows, channels // vec, taps),
+        constants={"VEC": vec, "CHANNELS_LAST": channels_last, "BLOCK": block},
         num_warps=4,
         num_stages=3,
     )
 
 
-def channel_sum(shape: tuple[int, ...], strides: Strides, element: str, config: Config) -> tuple[Launch, ...]:
+def channel_sum(shape: tuple[int, ...], strides: Strides, dtype: torch.dtype, config: Config) -> tuple[Launch, ...]:
     """The launches that sum [N, K, O, P, Q] over all but K: x -> out, or x -> workspace -> out."""
     n, k, *size = shape
-    vec = vector(k, *strides)
+    vec = vector(dtype, k, *strides)
+    element = pointer_type(dtype)
     splits = config["SPLITS"]
     first = Launch(
         kernel=channel_sum_kernel,
@@ -127,4 +136,4 @@ def channel_sum(shape: tuple[int, ...], strides: Strides, element: str, config: 
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
-    return (first,) if splits == 1 else (first, split_sum(splits, 1, 1, k, element))
+    return (first,) if splits == 1 else (first, split_sum(splits, 1, 1, k, dtype))

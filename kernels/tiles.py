@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from math import prod
 
 import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
-from fastconv.kernels.conv_gather import few_channels
+from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.problem import ConvProblem
 
 # Largest tensor that Triton allows, in elements.
 MAX_ELEMENTS = 1 << 20
-# What a thread holds beside its accumulator and the addresses of its loads.
-BASE_REGISTERS = 48
 
 
-def _matrix_tile(rows: str, columns: str):
-    """A rule on the accumulator's share of a thread's registers."""
+def _matrix_tile(rows: str, columns: str, depth: str) -> Callable[[Config], str | None]:
+    """A tensor-core tile: warps and stages follow from its sides, so that few binaries serve many problems."""
 
     def valid(config: Config) -> str | None:
         elements = config[rows] * config[columns] // (32 * config["num_warps"])
         if elements > 64:
             return f"{elements} accumulators a thread leave too few registers for addresses"
         if elements < 16:
-            return f"{elements} accumulators a thread are too little work for a tensor core"
+            return f"{elements} accumulators a thread are too little work for {config['num_warps']} warps"
+        if config["num_stages"] != (3 if config[depth] > 32 else 4):
+            return "copies in flight for another step size"
         return None
 
     return valid
@@ -42,21 +43,21 @@ GATHER = Space(
         "BLOCK_K": (128, 64, 32),
         "BLOCK_C": (64, 32),
         "num_warps": (4, 8),
-        "num_stages": (4, 3),
+        "num_stages": (3, 4),
     },
-    _matrix_tile("BLOCK_M", "BLOCK_K"),
+    _matrix_tile("BLOCK_M", "BLOCK_K", "BLOCK_C"),
 )
 WGRAD = Space(
     "conv_wgrad",
     {
-        "BLOCK_K": (128, 64, 32),
+        "BLOCK_K": (128, 64),
         "BLOCK_C": (128, 64, 32),
         "BLOCK_M": (64, 32),
         "SPLITS": tuple(2**i for i in range(11)),
         "num_warps": (4, 8),
-        "num_stages": (4, 3),
+        "num_stages": (3, 4),
     },
-    _matrix_tile("BLOCK_K", "BLOCK_C"),
+    _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
 CHANNEL_SUM = Space(
     "channel_sum",
@@ -118,6 +119,18 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _registers(gathered: int, other: int, depth: int, warps: int, element: int, scalar: int, gpu: Gpu) -> int:
+    """Registers a thread, fitted to what ptxas reports: an accumulator gathered x other, addresses and coordinates of
+    16-byte loads (``scalar`` rows go element by element), and operands where the tensor cores read registers."""
+    threads = 32 * warps
+    per_load = 16 // element * threads
+    registers = 40 + gathered * other // threads + (6 * gathered + 3 * other) * depth // per_load
+    registers += 11 * scalar * depth // threads
+    if gpu.arch < 90:
+        registers += (gathered + 2 * other) * depth * element // (4 * 32 * 4)
+    return registers
+
+
 def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     """The tile of fprop or dgrad."""
     k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
@@ -130,8 +143,7 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
-        steps = _cdiv(problem.taps * c, depth) if few_channels(c) else problem.taps * _cdiv(c, depth)
-        loads = (2 * m + n) * depth * element // (16 * 32 * warps)  # 16-byte loads a thread, rows with two coordinates
+        steps = _cdiv(problem.taps * c, depth) if flat(problem.taps, c) else problem.taps * _cdiv(c, depth)
         return Work(
             programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * problem.groups,
             steps=max(1, steps // phases),
@@ -140,7 +152,7 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=BASE_REGISTERS + m * n // (32 * warps) + 2 * loads,
+            registers=_registers(m, n, depth, warps, element, m if flat(problem.taps, c) else 0, gpu),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=matrix_share(problem.dtype, precision),
@@ -157,9 +169,8 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
         splits = config["SPLITS"]
-        columns = _cdiv(problem.taps * c, n) if few_channels(c) else problem.taps * _cdiv(c, n)
+        columns = _cdiv(problem.taps * c, n) if flat(problem.taps, c) else problem.taps * _cdiv(c, n)
         steps = _cdiv(problem.output_pixels, depth)
-        loads = (m + 2 * n) * depth * element // (16 * 32 * warps)
         workspace = 2 * splits * problem.out_channels * problem.taps * c * 4 if splits > 1 else 0
         return Work(
             programs=_cdiv(k, m) * columns * problem.groups * splits,
@@ -169,7 +180,7 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=BASE_REGISTERS + m * n // (32 * warps) + 3 * loads,
+            registers=_registers(n, m, depth, warps, element, n if flat(problem.taps, c) else 0, gpu),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=matrix_share(problem.dtype, precision),
@@ -192,7 +203,7 @@ def channel_sum_tile(pixels: int, channels: int, element: int, gpu: Gpu) -> Choi
             step_bytes=m * n * element,
             dram_bytes=pixels * channels * element,
             shared_memory=0,
-            registers=BASE_REGISTERS + m * n // (32 * config["num_warps"]),
+            registers=40 + m * n // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=0.0,
@@ -202,5 +213,5 @@ def channel_sum_tile(pixels: int, channels: int, element: int, gpu: Gpu) -> Choi
     return _choose(CHANNEL_SUM, (pixels, channels, element), work, gpu)
 
 
-def _choose(space: Space, features: tuple, work, gpu: Gpu) -> Choice:
+def _choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
     return choose(INTERPRETED[space.name] if gpu.interpreted else space, features, work, gpu)

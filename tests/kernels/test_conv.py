@@ -1,0 +1,400 @@
+"""Convolution kernels in every direction against fp64: exact on integers, within fp32's roundings on random values.
+
+Each case runs fprop, dgrad and wgrad through the family that dispatch picks. Outputs are poisoned, so an element that
+no program wrote is a NaN and fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+
+from fastconv.autotune import Choice, gpus
+from fastconv.kernels import conv, dispatch, mend
+from fastconv.kernels.launch import Launch, record
+from fastconv.kernels.layout import strides_like
+from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+from reference import assert_close, assert_equal, exact_limit, integers
+
+DEVICE = "cpu" if mend.interpreting() else "cuda"
+pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    n: int
+    c: int
+    k: int
+    size: tuple[int, ...]
+    filter: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    after: tuple[int, ...] | None = None  # trailing padding, where it is not the leading one
+
+    def problem(self, dtype: torch.dtype = torch.float32) -> ConvProblem:
+        rank = len(self.size)
+        before = self.padding or (0,) * rank
+        return conv_problem(
+            (self.n, self.c, *self.size),
+            (self.k, self.c // self.groups, *self.filter),
+            (self.k,),
+            self.stride or (1,) * rank,
+            (*before, *(before if self.after is None else self.after)),
+            self.dilation or (1,) * rank,
+            self.groups,
+            dtype,
+        )
+
+
+def _strides_and_dilations() -> Iterator[Case]:
+    """Every stride with every dilation and filter: the phases of dgrad."""
+    for stride in (1, 2, 3, 4):
+        for dilation in (1, 2, 3, 4, 6):
+            for r in (1, 2, 3):
+                if r == 1 and dilation > 1:
+                    continue
+                size = 7 + dilation * (r - 1)
+                yield Case(
+                    f"stride {stride} dilation {dilation} filter {r}",
+                    *(1, 16, 16, (size, size - 1), (r, 1 + r % 3)),
+                    (stride, 1 + stride % 3),
+                    (r // 2, 0),
+                    (dilation, 1 + dilation % 2),
+                )
+
+
+CASES = (
+    Case("pointwise", 2, 16, 32, (5, 4), (1, 1)),
+    Case("pointwise, 17 to 19 channels", 3, 17, 19, (5, 3), (1, 1)),
+    Case("pointwise, 24 to 40 channels", 1, 24, 40, (6, 6), (1, 1)),
+    Case("pointwise stride 2", 2, 16, 16, (5, 6), (1, 1), (2, 2)),
+    Case("pointwise padding 1", 2, 16, 16, (3, 4), (1, 1), (1, 1), (1, 1)),
+    Case("one pixel", 5, 16, 16, (1, 1), (1, 1)),
+    Case("one pixel, 3x3 filter", 2, 16, 16, (1, 1), (3, 3), (1, 1), (1, 1)),
+    Case("one channel to one", 1, 1, 1, (5, 5), (3, 3)),
+    Case("one of everything", 1, 1, 1, (1, 1), (1, 1)),
+    Case("3x3 padding 1", 2, 16, 24, (6, 7), (3, 3), (1, 1), (1, 1)),
+    Case("3x3 stride 2 padding 1", 2, 32, 16, (8, 7), (3, 3), (2, 2), (1, 1)),
+    Case("7x7 stride 2 padding 3, 3 channels", 2, 3, 16, (15, 13), (7, 7), (2, 2), (3, 3)),
+    Case("5x5, 1 channel", 2, 1, 6, (12, 12), (5, 5), (1, 1), (2, 2)),
+    Case("2 channels to 2", 2, 2, 2, (6, 5), (3, 2)),
+    Case("4 channels", 1, 4, 20, (6, 5), (3, 3), (2, 2), (1, 1)),
+    Case("8 channels", 1, 8, 8, (6, 5), (3, 3), (1, 2), (1, 1)),
+    Case("12 to 12 channels", 1, 12, 12, (5, 5), (3, 3), (1, 1), (1, 1)),
+    Case("primes", 3, 37, 41, (7, 11), (3, 5), (2, 3), (1, 2)),
+    Case("filter larger than the image", 2, 16, 16, (2, 3), (5, 5), (1, 1), (2, 2)),
+    Case("filter as large as the image", 2, 16, 16, (4, 3), (4, 3)),
+    Case("padding larger than the filter", 1, 16, 16, (3, 3), (2, 2), (1, 1), (3, 4)),
+    Case("stride larger than the filter", 2, 16, 16, (9, 8), (2, 1), (4, 3)),
+    Case("stride larger than the image", 2, 16, 16, (2, 3), (2, 2), (5, 4), (1, 1)),
+    Case("stride that leaves pixels over", 1, 16, 16, (8, 9), (3, 3), (3, 4)),
+    Case("asymmetric filter, stride, padding, dilation", 2, 20, 12, (9, 10), (3, 2), (1, 2), (2, 0), (2, 3)),
+    Case("trailing padding only", 1, 16, 16, (5, 6), (2, 2), (1, 1), (0, 0), after=(1, 1)),
+    Case("uneven padding, stride 2", 1, 16, 16, (5, 6), (4, 2), (2, 2), (1, 0), after=(2, 1)),
+    Case("dilation shares a factor with the stride", 1, 16, 16, (13, 14), (3, 4), (4, 6), (2, 3), (2, 4)),
+    Case("dilation equals the stride", 1, 16, 16, (9, 9), (3, 3), (2, 2), (2, 2), (2, 2)),
+    Case("2 groups", 2, 32, 32, (5, 4), (3, 3), (1, 1), (1, 1), groups=2),
+    Case("4 groups of 5 to 3 channels", 2, 20, 12, (6, 5), (3, 3), (2, 1), (1, 1), groups=4),
+    Case("depthwise", 2, 7, 7, (6, 6), (3, 3), (1, 1), (1, 1), groups=7),
+    Case("depthwise, 2 channels each, stride 2", 2, 5, 10, (8, 7), (3, 3), (2, 2), (1, 1), groups=5),
+    Case("1d", 2, 16, 20, (13,), (3,), (1,), (1,)),
+    Case("1d stride 3 dilation 2", 2, 17, 9, (23,), (4,), (3,), (2,), (2,)),
+    Case("1d, 1 channel", 2, 1, 3, (40,), (9,), (2,), (4,)),
+    Case("1d, 2 groups", 2, 8, 6, (11,), (3,), (2,), (1,), groups=2),
+    Case("1d, one pixel", 4, 16, 16, (1,), (1,)),
+    Case("3d", 1, 16, 16, (3, 4, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+    Case("3d stride 2", 2, 16, 8, (5, 4, 3), (3, 2, 1), (2, 2, 2), (1, 1, 0)),
+    Case("3d pointwise", 1, 18, 16, (2, 3, 4), (1, 1, 1)),
+    Case("3d, 1 channel, everything asymmetric", 1, 1, 4, (6, 5, 7), (3, 2, 3), (2, 1, 3), (1, 0, 2), (1, 2, 1)),
+    Case("3d, 3 groups", 1, 9, 6, (4, 4, 4), (2, 2, 2), (1, 2, 1), (1, 0, 0), groups=3),
+    Case("3d dilation and stride share a factor", 1, 16, 16, (9, 5, 5), (3, 2, 2), (4, 1, 2), (2, 0, 1), (2, 1, 2)),
+    *_strides_and_dilations(),
+)
+
+
+def trailing(problem: ConvProblem) -> tuple[int, ...]:
+    """The trailing padding, negative where pixels are left over, that gives exactly the problem's output."""
+    return tuple(
+        (p - 1) * s + d * (r - 1) + 1 - h - before
+        for p, s, d, r, h, before in zip(
+            *(problem.output_size, problem.stride, problem.dilation, problem.filter_size, problem.input_size),
+            problem.padding,
+            strict=True,
+        )
+    )
+
+
+def expected(problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """fprop, dgrad, wgrad and the bias's gradient by PyTorch, in the operands' dtype (fp64)."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    before, after = problem.padding, trailing(problem)
+    sides = [side for axis in reversed(range(problem.rank)) for side in (before[axis], after[axis])]
+    function = (torch.conv1d, torch.conv2d, torch.conv3d)[problem.rank - 1]
+    padded = torch.nn.functional.pad(x, sides)
+    y = function(padded, weight, None, problem.stride, 0, problem.dilation, problem.groups)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    return y.detach(), dx, dw, dy.transpose(0, 1).flatten(1).sum(1)
+
+
+def computed(
+    problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, channels_last: bool = True
+) -> tuple[torch.Tensor, ...]:
+    """The same four by our kernels, from tensors in either memory format."""
+
+    def operand(t: torch.Tensor) -> torch.Tensor:
+        t = t.to(problem.dtype).to(DEVICE)
+        return t.new_empty_strided(t.shape, strides_like(t.shape, channels_last)).copy_(t)
+
+    x, dy, weight = map(operand, (x, dy, weight))
+    _, padding, *rest = arguments = problem.stride, problem.padding, problem.dilation, problem.groups
+    return (
+        conv.conv_fprop(x, weight, None, problem.stride, padding + trailing(problem), *rest),
+        conv.conv_dgrad(dy, weight, None, problem.input_size, *arguments, channels_last),
+        conv.conv_wgrad(x, dy, problem.filter_size, *arguments, channels_last),
+        conv.channel_sum(dy),
+    )
+
+
+def depths(problem: ConvProblem) -> tuple[int, int, int, int]:
+    """Products summed for one element of fprop, dgrad, wgrad and the bias's gradient."""
+    c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    return c * problem.taps, k * problem.taps, problem.output_pixels, problem.output_pixels
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the launchers allocate with NaN, so that an element which no program writes fails."""
+    for name in ("new_empty", "new_empty_strided"):
+        allocate = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, _allocate=allocate, **options: _allocate(*a, **options).fill_(torch.nan)
+        )
+
+
+RESULTS = (*DIRECTIONS, "bias gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exact_on_integers(case: Case, dtype: torch.dtype, record_property) -> None:
+    problem = case.problem(dtype)
+    limit = exact_limit(dtype, max(depths(problem)))
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    # Every other case in the plain format, whose edges are copies.
+    channels_last = CASES.index(case) % 2 == 0
+    with record() as records:
+        values = computed(problem, *operands, channels_last)
+    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
+        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    names = {record.name for record in records}
+    assert {"conv_gather_kernel", "conv_wgrad_kernel", "channel_sum_kernel"} <= names
+    for direction in DIRECTIONS:
+        family = dispatch.plan(direction, problem, dispatch.target(values[0].device)).family
+        record_property("problem", (family, direction, case.name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+def test_random_values_within_rounding(case: Case, dtype: torch.dtype) -> None:
+    problem = case.problem(dtype)
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        torch.randn(shape, generator=generator).to(dtype).double()
+        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    values = computed(problem, *operands)
+    references = expected(problem, *operands)
+    magnitudes = expected(problem, *(operand.abs() for operand in operands))
+    for name, value, reference, magnitude, depth in zip(
+        RESULTS, values, references, magnitudes, depths(problem), strict=True
+    ):
+        # The GPU's default for fp32 is TF32, as PyTorch's is: operands keep 10 bits of their fraction.
+        tf32 = 2.0**-10 if dtype is torch.float32 and DEVICE == "cuda" and name in DIRECTIONS else 0.0
+        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)
+
+
+def test_each_direction_has_fifty_problems() -> None:
+    problems = {case.problem() for case in CASES}
+    for direction, family in product(DIRECTIONS, dispatch.FAMILIES["fprop"]):
+        served = [p for p in problems if dispatch.plan(direction, p, gpus.H200).family == family.name]
+        assert len(served) >= 50, (direction, family.name)
+
+
+TILES = {
+    "tails of every axis": {"BLOCK_M": 16, "BLOCK_K": 16, "BLOCK_C": 16, "SPLITS": 3},
+    "one tile over everything": {"BLOCK_M": 256, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": 1},
+    "more splits than steps": {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_C": 32, "SPLITS": 7},
+}
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("dense", 2, 40, 24, (5, 6), (3, 2), (2, 1), (1, 1)),
+        Case("few channels", 2, 5, 40, (6, 5), (3, 3), (1, 2), (1, 1)),
+        Case("few outputs", 2, 40, 5, (6, 5), (3, 3), (1, 2), (1, 1)),
+        Case("3d, groups", 2, 36, 38, (3, 3, 2), (2, 2, 2), (1, 2, 1), (1, 0, 1), groups=2),
+        Case("1d", 3, 20, 20, (21,), (4,), (2,), (1,), (2,)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's own tiles swallow small problems whole; here the tile is named."""
+    config = {**tile, "num_warps": 4, "num_stages": 1}
+    problem = case.problem()
+    for module, name in ((dispatch, "gather_tile"), (dispatch, "wgrad_tile"), (conv, "channel_sum_tile")):
+        monkeypatch.setattr(module, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
+    monkeypatch.setattr(conv, "_calls", {})
+    generator = torch.Generator().manual_seed(0)
+    limit = exact_limit(problem.dtype, max(depths(problem)))
+    operands = [
+        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    with record() as records:
+        values = computed(problem, *operands)
+    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
+        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    assert all(r.launch.constants["BLOCK_K"] == tile["BLOCK_K"] for r in records if r.name != "split_sum_kernel")
+    assert any(r.name == "split_sum_kernel" for r in records) == (tile["SPLITS"] > 1)
+
+
+def test_strides_are_taken_from_the_tensors() -> None:
+    """A slice of a wider channels_last tensor is read where it lies: no copy, and no neighbour of it."""
+    generator = torch.Generator().manual_seed(0)
+    whole = integers((2, 6, 8, 24), 50, generator).float().to(DEVICE)
+    x = whole[:, 1:, ::2, 4:20].permute(0, 3, 1, 2)
+    weight = integers((16, 16, 3, 3), 50, generator).float().to(DEVICE)
+    with record() as records:
+        y = conv.conv_fprop(x, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    reference = torch.conv2d(x.double().cpu(), weight.double().cpu(), padding=1)
+    assert_equal(y, reference, "fprop of a slice")
+    assert records[0].launch.constants["VEC_C"] == 4  # 16 bytes
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_expanded_gradient() -> None:
+    """What ``y.sum().backward()`` hands back has strides of zero."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = integers((2, 16, 5, 5), 9, generator).float(), integers((16, 16, 3, 3), 9, generator).float()
+    dy = torch.ones(()).expand(2, 16, 3, 3)
+    problem = Case("", 2, 16, 16, (5, 5), (3, 3)).problem()
+    dw = conv.conv_wgrad(x.to(DEVICE), dy.to(DEVICE), (3, 3), (1, 1), (0, 0), (1, 1), 1, False)
+    assert_equal(dw, expected(problem, x.double(), dy.double(), weight.double())[2], "wgrad")
+
+
+def test_wgrad_is_the_same_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    problem = Case("", 3, 20, 24, (9, 9), (3, 3), padding=(1, 1)).problem()
+    operands = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    first, second = computed(problem, *operands), computed(problem, *operands)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_bias_is_added_before_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 16, 4, 4), (20, 16, 1, 1), (20,)))
+    x, weight, bias = (t.bfloat16().to(DEVICE) for t in (x, weight, bias))
+    y = conv.conv_fprop(x, weight, bias, (1, 1), (0,) * 4, (1, 1), 1)
+    assert_equal(y, torch.conv2d(x.double().cpu(), weight.double().cpu(), bias.double().cpu()), "fprop with bias")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_offsets_past_2_to_31_elements_are_wide(direction: str) -> None:
+    """On the host side: such tensors fit no test machine. Their narrow neighbours stay narrow."""
+
+    def launch(size: int) -> Launch:
+        problem = Case("", 2, 64, 64, (size, size), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
+        return dispatch.plan(direction, problem, gpus.H200).launches[0]
+
+    assert launch(4096).constants["WIDE"] is False  # 2^31 elements, the last at 2^31 - 1
+    assert launch(4097).constants["WIDE"] is True
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1)).problem()
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    for module in (dispatch.conv_gather, dispatch.conv_wgrad):
+        monkeypatch.setitem(module.__globals__, "wide", lambda *operands: True)
+    monkeypatch.setattr(conv, "_calls", {})
+    values = computed(problem, *operands)
+    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
+        assert_equal(value, reference, name)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's products")
+@pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (3, 1), (4, 2), (2, 2)])
+def test_dgrad_multiplies_no_zeros(stride: int, dilation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all phases together each tap is multiplied once; by zeros put between pixels it would be once a phase."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products = []
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *a: products.append(a) or dot(*a))
+    problem = Case("", 1, 16, 16, (9, 9), (3, 3), (stride,) * 2, (1, 1), (dilation,) * 2).problem()
+    dy, weight = torch.zeros(problem.output_shape), torch.zeros(problem.weight_shape)
+    arguments = problem.input_size, problem.stride, problem.padding, problem.dilation
+    conv.conv_dgrad(dy, weight, None, *arguments, 1, True)
+    assert len(products) == 9
+
+
+def test_empty_batch_launches_nothing() -> None:
+    problem = Case("", 0, 16, 8, (5, 4), (3, 3), padding=(1, 1)).problem()
+    operands = [torch.zeros(shape) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)]
+    with record() as records:
+        y, dx, dw, db = computed(problem, *operands)
+    assert not records
+    assert y.shape == (0, 8, 5, 4) and dx.shape == (0, 16, 5, 4)
+    assert torch.equal(dw.cpu(), torch.zeros(8, 16, 3, 3)) and torch.equal(db.cpu(), torch.zeros(8))
+
+
+def test_uncovered_problems_say_why() -> None:
+    problem = Case("", 1, 70000, 70000, (1, 1), (1, 1), groups=70000).problem()
+    plan = dispatch.plan("fprop", problem, gpus.H200)
+    assert plan.family == "pytorch" and plan.reasons == (
+        ("gather", "70000 groups are more than a grid's second axis holds"),
+    )
+    huge = Case("", 2, 1, 1, (2**16, 2**15), (1, 1)).problem()
+    assert "2^31 pixels" in dispatch.plan("fprop", huge, gpus.H200).reasons[0][1]
+    old = gpus.describe("an older GPU", 75, 40, 64 << 10, 4 << 20, None)
+    assert "7.5" in dispatch.plan("fprop", Case("", 1, 16, 16, (4, 4), (1, 1)).problem(), old).reasons[0][1]
+
+
+def test_known_calls_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    plan = dispatch.plan
+    monkeypatch.setattr(dispatch, "plan", lambda *a: planned.append(a) or plan(*a))
+    monkeypatch.setattr(conv, "_calls", {})
+    x, weight = torch.ones(1, 16, 3, 3, device=DEVICE), torch.ones(16, 16, 1, 1, device=DEVICE)
+    for _ in range(3):
+        conv.conv_fprop(x, weight, None, (1, 1), (0,) * 4, (1, 1), 1)
+    assert len(planned) == 1
+    monkeypatch.setattr(conv, "MAX_CALLS", 1)
+    conv.conv_fprop(x[:, :, :2], weight, None, (1, 1), (0,) * 4, (1, 1), 1)
+    assert len(conv._calls) == 1
+
+
+def test_flops_and_bytes() -> None:
+    problem = Case("", 2, 8, 16, (5, 5), (3, 3), groups=2).problem(torch.bfloat16)
+    assert problem.flops == 2 * 2 * 9 * 16 * 4 * 9
+    assert problem.bytes == 2 * (2 * 8 * 25 + 16 * 4 * 9 + 2 * 16 * 9)
+    assert prod(problem.output_shape) == 2 * 16 * 9
