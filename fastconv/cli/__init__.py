@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 from fastconv.cli.interpreter import enter_interpreter
 
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> int:
     import typer
 
     # Click's class, or the copy of it that newer typers bring along.
-    usage_error = typer.BadParameter.__bases__[0]
+    usage_error: Any = typer.BadParameter.__bases__[0]
     try:
         # A command's return value is its exit code; --help and --version return 0 or None.
         return (

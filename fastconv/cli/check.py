@@ -50,9 +50,9 @@ def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]
             try:
                 rows += problems.compare(case, precision, device)
             except Exception as error:  # a row of the table, not its end
-                row = {"case": case.name, "function": case.function, "direction": "raised", "precision": precision}
-                row |= {"error": float("nan"), "tolerance": float("nan"), "launches": []}
-                rows.append(row | {"right": False, "reason": reason(error)})
+                row = dict.fromkeys(("error", "tolerance"), float("nan")) | {"launches": [], "right": False}
+                row |= {"case": case.name, "function": case.function, "direction": "raised", "precision": precision}
+                rows.append(row | {"reason": reason(error)})
             progress.tick(case.name)
     return rows
 

@@ -44,22 +44,23 @@ def against_yardstick(ours: Tensors, eager: Tensors, reference: Tensors, dtype: 
     A tensor may be YARDSTICK times as wrong as PyTorch's, or as PyTorch's typical tensor of this model is (a single
     scalar can be right by luck), or as wrong as one convolution alone may be.
     """
-    rows = [
-        {"tensor": name, "ours": norm_error(ours[name], value), "eager": norm_error(eager[name], value)}
-        for name, value in reference.items()
-    ]
-    typical = statistics.median(row["eager"] for row in rows)
-    for row in rows:
-        row["allowed"] = max(YARDSTICK * row["eager"], YARDSTICK * typical, tolerance(torch.finfo(dtype).eps, 4096))
+    errors = {
+        name: (norm_error(ours[name], value), norm_error(eager[name], value)) for name, value in reference.items()
+    }
+    typical = statistics.median(error for _, error in errors.values())
+    rows = []
+    for name, (our_error, eager_error) in errors.items():
+        allowed = max(YARDSTICK * eager_error, YARDSTICK * typical, tolerance(torch.finfo(dtype).eps, 4096))
         # A NaN compares false, so it is never acceptable.
-        row["right"] = row["ours"] <= row["allowed"]
+        right = our_error <= allowed
+        rows.append({"tensor": name, "ours": our_error, "eager": eager_error, "allowed": allowed, "right": right})
     return sorted(rows, key=lambda row: (row["right"], -row["ours"] / row["allowed"]))
 
 
 @contextlib.contextmanager
 def fp32_convolutions(precision: str) -> Iterator[None]:
     """fp32 convolutions by "ieee" arithmetic or "tf32" (PyTorch's default: operands rounded to 11 bits)."""
-    settings = torch.backends.cudnn.conv
+    settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = precision
     try:

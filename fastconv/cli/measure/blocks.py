@@ -75,7 +75,7 @@ def _outcome(block: nn.Module, x: torch.Tensor, seed: torch.Tensor) -> Tensors:
     output = block(x)
     output.backward(seed)
     gradients = {f"gradient of {name}": value.grad for name, value in block.named_parameters()}
-    return {"output": output.detach(), "gradient of the input": x.grad, **gradients}  # type: ignore[dict-item]
+    return {"output": output.detach(), "gradient of the input": x.grad, **gradients}
 
 
 def _rows(

@@ -38,8 +38,8 @@ class Layer:
     needs_dgrad: bool
 
 
-def dense_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
-    """The network's distinct ungrouped convolutions, most arithmetic first. Runs it on the meta device: no arithmetic.
+def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
+    """The network's distinct convolutions, most arithmetic first. Runs it on the meta device: no arithmetic.
 
     Left out: transposed convolutions, subclasses, padding modes other than zeros and sides padded unequally, which
     aten's own operator does not take.
@@ -52,11 +52,13 @@ def dense_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
             conv._reversed_padding_repeated_twice[::2][::-1],
             conv._reversed_padding_repeated_twice[1::2][::-1],
         )
-        if type(conv) not in CONVS or conv.groups != 1 or conv.padding_mode != "zeros" or before != after:
+        if type(conv) not in CONVS or conv.padding_mode != "zeros" or before != after:
             return
         (x,) = inputs
         padding = (*before, *after)
-        problem = conv_problem(x.shape, conv.weight.shape, None, conv.stride, padding, conv.dilation, 1, dtype)
+        problem = conv_problem(
+            x.shape, conv.weight.shape, None, conv.stride, padding, conv.dilation, conv.groups, dtype
+        )
         found[problem, x.requires_grad] += 1
 
     model = copy.deepcopy(subject.model).to("meta")
@@ -92,7 +94,7 @@ def measure(
         "rows": [],
     }
     rows = part["rows"]
-    layers = dense_layers(subject, dtype)
+    layers = [layer for layer in distinct_layers(subject, dtype) if layer.problem.groups == 1]
     progress.begin(part["title"], len(layers))
     for layer in layers:
         for direction in DIRECTIONS:
@@ -124,11 +126,10 @@ def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _row(problem: ConvProblem, direction: str, device: torch.device, clock: Clock, deadline: float) -> dict[str, Any]:
     operands = _operands(problem, direction, device)
-    calls = {"fastconv": _ours(problem, direction, *operands), "cudnn": _theirs(problem, direction, *operands)}
-    # Direct operators, so no gradient is asked for; the same call twice is the noise of the measurement.
+    ours, theirs = _ours(problem, direction, *operands), _theirs(problem, direction, *operands)
     with torch.no_grad():
         with launch.record() as records:
-            ours = calls["fastconv"]()
+            value = ours()
         plan = dispatch.plan(direction, problem, dispatch.target(device))
         row: dict[str, Any] = {
             "family": plan.family,
@@ -138,13 +139,12 @@ def _row(problem: ConvProblem, direction: str, device: torch.device, clock: Cloc
         wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
         with fp32_convolutions("ieee"):
             exact = _theirs(problem, direction, *(operand.to(wide) for operand in operands))()
-        (compared,) = against_yardstick(
-            {direction: ours}, {direction: calls["cudnn"]()}, {direction: exact}, problem.dtype
-        )
+        (compared,) = against_yardstick({direction: value}, {direction: theirs()}, {direction: exact}, problem.dtype)
         row |= {"error": compared["ours"], "eager_error": compared["eager"], "allowed": compared["allowed"]}
         if not records or not compared["right"]:
             return row | {"status": "wrong", "reason": "no kernel ran" if not records else "too far from the reference"}
-        calls["A/A"] = calls["cudnn"]
+        # The same call twice is the noise of the measurement.
+        calls = {"fastconv": ours, "cudnn": theirs, "A/A": theirs}
         for call in calls.values():  # cuDNN searches its algorithm at a problem's first call
             clock(call)
         rounds = interleave(calls, lambda call: clock(call, cold=True), deadline=deadline, least=5)
@@ -179,7 +179,9 @@ def _operands(
     return draw(problem.input_shape), draw(problem.weight_shape, fan_in**-0.5), draw(problem.output_shape)
 
 
-def _ours(problem: ConvProblem, direction: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> Call:
+def _ours(
+    problem: ConvProblem, direction: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor
+) -> Callable[[], torch.Tensor]:
     """Our operator for one direction; its results in the layout of its operands."""
     ops = torch.ops.fastconv
     rest = (list(problem.dilation), problem.groups)
@@ -192,7 +194,9 @@ def _ours(problem: ConvProblem, direction: str, x: torch.Tensor, w: torch.Tensor
     return lambda: ops.conv_wgrad(x, dy, list(problem.filter_size), stride, padding, *rest, channels_last)
 
 
-def _theirs(problem: ConvProblem, direction: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> Call:
+def _theirs(
+    problem: ConvProblem, direction: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor
+) -> Callable[[], torch.Tensor]:
     """PyTorch's own operator for one direction; on a GPU, cuDNN."""
     axes = (list(problem.stride), list(problem.padding), list(problem.dilation))
     rest = (False, [0] * problem.rank, problem.groups)
@@ -207,7 +211,7 @@ def host_time(device: torch.device, deadline: float) -> Part:
     """Microseconds of the host for one small ``conv2d``, without and with a graph for backward: ours and PyTorch's."""
     x = torch.randn(1, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
     w = torch.randn(16, 16, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
-    functions = {"fastconv": fastconv.functional.conv2d, "PyTorch": F.conv2d}
+    functions: dict[str, Callable[..., torch.Tensor]] = {"fastconv": fastconv.functional.conv2d, "PyTorch": F.conv2d}
     rows = []
     for gradient in (False, True):
         calls = {name: _called(conv, x, w, gradient) for name, conv in functions.items()}

@@ -28,6 +28,7 @@ MODES = ("infer", "train")
 YARDSTICK_PROVIDER = "eager channels_last"
 SAMPLE_MS = 20.0  # a sample holds as many steps as fill this, so that the events' resolution does not matter
 WARM_UP_STEPS = 3
+DROPPING = ("StochasticDepth", "DropPath")  # torchvision's and timm's, beside torch's own dropout
 
 
 class Workload:
@@ -98,22 +99,15 @@ class Workload:
         low = self.dtype != torch.float32 and x.dtype == self.dtype
         with torch.autocast(self.device.type, self.dtype if low else None, enabled=low, cache_enabled=False):
             outputs = _float_leaves(model(x))
-        losses = [
-            F.cross_entropy(y.to(_wide(y)), self.labels % y.shape[1])
-            if y.dim() == 2
-            else y.to(_wide(y)).square().mean()
-            for y in outputs
-        ]
+        outputs = [y.to(_wide(y)) for y in outputs]
+        losses = [F.cross_entropy(y, self.labels % y.shape[1]) if y.dim() == 2 else y.square().mean() for y in outputs]
         return torch.stack(losses).sum()
 
     def outcome(self, model: nn.Module, x: torch.Tensor) -> Tensors:
         """What the comparison looks at: outputs, and in training every parameter's gradient."""
         # Masks drawn in different dtypes differ; what is compared is arithmetic.
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in (
-                "StochasticDepth",
-                "DropPath",
-            ):
+            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in DROPPING:
                 module.eval()
         if self.mode == "infer":
             outputs = _float_leaves(self.step(model, x)())
@@ -154,7 +148,7 @@ def check(work: Workload) -> Part:
         "reason": "; ".join(problems) or None,
         "rows": rows,
         "launches": dict(Counter(record.name for record in records)),
-        "report": str(fastconv.report(model)).splitlines()[-1:],
+        "converted": fastconv.report(model).summary,
     }
 
 
@@ -237,14 +231,15 @@ def _providers(work: Workload) -> dict[str, Callable[[], Callable[[], Any]]]:
         return work.step(work.converted(), work.input(dense))
 
     def compiled(model: nn.Module) -> Callable[[], Any]:
-        return work.step(torch.compile(model, backend=backend), work.input(dense))
+        model.compile(backend=backend)
+        return work.step(model, work.input(dense))
 
     return {
         YARDSTICK_PROVIDER: lambda: eager(dense),
         "fastconv": ours,
         "eager contiguous": lambda: eager(torch.contiguous_format),
-        "fastconv, CUDA graph": lambda: _graphed(ours()),
-        f"{YARDSTICK_PROVIDER}, CUDA graph": lambda: _graphed(eager(dense)),
+        "fastconv, CUDA graph": lambda: _Replay(ours()),
+        f"{YARDSTICK_PROVIDER}, CUDA graph": lambda: _Replay(eager(dense)),
         "torch.compile channels_last": lambda: compiled(work.fresh(dense)),
         "fastconv, torch.compile": lambda: compiled(work.converted()),
     }
@@ -300,10 +295,6 @@ class _Replay:
         return self.result
 
 
-def _graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    return _Replay(step)
-
-
 def _gpu_kernels(step: Callable[[], Any]) -> int | None:
     """Kernels the GPU ran in one step, copies and fills aside; None where the profiler does not work."""
     try:
@@ -329,7 +320,10 @@ def _take_statistics(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def _in_format(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    return model if memory_format == torch.contiguous_format else model.to(memory_format=memory_format)
+    # Contiguous is what every model is made in; asking for it would rearrange weights that are so on purpose.
+    if memory_format == torch.contiguous_format:
+        return model
+    return model.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's own stub
 
 
 def _float_leaves(output: Any) -> list[torch.Tensor]:

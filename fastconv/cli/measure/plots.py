@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastconv.cli.measure.results import Part
@@ -20,10 +19,9 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
         if plot is None or not _has_content(part):
             continue
         figure = Figure(figsize=(9, 5), layout="constrained")  # not pyplot: it would look for a display
-        axes = figure.subplots()
-        plot(axes, part)
+        plot(figure, part)
         mark = "DRY RUN: times mean nothing\n" if data["dry_run"] else ""
-        axes.set_title(f"{mark}{part['title']}\n{data['environment'].get('gpu') or 'no GPU'}", fontsize=10)
+        figure.suptitle(f"{mark}{part['title']}\n{data['environment'].get('gpu') or 'no GPU'}", fontsize=10)
         path = folder / f"{part['id']}.png"
         figure.savefig(path, dpi=150)
         written.append(path)
@@ -35,42 +33,41 @@ def _has_content(part: Part) -> bool:
     return timed is None or any(timed in row for row in part["rows"])
 
 
-def _training(axes: Axes, part: Part) -> None:
+def _training(figure: Figure, part: Part) -> None:
     plain, ours = part["losses"]["plain"], part["losses"]["fastconv"]
-    axes.plot(plain, label="PyTorch", linewidth=4, alpha=0.4)
-    axes.plot(ours, label="fastconv", linewidth=1)
-    axes.set(xlabel="step", ylabel="loss")
-    difference = axes.twinx()
-    difference.semilogy([max(abs(a - b), 1e-9) for a, b in zip(plain, ours, strict=True)], "k:", label="difference")
+    losses, difference = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    losses.plot(plain, label="PyTorch", linewidth=4, alpha=0.4)
+    losses.plot(ours, label="fastconv", linewidth=1)
+    losses.set(ylabel="loss")
+    losses.legend()
+    difference.plot([abs(a - b) for a, b in zip(plain, ours, strict=True)], "k.")
     difference.axhline(part["tolerance"], color="red", linewidth=0.5)
-    difference.set(ylabel="difference (red: allowed)", ylim=(1e-9, 1))
-    axes.legend(loc="upper right")
+    difference.set_yscale("symlog", linthresh=1e-8)
+    difference.set(xlabel="step", ylabel="difference")
 
 
-def _times(axes: Axes, part: Part) -> None:
+def _times(figure: Figure, part: Part) -> None:
+    axes = figure.subplots()
     rows = [row for row in part["rows"] if "step_ms" in row][::-1]
-    _bars(axes, [row["provider"] for row in rows], [row["step_ms"] for row in rows])
+    times = [row["step_ms"] for row in rows]
+    below = [time["median"] - time["p20"] for time in times]
+    above = [time["p80"] - time["median"] for time in times]
+    colours = ["tab:green" if row["provider"].startswith("fastconv") else "tab:gray" for row in rows]
+    names = [row["provider"] for row in rows]
+    axes.barh(names, [time["median"] for time in times], xerr=[below, above], color=colours, capsize=3)
     axes.set(xlabel="milliseconds a step (median, whiskers from the 20th to the 80th percentile)")
 
 
-def _bars(axes: Axes, names: list[str], times: list[dict[str, Any]]) -> None:
-    medians = [time["median"] for time in times]
-    below = [time["median"] - time["p20"] for time in times]
-    above = [time["p80"] - time["median"] for time in times]
-    colours = ["tab:green" if name.startswith("fastconv") else "tab:gray" for name in names]
-    axes.barh(names, medians, xerr=[below, above], color=colours, capsize=3)
-
-
-def _layers(axes: Axes, part: Part) -> None:
+def _layers(figure: Figure, part: Part) -> None:
+    axes = figure.subplots()
     for direction, marker in (("fprop", "o"), ("dgrad", "s"), ("wgrad", "^")):
         rows = [row for row in part["rows"] if row["direction"] == direction and "speed" in row]
-        axes.plot(
-            [row["flops"] / row["bytes"] for row in rows], [row["speed"] for row in rows], marker, label=direction
-        )
+        intensity = [row["flops"] / row["bytes"] for row in rows]
+        axes.plot(intensity, [row["speed"] for row in rows], marker, label=direction)
     axes.axhline(1, color="gray", linewidth=0.5)
     axes.axhline(part["target"], color="red", linewidth=0.5)
     axes.set(xscale="log", xlabel="FLOP per byte", ylabel="speed relative to cuDNN (red: the target)", ylim=(0, None))
     axes.legend()
 
 
-PLOTS: dict[str, Callable[[Axes, Part], None]] = {"training": _training, "time": _times, "layers": _layers}
+PLOTS: dict[str, Callable[[Figure, Part], None]] = {"training": _training, "time": _times, "layers": _layers}

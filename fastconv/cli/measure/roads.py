@@ -18,6 +18,7 @@ from fastconv.cli.measure.results import Part, Results
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject, load
 from fastconv.kernels import mend
+from fastconv.kernels.problem import DIRECTIONS
 
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)
@@ -80,7 +81,7 @@ def choose(wishes: Wishes) -> Road:
 
 def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     """One network on the GPU: whole, or layer by layer. ``wishes.dry_run``: the same on the CPU, with a tiny one."""
-    from fastconv.cli.measure import layers, network
+    from fastconv.cli.measure import ahead, layers, network
 
     started = time.monotonic()
     device = torch.device("cpu" if wishes.dry_run else "cuda")
@@ -90,7 +91,10 @@ def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
     torch.backends.cudnn.benchmark = True
     results = _open(out, wishes, screen)
+    directions = DIRECTIONS if wishes.layers or "train" in wishes.modes else DIRECTIONS[:1]
     with Progress(screen) as progress:
+        progress.begin("compiling", 1)
+        _put(ahead.compile_kernels(layers.distinct_layers(subject, dtype), directions, device), results, screen)
         if wishes.layers:
             deadline = started + wishes.limit
             _put(layers.host_time(device, deadline), results, screen)

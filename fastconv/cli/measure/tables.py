@@ -54,7 +54,7 @@ def _errors(part: Part) -> list[RenderableType]:
     lines: list[RenderableType] = [table]
     if len(part["rows"]) > SHOWN_TENSORS:
         lines.append(f"The worst {SHOWN_TENSORS} of {len(part['rows'])} tensors, by error over what is allowed.")
-    return [*lines, _launches(part["launches"])]
+    return [*lines, f"{part['converted']}. {_launches(part['launches'])}"]
 
 
 def _block(part: Part) -> list[RenderableType]:
@@ -97,7 +97,6 @@ def _layers(part: Part) -> list[RenderableType]:
     )
     for row in part["rows"]:
         ours, cudnn = row.get("fastconv_ms"), row.get("cudnn_ms")
-        tile = ", ".join(f"{name.removeprefix('BLOCK_')} {value}" for name, value in (row.get("tile") or {}).items())
         table.add_row(
             row["layer"],
             row["direction"],
@@ -108,7 +107,7 @@ def _layers(part: Part) -> list[RenderableType]:
             f"{ours['p20'] * 1e3:.1f}-{ours['p80'] * 1e3:.1f}" if ours else "",
             _number(row.get("noise"), ".1%"),
             _number(row.get("tflops"), ".0f"),
-            tile,
+            _tile(row.get("tile") or {}),
             row["reason"] or "",
         )
     lines: list[RenderableType] = [table]
@@ -134,6 +133,12 @@ def _host(part: Part) -> list[RenderableType]:
     return [table, f"Target: under {part['target_us']:.0f} microseconds."]
 
 
+def _compile(part: Part) -> list[RenderableType]:
+    if not part["kernels"]:
+        return []
+    return [f"{part['kernels']} distinct kernels on {part['threads']} threads in {part['seconds']:.1f} s."]
+
+
 def _compiler(part: Part) -> list[RenderableType]:
     return []
 
@@ -145,6 +150,7 @@ TABLES: dict[str, Callable[[Part], list[RenderableType]]] = {
     "time": _times,
     "layers": _layers,
     "host": _host,
+    "compile": _compile,
     "compiler": _compiler,
 }
 
@@ -154,6 +160,13 @@ def _table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in (0, len(columns) - 1) else "right")
     return table
+
+
+def _tile(config: dict[str, int]) -> str:
+    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into."""
+    short = {"num_warps": "w", "num_stages": "s", "SPLITS": "/"}
+    named = ((short.get(name, name.removeprefix("BLOCK_")), value) for name, value in config.items())
+    return " ".join(f"{name}{value}" for name, value in named)
 
 
 def _right(row: dict[str, Any]) -> Text:
