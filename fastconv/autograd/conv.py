@@ -63,11 +63,25 @@ def _fprop(
         _fall_back("conv_fprop", reason)
     rank = len(stride)
     if padding[:rank] != padding[rank:]:
-        sides = [side for axis in range(rank - 1, -1, -1) for side in (padding[axis], padding[axis + rank])]
-        x, padding = torch.nn.functional.pad(x, sides), [0] * rank
+        x, padding = torch.nn.functional.pad(x, _pad_argument(padding)), [0] * rank
     return torch.convolution(
         x, weight, bias, stride, padding[:rank], dilation, transposed=False, output_padding=[0] * rank, groups=groups
     )
+
+
+def _pad_argument(padding: Sequence[int]) -> list[int]:
+    """Leading sides, then trailing ones, in the order of torch.nn.functional.pad: last axis first."""
+    rank = len(padding) // 2
+    return [side for axis in reversed(range(rank)) for side in (padding[axis], padding[axis + rank])]
+
+
+def _both_sides(padding, x_size, dy_size, filter_size, stride, dilation) -> tuple[int, ...]:
+    """Leading sides, then the trailing ones with which fprop maps ``x_size`` to ``dy_size``; these may be negative."""
+    after = [
+        (p - 1) * s + d * (r - 1) + 1 - h - before
+        for before, h, p, r, s, d in zip(padding, x_size, dy_size, filter_size, stride, dilation, strict=True)
+    ]
+    return (*padding, *after)
 
 
 def _fprop_fake(x, weight, bias, stride, padding, dilation, groups):
@@ -77,13 +91,6 @@ def _fprop_fake(x, weight, bias, stride, padding, dilation, groups):
     )
     channels_last = is_channels_last(x.shape, x.stride()) or is_channels_last(weight.shape, weight.stride())
     return x.new_empty_strided(problem.output_shape, strides_like(problem.output_shape, channels_last))
-
-
-def _backward_op(dy, x, weight, stride, padding, dilation, groups, mask):
-    rank = len(stride)
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, [0] * rank, groups, mask
-    )
 
 
 def _dgrad(
@@ -103,9 +110,13 @@ def _dgrad(
         )
     except kernels.Uncovered as reason:
         _fall_back("conv_dgrad", reason)
+    # PyTorch's backward knows padding alike on both sides: it gets the padded input, whose gradient is cropped.
     shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
-    x = dy.new_empty(1).expand(shape)
-    dx = _backward_op(dy, x, weight, stride, padding, dilation, groups, [True, False, False])[0]
+    sides = _pad_argument(_both_sides(padding, input_size, dy.shape[2:], weight.shape[2:], stride, dilation))
+    x = torch.nn.functional.pad(dy.new_empty(shape), sides)
+    dx = torch.nn.functional.pad(
+        _pytorch_backward(dy, x, weight, stride, dilation, groups, 0), [-side for side in sides]
+    )
     if bias is not None:
         dx += bias.view(-1, *(1,) * len(input_size))
     return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
@@ -134,9 +145,18 @@ def _wgrad(
     except kernels.Uncovered as reason:
         _fall_back("conv_wgrad", reason)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
-    weight = x.new_empty(1).expand(shape)
-    dw = _backward_op(dy, x, weight, stride, padding, dilation, groups, [False, True, False])[1]
+    x = torch.nn.functional.pad(
+        x, _pad_argument(_both_sides(padding, x.shape[2:], dy.shape[2:], filter_size, stride, dilation))
+    )
+    dw = _pytorch_backward(dy, x, x.new_empty(shape), stride, dilation, groups, 1)
     return dw.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dw)
+
+
+def _pytorch_backward(dy, x, weight, stride, dilation, groups, wanted) -> Tensor:
+    """PyTorch's gradient of the input (``wanted`` 0) or the weight (1) of a convolution without padding."""
+    rank, mask = len(stride), [wanted == 0, wanted == 1, False]
+    arguments = stride, [0] * rank, dilation, False, [0] * rank, groups, mask
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *arguments)[wanted]
 
 
 def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, channels_last):
@@ -257,15 +277,6 @@ class Conv(Function):
         dx = conv_transpose(dy, weight, None, input_size, *ctx.arguments, dx_format) if need_x else None
         dw = weight_gradient(x, dy, filter_size, *ctx.arguments, dw_format) if need_weight else None
         return dx, dw, bias_gradient(dy) if need_bias else None, None, None, None, None
-
-
-def _both_sides(padding, x_size, dy_size, filter_size, stride, dilation):
-    """Leading sides, then the trailing ones with which fprop maps ``x_size`` to ``dy_size``; these may be negative."""
-    after = [
-        (p - 1) * s + d * (r - 1) + 1 - h - before
-        for before, h, p, r, s, d in zip(padding, x_size, dy_size, filter_size, stride, dilation, strict=True)
-    ]
-    return [*padding, *after]
 
 
 class ConvTranspose(Function):
