@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastconv import functional, nn
-    from fastconv.convert import convert, explain, report, revert
+    from fastconv.convert import convert, report, revert
+    from fastconv.explain import explain
     from fastconv.settings import settings
 
 __version__ = "0.1.0"
@@ -22,7 +23,7 @@ __all__ = ["convert", "explain", "functional", "nn", "report", "revert", "settin
 
 _FUNCTIONS = {
     "convert": "fastconv.convert",
-    "explain": "fastconv.convert",
+    "explain": "fastconv.explain",
     "report": "fastconv.convert",
     "revert": "fastconv.convert",
     "settings": "fastconv.settings",

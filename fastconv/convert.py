@@ -1,0 +1,210 @@
+"""Swaps a model's convolution layers for fastconv's, and back, and says what was left and why.
+
+A layer is swapped by a change of its ``__class__``: it stays the same object, with its parameters, hooks, names and
+everything that refers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastconv import nn
+from fastconv.kernels.dispatch import Plan
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+Rule = str | type[torch.nn.Module]
+
+_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_SCRIPTED = {theirs.__name__ for theirs in _OURS}
+# Each with the axes of the weights it is for; None: any.
+_FORMATS = {torch.contiguous_format: None, torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution layer of a model.
+
+    ``reason`` says why PyTorch's own op computes it; None: fastconv's kernels do. ``plans``, which ``explain`` fills
+    in, hold what serves each problem that the layer was called with: forward, then the gradients that are needed.
+    """
+
+    name: str  # "" where the model itself is the layer
+    kind: str
+    reason: str | None
+    plans: tuple[Plan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report`` and ``explain`` find; ``str()`` is a table whose last line sums it up."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def replaced(self) -> list[str]:
+        """The names of the layers that fastconv's kernels compute."""
+        return [layer.name for layer in self.layers if layer.reason is None]
+
+    @property
+    def left(self) -> list[tuple[str, str]]:
+        """The name of each layer that PyTorch's own op computes, and why."""
+        return [(layer.name, layer.reason) for layer in self.layers if layer.reason is not None]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "nothing to convert: the model has no convolution layers"
+        rows = [["layer", "kind", "served by", ""]]
+        rows += [
+            [layer.name or "(the model)", layer.kind, "PyTorch" if layer.reason else "fastconv", layer.reason or ""]
+            for layer in self.layers
+        ]
+        return f"{table(rows)}\n{self.summary}"
+
+    @property
+    def summary(self) -> str:
+        return f"{len(self.replaced)} of {len(self.layers)} convolution layers on fastconv's kernels"
+
+
+def convert(
+    model: Model,
+    *,
+    memory_format: torch.memory_format | None = None,
+    include: Rule | Iterable[Rule] | None = None,
+    exclude: Rule | Iterable[Rule] | None = None,
+) -> Model:
+    """Make ``model``'s convolution layers fastconv's, in place, and return it; ``report`` tells which are left and why.
+
+    include, exclude: names as in ``named_modules()``, with wildcards (``"layer4"``, ``"*.conv1"``), and types of
+    modules; one or an iterable. Each speaks for the modules below as well; ``exclude`` wins. A shared layer is
+    converted once and stays shared; one that has several names is taken by any.
+
+    memory_format: torch.channels_last converts the weights of the replaced 2-d layers, torch.channels_last_3d those of
+    3-d ones, torch.contiguous_format all; weights that a lazy layer does not have yet stay out.
+
+    Only instances of exactly torch.nn's classes are taken: subclassed, parametrised, scripted and quantised layers, and
+    those with a forward of their own, are left as they are. Raises TypeError and ValueError on arguments like none of
+    these, among them a name that no module has.
+    """
+    if memory_format is not None and memory_format not in _FORMATS:
+        known = ", ".join(map(str, _FORMATS))
+        raise (ValueError if isinstance(memory_format, torch.memory_format) else TypeError)(
+            f"convert: memory_format must be one of {known}, but got {memory_format!r}"
+        )
+    layers = [layer for _, layer in convolutions(model) if reason_against(layer) is None]
+    chosen = _chosen(model, include, exclude)
+    for layer in layers:
+        if layer not in chosen:
+            continue
+        layer.__class__ = _OURS.get(type(layer), type(layer))
+        weight = layer._parameters.get("weight")
+        if memory_format is None or weight is None or is_lazy(weight):
+            continue
+        if _FORMATS[memory_format] in (None, weight.dim()):
+            weight.data = weight.data.to(memory_format=memory_format)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Make fastconv's layers torch.nn's again, in place, and return ``model``.
+
+    Weights keep their memory format. Layers subclassed or parametrised since stay as they are.
+    """
+    for _, layer in convolutions(model):
+        layer.__class__ = _THEIRS.get(type(layer), type(layer))
+    return model
+
+
+def report(model: torch.nn.Module) -> Report:
+    """Which convolution layers of ``model`` are fastconv's, and which are not and why; each once, by its first name."""
+    return Report(
+        tuple(
+            Layer(name, kind(layer), reason_against(layer) or ("not converted" if type(layer) in _OURS else None))
+            for name, layer in convolutions(model)
+        )
+    )
+
+
+def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The layers of ``model`` that are convolutions, whoever computes them."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd) or _quantised(module) or kind(module) in _SCRIPTED:
+            yield name, module
+
+
+def kind(layer: torch.nn.Module) -> str:
+    """The name of a layer's class; of a scripted or traced one, of the class it was made from."""
+    return getattr(layer, "original_name", None) or type(layer).__name__
+
+
+def reason_against(layer: torch.nn.Module) -> str | None:
+    """Why ``convert`` leaves a convolution layer alone; None for what is fastconv's or can become so."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "scripted"
+    if _quantised(layer):
+        return "quantised"
+    if isinstance(layer, tuple(_THEIRS)):
+        return None
+    if is_parametrized(layer):
+        return f"parametrised: {', '.join(layer.get_submodule('parametrizations')._modules)}"
+    if type(layer) not in _OURS:
+        return f"a class of its own: {type(layer).__module__}.{type(layer).__qualname__}"
+    if {"forward", "_conv_forward"} & set(vars(layer)):
+        return "a forward of its own"
+    # What the older weight_norm, spectral_norm and prune leave behind: hooks that set a plain attribute.
+    computed = [name for name in ("weight", "bias") if name not in layer._parameters]
+    if computed:
+        hooks = ", ".join(type(hook).__name__ for hook in layer._forward_pre_hooks.values())
+        return f"parametrised: {', '.join(computed)}, set before each forward by {hooks}"
+    return None
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of as many cells each, as aligned text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _quantised(module: torch.nn.Module) -> bool:
+    """Whether it is one of ``torch.ao.nn``'s convolutions, told by name, so that the package is not imported."""
+    return any(
+        base.__module__.startswith("torch.ao.nn.") and "conv" in base.__module__ for base in type(module).__mro__
+    )
+
+
+def _chosen(
+    model: torch.nn.Module, include: Rule | Iterable[Rule] | None, exclude: Rule | Iterable[Rule] | None
+) -> set[torch.nn.Module]:
+    """The modules that ``include`` and ``exclude`` leave to be converted."""
+    everything = set(model.modules())
+    chosen = everything if include is None else _named("include", include, model)
+    return chosen if exclude is None else chosen - _named("exclude", exclude, model)
+
+
+def _named(argument: str, rules: Rule | Iterable[Rule], model: torch.nn.Module) -> set[torch.nn.Module]:
+    """The modules that one of ``rules`` names, and those below."""
+    if isinstance(rules, str | type) or not isinstance(rules, Iterable):
+        rules = (rules,)
+    named: set[torch.nn.Module] = set()
+    for rule in rules:
+        if isinstance(rule, str):
+            found = [m for name, m in model.named_modules(remove_duplicate=False) if fnmatchcase(name, rule)]
+            if not found:
+                raise ValueError(f"convert: {argument}={rule!r} names no module of the model")
+        elif isinstance(rule, type) and issubclass(rule, torch.nn.Module):
+            found = [m for m in model.modules() if isinstance(m, rule)]
+        else:
+            raise TypeError(f"convert: {argument} takes names and types of modules, but got {rule!r}")
+        for module in found:
+            named.update(module.modules())
+    return named
