@@ -15,6 +15,7 @@ from fastconv.cli.measure.clock import reason
 from fastconv.cli.measure.layers import Layer
 from fastconv.cli.measure.results import Part
 from fastconv.kernels import dispatch, mend
+from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.launch import Launch
 
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
@@ -46,6 +47,8 @@ def distinct_launches(layers: list[Layer], directions: tuple[str, ...], gpu: Gpu
         for layer in layers
         for direction in directions
         if direction != "dgrad" or layer.needs_dgrad
-        for launch in dispatch.plan(direction, layer.problem, gpu).launches
+        for launch in dispatch.plan(
+            direction, layer.problem, gpu, Layout(bias=layer.bias and direction == "fprop")
+        ).launches
     )
     return list({launch.compile_key: launch for launch in launches}.values())

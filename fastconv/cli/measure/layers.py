@@ -34,8 +34,9 @@ class Layer:
     """A distinct convolution of a network: how often it occurs, and whether its input needs a gradient."""
 
     problem: ConvProblem
-    count: int
+    bias: bool
     needs_dgrad: bool
+    count: int
 
 
 def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
@@ -44,7 +45,7 @@ def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
     Left out: transposed convolutions, subclasses, padding modes other than zeros and sides padded unequally, which
     aten's own operator does not take.
     """
-    found: Counter[tuple[ConvProblem, bool]] = Counter()
+    found: Counter[tuple[ConvProblem, bool, bool]] = Counter()
 
     def note(conv: _ConvNd, inputs: tuple[torch.Tensor, ...]) -> None:
         # What _ConvNd resolves 'same' to: innermost axis first, both sides of each.
@@ -59,14 +60,14 @@ def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
         problem = conv_problem(
             x.shape, conv.weight.shape, None, conv.stride, padding, conv.dilation, conv.groups, dtype
         )
-        found[problem, x.requires_grad] += 1
+        found[problem, conv.bias is not None, x.requires_grad] += 1
 
     model = copy.deepcopy(subject.model).to("meta")
     for module in model.modules():
         if isinstance(module, _ConvNd):
             module.register_forward_pre_hook(note)
     model(torch.empty(subject.input_shape, device="meta"))
-    layers = [Layer(problem, count, needs_dgrad) for (problem, needs_dgrad), count in found.items()]
+    layers = [Layer(*key, count) for key, count in found.items()]
     return sorted(layers, key=lambda layer: -layer.count * layer.problem.flops)
 
 
