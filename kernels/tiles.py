@@ -20,10 +20,9 @@ def _matrix_tile(rows: str, columns: str, depth: str) -> Callable[[Config], str 
 
     def valid(config: Config) -> str | None:
         elements = config[rows] * config[columns] // (32 * config["num_warps"])
-        if elements > 64:
-            return f"{elements} accumulators a thread leave too few registers for addresses"
-        if elements < 16:
-            return f"{elements} accumulators a thread are too little work for {config['num_warps']} warps"
+        # Addresses take as many registers as accumulators: eight warps hold 128x64 in half of what four need each.
+        if not 16 <= elements <= (32 if config["num_warps"] == 4 else 128):
+            return f"{elements} accumulators a thread do not suit {config['num_warps']} warps"
         if config["num_stages"] != (3 if config[depth] > 32 else 4):
             return "copies in flight for another step size"
         return None
@@ -40,7 +39,7 @@ GATHER = Space(
     "conv_gather",
     {
         "BLOCK_M": (128, 64),
-        "BLOCK_K": (128, 64, 32),
+        "BLOCK_K": (128, 64, 32, 256),
         "BLOCK_C": (64, 32),
         "num_warps": (4, 8),
         "num_stages": (3, 4),

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import hypothesis
 import pytest
+
+# Tests measure no time; a first call that imports or interprets is slow by right.
+hypothesis.settings.register_profile("fastconv", deadline=None)
+hypothesis.settings.load_profile("fastconv")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,129 @@
+"""The tile function: declared spaces, a cost model that knows the GPU, one answer per problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fastconv.autotune import Space, Work, choose, gpu_named, known_gpus, predict
+from fastconv.autotune.choose import RESOLUTION
+from fastconv.autotune.cost_model import occupancy_of
+from fastconv.autotune.gpus import B200, H100, H200, INTERPRETER, describe
+
+WORK = Work(
+    programs=1000,
+    steps=10,
+    step_flops=2 * 128 * 128 * 64,
+    step_elements=256 * 64,
+    step_bytes=256 * 64 * 2,
+    dram_bytes=10**8,
+    shared_memory=96 << 10,
+    registers=128,
+    warps=8,
+    stages=3,
+    matrix_share=1.0,
+)
+
+
+def seconds(gpu: Any = H200, **changes: Any) -> float:
+    prediction = predict(dataclasses.replace(WORK, **changes), gpu)
+    assert prediction is not None
+    return prediction.seconds
+
+
+def test_space_holds_what_is_valid() -> None:
+    space = Space("s", {"A": (1, 2), "B": (3, 4)}, lambda config: "no" if config["A"] + config["B"] == 5 else None)
+    assert list(space) == [{"A": 1, "B": 3}, {"A": 2, "B": 4}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "worse"),
+    [
+        ({}, {"programs": 2000}),
+        ({}, {"steps": 20}),
+        ({"step_bytes": 1024}, {"matrix_share": 0.5}),
+        ({"step_bytes": 1024, "matrix_share": 0.5}, {"matrix_share": 0.0}),
+        ({}, {"dram_bytes": 10**10}),
+        ({}, {"step_bytes": 2**20}),
+        ({}, {"extra_bytes": 10**8}),
+        ({"programs": 264, "dram_bytes": 0}, {"programs": 265}),
+    ],
+    ids=str,
+)
+def test_more_work_takes_longer(changes: dict[str, Any], worse: dict[str, Any]) -> None:
+    assert seconds(**changes) < seconds(**{**changes, **worse})
+
+
+def test_bounds_are_named() -> None:
+    def bound(**changes: Any) -> str:
+        prediction = predict(dataclasses.replace(WORK, **changes), H200)
+        assert prediction is not None
+        return prediction.bound
+
+    assert bound(dram_bytes=10**11) == "DRAM"
+    assert bound(step_bytes=2**24) == "L2"
+    assert bound(step_flops=2**32) == "matrix"
+    assert bound(programs=1, steps=1, dram_bytes=0) == "latency"
+
+
+def test_what_does_not_fit_is_not_predicted() -> None:
+    assert predict(dataclasses.replace(WORK, shared_memory=228 << 10), H200) is None
+    assert predict(dataclasses.replace(WORK, registers=256), H200) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "programs"),
+    [({}, 2), ({"registers": 255}, 1), ({"shared_memory": 32 << 10, "registers": 64}, 4), ({"warps": 16}, 1)],
+    ids=str,
+)
+def test_occupancy(changes: dict[str, int], programs: int) -> None:
+    assert occupancy_of(dataclasses.replace(WORK, **changes), H200) == programs
+
+
+def test_faster_gpus_are_predicted_faster() -> None:
+    assert seconds(B200) < seconds(H200) <= seconds(H100)
+
+
+def test_choose_takes_the_first_within_the_models_resolution_and_asks_once() -> None:
+    asked: list[int] = []
+    space = Space("first within", {"STEPS": (100, 10, 11)})
+
+    def work(config: Any) -> Work:
+        asked.append(config["STEPS"])
+        return dataclasses.replace(WORK, steps=config["STEPS"], dram_bytes=0)
+
+    assert seconds(steps=11, dram_bytes=0) < (1 + RESOLUTION) * seconds(steps=10, dram_bytes=0)
+    for _ in range(2):
+        choice = choose(space, "a problem", work, H200)
+        assert choice.config == {"STEPS": 10} and choice.source == "cost model"
+    assert asked == [100, 10, 11]
+    choose(space, "another problem", work, H200)
+    choose(space, "a problem", work, H100)
+    assert len(asked) == 9
+
+
+def test_choose_says_when_nothing_fits() -> None:
+    space = Space("too large", {"A": (1,)})
+    with pytest.raises(ValueError, match="'too large' fits the NVIDIA H200"):
+        choose(space, "a problem", lambda config: dataclasses.replace(WORK, shared_memory=1 << 30), H200)
+
+
+def test_interpreter_counts_programs_and_steps() -> None:
+    assert seconds(INTERPRETER, programs=1, steps=1) < seconds(INTERPRETER, programs=2, steps=1)
+    assert seconds(INTERPRETER, programs=1, steps=1) < seconds(INTERPRETER, programs=1, steps=2)
+
+
+def test_gpus_by_name() -> None:
+    found = gpu_named("NVIDIA H100 80GB HBM3")
+    assert found is H100
+    assert gpu_named("NVIDIA GeForce RTX 4090") is None
+    assert all(gpu.source for gpu in known_gpus())
+
+
+def test_unknown_gpu_is_scaled_from_the_nearest_architecture() -> None:
+    gpu = describe("a half", 90, 66, 200 << 10, 25 << 20, None)
+    assert gpu.matrix_rate == H100.matrix_rate / 2 and gpu.shared_memory == 200 << 10
+    assert gpu.wgmma and gpu.tma and not gpu.tcgen05
+    assert "multiprocessors" in gpu.source
