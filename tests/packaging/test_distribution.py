@@ -16,7 +16,7 @@ import pytest
 import fastconv
 
 ROOT = Path(fastconv.__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "fastconv", "kernels", "autotune", "tests", "benchmarks")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "fastconv", "kernels", "autotune", "tests")
 
 if int(version("setuptools").split(".")[0]) < 77:
     pytest.skip("building needs setuptools 77, as pyproject.toml says", allow_module_level=True)
