@@ -1,0 +1,199 @@
+"""explain: the plans it names are those that run, PyTorch's share has its reasons, and the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastconv
+from fastconv import nn
+from fastconv.autotune.gpus import A100, H200
+from fastconv.kernels import mend
+from fastconv.kernels.dispatch import use_target
+from fastconv.kernels.launch import record
+
+DEVICE = "cpu" if mend.interpreting() else "cuda"
+pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+
+# name -> (layer, input, forward's further arguments)
+CALLS: dict[str, tuple[torch.nn.Module, tuple[int, ...], dict[str, Any]]] = {
+    "1-d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9), {}),
+    "uneven same": (nn.Conv2d(4, 6, (2, 4), padding="same"), (2, 4, 5, 6), {}),
+    "valid": (nn.Conv2d(4, 6, 3, padding="valid"), (2, 4, 5, 6), {}),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="reflect"), (2, 4, 5, 6), {}),
+    "uneven same circular": (nn.Conv2d(4, 6, (2, 4), padding="same", padding_mode="circular"), (2, 4, 5, 6), {}),
+    "grouped, unbatched": (nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 5, 6), {}),
+    "3-d": (nn.Conv3d(4, 6, 2, stride=(1, 2, 1), dilation=2), (1, 4, 3, 5, 4), {}),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 3, 4), {}),
+    "transposed, output_size": (nn.ConvTranspose2d(4, 6, 3, stride=3), (2, 4, 3, 4), {"output_size": (10, 14)}),
+}
+
+
+class Call(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module, keywords: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer, self.keywords = layer, keywords
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, **self.keywords)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_planned_is_what_runs(name: str) -> None:
+    layer, shape, keywords = CALLS[name]
+    model = Call(layer, keywords).to(DEVICE)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    (found,) = fastconv.explain(model, x).layers
+    with record() as launches:
+        model(x).sum().backward()
+    forward, backward = ("dgrad", "fprop") if layer.transposed else ("fprop", "dgrad")
+    assert [plan.direction for plan in found.plans] == [forward, backward, "wgrad"]
+    planned = [(launch.name, launch.grid) for plan in found.plans for launch in plan.launches]
+    ran = [(entry.name, entry.launch.grid) for entry in launches if not entry.name.startswith("channel_sum")]
+    assert sorted(ran[: len(planned)]) == sorted(planned)
+    assert found.reason is None
+
+
+class Net(torch.nn.Module):
+    """Batch norm in training, a layer called with two sizes, one never called, one that stays PyTorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.twice = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.never = torch.nn.Conv2d(8, 8, 1)
+        self.theirs = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.dropout(self.norm(self.stem(x)))
+        return self.theirs(self.twice(self.twice(x)[..., ::2, ::2]))
+
+
+class Asks(Net):
+    """Needs the values of what it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if y.sum().item() > 0 else -y
+
+
+@pytest.mark.parametrize("model", [Net(), Asks()], ids=["without data", "on a copy"])
+@pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
+def test_layers_of_a_model(model: torch.nn.Module, converted: bool) -> None:
+    model = copy.deepcopy(model).to(DEVICE)
+    if converted:
+        fastconv.convert(model)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    explanation = fastconv.explain(model, torch.randn(2, 3, 9, 9).to(DEVICE))
+    stem, twice, never, theirs = explanation.layers
+    assert [plan.direction for plan in stem.plans] == ["fprop", "wgrad"]
+    assert stem.plans[0].problem.describe() == "N2 C3 9x9 -> K8 3x3 stride 2 float32"
+    assert [plan.problem.input_size for plan in twice.plans] == [(4, 4)] * 3 + [(2, 2)] * 3
+    assert [plan.direction for plan in twice.plans] == ["fprop", "dgrad", "wgrad"] * 2
+    assert {plan.family for plan in (*stem.plans, *twice.plans)} == {"gather"}
+    assert (never.plans, never.reason) == ((), None)
+    assert (theirs.plans, theirs.reason) == ((), "parametrised: weight")
+    assert explanation.left == [("theirs", "parametrised: weight")]
+    # And the model is what it was.
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    torch.set_rng_state(random)
+    assert type(model.stem) is (nn.Conv2d if converted else torch.nn.Conv2d)
+
+
+def test_random_numbers_are_not_used_up() -> None:
+    x = torch.randn(2, 3, 9, 9, device=DEVICE)
+    before = torch.get_rng_state()
+    for model in (Net(), Asks()):
+        model.to(DEVICE)
+        before = torch.get_rng_state()
+        fastconv.explain(model, x)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_needed_gradients() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)).to(DEVICE)
+    x = torch.randn(1, 3, 7, 7, device=DEVICE)
+
+    def directions() -> list[list[str]]:
+        return [[plan.direction for plan in layer.plans] for layer in fastconv.explain(model, x).layers]
+
+    assert directions() == [["fprop", "wgrad"], ["fprop", "dgrad", "wgrad"]]
+    model[1].weight.requires_grad_(False)
+    assert directions() == [["fprop", "wgrad"], ["fprop", "dgrad"]]
+    model.requires_grad_(False)
+    assert directions() == [["fprop"], ["fprop"]]
+    model.requires_grad_(True)
+    with torch.no_grad():
+        assert directions() == [["fprop"], ["fprop"]]
+
+
+def test_autocast() -> None:
+    model, x = torch.nn.Conv2d(3, 4, 3).to(DEVICE), torch.randn(1, 3, 7, 7, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        (layer,) = fastconv.explain(model, x).layers
+    assert {plan.problem.dtype for plan in layer.plans} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("gpu", [A100, H200], ids=lambda gpu: gpu.name)
+def test_table_for_a_gpu(gpu) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(64, 128, 3, padding=1), torch.nn.ReLU())
+    with use_target(gpu):
+        explanation = fastconv.explain(model.bfloat16().to(DEVICE), torch.randn(32, 64, 56, 56).bfloat16().to(DEVICE))
+    assert explanation.gpu == gpu.name
+    lines = str(explanation).splitlines()
+    assert lines[0].split() == ["layer", "kind", "problem", "pass", "kernel", "tile", "tile", "from", "MB", "predicted"]
+    assert "N32 C64 56x56 -> K128 3x3 padding 1 bfloat16" in lines[1] and " cost model " in lines[1]
+    assert " fprop " in lines[1] and " wgrad " in lines[2] and " us, bound by " in lines[1]
+    assert lines[3:] == [f"planned for the {gpu.name}", "1 of 1 convolution layers on fastconv's kernels"]
+
+
+def test_what_no_kernel_takes_has_its_reason() -> None:
+    x = torch.randn(1, 3, 7, 7, device=DEVICE, dtype=torch.float64)
+    explanation = fastconv.explain(nn.Conv2d(3, 4, 3, device=DEVICE, dtype=torch.float64), x)
+    assert explanation.left == [("", "torch.float64 is not one of float32, float16, bfloat16")]
+    assert "torch.float64 is not one of" in str(explanation) and explanation.gpu is None
+    groups = 65536
+    layer = nn.Conv1d(groups, groups, 1, groups=groups, bias=False, device=DEVICE)
+    explanation = fastconv.explain(layer, torch.randn(1, groups, 1, device=DEVICE))
+    assert explanation.left == [("", "65536 groups are more than a grid's second axis holds")]
+
+
+def test_a_cpu_without_the_interpreter_is_pytorchs() -> None:
+    command = (
+        "import torch, fastconv\n"
+        "explanation = fastconv.explain(fastconv.convert(torch.nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 5, 5))\n"
+        "print(explanation.left)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert out == "[('', 'its device is cpu (and TRITON_INTERPRET is not set)')]\n"
+
+
+def test_a_compiled_model_and_a_lazy_one() -> None:
+    x = torch.randn(1, 3, 7, 7, device=DEVICE)
+    compiled = torch.compile(torch.nn.Conv2d(3, 4, 3).to(DEVICE), backend="eager")
+    assert [len(layer.plans) for layer in fastconv.explain(compiled, x).layers] == [2]
+    lazy = torch.nn.Sequential(torch.nn.LazyConv2d(4, 3).to(DEVICE))
+    assert [len(layer.plans) for layer in fastconv.explain(lazy, x).layers] == [2]
+    assert type(lazy[0]) is torch.nn.LazyConv2d and lazy[0].has_uninitialized_params()
+
+
+def test_nothing_to_explain() -> None:
+    explanation = fastconv.explain(torch.nn.Linear(3, 4), torch.randn(1, 3))
+    assert str(explanation) == "nothing to convert: the model has no convolution layers"
+
+
+def test_the_models_own_error_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        fastconv.explain(torch.nn.Conv2d(3, 4, 3), torch.randn(1, 2, 5, 5))
