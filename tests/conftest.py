@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from importlib.metadata import version
 
 import hypothesis
 import pytest
@@ -10,6 +12,11 @@ import pytest
 # Tests measure no time; a first call that imports or interprets is slow by right.
 hypothesis.settings.register_profile("fastconv", deadline=None)
 hypothesis.settings.load_profile("fastconv")
+
+
+def pytest_report_header() -> str:
+    mode = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "numpy")) + f", kernels {mode}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
