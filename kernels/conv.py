@@ -19,7 +19,9 @@ from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.layout import (
     contiguous_channels,
     dense_channels_last,
+    even_pixels,
     is_channels_last,
+    linear_stride,
     pixel_strides,
     strides_like,
 )
@@ -213,7 +215,7 @@ def _prepare_wgrad(
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     problem = _gradient_problem(dy, tuple(x.shape[1:]), shape, stride, padding, dilation, groups)
     strides = strides_like(shape, channels_last)
-    copies = (contiguous_channels(x.shape, x.stride()), contiguous_channels(dy.shape, dy.stride()))
+    copies = (contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride()))
     if not problem.batch:
         return Call(copies, (), shape, strides)
     layout = Layout(
@@ -233,14 +235,14 @@ def channel_sum(x: torch.Tensor) -> torch.Tensor:
 
 def _prepare_channel_sum(gpu: Gpu, operands, bias) -> Call:
     (x,) = operands
-    n, k, *size = x.shape
-    copies = (contiguous_channels(x.shape, x.stride()),)
+    k = x.shape[1]
+    copies = (even_pixels(x.shape, x.stride()),)
     if not x.numel():
         return Call(copies, (), (k,), (1,))
-    shape = (n, k, *(1,) * (3 - len(size)), *size)
-    choice = channel_sum_tile(x.numel() // k, k, x.element_size(), gpu)
-    strides = pixel_strides(x.shape, copies[0] or x.stride())
-    launches = reduce.channel_sum(shape, strides, x.dtype, choice.config)
+    pixels = x.numel() // k
+    stride = linear_stride(x.shape, pixel_strides(x.shape, copies[0] or x.stride()))
+    choice = channel_sum_tile(pixels, k, x.element_size(), gpu)
+    launches = reduce.channel_sum(pixels, k, stride, x.dtype, choice.config)
     return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 

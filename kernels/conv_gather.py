@@ -24,6 +24,7 @@ import triton.language as tl
 from fastconv.autotune import Config
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
+from fastconv.kernels.pixels import in_elements
 from fastconv.kernels.problem import ConvProblem
 
 
@@ -85,32 +86,13 @@ def conv_gather_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C *= VEC_C
-    x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
-        x_stride_n * VEC_C,
-        x_stride_d * VEC_C,
-        x_stride_h * VEC_C,
-        x_stride_w * VEC_C,
-    )
     K *= VEC_K
-    y_stride_n, y_stride_d, y_stride_h, y_stride_w = (
-        y_stride_n * VEC_K,
-        y_stride_d * VEC_K,
-        y_stride_h * VEC_K,
-        y_stride_w * VEC_K,
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w = in_elements(
+        x_stride_n, x_stride_d, x_stride_h, x_stride_w, VEC_C, WIDE
     )
-    if WIDE:
-        x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
-            x_stride_n.to(tl.int64),
-            x_stride_d.to(tl.int64),
-            x_stride_h.to(tl.int64),
-            x_stride_w.to(tl.int64),
-        )
-        y_stride_n, y_stride_d, y_stride_h, y_stride_w = (
-            y_stride_n.to(tl.int64),
-            y_stride_d.to(tl.int64),
-            y_stride_h.to(tl.int64),
-            y_stride_w.to(tl.int64),
-        )
+    y_stride_n, y_stride_d, y_stride_h, y_stride_w = in_elements(
+        y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC_K, WIDE
+    )
 
     # Channel tiles fastest, so that x comes from DRAM once; then phases, which share their source pixels.
     pid = tl.program_id(0)

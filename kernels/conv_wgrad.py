@@ -15,33 +15,16 @@ import triton.language as tl
 from fastconv.autotune import Config
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
+from fastconv.kernels.layout import Strides, dense_strides, linear_stride, pointer_type, vector, wide
+from fastconv.kernels.pixels import advance, in_elements, unravel
 from fastconv.kernels.problem import ConvProblem
-from fastconv.kernels.reduce import split_sum, unravel
-
-
-@triton.jit
-def advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK: tl.constexpr):
-    """Add an unravelled number of pixels to unravelled pixels: carries instead of divisions."""
-    q += q_step
-    carry = q >= Q
-    q = tl.where(carry, q - Q, q)
-    p += p_step + carry.to(tl.int32)
-    carry = p >= P
-    p = tl.where(carry, p - P, p)
-    if RANK == 3:
-        o += o_step + carry.to(tl.int32)
-        carry = o >= O
-        o = tl.where(carry, o - O, o)
-    n += n_step + carry.to(tl.int32)
-    return n, o, p, q
+from fastconv.kernels.reduce import split_sum
 
 
 @triton.jit(
     do_not_specialize=[
         "N", "D", "H", "W", "C", "O", "P", "Q", "K", "T", "R", "S",
-        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w",
-        "dy_stride_n", "dy_stride_d", "dy_stride_h", "dy_stride_w",
+        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "dy_stride",
         "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
         "dilation_d", "dilation_h", "dilation_w", "splits",
     ]
@@ -56,7 +39,7 @@ def conv_wgrad_kernel(
     K,  # output channels of a group, in units of VEC_K
     T, R, S,
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
-    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w,  # in units of VEC_K
+    dy_stride,  # of its pixels, which lie at even distances, in units of VEC_K
     stride_d, stride_h, stride_w,
     padding_d, padding_h, padding_w,
     dilation_d, dilation_h, dilation_w,
@@ -64,7 +47,7 @@ def conv_wgrad_kernel(
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
     RANK: tl.constexpr,
-    POINTWISE: tl.constexpr,  # one tap, never outside x
+    LINEAR: tl.constexpr,  # one tap, which meets the pixels of x in order and at even distances
     FLAT: tl.constexpr,  # few channels: a tile's columns are (tap, channel) pairs, not channels of one tap
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -74,32 +57,13 @@ def conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,  # pixels of a step
 ):  # fmt: skip
     C *= VEC_C
-    x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
-        x_stride_n * VEC_C,
-        x_stride_d * VEC_C,
-        x_stride_h * VEC_C,
-        x_stride_w * VEC_C,
-    )
     K *= VEC_K
-    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w = (
-        dy_stride_n * VEC_K,
-        dy_stride_d * VEC_K,
-        dy_stride_h * VEC_K,
-        dy_stride_w * VEC_K,
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w = in_elements(
+        x_stride_n, x_stride_d, x_stride_h, x_stride_w, VEC_C, WIDE
     )
+    dy_stride *= VEC_K
     if WIDE:
-        x_stride_n, x_stride_d, x_stride_h, x_stride_w = (
-            x_stride_n.to(tl.int64),
-            x_stride_d.to(tl.int64),
-            x_stride_h.to(tl.int64),
-            x_stride_w.to(tl.int64),
-        )
-        dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w = (
-            dy_stride_n.to(tl.int64),
-            dy_stride_d.to(tl.int64),
-            dy_stride_h.to(tl.int64),
-            dy_stride_w.to(tl.int64),
-        )
+        dy_stride = dy_stride.to(tl.int64)
 
     # Tiles of one split are neighbours: they read the same pixels.
     taps = T * R * S
@@ -129,8 +93,6 @@ def conv_wgrad_kernel(
         tap_d = tap // (R * S) * dilation_d - padding_d
         x_column += tap_d * x_stride_d
     x_tile = x_ptr + x_column[None, :]
-    # [BLOCK_K, pixels] as the product wants it: a tl.trans here would keep sm_80 from copying it asynchronously.
-    dy_tile = dy_ptr + (group * K + offs_k)[:, None]
 
     # This split's share of the pixels, in whole steps; the last shares may be empty.
     pixels = N * P * Q
@@ -140,49 +102,51 @@ def conv_wgrad_kernel(
     share = tl.cdiv(steps, splits)
     first = split * share
     steps = tl.minimum(steps - first, share)
-    n, o, p, q = unravel(first * BLOCK_M + tl.arange(0, BLOCK_M), O, P, Q, RANK)
-    q_step = BLOCK_M % Q
-    p_step = BLOCK_M // Q % P
-    n_step = BLOCK_M // Q // P
-    o_step = 0
-    if RANK == 3:
-        o_step = n_step % O
-        n_step = n_step // O
+    m = first * BLOCK_M + tl.arange(0, BLOCK_M)
+    # [BLOCK_K, pixels] as the product wants it: a tl.trans here would keep sm_80 from copying it asynchronously.
+    dy_tile = dy_ptr + (group * K + offs_k)[:, None] + (m * dy_stride)[None, :]
+    if LINEAR:
+        x_tile += (m * x_stride_w)[:, None]
+    else:
+        n, o, p, q = unravel(m, O, P, Q, RANK)
+        n_step, o_step, p_step, q_step = unravel(BLOCK_M, O, P, Q, RANK)
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
     # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
     if steps > 0:
         for _ in range(steps):
-            mask_m = n < N
-            x_h = p * stride_h
-            x_w = q * stride_w
-            x_row = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
-            dy_row = n * dy_stride_n + p * dy_stride_h + q * dy_stride_w
-            if RANK == 3:
-                x_d = o * stride_d
-                x_row += x_d * x_stride_d
-                dy_row += o * dy_stride_d
-            if FLAT:
-                h = x_h[:, None] + tap_h[None, :]
-                w = x_w[:, None] + tap_w[None, :]
-                mask = mask_m[:, None] & mask_c[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                if RANK == 3:
-                    d = x_d[:, None] + tap_d[None, :]
-                    mask = mask & (d >= 0) & (d < D)
+            mask_m = m < pixels
+            if LINEAR:
+                b = tl.load(x_tile, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+                x_tile += BLOCK_M * x_stride_w
             else:
-                mask_row = mask_m
-                if not POINTWISE:
+                x_h = p * stride_h
+                x_w = q * stride_w
+                x_row = n * x_stride_n + x_h * x_stride_h + x_w * x_stride_w
+                if RANK == 3:
+                    x_d = o * stride_d
+                    x_row += x_d * x_stride_d
+                if FLAT:
+                    h = x_h[:, None] + tap_h[None, :]
+                    w = x_w[:, None] + tap_w[None, :]
+                    mask = mask_m[:, None] & mask_c[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    if RANK == 3:
+                        d = x_d[:, None] + tap_d[None, :]
+                        mask = mask & (d >= 0) & (d < D)
+                else:
                     h = x_h + tap_h
                     w = x_w + tap_w
-                    mask_row = mask_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    mask_row = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                     if RANK == 3:
                         d = x_d + tap_d
                         mask_row = mask_row & (d >= 0) & (d < D)
-                mask = mask_row[:, None] & mask_c[None, :]
-            b = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
-            a = tl.load(dy_tile + dy_row[None, :], mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+                    mask = mask_row[:, None] & mask_c[None, :]
+                b = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
+                n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
+            a = tl.load(dy_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
+            m += BLOCK_M
+            dy_tile += BLOCK_M * dy_stride
 
     k = group * K + offs_k
     if CHANNELS_LAST:
@@ -204,15 +168,21 @@ def conv_wgrad(
 ) -> tuple[Launch, ...]:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
-    Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
+    Strides in elements, channels_last-dense unless given; those of dy must be even (`linear_stride`). ``channels_last``
+    is the layout of dw, which is dense.
     """
     lifted = problem.lifted
     _, _, *x_size = lifted.input_shape
     _, _, *dy_size = lifted.output_shape
     x_strides = x_strides or dense_strides(lifted.input_shape)
     dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    x_stride, dy_stride = linear_stride(lifted.input_shape, x_strides), linear_stride(lifted.output_shape, dy_strides)
+    assert dy_stride is not None, "the launcher copies such a dy"
+    linear = problem.taps == 1 and not problem.padded("wgrad") and set(problem.stride) == {1} and x_stride is not None
+    if linear:
+        x_strides = (0, 0, 0, x_stride)
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, *dy_strides)
+    vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, dy_stride)
     pairs = flat(problem.taps, c)
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     columns = (
@@ -232,7 +202,7 @@ def conv_wgrad(
             k // vec_k,
             *lifted.filter_size,
             *(stride // vec_c for stride in x_strides),
-            *(stride // vec_k for stride in dy_strides),
+            dy_stride // vec_k,
             *lifted.stride,
             *lifted.padding,
             *lifted.dilation,
@@ -242,7 +212,7 @@ def conv_wgrad(
             "VEC_C": vec_c,
             "VEC_K": vec_k,
             "RANK": max(problem.rank, 2),
-            "POINTWISE": problem.taps == 1 and not problem.padded("wgrad"),
+            "LINEAR": linear,
             "FLAT": pairs,
             "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
             "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),

@@ -71,6 +71,29 @@ def dense_channels_last(shape: Sequence[int], strides: Sequence[int]) -> tuple[i
     return None if same else dense
 
 
+def linear_stride(shape: Sequence[int], strides: Strides) -> int | None:
+    """The one distance between neighbouring pixels of [N, C, spatial], across rows and images; None: there is none."""
+    sizes = (shape[0], *(1,) * (5 - len(shape)), *shape[2:])
+    step, count = 0, 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if count == 1:
+            step = stride
+        elif stride != step * count:
+            return None
+        count *= size
+    return step
+
+
+def even_pixels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """None where channels are contiguous and all pixels lie at even distances, else the strides of such a copy."""
+    copy = contiguous_channels(shape, strides)
+    if copy is None and linear_stride(shape, pixel_strides(shape, strides)) is None:
+        copy = strides_like(shape, True)
+    return copy
+
+
 def vector(dtype: torch.dtype, channels: int, *strides: int) -> int:
     """The elements of a 16-byte load where channels and strides are multiples of it, else 1: two binaries, no more."""
     width = 16 // dtype.itemsize

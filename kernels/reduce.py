@@ -11,22 +11,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import Strides, pointer_type, vector, wide
-
-
-@triton.jit
-def unravel(index, O, P, Q, RANK: tl.constexpr):
-    """Pixel numbers -> (n, o, p, q)."""
-    q = index % Q
-    index = index // Q
-    p = index % P
-    n = index // P
-    if RANK == 3:
-        o = n % O
-        n = n // O
-    else:
-        o = tl.zeros_like(n)
-    return n, o, p, q
+from fastconv.kernels.layout import INT32_MAX, pointer_type, vector
 
 
 @triton.jit(do_not_specialize=["splits", "rows", "C", "taps"])
@@ -57,44 +42,35 @@ def split_sum_kernel(
     tl.store(out_ptr + index, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["N", "O", "P", "Q", "K", "stride_n", "stride_d", "stride_h", "stride_w", "splits"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["M", "K", "stride", "splits"])
 def channel_sum_kernel(
-    x_ptr,  # [N, O, P, Q, K]
+    x_ptr,  # [M, K]
     out_ptr,  # [splits, K]
-    N, O, P, Q,
+    M,  # pixels
     K,  # in units of VEC
-    stride_n, stride_d, stride_h, stride_w,  # in units of VEC
+    stride,  # between pixels, in units of VEC
     splits,
     VEC: tl.constexpr,
-    RANK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Sums over pixels, the bias's gradient: each program one share of the pixels, in steps of BLOCK_M, in order."""
     K *= VEC
-    stride_n, stride_d, stride_h, stride_w = stride_n * VEC, stride_d * VEC, stride_h * VEC, stride_w * VEC
+    stride *= VEC
     if WIDE:
-        stride_n, stride_d, stride_h, stride_w = (
-            stride_n.to(tl.int64),
-            stride_d.to(tl.int64),
-            stride_h.to(tl.int64),
-            stride_w.to(tl.int64),
-        )
+        stride = stride.to(tl.int64)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     split = tl.program_id(1)
-    steps = tl.cdiv(N * O * P * Q, BLOCK_M)
+    steps = tl.cdiv(M, BLOCK_M)
     share = tl.cdiv(steps, splits)
     first = split * share
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for step in range(first, tl.minimum(first + share, steps)):
-        n, o, p, q = unravel(step * BLOCK_M + tl.arange(0, BLOCK_M), O, P, Q, RANK)
-        row = n * stride_n + o * stride_d + p * stride_h + q * stride_w
-        x = tl.load(x_ptr + row[:, None] + offs_k[None, :], mask=(n < N)[:, None] & mask_k[None, :], other=0.0)
-        acc += x.to(tl.float32)
+        m = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        tile = x_ptr + (m * stride)[:, None] + offs_k[None, :]
+        acc += tl.load(tile, mask=(m < M)[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
     tl.store(out_ptr + split * K + offs_k, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_k)
 
 
@@ -115,25 +91,23 @@ def split_sum(
     )
 
 
-def channel_sum(shape: tuple[int, ...], strides: Strides, dtype: torch.dtype, config: Config) -> tuple[Launch, ...]:
-    """The launches that sum [N, K, O, P, Q] over all but K: x -> out, or x -> workspace -> out."""
-    n, k, *size = shape
-    vec = vector(dtype, k, *strides)
+def channel_sum(pixels: int, channels: int, stride: int, dtype: torch.dtype, config: Config) -> tuple[Launch, ...]:
+    """The launches that sum [pixels, channels], ``stride`` elements a pixel: x -> out, or x -> workspace -> out."""
+    vec = vector(dtype, channels, stride)
     element = pointer_type(dtype)
     splits = config["SPLITS"]
     first = Launch(
         kernel=channel_sum_kernel,
-        grid=(triton.cdiv(k, config["BLOCK_K"]), splits, 1),
+        grid=(triton.cdiv(channels, config["BLOCK_K"]), splits, 1),
         pointers=(element, element if splits == 1 else "*fp32"),
-        scalars=(n, *size, k // vec, *(stride // vec for stride in strides), splits),
+        scalars=(pixels, channels // vec, stride // vec, splits),
         constants={
             "VEC": vec,
-            "RANK": 2 if size[0] == 1 else 3,
-            "WIDE": wide((shape, strides)),
+            "WIDE": (pixels - 1) * stride + channels - 1 > INT32_MAX,
             "BLOCK_M": config["BLOCK_M"],
             "BLOCK_K": config["BLOCK_K"],
         },
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
-    return (first,) if splits == 1 else (first, split_sum(splits, 1, 1, k, dtype))
+    return (first,) if splits == 1 else (first, split_sum(splits, 1, 1, channels, dtype))
