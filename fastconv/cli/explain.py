@@ -12,18 +12,24 @@ def explain(
     batch: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 1,
     size: Annotated[int | None, typer.Option(min=1, help="Side of an image; the model's own, or 224.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    gpu: Annotated[str | None, typer.Option(help="Plan for A100, H100, H200 or B200 instead of this machine.")] = None,
 ) -> int:
     """Print the kernel and tile of every layer of a model, and what is left to PyTorch and why."""
+    import contextlib
+
     import torch
 
     import fastconv
     from fastconv.cli import options
     from fastconv.cli.models import load
+    from fastconv.kernels import dispatch
 
     precision = options.dtype(dtype)
+    target = contextlib.nullcontext() if gpu is None else dispatch.use_target(options.gpu(gpu))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = load(model, batch, size)
     network = subject.model.to(device, precision).eval()
     x = torch.randn(subject.input_shape, device=device, dtype=precision)
-    print(fastconv.explain(network, x))
+    with target:
+        print(fastconv.explain(network, x))
     return 0

@@ -101,7 +101,10 @@ def _user_model(name: str) -> nn.Module:
         raise BadUsage(f"--model {name}: no module named {error.name!r}") from error
     except AttributeError as error:
         raise BadUsage(f"--model {name}: module {module!r} has no {factory!r}") from error
-    model = make()
+    try:
+        model = make()
+    except Exception as error:  # the user's code: anything
+        raise BadUsage(f"--model {name}: {factory}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise BadUsage(f"--model {name}: {factory} returned {type(model).__name__}, not a torch.nn.Module")
     return model

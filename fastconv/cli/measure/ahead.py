@@ -12,8 +12,9 @@ import triton
 
 from fastconv.autotune import Gpu
 from fastconv.cli.measure.clock import reason
-from fastconv.cli.measure.layers import Layer
+from fastconv.cli.measure.layers import Layer, distinct_layers
 from fastconv.cli.measure.results import Part
+from fastconv.cli.models import Subject
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.launch import Launch
@@ -21,16 +22,16 @@ from fastconv.kernels.launch import Launch
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
 
 
-def compile_kernels(layers: list[Layer], directions: tuple[str, ...], device: torch.device) -> Part:
-    """Compile what ``layers`` launch. A kernel that does not compile fails again, and visibly, where it is called."""
+def compile_kernels(subject: Subject, dtype: torch.dtype, directions: tuple[str, ...], device: torch.device) -> Part:
+    """Compile what the network's layers launch. What fails here fails again, and visibly, where it is called."""
     part: Part = {"id": "compile", "kind": "compile", "title": "Compiling the kernels ahead", "kernels": 0}
     if mend.interpreting():
         return part | {"verdict": "skipped", "reason": "nothing is compiled under the interpreter"}
     started = time.perf_counter()
-    launches = distinct_launches(layers, directions, dispatch.target(device))
-    threads = min(len(launches), os.cpu_count() or 1)
+    threads = os.cpu_count() or 1
     try:
-        with ThreadPoolExecutor(max(threads, 1)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        launches = distinct_launches(distinct_layers(subject, dtype), directions, dispatch.target(device))
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             for launch in launches:
                 operands = [None if pointer is None else DTYPES[pointer] for pointer in launch.pointers]
                 launch.kernel.warmup(*operands, *launch.scalars, grid=launch.grid, **launch.arguments)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 import fastconv.functional
+from fastconv.cli import BadUsage
 from fastconv.cli.measure.accuracy import against_yardstick, fp32_convolutions
 from fastconv.cli.measure.clock import Call, Clock, Sample, interleave, reason, spread, synchronize
 from fastconv.cli.measure.results import Part
@@ -66,7 +67,10 @@ def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
     for module in model.modules():
         if isinstance(module, _ConvNd):
             module.register_forward_pre_hook(note)
-    model(torch.empty(subject.input_shape, device="meta"))
+    try:
+        model(torch.empty(subject.input_shape, device="meta"))
+    except Exception as error:  # the network's own code: anything
+        raise BadUsage(f"the layers of {subject.name} cannot be listed without data: {reason(error)}") from error
     layers = [Layer(*key, count) for key, count in found.items()]
     return sorted(layers, key=lambda layer: -layer.count * layer.problem.flops)
 

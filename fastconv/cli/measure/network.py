@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastconv
+from fastconv.cli import BadUsage
 from fastconv.cli.measure.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize
 from fastconv.cli.measure.results import Part
@@ -44,7 +45,11 @@ class Workload:
         self.x = torch.randn(subject.input_shape, generator=generator).to(device)
         self.labels = torch.randint(1 << 30, subject.input_shape[:1], generator=generator).to(device)
         self.model = copy.deepcopy(subject.model).to(device)
-        _take_statistics(self.model, self.x)
+        try:
+            _take_statistics(self.model, self.x)
+        except Exception as error:  # the network's own code: anything
+            shape = "x".join(map(str, subject.input_shape))
+            raise BadUsage(f"{subject.name} does not run on a batch of {shape}: {reason(error)}") from error
 
     @property
     def description(self) -> dict[str, Any]:

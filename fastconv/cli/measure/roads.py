@@ -94,7 +94,7 @@ def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     directions = DIRECTIONS if wishes.layers or "train" in wishes.modes else DIRECTIONS[:1]
     with Progress(screen) as progress:
         progress.begin("compiling", 1)
-        _put(ahead.compile_kernels(layers.distinct_layers(subject, dtype), directions, device), results, screen)
+        _put(ahead.compile_kernels(subject, dtype, directions, device), results, screen)
         if wishes.layers:
             deadline = started + wishes.limit
             _put(layers.host_time(device, deadline), results, screen)
@@ -135,14 +135,14 @@ def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     except ModuleNotFoundError as error:
         raise BadUsage("the images come with scikit-learn: pip install 'fastconv[cli]'") from error
     from fastconv.cli.measure import blocks, lenet
-    from fastconv.cli.measure.compiler import Compilation
+    from fastconv.cli.measure.compiler import COMMAND, Compilation
 
     dtypes = [torch.float32] if wishes.quick else [torch.float32, torch.bfloat16]
     if wishes.dtype is not None:
         dtypes = [options.dtype(wishes.dtype)]
     steps = QUICK_STEPS if wishes.quick else lenet.STEPS
     results = _open(out, wishes, screen)
-    with Compilation() as compilation, Progress(screen) as progress:
+    with Compilation((*COMMAND, "--quick") if wishes.quick else COMMAND) as compilation, Progress(screen) as progress:
         progress.begin("LeNet-5, plain and converted", steps)
         _put(lenet.run(steps, progress.tick), results, screen)
         progress.begin("ResNet-18's blocks", 2 * len(dtypes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -140,7 +140,39 @@ def _compile(part: Part) -> list[RenderableType]:
 
 
 def _compiler(part: Part) -> list[RenderableType]:
-    return []
+    columns = (
+        "",
+        "GPU",
+        "binaries",
+        "registers",
+        "spilled bytes",
+        "shared KB",
+        "programs",
+        "tensor cores",
+        "load bytes",
+    )
+    table = _table(*columns)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in part["rows"]:
+        groups.setdefault((f"{row['kernel']}, {row['direction']}", row["target"]), []).append(row)
+    for (kernel, target), rows in sorted(groups.items()):
+        table.add_row(
+            *(kernel, target, str(len(rows))),
+            *(_range(row[key] for row in rows) for key in ("registers", "spills")),
+            _range(row["shared_memory"] // 1024 for row in rows),
+            _range(row["occupancy"] for row in rows),
+            " ".join(sorted({row["tensor_cores"] or "none" for row in rows})),
+            " ".join(sorted({width for row in rows for width in row["load_bytes"]}, key=int)),
+        )
+    return (
+        [table, "Programs: how many fit a multiprocessor at once. Every binary is in the JSON file."] if groups else []
+    )
+
+
+def _range(values: Iterable[int]) -> str:
+    found = list(values)
+    low, high = min(found), max(found)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 TABLES: dict[str, Callable[[Part], list[RenderableType]]] = {

@@ -1,0 +1,145 @@
+"""What every command shares: help, exit codes, one line for what cannot be done, and starting over without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastconv.cli
+from fastconv.cli import interpreter, run
+
+
+def test_help_lists_the_commands_without_torch() -> None:
+    script = (
+        "import sys; from fastconv.cli import run; code = run(['--help']); assert code == 0, code;"
+        "heavy = {'torch', 'triton', 'matplotlib', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in fastconv.cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("nothing", "No such command"),
+        ("bench --nothing", "No such option"),
+        ("bench --batch 0", "--batch"),
+        ("bench --batch many", "--batch"),
+        ("check spare", "spare"),
+        ("explain", "--model"),
+        ("explain --model resnet18 --dtype int8", "float32, fp32, float16"),
+        ("explain --model resnet18 --gpu GTX", "A100, H100, H200, B200"),
+        ("bench --show missing.json", "No such file"),
+        ("bench --layers", "GPU"),
+        ("bench --seconds 5", "GPU"),
+        ("bench --batch 3", "--model"),
+        ("bench --infer", "--model"),
+        ("bench --dtype int8", "bfloat16"),
+        ("bench --model resnt18", "resnet18"),
+        ("bench --model tests.cli.nowhere:network", "no module named 'tests.cli.nowhere'"),
+        ("bench --model json:nothing", "'json' has no 'nothing'"),
+        ("bench --model json:dumps", "dumps() raised TypeError"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    line: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastconv: ")
+    assert error.count("\n") == 1
+    assert expected in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["bench", "--model", "tests.cli.tiny:network", "--size", "1", "--batch", "1", "--out", str(tmp_path)]
+    assert run(line) == 2
+    error = capsys.readouterr().err
+    assert "does not run on a batch of 1x3x1x1: ValueError: Expected more than 1 value per channel" in error
+    assert error.count("\n") == 1
+
+
+def test_an_out_that_is_a_file_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run(["bench", "--dry-run", "--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_without_typer_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(fastconv.cli, "find_spec", lambda name: None)
+    assert run(["bench"]) == 2
+    assert capsys.readouterr().err == "fastconv: the commands need typer and rich: pip install 'fastconv[cli]'\n"
+
+
+class Restarted(Exception):
+    """What stands for the process that ``execve`` ends."""
+
+
+@pytest.fixture
+def restarts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+        assert path == sys.executable
+        seen.append((arguments, environment))
+        raise Restarted
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.delenv(interpreter.SWITCH, raising=False)
+    monkeypatch.setattr(interpreter, "gpu_present", lambda: False)
+    return seen
+
+
+@pytest.mark.parametrize("command", fastconv.cli.NUMERIC)
+def test_without_a_gpu_the_console_entry_starts_over_interpreted(
+    command: str, restarts: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastconv", command, "--quick"])
+    with pytest.raises(Restarted):
+        fastconv.cli.main()
+    ((arguments, environment),) = restarts
+    assert arguments == [sys.executable, *sys.orig_argv[1:]]
+    assert environment == {**os.environ, interpreter.SWITCH: "1"}
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_whoever_set_the_switch_is_not_restarted(switch: str, restarts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(interpreter.SWITCH, switch)
+    interpreter.enter_interpreter()
+    assert not restarts
+
+
+def test_with_a_gpu_nothing_is_restarted(restarts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "gpu_present", lambda: True)
+    interpreter.enter_interpreter()
+    assert not restarts
+
+
+def test_help_is_not_restarted(restarts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastconv", "bench", "--help"])
+    with pytest.raises(SystemExit) as exit_code:
+        fastconv.cli.main()
+    assert exit_code.value.code == 0
+    assert not restarts
+
+
+def test_a_driver_counts_only_under_a_torch_built_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "_driver_devices", lambda: 2)
+    for built, expected in ((False, False), (True, True)):
+        monkeypatch.setattr(interpreter, "_torch_has_cuda", lambda built=built: built)
+        assert interpreter.gpu_present() is expected
+
+
+def test_torch_is_asked_for_cuda_without_being_imported() -> None:
+    script = (
+        "import sys; from fastconv.cli import interpreter; has = interpreter._torch_has_cuda();"
+        "assert 'torch' not in sys.modules; import torch; assert has == (torch.version.cuda is not None)"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)

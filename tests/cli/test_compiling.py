@@ -1,0 +1,134 @@
+"""What needs the compiler: the report of a process of its own, and kernels compiled ahead of their first call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastconv.autotune import gpu_named
+from fastconv.cli import models, run
+from fastconv.cli.measure import ahead, compiler, layers, lenet, results, roads
+from fastconv.cli.measure.compiler import Compilation
+from fastconv.kernels import dispatch
+from fastconv.kernels.problem import DIRECTIONS
+
+ROW = {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA A100", "spills": 0}
+ROW |= {"registers": 128, "shared_memory": 4096, "occupancy": 2, "tensor_cores": "mma", "load_bytes": {"16": 8}}
+ROW |= {"wgmma_serialised": False}
+
+
+def printing(output: str, code: int = 0, error: str = "") -> tuple[str, ...]:
+    script = f"import sys; print({output!r}); print({error!r}, file=sys.stderr); sys.exit({code})"
+    return (sys.executable, "-c", script)
+
+
+@pytest.mark.parametrize(
+    ("command", "verdict", "reason"),
+    [
+        (printing(json.dumps({"kernels": [ROW]})), "right", None),
+        (
+            printing(json.dumps({"kernels": [ROW, {**ROW, "spills": 8}]})),
+            "right",
+            "conv_gather_kernel spills on NVIDIA A100",
+        ),
+        (printing("", 3, "Traceback\nValueError: no ptxas"), "failed", "exit code 3: ValueError: no ptxas"),
+        (printing(json.dumps({"kernels": []})), "failed", "exit code 0"),
+        (printing(json.dumps({"kernels": [ROW]}), 1), "failed", "exit code 1"),
+        ((sys.executable, "-m", "fastconv.nowhere"), "failed", None),
+    ],
+    ids=["fine", "spills", "raises", "empty", "fails", "absent"],
+)
+def test_the_report_of_another_process(command: tuple[str, ...], verdict: str, reason: str | None) -> None:
+    with Compilation(command) as compilation:
+        part = compilation.part()
+    results.check_part(part)
+    assert part["verdict"] == verdict
+    assert part["reason"] == reason or command[-1] == "fastconv.nowhere"
+
+
+def test_the_other_process_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    script = "import os, json; print(json.dumps({'kernels': [os.environ.get('TRITON_INTERPRET')]}))"
+    compilation = Compilation((sys.executable, "-c", script))
+    output, _ = compilation._process.communicate()
+    assert json.loads(output) == {"kernels": [None]}
+
+
+def test_the_other_process_ends_with_the_block() -> None:
+    with Compilation((sys.executable, "-c", "import time; time.sleep(60)")) as compilation:
+        process = compilation._process
+    assert process.returncode is not None
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("right", 0), ("failed", 1)])
+def test_the_road_without_a_gpu(
+    verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = printing(json.dumps({"kernels": [ROW]} if verdict == "right" else {}))
+    monkeypatch.setattr(compiler, "Compilation", lambda _: Compilation(command))
+    monkeypatch.setattr(roads, "QUICK_STEPS", 2)
+    monkeypatch.setattr("fastconv.cli.measure.blocks.CROP", 64)
+    assert run(["bench", "--quick", "--out", str(tmp_path)]) == code
+    parts = results.read(tmp_path / "bench.json")["parts"]
+    assert [part["id"] for part in parts] == ["lenet", "block-identity", "block-downsample", "compiler"]
+    assert [part["verdict"] for part in parts] == ["right"] * 3 + [verdict]
+    assert "Not measured: speed and memory." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_whole_road_without_a_gpu(tmp_path: Path) -> None:
+    assert run(["bench", "--out", str(tmp_path)]) == 0
+    training, *_, compiled = results.read(tmp_path / "bench.json")["parts"]
+    assert len(training["losses"]["fastconv"]) == lenet.STEPS == 60
+    assert min(training["accuracy"].values()) > 0.6
+    assert training["loss_difference"] <= 1e-4
+    assert {row["target"] for row in compiled["rows"]} == {"NVIDIA A100", "NVIDIA H200", "NVIDIA B200"}
+
+
+class Driver:
+    """What Triton asks of a driver when it compiles and does not launch."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.compile
+def test_what_is_compiled_ahead_is_what_a_call_looks_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", Driver(), raising=False)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)
+    gpu = gpu_named("NVIDIA H200")
+    assert gpu is not None
+    subject = models.load("tests.cli.tiny:network", 64, 32)
+    with dispatch.use_target(gpu):
+        part = ahead.compile_kernels(subject, torch.bfloat16, DIRECTIONS, torch.device("cpu"))
+    assert part["verdict"] == "right", part["reason"]
+    launches = ahead.distinct_launches(layers.distinct_layers(subject, torch.bfloat16), DIRECTIONS, gpu)
+    assert part["kernels"] == len(launches) > 3
+    for launch in launches:
+        known = launch.kernel.device_caches[0][0]
+        before = len(known)
+        tensors = [None if kind is None else torch.empty(64, dtype=ahead.DTYPES[kind]) for kind in launch.pointers]
+        launch.kernel.run(*tensors, *launch.scalars, grid=launch.grid, warmup=True, **launch.arguments)
+        assert len(known) == before > 0
+
+
+def test_nothing_is_compiled_ahead_under_the_interpreter() -> None:
+    subject = models.load("tests.cli.tiny:network", 2, 5)
+    part = ahead.compile_kernels(subject, torch.bfloat16, DIRECTIONS, torch.device("cpu"))
+    assert (part["verdict"], part["kernels"]) == ("skipped", 0)

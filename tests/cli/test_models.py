@@ -1,0 +1,57 @@
+"""Models by name: torchvision's (with or without its compiled part), timm's, and the user's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fastconv.cli import BadUsage, models
+
+
+def test_a_users_factory_and_its_own_channels() -> None:
+    subject = models.load("tests.cli.tiny:network", 4, 9)
+    assert subject.input_shape == (4, 3, 9, 9)
+    assert subject.memory_format == torch.channels_last
+    assert subject.model.training
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    first, again, other = (models.load("tests.cli.tiny:network", 1, seed=seed).model[0].weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_model_of_rank_3_gets_frames() -> None:
+    subject = models.load("tests.cli.tiny:volume", 1, 9)
+    assert subject.input_shape == (1, 2, 16, 9, 9)
+    assert subject.memory_format == torch.channels_last_3d
+
+
+def test_a_factory_that_makes_no_module_is_bad_usage() -> None:
+    with pytest.raises(BadUsage, match="returned Tensor"):
+        models.load("tests.cli.tiny:not_a_module", 1)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is an optional extra")
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 224), ("resnet10t", 176)])
+def test_torchvisions_and_timms_names(name: str, size: int) -> None:
+    subject = models.load(name, 2)
+    assert subject.input_shape == (2, 3, size, size)
+
+
+def test_an_unknown_name_gets_the_close_ones_once() -> None:
+    with pytest.raises(BadUsage, match=r"close names: resnet18, [a-z]") as error:
+        models.load("resnt18", 1)
+    assert str(error.value).count(" resnet18,") == 1
+
+
+def test_torchvision_imports_beside_a_torch_that_its_compiled_part_does_not_fit() -> None:
+    script = (
+        "import torch; from fastconv.cli.models import torchvision; vision = torchvision();"
+        "assert torchvision() is vision; import torchvision.models.detection, timm"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=120, check=True)

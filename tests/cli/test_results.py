@@ -1,0 +1,186 @@
+"""The result file: written part by part, checked on reading, and everything shown is rendered from it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fastconv.cli import BadUsage
+from fastconv.cli.measure import plots, tables
+from fastconv.cli.measure.results import SCHEMA, Results, read
+
+TIMES = {"median": 2.0, "p20": 1.5, "p80": 3.0, "samples": 5}
+
+
+def part(kind: str, **content: Any) -> dict[str, Any]:
+    return {"id": kind, "kind": kind, "title": f"the {kind} part", "verdict": "right", "reason": None, **content}
+
+
+ERRORS = {"ours": 1e-3, "eager": 2e-3, "allowed": 4e-3, "right": True}
+PARTS = {
+    "training": part(
+        "training",
+        losses={"plain": [2.0, 1.0], "fastconv": [2.0, 1.00001]},
+        accuracy={"plain": 0.8, "fastconv": 0.81},
+        loss_difference=1e-5,
+        tolerance=1e-4,
+        held_out=359,
+        launches={"conv_gather_kernel": 3},
+    ),
+    "block": part(
+        "block",
+        rows=[
+            {"dtype": "float32", "tensor": "output", "measure": "largest", **ERRORS},
+            {"dtype": "bfloat16", "tensor": "output", "measure": "norm", **ERRORS, "right": False},
+        ],
+        launches={},
+    ),
+    "check": part(
+        "check",
+        rows=[{"tensor": f"layer{i}.weight", **ERRORS} for i in range(9)],
+        launches={"conv_wgrad_kernel": 9},
+        converted="2 of 2 convolution layers",
+    ),
+    "time": part(
+        "time",
+        noise=0.012,
+        rows=[
+            {"provider": "eager channels_last", "status": "ok", "reason": None, "step_ms": TIMES, "host_ms": TIMES}
+            | {"speed": 1.0, "samples_per_s": 1234.0, "peak_bytes": 3 << 30, "gpu_kernels": 42, "warm_up_s": 1.5},
+            {"provider": "fastconv", "status": "failed", "reason": "OutOfMemoryError: tried to allocate"},
+            {"provider": "torch.compile", "status": "skipped", "reason": "no time left"},
+        ],
+    ),
+    "layers": part(
+        "layers",
+        target=0.5,
+        rows=[
+            {"layer": "N64 C64 56x56 -> K64 3x3", "direction": "fprop", "count": 3, "status": "ok", "reason": None}
+            | {"fastconv_ms": TIMES, "cudnn_ms": TIMES, "speed": 0.4, "noise": 0.01, "tflops": 300.0}
+            | {"flops": 10**9, "bytes": 10**6, "tile": {"BLOCK_M": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 3}},
+            {"layer": "N64 C64 56x56 -> K64 3x3", "direction": "wgrad", "count": 3, "status": "wrong"}
+            | {"reason": "too far from the reference", "flops": 10**9, "bytes": 10**6},
+        ],
+    ),
+    "host": part(
+        "host",
+        target_us=30.0,
+        rows=[
+            {"function": "fastconv", "gradient": False, "reason": None, "host_us": TIMES},
+            {"function": "PyTorch", "gradient": True, "reason": "RuntimeError: no"},
+        ],
+    ),
+    "compile": part("compile", kernels=22, threads=16, seconds=3.5),
+    "compiler": part(
+        "compiler",
+        rows=[
+            {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA H200", "registers": registers}
+            | {"spills": 0, "shared_memory": 65536, "occupancy": 2, "tensor_cores": "wgmma", "load_bytes": {"16": 24}}
+            for registers in (96, 124)
+        ],
+    ),
+}
+
+
+def text(renderable: Any) -> str:
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(renderable)
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_is_killed_keeps_its_parts(tmp_path: Path) -> None:
+    results = Results(tmp_path / "new" / "folder")
+    assert read(results.path)["parts"] == []
+    results.put(PARTS["training"])
+    results.put(PARTS["time"])
+    results.put({**PARTS["training"], "title": "again"})
+    data = read(results.path)
+    assert [(p["id"], p["title"]) for p in data["parts"]] == [("time", "the time part"), ("training", "again")]
+    assert data["schema"] == SCHEMA
+    assert list(results.path.parent.iterdir()) == [results.path]
+
+
+def test_the_environment_names_what_a_figure_depends_on(tmp_path: Path) -> None:
+    environment = Results(tmp_path).data["environment"]
+    assert {"gpu", "driver", "torch", "triton", "cudnn", "commit"} <= environment.keys()
+    assert environment["torch"]
+    assert environment["triton"]
+
+
+@pytest.mark.parametrize("verdict", ["right", "skipped", "wrong", "failed"])
+def test_only_wrong_and_failed_parts_make_a_run_wrong(verdict: str, tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.put({**PARTS["time"], "verdict": verdict})
+    assert results.wrong is (verdict in ("wrong", "failed"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("not JSON", "is not JSON"),
+        ("[1]", "schema None"),
+        (json.dumps({"schema": "fastconv-bench/99"}), "fastconv-bench/99"),
+        (json.dumps({"schema": SCHEMA}), "lacks command, created"),
+    ],
+)
+def test_what_is_no_result_file_is_refused(content: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(BadUsage, match=expected):
+        read(tmp_path / "bench.json")
+
+
+def test_a_part_without_its_keys_is_refused(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    with pytest.raises(BadUsage, match="lacks verdict"):
+        results.put({key: value for key, value in PARTS["time"].items() if key != "verdict"})
+    with pytest.raises(BadUsage, match="'fine', not one of"):
+        results.put({**PARTS["time"], "verdict": "fine"})
+
+
+def test_every_kind_of_part_has_a_table() -> None:
+    assert PARTS.keys() == tables.TABLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("training", ["81.0%", "1.0e-05", "3 x conv_gather_kernel"]),
+        ("block", ["bfloat16, norm", "WRONG", "none"]),
+        ("check", ["worst 6 of 9", "2 of 2 convolution layers", "9 x conv_wgrad_kernel"]),
+        ("time", ["1,234", "3.00", "42", "OutOfMemoryError", "no time left", "1.2%"]),
+        ("layers", ["M128 /8 w4 s3", "0.40", "too far", "fprop: 0 of 1 distinct layers reach 0.5"]),
+        ("host", ["fastconv, no gradient", "2.0", "RuntimeError: no", "under 30"]),
+        ("compile", ["22 distinct kernels on 16 threads in 3.5 s"]),
+        ("compiler", ["96-124", "wgmma", "64"]),
+    ],
+)
+def test_a_part_says_what_it_found(kind: str, expected: list[str]) -> None:
+    shown = text(tables.render(PARTS[kind]))
+    for word in ["right", *expected]:
+        assert word in shown
+
+
+def test_a_part_that_was_not_reached_shows_its_reason() -> None:
+    for kind in ("check", "time", "compiler"):
+        shown = text(tables.render({**PARTS[kind], "rows": [], "verdict": "skipped", "reason": "no time left"}))
+        assert "skipped (no time left)" in shown
+
+
+def test_plots_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
+    results = Results(tmp_path, dry_run=True)
+    for content in PARTS.values():
+        results.put(content)
+    results.put({**PARTS["time"], "id": "nothing-timed", "rows": PARTS["time"]["rows"][1:]})
+    drawn = plots.draw(read(results.path), tmp_path)
+    assert [path.name for path in drawn] == ["training.png", "time.png", "layers.png"]
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+
+
+def test_a_dry_run_says_so_first() -> None:
+    data = {"dry_run": True, "environment": {"gpu": None}}
+    assert tables.heading(data).startswith("DRY RUN")

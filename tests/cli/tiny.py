@@ -1,0 +1,23 @@
+"""Networks small enough to interpret, as a user's ``--model tests/...:factory`` would name them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def network() -> nn.Module:
+    """Two convolutions, batch norm, a shortcut and a head."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 1), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    )
+
+
+def volume() -> nn.Module:
+    """Of rank 3, as a video model is."""
+    return nn.Sequential(nn.Conv3d(2, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+
+
+def not_a_module() -> torch.Tensor:
+    return torch.zeros(1)
