@@ -23,7 +23,7 @@ __all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
 Ints = int | Sequence[int]
 
 _INTERPRETING = mend.interpreting()
-_INTEGERS = (int, torch.SymInt)
+_INTEGERS: Any = (int, torch.SymInt)
 
 
 def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
@@ -167,7 +167,7 @@ def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Te
     else:
         padding = _expand("padding", padding, rank) * 2
     if dtype is not None:
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dim() == rank + 1:
         return autograd.conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     return autograd.conv(x, weight, bias, stride, padding, dilation, groups)
@@ -186,7 +186,7 @@ def _conv_transpose(
     stride, dilation = _expand("stride", stride, rank), _expand("dilation", dilation, rank)
     padding, output_padding = _expand("padding", padding, rank), _expand("output_padding", output_padding, rank)
     if dtype is not None:
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
     bias_shape = None if bias is None else bias.shape
     problem = conv_transpose_problem(

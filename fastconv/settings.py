@@ -13,6 +13,8 @@ _DEFAULTS = MappingProxyType({"strict": False})
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 _in_context: ContextVar[Mapping[str, bool]] = ContextVar("fastconv.settings", default=_NOTHING)
+# The contexts that some thread is in, for threads that have none of their own.
+_open: list[Change] = []
 
 
 class Change:
@@ -27,8 +29,10 @@ class Change:
     def __enter__(self) -> None:
         self.entered = True
         self._tokens.append(_in_context.set({**_in_context.get(), **self.values}))
+        _open.append(self)
 
     def __exit__(self, *_: object) -> None:
+        _open.remove(self)
         _in_context.reset(self._tokens.pop())
 
 
@@ -38,7 +42,8 @@ class Settings:
 
     ``with settings(...):`` is in force inside the block, for this thread and its asyncio tasks alone; ``settings(...)``
     for the whole process; the variable ``FASTCONV_STRICT``, read once, where neither says anything. A context wins over
-    a call, a call over the variable. Threads that others start, as autograd does for a GPU's backward, see no context.
+    a call, a call over the variable. Other threads see no context, but for autograd's: a backward that runs while some
+    thread is in a strict context is strict.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -70,6 +75,11 @@ class Settings:
     @property
     def strict(self) -> bool:
         return self._value("strict")
+
+    @property
+    def strict_somewhere(self) -> bool:
+        """Whether this or some other thread is in a strict context: what autograd's threads, which have none, go by."""
+        return self.strict or any(change.values.get("strict", False) for change in list(_open))
 
     def _value(self, name: str) -> bool:
         inside = _in_context.get()

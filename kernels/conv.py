@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastconv.autotune import Gpu
+from fastconv.autotune import Config, Gpu
 from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.launch import Launch, run
@@ -178,7 +178,7 @@ def _prepare_gather(
             other=pixel_strides(shape, strides),
             bias=bias,
         )
-        launches = _plan(direction, problem, gpu, layout).launches
+        launches = _plan(direction, problem, gpu, layout)[1]
     return Call(copies, launches, shape, strides, None if direct else strides_like(shape, False))
 
 
@@ -223,9 +223,9 @@ def _prepare_wgrad(
         other=pixel_strides(dy.shape, copies[1] or dy.stride()),
         channels_last=channels_last,
     )
-    plan = _plan("wgrad", problem, gpu, layout)
-    workspace = plan.choice.config["SPLITS"] * prod(shape) if len(plan.launches) > 1 else 0
-    return Call(copies, plan.launches, shape, strides, workspace=workspace)
+    config, launches = _plan("wgrad", problem, gpu, layout)
+    workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
+    return Call(copies, launches, shape, strides, workspace=workspace)
 
 
 def channel_sum(x: torch.Tensor) -> torch.Tensor:
@@ -241,16 +241,17 @@ def _prepare_channel_sum(gpu: Gpu, operands, bias) -> Call:
         return Call(copies, (), (k,), (1,))
     pixels = x.numel() // k
     stride = linear_stride(x.shape, pixel_strides(x.shape, copies[0] or x.stride()))
+    assert stride is not None
     choice = channel_sum_tile(pixels, k, x.element_size(), gpu)
     launches = reduce.channel_sum(pixels, k, stride, x.dtype, choice.config)
     return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> dispatch.Plan:
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Config, tuple[Launch, ...]]:
     plan = dispatch.plan(direction, problem, gpu, layout)
-    if plan.family == "pytorch":
+    if plan.choice is None:
         raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    return plan
+    return plan.choice.config, plan.launches
 
 
 def _gradient_problem(

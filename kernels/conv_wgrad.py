@@ -176,10 +176,12 @@ def conv_wgrad(
     _, _, *dy_size = lifted.output_shape
     x_strides = x_strides or dense_strides(lifted.input_shape)
     dy_strides = dy_strides or dense_strides(lifted.output_shape)
-    x_stride, dy_stride = linear_stride(lifted.input_shape, x_strides), linear_stride(lifted.output_shape, dy_strides)
+    dy_stride = linear_stride(lifted.output_shape, dy_strides)
     assert dy_stride is not None, "the launcher copies such a dy"
-    linear = problem.taps == 1 and not problem.padded("wgrad") and set(problem.stride) == {1} and x_stride is not None
-    if linear:
+    x_stride = None
+    if problem.taps == 1 and lifted.input_size == lifted.output_size and not problem.padded("wgrad"):
+        x_stride = linear_stride(lifted.input_shape, x_strides)
+    if x_stride is not None:
         x_strides = (0, 0, 0, x_stride)
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
     vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, dy_stride)
@@ -212,7 +214,7 @@ def conv_wgrad(
             "VEC_C": vec_c,
             "VEC_K": vec_k,
             "RANK": max(problem.rank, 2),
-            "LINEAR": linear,
+            "LINEAR": x_stride is not None,
             "FLAT": pairs,
             "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
             "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),

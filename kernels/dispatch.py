@@ -84,7 +84,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = dict.fromkeys(DIRECTIONS, (GATHER,))
 
 def plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = Layout()) -> Plan:
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for family in FAMILIES[direction]:
         reason = family.unsupported(direction, problem, gpu)
         if reason is None:
@@ -96,9 +96,10 @@ def plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = Layout
 
 def fp32_precision(dtype: torch.dtype) -> str:
     """How products of ``dtype`` are made: "tf32" only for float32, as PyTorch's convolutions are set."""
-    if dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    if dtype is not torch.float32:
+        return "ieee"
+    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 _forced: list[Gpu] = []
@@ -123,7 +124,7 @@ def _device_gpu(index: int) -> Gpu:
         properties.name,
         properties.major * 10 + properties.minor,
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         properties.L2_cache_size,
         None,
     )

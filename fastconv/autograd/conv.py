@@ -43,7 +43,8 @@ def _say_once(name: str, reason: str) -> None:
 
 def _fall_back(name: str, reason: Exception) -> None:
     """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log."""
-    if settings.strict:
+    in_backward = torch._C._current_graph_task_id() != -1
+    if settings.strict_somewhere if in_backward else settings.strict:
         raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
     _say_once(name, str(reason))
 
@@ -75,8 +76,12 @@ def _pad_argument(padding: Sequence[int]) -> list[int]:
     return [side for axis in reversed(range(rank)) for side in (padding[axis], padding[axis + rank])]
 
 
-def _both_sides(padding, x_size, dy_size, filter_size, stride, dilation) -> tuple[int, ...]:
-    """Leading sides, then the trailing ones with which fprop maps ``x_size`` to ``dy_size``; these may be negative."""
+def _both_sides(
+    sizes: tuple[Sequence[int], ...], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """Leading sides, then the trailing ones, maybe negative, with which fprop maps x to dy: ``sizes`` are x's, dy's and
+    the filter's."""
+    x_size, dy_size, filter_size = sizes
     after = [
         (p - 1) * s + d * (r - 1) + 1 - h - before
         for before, h, p, r, s, d in zip(padding, x_size, dy_size, filter_size, stride, dilation, strict=True)
@@ -112,7 +117,7 @@ def _dgrad(
         _fall_back("conv_dgrad", reason)
     # PyTorch's backward knows padding alike on both sides: it gets the padded input, whose gradient is cropped.
     shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
-    sides = _pad_argument(_both_sides(padding, input_size, dy.shape[2:], weight.shape[2:], stride, dilation))
+    sides = _pad_argument(_both_sides((input_size, dy.shape[2:], weight.shape[2:]), stride, padding, dilation))
     x = torch.nn.functional.pad(dy.new_empty(shape), sides)
     dx = torch.nn.functional.pad(
         _pytorch_backward(dy, x, weight, stride, dilation, groups, 0), [-side for side in sides]
@@ -146,13 +151,15 @@ def _wgrad(
         _fall_back("conv_wgrad", reason)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     x = torch.nn.functional.pad(
-        x, _pad_argument(_both_sides(padding, x.shape[2:], dy.shape[2:], filter_size, stride, dilation))
+        x, _pad_argument(_both_sides((x.shape[2:], dy.shape[2:], filter_size), stride, padding, dilation))
     )
     dw = _pytorch_backward(dy, x, x.new_empty(shape), stride, dilation, groups, 1)
     return dw.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dw)
 
 
-def _pytorch_backward(dy, x, weight, stride, dilation, groups, wanted) -> Tensor:
+def _pytorch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int, wanted: int
+) -> Tensor:
     """PyTorch's gradient of the input (``wanted`` 0) or the weight (1) of a convolution without padding."""
     rank, mask = len(stride), [wanted == 0, wanted == 1, False]
     arguments = stride, [0] * rank, dilation, False, [0] * rank, groups, mask
@@ -266,16 +273,20 @@ class Conv(Function):
         ctx.sizes = x.shape[2:], weight.shape[2:]
         ctx.arguments = stride, padding[: len(stride)], dilation, groups
         # PyTorch's rule for both gradients' formats: the input's or else the weight's decides.
-        ctx.channels_last = _is_channels_last(x, weight), _is_channels_last(weight)
+        ctx.formats = _is_channels_last(x, weight), _is_channels_last(weight)
         return conv_fprop(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.channels_last
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = conv_transpose(dy, weight, None, input_size, *ctx.arguments, dx_format) if need_x else None
-        dw = weight_gradient(x, dy, filter_size, *ctx.arguments, dw_format) if need_weight else None
+        (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats
+        stride, padding, dilation, groups = ctx.arguments
+        dx = dw = None
+        if need_x:
+            dx = conv_transpose(dy, weight, None, input_size, stride, padding, dilation, groups, dx_format)
+        if need_weight:
+            dw = weight_gradient(x, dy, filter_size, stride, padding, dilation, groups, dw_format)
         return dx, dw, bias_gradient(dy) if need_bias else None, None, None, None, None
 
 
@@ -286,8 +297,7 @@ class ConvTranspose(Function):
     def forward(ctx, dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
         need_dy, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(dy if need_weight else None, weight if need_dy else None)
-        ctx.filter_size, ctx.channels_last = weight.shape[2:], _is_channels_last(weight)
-        ctx.padding = _both_sides(padding, input_size, dy.shape[2:], weight.shape[2:], stride, dilation)
+        ctx.sizes, ctx.format = (input_size, dy.shape[2:], weight.shape[2:]), _is_channels_last(weight)
         ctx.arguments = stride, padding, dilation, groups
         return conv_dgrad(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last)
 
@@ -295,9 +305,12 @@ class ConvTranspose(Function):
     def backward(ctx, ddx):
         dy, weight = ctx.saved_tensors
         need_dy, need_weight, need_bias = ctx.needs_input_grad[:3]
-        stride, _, dilation, groups = ctx.arguments
-        ddy = conv(ddx, weight, None, stride, ctx.padding, dilation, groups) if need_dy else None
-        dw = weight_gradient(ddx, dy, ctx.filter_size, *ctx.arguments, ctx.channels_last) if need_weight else None
+        stride, padding, dilation, groups = ctx.arguments
+        ddy = dw = None
+        if need_dy:
+            ddy = conv(ddx, weight, None, stride, _both_sides(ctx.sizes, stride, padding, dilation), dilation, groups)
+        if need_weight:
+            dw = weight_gradient(ddx, dy, ctx.sizes[2], stride, padding, dilation, groups, ctx.format)
         return ddy, dw, bias_gradient(ddx) if need_bias else None, None, None, None, None, None, None
 
 
@@ -308,18 +321,20 @@ class ConvWeightGradient(Function):
     def forward(ctx, x, dy, filter_size, stride, padding, dilation, groups, channels_last):
         need_x, need_dy = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_dy else None, dy if need_x else None)
-        ctx.input_size, ctx.channels_last = x.shape[2:], _is_channels_last(x)
-        ctx.padding = _both_sides(padding, x.shape[2:], dy.shape[2:], filter_size, stride, dilation)
+        ctx.sizes, ctx.format = (x.shape[2:], dy.shape[2:], filter_size), _is_channels_last(x)
         ctx.arguments = stride, padding, dilation, groups
         return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
 
     @staticmethod
     def backward(ctx, ddw):
         x, dy = ctx.saved_tensors
-        stride, _, dilation, groups = ctx.arguments
         need_x, need_dy = ctx.needs_input_grad[:2]
-        dx = conv_transpose(dy, ddw, None, ctx.input_size, *ctx.arguments, ctx.channels_last) if need_x else None
-        ddy = conv(x, ddw, None, stride, ctx.padding, dilation, groups) if need_dy else None
+        stride, padding, dilation, groups = ctx.arguments
+        dx = ddy = None
+        if need_x:
+            dx = conv_transpose(dy, ddw, None, ctx.sizes[0], stride, padding, dilation, groups, ctx.format)
+        if need_dy:
+            ddy = conv(x, ddw, None, stride, _both_sides(ctx.sizes, stride, padding, dilation), dilation, groups)
         return dx, ddy, None, None, None, None, None, None
 
 

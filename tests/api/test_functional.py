@@ -299,6 +299,32 @@ def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.
     assert "not today" in caplog.text
 
 
+def test_backward_on_another_thread_is_strict_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd runs a GPU's backward on threads that see no context of the user's."""
+    from fastconv.kernels import conv, dispatch
+
+    monkeypatch.setattr(conv, "_calls", {})
+    refusing = dispatch.Family("gather", lambda *a: "not today", dispatch.GATHER.plan)
+    families = {"fprop": (dispatch.GATHER,), "dgrad": (refusing,), "wgrad": (refusing,)}
+    monkeypatch.setattr(dispatch, "FAMILIES", families)
+    x = torch.randn(1, 16, 4, 4, device=DEVICE, requires_grad=True)
+    raised: list[Exception] = []
+
+    def backward() -> None:
+        try:
+            ours.conv2d(x, torch.ones(16, 16, 1, 1, device=DEVICE)).sum().backward()
+        except RuntimeError as error:
+            raised.append(error)
+
+    with settings(strict=True):
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert len(raised) == 1 and "not today" in str(raised[0])
+    backward()
+    assert len(raised) == 1 and x.grad is not None
+
+
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_fp32_precision_follows_pytorch(precision: str) -> None:
     x = torch.ones(1, 16, 4, 4, device=DEVICE, requires_grad=True)

@@ -295,6 +295,22 @@ def test_expanded_gradient() -> None:
     assert_equal(dw, expected(problem, x.double(), dy.double(), weight.double())[2], "wgrad")
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_wgrad_of_uneven_pixels(linear: bool) -> None:
+    """A crop of dy has no one distance between pixels and is copied; a crop of x is read where it lies."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (integers((2, 5, 6, 16), 9, generator).float().to(DEVICE).permute(0, 3, 1, 2) for _ in range(2))
+    if not linear:
+        x, dy = x[..., 1:], dy[..., :5]
+    problem = Case("", 2, 16, 16, tuple(x.shape[2:]), (1, 1)).problem()
+    with record() as records:
+        dw = conv.conv_wgrad(x, dy, (1, 1), (1, 1), (0, 0), (1, 1), 1, True)
+    zeros = torch.zeros(problem.weight_shape, dtype=torch.float64)
+    assert_equal(dw, expected(problem, x.cpu().double(), dy.cpu().double(), zeros)[2], "wgrad")
+    assert_equal(conv.channel_sum(dy), dy.cpu().double().sum((0, 2, 3)), "bias gradient")
+    assert records[0].launch.constants["LINEAR"] is linear
+
+
 def test_wgrad_is_the_same_bit_for_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     problem = Case("", 3, 20, 24, (9, 9), (3, 3), padding=(1, 1)).problem()
