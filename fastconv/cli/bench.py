@@ -40,6 +40,4 @@ def bench(
         roads.show(read(show), show.parent, screen)
         return 0
     wishes = roads.Wishes(model, batch, size, dtype, train, layers, seconds, quick, dry_run)
-    results = roads.choose(wishes)(wishes, out, screen)
-    roads.finish(results, screen)
-    return 1 if results.wrong else 0
+    return 1 if roads.choose(wishes)(wishes, out, screen).wrong else 0

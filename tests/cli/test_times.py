@@ -28,7 +28,7 @@ def one_round(candidates: Any, sample: Any, *, deadline: float, **rounds: int) -
     return interleave(candidates, sample, deadline=deadline, least=1, most=1)
 
 
-COMPARED = {"verdict": "right"}
+COMPARED = {"verdict": "right", "rows": [{"tensor": "output", "eager": 0.005, "allowed": 0.01}]}
 
 
 @pytest.fixture
@@ -36,17 +36,22 @@ def progress() -> Progress:
     return Progress(Console(file=io.StringIO()))
 
 
-def scripted_clock(milliseconds: dict[str, float]) -> Callable[..., Sample]:
-    """A clock that knows what each step of ``providers()`` should have taken, and runs it."""
-
-    def clock(call: Any, repeats: int = 1, *, cold: bool = False) -> Sample:
-        return Sample(device=milliseconds[call()], host=0.5)
-
-    return clock
+def returned_clock(call: Any, repeats: int = 1, *, cold: bool = False) -> Sample:
+    """A clock that takes what a call returns for its milliseconds."""
+    return Sample(device=call().item(), host=0.5)
 
 
-def providers(monkeypatch: pytest.MonkeyPatch, **steps: Callable[[], Any]) -> None:
-    monkeypatch.setattr(network, "_providers", lambda work: {name: (lambda s=s: s) for name, s in steps.items()})
+def taking(milliseconds: float) -> Callable[[], torch.Tensor]:
+    return lambda: torch.tensor(milliseconds)
+
+
+def providers(monkeypatch: pytest.MonkeyPatch, *stages: dict[str, Callable[[], Any]], seconds: float = 0.0) -> None:
+    """Time these steps instead, all but the first stage asking for ``seconds`` beforehand."""
+    built = tuple(
+        {name: (lambda step=step: step, seconds if number else 0.0) for name, step in stage.items()}
+        for number, stage in enumerate(stages)
+    )
+    monkeypatch.setattr(network, "_providers", lambda work: built)
 
 
 @pytest.fixture
@@ -62,18 +67,32 @@ def test_times_are_relative_to_eager_and_its_second_self_is_the_noise(
     work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "YARDSTICK_PROVIDER", "eager")
-    providers(monkeypatch, eager=lambda: "eager", ours=lambda: "ours")
-    saved: list[Part] = []
-    clock = scripted_clock({"eager": 3.0, "ours": 2.0})
-    part = network.measure(work, COMPARED, clock, math.inf, progress, saved.append)
+    providers(monkeypatch, {"eager": taking(3.0), "ours": taking(2.0)})
+    part = network.measure(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
     rows = by_name(part)
     assert part["verdict"] == "right"
     assert part["noise"] == 0.0
     assert rows["ours"]["speed"] == 1.5
     assert rows["ours"]["samples_per_s"] == 2000.0
     assert rows["ours"]["step_ms"] == {"median": 2.0, "p20": 2.0, "p80": 2.0, "samples": 30}
-    # A killed run keeps what was warmed up.
-    assert [len(partial["rows"]) for partial in saved] == [2, 2] or [p["id"] for p in saved] == ["time-train"] * 2
+
+
+def test_what_compiles_for_long_comes_after_times_are_saved(
+    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Part] = []
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    providers(monkeypatch, {"eager": taking(3.0)}, {"compiled": killed})
+    with pytest.raises(KeyboardInterrupt):
+        network.measure(work, COMPARED, returned_clock, math.inf, progress, saved.append)
+    assert by_name(saved[-1])["eager"]["step_ms"]["median"] == 3.0
+
+    providers(monkeypatch, {"eager": taking(3.0)}, {"compiled": killed}, seconds=60.0)
+    part = network.measure(work, COMPARED, returned_clock, time.monotonic() + 30, progress, lambda part: None)
+    assert by_name(part)["compiled"]["reason"] == "no time left"
 
 
 def test_failing_providers_are_rows(
@@ -81,29 +100,47 @@ def test_failing_providers_are_rows(
 ) -> None:
     calls = itertools.count()
 
-    def late() -> str:
+    def late() -> torch.Tensor:
         if next(calls) > network.WARM_UP_STEPS + 3:
             raise RuntimeError("CUDA error")
-        return "late"
+        return torch.tensor(1.0)
 
-    def early() -> str:
+    def early() -> torch.Tensor:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    providers(monkeypatch, early=early, late=late, fine=lambda: "fine")
-    clock = scripted_clock({"late": 1.0, "fine": 1.0})
-    rows = by_name(network.measure(work, COMPARED, clock, math.inf, progress, lambda part: None))
+    providers(monkeypatch, {"early": early, "late": late}, {"fine": taking(1.0)})
+    part = network.measure(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
+    rows = by_name(part)
+    assert part["verdict"] == "right"
     assert {name: row["status"] for name, row in rows.items()} == {"early": "failed", "late": "failed", "fine": "ok"}
     assert rows["early"]["reason"] == "OutOfMemoryError: tried to allocate 2 GiB"
     assert rows["late"]["reason"] == "RuntimeError: CUDA error"
 
 
+def test_a_provider_with_another_output_is_not_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = network.Workload(models.load("tests.cli.tiny:network", 4, 9), "infer", torch.float32, CPU)
+    providers(monkeypatch, {"eager": taking(1.0), "near": taking(1.01), "far": taking(1.1), "nan": taking(math.nan)})
+    part = network.measure(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
+    assert {name: row["status"] for name, row in by_name(part).items()} == {
+        "eager": "ok",
+        "near": "ok",
+        "far": "wrong",
+        "nan": "wrong",
+    }
+    assert (part["verdict"], part["reason"]) == ("wrong", "wrong output: far, nan")
+    assert "step_ms" not in by_name(part)["far"]
+
+
 def test_providers_without_time_are_rows(
     work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def slow() -> torch.Tensor:
+        time.sleep(0.1)
+        return torch.tensor(1.0)
+
     deadline = time.monotonic() + 0.2
-    providers(monkeypatch, slow=lambda: time.sleep(0.1) or "slow", never=lambda: pytest.fail("was built"))
-    part = network.measure(work, COMPARED, scripted_clock({"slow": 1.0}), deadline, progress, lambda part: None)
-    rows = by_name(part)
+    providers(monkeypatch, {"slow": slow, "never": pytest.fail})
+    rows = by_name(network.measure(work, COMPARED, returned_clock, deadline, progress, lambda part: None))
     assert (rows["never"]["status"], rows["never"]["reason"]) == ("skipped", "no time left")
     assert rows["slow"]["step_ms"]["samples"] == 3
 

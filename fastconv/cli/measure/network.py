@@ -29,6 +29,7 @@ MODES = ("infer", "train")
 YARDSTICK_PROVIDER = "eager channels_last"
 SAMPLE_MS = 20.0  # a sample holds as many steps as fill this, so that the events' resolution does not matter
 WARM_UP_STEPS = 3
+COMPILE_SECONDS = 30.0  # that Inductor needs for a network: not begun where less is left
 DROPPING = ("StochasticDepth", "DropPath")  # torchvision's and timm's, beside torch's own dropout
 
 
@@ -165,69 +166,94 @@ class Ready:
     row: dict[str, Any]
 
 
+Build = Callable[[], Callable[[], Any]]
+
+
 def measure(
     work: Workload, compared: Part, clock: Clock, deadline: float, progress: Progress, save: Callable[[Part], None]
 ) -> Part:
-    """Time every provider, in turn; ``save`` gets the part after each provider's warm-up and again at the end.
+    """Time every provider, in turn; ``save`` gets the part whenever it has more in it.
 
-    No time is taken where ``compared`` found the numbers wrong. Providers that ``deadline`` leaves no time for, and
-    those that fail, are rows that say so.
+    No time is taken where ``compared`` found the numbers wrong. Providers that ``deadline`` leaves no time for, those
+    that fail and those whose output is wrong are rows that say so. Providers that compile for long come after the
+    others have been timed, and are timed together with them again.
     """
     part: Part = {"id": f"time-{work.mode}", "kind": "time", **work.description, "rows": [], "noise": None}
     if compared["verdict"] != "right":
         return part | {"verdict": "skipped", "reason": "not timed: the comparison did not pass"}
+    allowed = max(row["allowed"] + row["eager"] for row in compared["rows"])
     ready: dict[str, Ready] = {}
-    reference = None
+    outputs: list[torch.Tensor] = []
     torch._dynamo.reset()  # an earlier mode's guards would count against this one's limit of recompilations
-    providers = _providers(work)
-    progress.begin(part["title"], len(providers) + 1)
-    for name, build in providers.items():
-        row: dict[str, Any] = {"provider": name, "status": "ok", "reason": None}
-        part["rows"].append(row)
-        if time.monotonic() > deadline:
-            row |= {"status": "skipped", "reason": "no time left"}
-            continue
-        try:
-            ready[name], result = _warm_up(build, row, work.device)
-            if work.mode == "infer":
-                values = _float_leaves(result)[0].float()
-                reference = values if reference is None else reference
-                row["difference"] = norm_error(values, reference)
-        except Exception as error:
-            row |= {"status": "failed", "reason": reason(error)}
-            _release(work.device)
-        save(part | {"verdict": "skipped", "reason": "warmed up, not timed yet"})
-        progress.tick(name)
+    stages = _providers(work)
+    progress.begin(part["title"], sum(map(len, stages)))
+    for stage in stages:
+        for name, (build, seconds) in stage.items():
+            row: dict[str, Any] = {"provider": name, "status": "ok", "reason": None}
+            part["rows"].append(row)
+            if time.monotonic() + seconds > deadline:
+                row |= {"status": "skipped", "reason": "no time left"}
+                continue
+            try:
+                provider, result = _warm_up(build, row, work.device)
+                outputs.append(_float_leaves(result)[0])
+                # A training step returns its loss, which the providers reach after different numbers of steps.
+                row["difference"] = norm_error(outputs[-1], outputs[0]) if work.mode == "infer" else None
+                if not outputs[-1].isfinite().all() or (row["difference"] or 0.0) > allowed:
+                    row |= {"status": "wrong", "reason": f"its output differs by {row['difference']}"}
+                else:
+                    ready[name] = provider
+            except Exception as error:
+                row |= {"status": "failed", "reason": reason(error)}
+                _release(work.device)
+            save(part | _verdict(part))
+            progress.tick(name)
+        part["noise"] = _time(ready, work, clock, deadline)
+        save(part | _verdict(part))
+    for provider in ready.values():
+        # Last, because a profiler slows down what is launched after it.
+        provider.row["gpu_kernels"] = _gpu_kernels(provider.step) if work.device.type == "cuda" else None
+    return part | _verdict(part)
+
+
+def _verdict(part: Part) -> dict[str, Any]:
+    wrong = [row["provider"] for row in part["rows"] if row["status"] == "wrong"]
+    if wrong:
+        return {"verdict": "wrong", "reason": f"wrong output: {', '.join(wrong)}"}
+    if any("step_ms" in row for row in part["rows"]):
+        return {"verdict": "right", "reason": None}
+    if all(row["status"] == "failed" for row in part["rows"]):
+        return {"verdict": "failed", "reason": "no provider ran"}
+    return {"verdict": "skipped", "reason": "no provider has been timed"}
+
+
+def _time(ready: dict[str, Ready], work: Workload, clock: Clock, deadline: float) -> float | None:
+    """Rounds of all that is ``ready``: complete their rows, drop those that fail, and return the noise."""
     steps = {name: provider.step for name, provider in ready.items()}
     if YARDSTICK_PROVIDER in steps:
         steps["A/A"] = steps[YARDSTICK_PROVIDER]  # the same step under a second name: its difference is the noise
     repeats = {id(provider.step): provider.row["repeats"] for provider in ready.values()}
     rounds = interleave(steps, lambda step: clock(step, repeats[id(step)]), deadline=deadline)
-    for name, provider in ready.items():
+    times = {name: spread([sample.device for sample in samples]) for name, samples in rounds.samples.items() if samples}
+    base = times.get(YARDSTICK_PROVIDER)
+    for name, provider in list(ready.items()):
         if name in rounds.failures:
             provider.row |= {"status": "failed", "reason": rounds.failures[name]}
+            del ready[name]
             continue
-        provider.row["step_ms"] = spread([sample.device for sample in rounds.samples[name]])
+        median = times[name]["median"]
+        provider.row["step_ms"] = times[name]
         provider.row["host_ms"] = spread([sample.host for sample in rounds.samples[name]])
-        provider.row["samples_per_s"] = work.x.shape[0] / provider.row["step_ms"]["median"] * 1e3
-    base = ready[YARDSTICK_PROVIDER].row if YARDSTICK_PROVIDER in ready else {}
-    if "step_ms" in base and rounds.samples.get("A/A"):
-        again = spread([sample.device for sample in rounds.samples["A/A"]])
-        part["noise"] = abs(again["median"] / base["step_ms"]["median"] - 1)
-        for provider in ready.values():
-            if "step_ms" in provider.row:
-                provider.row["speed"] = base["step_ms"]["median"] / provider.row["step_ms"]["median"]
-    timed = any("step_ms" in row for row in part["rows"])
-    return part | (
-        {"verdict": "right", "reason": None} if timed else {"verdict": "failed", "reason": "no provider ran"}
-    )
+        provider.row["samples_per_s"] = work.x.shape[0] / median * 1e3
+        provider.row["speed"] = base["median"] / median if base else None
+    return abs(times["A/A"]["median"] / base["median"] - 1) if base and "A/A" in times else None
 
 
-def _providers(work: Workload) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """Each builds a model and its step; the order is what time runs out for last to first."""
+def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
+    """What is timed, in stages: each builds a model and its step, and may need so many seconds for it."""
     dense = work.subject.memory_format
     # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
-    backend = "inductor" if work.device.type == "cuda" else "aot_eager"
+    backend, seconds = ("inductor", COMPILE_SECONDS) if work.device.type == "cuda" else ("aot_eager", 0.0)
 
     def eager(memory_format: torch.memory_format) -> Callable[[], Any]:
         return work.step(work.fresh(memory_format), work.input(memory_format))
@@ -239,18 +265,20 @@ def _providers(work: Workload) -> dict[str, Callable[[], Callable[[], Any]]]:
         model.compile(backend=backend)
         return work.step(model, work.input(dense))
 
-    return {
-        YARDSTICK_PROVIDER: lambda: eager(dense),
-        "fastconv": ours,
-        "eager contiguous": lambda: eager(torch.contiguous_format),
-        "fastconv, CUDA graph": lambda: _Replay(ours()),
-        f"{YARDSTICK_PROVIDER}, CUDA graph": lambda: _Replay(eager(dense)),
-        "torch.compile channels_last": lambda: compiled(work.fresh(dense)),
-        "fastconv, torch.compile": lambda: compiled(work.converted()),
-    }
+    return (
+        {
+            YARDSTICK_PROVIDER: (lambda: eager(dense), 0.0),
+            "fastconv": (ours, 0.0),
+            "eager contiguous": (lambda: eager(torch.contiguous_format), 0.0),
+            "fastconv, CUDA graph": (lambda: _Replay(ours()), 0.0),
+            f"{YARDSTICK_PROVIDER}, CUDA graph": (lambda: _Replay(eager(dense)), 0.0),
+        },
+        {"torch.compile channels_last": (lambda: compiled(work.fresh(dense)), seconds)},
+        {"fastconv, torch.compile": (lambda: compiled(work.converted()), seconds)},
+    )
 
 
-def _warm_up(build: Callable[[], Callable[[], Any]], row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
+def _warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
     """Build and run a provider; fill in its compile time, memory, launches and how many steps a sample holds."""
     cuda = device.type == "cuda"
     _release(device)
@@ -272,7 +300,6 @@ def _warm_up(build: Callable[[], Callable[[], Any]], row: dict[str, Any], device
     captured = getattr(step, "peak_bytes", 0)
     row["peak_bytes"] = max(captured, torch.cuda.max_memory_allocated()) - before if cuda else None
     row["launches"] = dict(Counter(record.name for record in records))
-    row["gpu_kernels"] = _gpu_kernels(step) if cuda else None
     row["repeats"] = math.ceil(SAMPLE_MS / took_ms) if cuda else 1
     return Ready(step, row), result
 

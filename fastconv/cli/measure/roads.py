@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fastconv.cli.measure import tables
 from fastconv.cli.measure.clock import CudaClock, HostClock
 from fastconv.cli.measure.results import Part, Results
 from fastconv.cli.measure.screen import Progress
-from fastconv.cli.models import Subject, load
+from fastconv.cli.models import Subject, load, torchvision
 from fastconv.kernels import mend
 from fastconv.kernels.problem import DIRECTIONS
 
@@ -55,6 +56,29 @@ class Wishes:
         return self.seconds or (40.0 if self.quick else 100.0)
 
 
+class Output:
+    """Where a road leaves its parts: the result file, the terminal, and on the way out, even interrupted, plots."""
+
+    def __init__(self, folder: Path, wishes: Wishes, screen: Console) -> None:
+        self.results = Results(folder, dry_run=wishes.dry_run)
+        self._screen = screen
+
+    def put(self, part: Part) -> None:
+        """A part that is done."""
+        self.results.put(part)
+        self._screen.print(tables.render(part))
+
+    def __enter__(self) -> Output:
+        self._screen.print(tables.heading(self.results.data))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._screen.print(f"\nWritten: {self.results.path}")
+        _draw(self.results.data, self.results.path.parent, self._screen)
+
+
 Road = Callable[[Wishes, Path, Console], Results]
 
 
@@ -90,25 +114,24 @@ def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     dtype = options.dtype(wishes.dtype or "bfloat16")
     # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
     torch.backends.cudnn.benchmark = True
-    results = _open(out, wishes, screen)
     directions = DIRECTIONS if wishes.layers or "train" in wishes.modes else DIRECTIONS[:1]
-    with Progress(screen) as progress:
+    with Output(out, wishes, screen) as output, Progress(screen) as progress:
         progress.begin("compiling", 1)
-        _put(ahead.compile_kernels(subject, dtype, directions, device), results, screen)
+        output.put(ahead.compile_kernels(subject, dtype, directions, device))
         if wishes.layers:
             deadline = started + wishes.limit
-            _put(layers.host_time(device, deadline), results, screen)
-            _put(layers.measure(subject, dtype, device, clock, deadline, progress, results.put), results, screen)
-            return results
+            output.put(layers.host_time(device, deadline))
+            output.put(layers.measure(subject, dtype, device, clock, deadline, progress, output.results.put))
+            return output.results
         for mode in wishes.modes:
             share = INFERENCE_SHARE if mode == "infer" and len(wishes.modes) > 1 else 1.0
             progress.begin(f"{subject.name}, {mode}: comparing", 1)
             work = network.Workload(subject, mode, dtype, device)
             compared = network.check(work)
-            _put(compared, results, screen)
+            output.put(compared)
             deadline = started + share * wishes.limit
-            _put(network.measure(work, compared, clock, deadline, progress, results.put), results, screen)
-    return results
+            output.put(network.measure(work, compared, clock, deadline, progress, output.results.put))
+    return output.results
 
 
 def compared_road(wishes: Wishes, out: Path, screen: Console) -> Results:
@@ -118,14 +141,13 @@ def compared_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     assert wishes.model is not None
     subject = load(wishes.model, wishes.batch or INTERPRETED_BATCH, wishes.size or INTERPRETED_SIZE)
     dtype = options.dtype(wishes.dtype or "float32")
-    results = _open(out, wishes, screen)
-    with Progress(screen) as progress:
+    with Output(out, wishes, screen) as output, Progress(screen) as progress:
         progress.begin(subject.name, len(wishes.modes))
         for mode in wishes.modes:
-            _put(network.check(network.Workload(subject, mode, dtype, torch.device("cpu"))), results, screen)
+            output.put(network.check(network.Workload(subject, mode, dtype, torch.device("cpu"))))
             progress.tick(mode)
-    screen.print(UNMEASURED)
-    return results
+        screen.print(UNMEASURED)
+    return output.results
 
 
 def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
@@ -134,6 +156,7 @@ def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
         import sklearn  # noqa: F401
     except ModuleNotFoundError as error:
         raise BadUsage("the images come with scikit-learn: pip install 'fastconv[cli]'") from error
+    torchvision()  # missing, it is missed before the training and not after
     from fastconv.cli.measure import blocks, lenet
     from fastconv.cli.measure.compiler import COMMAND, Compilation
 
@@ -141,17 +164,21 @@ def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     if wishes.dtype is not None:
         dtypes = [options.dtype(wishes.dtype)]
     steps = QUICK_STEPS if wishes.quick else lenet.STEPS
-    results = _open(out, wishes, screen)
-    with Compilation((*COMMAND, "--quick") if wishes.quick else COMMAND) as compilation, Progress(screen) as progress:
+    command = (*COMMAND, "--quick") if wishes.quick else COMMAND
+    with (
+        Output(out, wishes, screen) as output,
+        Compilation(command) as compilation,
+        Progress(screen) as progress,
+    ):
         progress.begin("LeNet-5, plain and converted", steps)
-        _put(lenet.run(steps, progress.tick), results, screen)
+        output.put(lenet.run(steps, progress.tick))
         progress.begin("ResNet-18's blocks", 2 * len(dtypes))
         for part in blocks.run(dtypes, progress.tick):
-            _put(part, results, screen)
+            output.put(part)
         progress.begin("compiling every kernel for A100, H100/H200 and B200", 1)
-        _put(compilation.part(), results, screen)
-    screen.print(UNMEASURED)
-    return results
+        output.put(compilation.part())
+        screen.print(UNMEASURED)
+    return output.results
 
 
 def show(data: dict[str, Any], folder: Path, screen: Console) -> None:
@@ -160,12 +187,6 @@ def show(data: dict[str, Any], folder: Path, screen: Console) -> None:
     for part in data["parts"]:
         screen.print(tables.render(part))
     _draw(data, folder, screen)
-
-
-def finish(results: Results, screen: Console) -> None:
-    """Draw the plots and say where everything is."""
-    screen.print(f"\nWritten: {results.path}")
-    _draw(results.data, results.path.parent, screen)
 
 
 def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
@@ -184,15 +205,3 @@ def _subject(wishes: Wishes, model: str, batch: int, size: int | None) -> Subjec
     if wishes.model is not None:
         model, size = wishes.model, None
     return load(model, wishes.batch or batch, wishes.size or size)
-
-
-def _open(folder: Path, wishes: Wishes, screen: Console) -> Results:
-    """The result file, once nothing can be wrong with the command any more."""
-    results = Results(folder, dry_run=wishes.dry_run)
-    screen.print(tables.heading(results.data))
-    return results
-
-
-def _put(part: Part, results: Results, screen: Console) -> None:
-    results.put(part)
-    screen.print(tables.render(part))
