@@ -79,6 +79,9 @@ def split_sum(
 ) -> Launch:
     """The launch that adds fp32 partial sums [splits, rows, taps, channels] in order: partial -> out."""
     block = 1024
+    if channels_last:
+        # The order of both sides is the same, so that all is one run.
+        rows, taps, channels = 1, 1, rows * taps * channels
     vec = vector(dtype, channels)
     return Launch(
         kernel=split_sum_kernel,
