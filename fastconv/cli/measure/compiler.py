@@ -22,7 +22,7 @@ class Compilation:
 
     def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
         environment = {name: value for name, value in os.environ.items() if name != SWITCH}
-        # A session of its own, so that its compiling processes end with it.
+        # A process group of its own, so that its compiling processes end with it.
         self._process = subprocess.Popen(
             command,
             env=environment,
