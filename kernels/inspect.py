@@ -33,9 +33,9 @@ from fastconv.autotune import Config, Gpu
 from fastconv.autotune.gpus import A100, B200, H200
 from fastconv.kernels import dispatch, mend, reduce
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import INT32_MAX, dense_strides
+from fastconv.kernels.layout import INT32_MAX
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
-from fastconv.kernels.tiles import channel_sum_tile
+from fastconv.kernels.tiles import pixel_tile
 
 GPUS = (A100, H200, B200)
 # Of every multiprocessor from compute capability 8.0 to 10.0.
@@ -101,8 +101,11 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     if mend.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
     kernel, names = launch.kernel, launch.kernel.arg_names
-    integers = ("i32" if -INT32_MAX - 1 <= value <= INT32_MAX else "i64" for value in launch.scalars)
-    types = dict(zip(names, (*launch.pointers, *integers), strict=False))
+    numbers = (
+        "fp32" if isinstance(value, float) else "i32" if -INT32_MAX - 1 <= value <= INT32_MAX else "i64"
+        for value in launch.scalars
+    )
+    types = dict(zip(names, (*launch.pointers, *numbers), strict=False))
     constants = {name: None for name, type_ in types.items() if type_ is None} | dict(launch.constants)
     source = ASTSource(
         kernel,
@@ -245,9 +248,9 @@ def launches_of(problem: ConvProblem, bias: bool, gpu: Gpu) -> list[tuple[str, C
         found += [(direction, plan.choice.config, launch) for launch in plan.launches if plan.choice is not None]
     if not bias:
         return found
-    shape = problem.lifted.output_shape
-    config = channel_sum_tile(problem.output_pixels, problem.out_channels, problem.dtype.itemsize, gpu).config
-    launches = reduce.channel_sum(shape, dense_strides(shape), problem.dtype, config)
+    pixels, channels = problem.output_pixels, problem.out_channels
+    config = pixel_tile(pixels, channels, problem.dtype.itemsize, 1, True, gpu).config
+    launches = reduce.channel_sum(pixels, channels, channels, problem.dtype, config)
     return found + [("bias gradient", config, launch) for launch in launches]
 
 

@@ -28,17 +28,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count the distinct problems per family and direction that passing tests noted.
+    """Count the distinct problems per family and direction that passing tests noted, and repeat their lines.
 
-    A test notes one with ``record_property("problem", (family, direction, description))``, which also reaches here from
-    the worker processes of pytest-xdist.
+    A test notes one with ``record_property("problem", (family, direction, description))`` or ``("line", text)``, which
+    also reaches here from the worker processes of pytest-xdist.
     """
     problems: dict[tuple[str, str], set[str]] = defaultdict(set)
+    lines: list[str] = []
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
             if name == "problem":
                 family, direction, description = value
                 problems[family, direction].add(description)
+            elif name == "line":
+                lines.append(value)
+    for line in lines:
+        terminalreporter.write_line(line)
     if problems:
         terminalreporter.section("problems per family and direction")
         for (family, direction), descriptions in sorted(problems.items()):
