@@ -13,12 +13,27 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fastconv.activations import Act, activation_of
 from fastconv.autograd import conv as autograd
+from fastconv.autograd.conv_bn_act import conv_bn_act
 from fastconv.kernels import mend
+from fastconv.kernels.batch_norm import Activated
+from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.kernels.layout import POINTER_TYPES, is_channels_last
 from fastconv.kernels.problem import conv_transpose_problem
 
-__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "served"]
+__all__ = [
+    "conv1d",
+    "conv1d_bn_act",
+    "conv2d",
+    "conv2d_bn_act",
+    "conv3d",
+    "conv3d_bn_act",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "served",
+]
 
 Ints = int | Sequence[int]
 
@@ -153,6 +168,103 @@ def conv_transpose3d(
     )
 
 
+def conv1d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act = "relu",
+    residual: Tensor | None = None,
+    residual_after: bool = False,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``act(batch_norm(conv1d(input)) + residual)``: input [N, C, W], weight [K, C/groups, S] -> [N, K, Q].
+
+    The arguments of conv1d and of torch.nn.functional.batch_norm, whose running statistics it updates in training;
+    vectors are [K], the residual as the result. ``act``: a name, a module of torch.nn or None; ``residual_after``: the
+    residual is added behind the activation. One kernel in inference, statistics from the convolution's accumulator in
+    training. Raises as torch's functions do; ValueError on an activation without a fused form.
+    """
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    fused = training, momentum, eps, act, residual, residual_after
+    return conv_norm_act(conv1d, input, weight, bias, norm, *fused, stride, padding, dilation, groups)
+
+
+def conv2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act = "relu",
+    residual: Tensor | None = None,
+    residual_after: bool = False,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``act(batch_norm(conv2d(input)) + residual)``: input [N, C, H, W], weight [K, C/groups, R, S] -> [N, K, P, Q].
+
+    The arguments of conv2d and of torch.nn.functional.batch_norm, whose running statistics it updates in training;
+    vectors are [K], the residual as the result. ``act``: a name, a module of torch.nn or None; ``residual_after``: the
+    residual is added behind the activation. One kernel in inference, statistics from the convolution's accumulator in
+    training. Raises as torch's functions do; ValueError on an activation without a fused form.
+    """
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    fused = training, momentum, eps, act, residual, residual_after
+    return conv_norm_act(conv2d, input, weight, bias, norm, *fused, stride, padding, dilation, groups)
+
+
+def conv3d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act = "relu",
+    residual: Tensor | None = None,
+    residual_after: bool = False,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``act(batch_norm(conv3d(input)) + residual)``: input [N, C, D, H, W], weight [K, C/groups, T, R, S]
+    -> [N, K, O, P, Q].
+
+    The arguments of conv3d and of torch.nn.functional.batch_norm, whose running statistics it updates in training;
+    vectors are [K], the residual as the result. ``act``: a name, a module of torch.nn or None; ``residual_after``: the
+    residual is added behind the activation. One kernel in inference, statistics from the convolution's accumulator in
+    training. Raises as torch's functions do; ValueError on an activation without a fused form.
+    """
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    fused = training, momentum, eps, act, residual, residual_after
+    return conv_norm_act(conv3d, input, weight, bias, norm, *fused, stride, padding, dilation, groups)
+
+
 def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     if has_torch_function_variadic(x, weight, bias):
         return handle_torch_function(ours, (x, weight, bias), x, weight, bias, *arguments)
@@ -197,6 +309,61 @@ def _conv_transpose(
         batched, weight, bias, problem.input_size, stride, padding, dilation, groups, channels_last
     )
     return y if batched is x else y.squeeze(0)
+
+
+def conv_norm_act(
+    conv: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor | None, ...],
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act,
+    residual: Tensor | None,
+    residual_after: bool,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    group: Any = None,
+) -> Tensor:
+    """What conv1d_bn_act to conv3d_bn_act share. ``conv``: this module's convolution; ``norm``: running mean, running
+    variance, weight and bias; ``group``: the process group over which a synchronised batch norm takes statistics."""
+    name, a, b, slope = activation_of(act)
+    running_mean, running_var, gamma, beta = norm
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
+    dtype = _autocast_dtype(x)
+    if served(x, dtype):
+        y = conv(x, weight, bias, stride, padding, dilation, groups)
+        z = torch.nn.functional.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
+        if residual is not None and not residual_after:
+            z = z + residual
+        z = ACTIVATIONS[name].torch(z, a if slope is None else slope, b)
+        return z + residual if residual is not None and residual_after else z
+    rank = weight.dim() - 2
+    _check_ranks(conv.__name__, rank, x, weight)
+    if x.dim() != rank + 2:
+        raise ValueError(f"expected {rank + 2}D input (got {x.dim()}D input of size: {list(x.shape)})")
+    stride, dilation = _expand("stride", stride, rank), _expand("dilation", dilation, rank)
+    if isinstance(padding, str):
+        padding = _named_padding(padding, weight.shape[2:], stride, dilation)
+    else:
+        padding = _expand("padding", padding, rank) * 2
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    vectors = gamma, beta, running_mean, running_var, None if slope is None else slope.expand(weight.shape[0])
+    tensors = x, weight, bias, *(None if v is None else v.contiguous() for v in vectors), residual
+    how = Activated(eps, name, a, b, residual_after)
+    z, mean, var, count = conv_bn_act(*tensors, stride, padding, dilation, groups, training, how, group)
+    if training and running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    return z
 
 
 def _autocast_dtype(x: Any) -> torch.dtype | None:

@@ -1,21 +1,18 @@
-"""Convolution on tensors, each direction: check, plan, allocate, launch. No autograd.
-
-A call met before costs one dictionary hit: what was decided for it is kept under everything that decides it.
-"""
+"""Convolution on tensors, each direction: check, plan, allocate, launch. No autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-import torch
+from torch import Tensor
 
 from fastconv.autotune import Config, Gpu
 from fastconv.kernels import dispatch, reduce
+from fastconv.kernels.batch_norm import combine_statistics
+from fastconv.kernels.call import Call, Operands, Sizes, execute, prepared
 from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.launch import Launch, run
+from fastconv.kernels.epilogue import PLAIN, Epilogue
+from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import (
     contiguous_channels,
     dense_channels_last,
@@ -23,121 +20,130 @@ from fastconv.kernels.layout import (
     is_channels_last,
     linear_stride,
     pixel_strides,
+    pointer_type,
     strides_like,
 )
 from fastconv.kernels.problem import ConvProblem, check_arguments, conv_problem
-from fastconv.kernels.tiles import channel_sum_tile
+from fastconv.kernels.tiles import pixel_tile
 
-Sizes = tuple[int, ...]
+# The epilogue's operands: batch norm's mean, variance, weight and bias, PReLU's slope, the residual.
+NO_EPILOGUE = (None,) * 6
 
 
 class Uncovered(NotImplementedError):
     """No kernel family serves the call; the message says why."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """A prepared call: which operands are copied first, what is launched, what is returned."""
-
-    copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
-    launches: tuple[Launch, ...]  # none: the result is empty or all zeros
-    shape: Sizes
-    strides: Sizes  # as the kernel writes it
-    returned: Sizes | None = None  # strides of the copy that is returned; None: as written
-    workspace: int = 0  # fp32 elements between a first and a second launch
-
-
-_calls: dict[tuple[Any, ...], Call] = {}
-# A program that never meets the same sizes twice must not keep them all.
-MAX_CALLS = 8192
-
-
-def _execute(
-    prepare: Callable[..., Call],
-    operands: tuple[torch.Tensor, ...],
-    bias: tuple[torch.Tensor | None, ...],
-    arguments: tuple[Any, ...],
-) -> torch.Tensor:
-    """Run the call that ``prepare(gpu, operands, bias, *arguments)`` describes, prepared at most once."""
-    first = operands[0]
-    gpu = dispatch.target(first.device)
-    precision = dispatch.fp32_precision(first.dtype)
-    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands + bias])
-    key = (prepare, gpu.name, precision, kinds, arguments)
-    call = _calls.get(key)
-    if call is None:
-        if len(_calls) >= MAX_CALLS:
-            _calls.clear()
-        call = _calls[key] = prepare(gpu, operands, bias, *arguments)
-    out = first.new_empty_strided(call.shape, call.strides)
-    if not call.launches:
-        return out.zero_()
-    if any(call.copies):
-        operands = tuple(
-            t if strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
-            for t, strides in zip(operands, call.copies, strict=True)
-        )
-    if call.workspace:
-        workspace = first.new_empty(call.workspace, dtype=torch.float32)
-        run(call.launches[0], *operands, *bias, workspace)
-        run(call.launches[1], workspace, out)
-    else:
-        run(call.launches[0], *operands, *bias, out)
-    return out if call.returned is None else out.new_empty_strided(call.shape, call.returned).copy_(out)
-
-
 def conv_fprop(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
     """``conv(x, weight, bias)``; ``padding`` holds the leading sides, then the trailing ones.
 
     Channels_last where x or weight is, else contiguous. Raises RuntimeError where the arguments do not fit together,
     Uncovered where no kernel serves them.
     """
-    return _execute(_prepare_fprop, (x, weight), (bias,), (stride, padding, dilation, groups))
+    operands = (x, weight, bias, *NO_EPILOGUE)
+    return execute(prepared(_prepare_fprop, operands, (stride, padding, dilation, groups)), operands)[0]
 
 
-def _prepare_fprop(gpu: Gpu, operands, bias, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Call:
-    x, weight = operands
-    check_same_kind(x, weight, *bias)
-    problem = conv_problem(
-        x.shape, weight.shape, None if bias[0] is None else bias[0].shape, stride, padding, dilation, groups, x.dtype
+def conv_fprop_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor | None, ...],
+    slope: Tensor | None,
+    residual: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    eps: float,
+    act: str,
+    a: float,
+    b: float,
+    residual_after: bool,
+) -> Tensor:
+    """``act(normalise(conv(x, weight, bias)) + residual)`` in one launch, or with the residual after the activation.
+
+    ``norm``: batch norm's mean, variance, weight and bias [K], each or all None; ``slope`` [K]: PReLU's; residual: as
+    the result. Formats and errors as `conv_fprop`.
+    """
+    operands = (x, weight, bias, *norm, slope, residual)
+    arguments = (stride, padding, dilation, groups, act, eps, a, b, residual_after)
+    return execute(prepared(_prepare_fprop, operands, arguments), operands)[0]
+
+
+def conv_fprop_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, variance): `conv_fprop`, always channels_last, and the statistics [K] of its fp32 result."""
+    operands = (x, weight, bias, *NO_EPILOGUE)
+    call = prepared(
+        _prepare_fprop, operands, (stride, padding, dilation, groups, "identity", 0.0, 0.0, 0.0, False, True)
     )
-    channels_last = is_channels_last(x.shape, x.stride()) or is_channels_last(weight.shape, weight.stride())
-    return _prepare_gather("fprop", problem, gpu, x, weight, bias[0] is not None, problem.output_shape, channels_last)
+    y, *partials = execute(call, operands)
+    return y, *combine_statistics(*partials, y.numel() // y.shape[1], call.launches[0].constants["BLOCK_M"])
+
+
+def _prepare_fprop(
+    gpu: Gpu,
+    operands: Operands,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    act: str = "identity",
+    eps: float = 0.0,
+    a: float = 0.0,
+    b: float = 0.0,
+    residual_after: bool = False,
+    statistics: bool = False,
+) -> Call:
+    x, weight, bias, *fused, residual = operands
+    assert x is not None and weight is not None
+    check_same_kind(x, weight, bias, residual)
+    bias_shape = None if bias is None else bias.shape
+    problem = conv_problem(x.shape, weight.shape, bias_shape, stride, padding, dilation, groups, x.dtype)
+    for name, vector in zip(("running_mean", "running_var", "bn_weight", "bn_bias", "slope"), fused, strict=True):
+        if vector is not None and tuple(vector.shape) != (problem.out_channels,):
+            raise RuntimeError(
+                f"{name} should contain {problem.out_channels} elements not {list(vector.shape)}, "
+                f"as many as the output {list(problem.output_shape)} has channels"
+            )
+    if residual is not None and tuple(residual.shape) != problem.output_shape:
+        raise RuntimeError(
+            f"residual has shape {list(residual.shape)}, but the output it is added to {list(problem.output_shape)}"
+        )
+    types = [None if t is None else pointer_type(t.dtype) for t in (*fused, residual)]
+    epilogue = Epilogue(*types, residual_after, statistics, act, eps, a, b)
+    channels_last = statistics or any(is_channels_last(t.shape, t.stride()) for t in (x, weight))
+    return _prepare_gather("fprop", problem, gpu, operands, problem.output_shape, channels_last, epilogue)
 
 
 def conv_dgrad(
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     input_size: Sizes,
     stride: Sizes,
     padding: Sizes,
     dilation: Sizes,
     groups: int,
     channels_last: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """The input's gradient [N, C, *input_size] from the output's, plus ``bias`` [C]: also the transposed convolution.
 
     ``padding`` is the leading sides'. Raises RuntimeError where the arguments do not fit together, Uncovered where no
     kernel serves them.
     """
-    return _execute(
-        _prepare_dgrad, (dy, weight), (bias,), (input_size, stride, padding, dilation, groups, channels_last)
-    )
+    operands = (dy, weight, bias, *NO_EPILOGUE)
+    arguments = (input_size, stride, padding, dilation, groups, channels_last)
+    return execute(prepared(_prepare_dgrad, operands, arguments), operands)[0]
 
 
 def _prepare_dgrad(
     gpu: Gpu,
-    operands,
-    bias,
+    operands: Operands,
     input_size: Sizes,
     stride: Sizes,
     padding: Sizes,
@@ -145,64 +151,71 @@ def _prepare_dgrad(
     groups: int,
     channels_last: bool,
 ) -> Call:
-    dy, weight = operands
-    check_same_kind(dy, weight, *bias)
-    check_arguments(weight.shape, None if bias[0] is None else bias[0].shape, 1, stride, padding, dilation, groups)
-    problem = _gradient_problem(
-        dy, (weight.shape[1] * groups, *input_size), weight.shape, stride, padding, dilation, groups
-    )
-    return _prepare_gather("dgrad", problem, gpu, dy, weight, bias[0] is not None, problem.input_shape, channels_last)
+    dy, weight, bias, *_ = operands
+    assert dy is not None and weight is not None
+    check_same_kind(dy, weight, bias)
+    check_arguments(weight.shape, None if bias is None else bias.shape, 1, stride, padding, dilation, groups)
+    input_shape = (weight.shape[1] * groups, *input_size)
+    problem = _gradient_problem(dy, input_shape, weight.shape, stride, padding, dilation, groups)
+    return _prepare_gather("dgrad", problem, gpu, operands, problem.input_shape, channels_last, PLAIN)
 
 
 def _prepare_gather(
     direction: str,
     problem: ConvProblem,
     gpu: Gpu,
-    source: torch.Tensor,
-    weight: torch.Tensor,
-    bias: bool,
+    operands: Operands,
     shape: Sizes,
     channels_last: bool,
+    epilogue: Epilogue,
 ) -> Call:
+    source, weight, bias, *_, residual = operands
+    assert source is not None and weight is not None
     # Where pixels or channels are single, both formats are the same memory and the kernel writes either.
     direct = channels_last or shape[1] == 1 or all(size == 1 for size in shape[2:])
     strides = strides_like(shape, channels_last or not direct)
-    copies = (
-        contiguous_channels(source.shape, source.stride()),
-        dense_channels_last(weight.shape, weight.stride()),
+    copies: list[Sizes | None] = [None] * len(operands)
+    copies[0] = contiguous_channels(source.shape, source.stride())
+    copies[1] = dense_channels_last(weight.shape, weight.stride())
+    if residual is not None and residual.stride() != strides:
+        copies[-1] = strides
+    returned = None if direct else strides_like(shape, False)
+    if not problem.batch:
+        return Call(tuple(copies), (), shape, strides, returned)
+    layout = Layout(
+        source=pixel_strides(source.shape, copies[0] or source.stride()),
+        other=pixel_strides(shape, strides),
+        bias=bias is not None,
+        epilogue=epilogue,
     )
-    launches: tuple[Launch, ...] = ()
-    if problem.batch:
-        layout = Layout(
-            source=pixel_strides(source.shape, copies[0] or source.stride()),
-            other=pixel_strides(shape, strides),
-            bias=bias,
-        )
-        launches = _plan(direction, problem, gpu, layout)[1]
-    return Call(copies, launches, shape, strides, None if direct else strides_like(shape, False))
+    config, launches = _plan(direction, problem, gpu, layout)
+    partials = None
+    if epilogue.statistics:
+        partials = (-(-problem.output_pixels // config["BLOCK_M"]), problem.out_channels)
+    return Call(tuple(copies), launches, shape, strides, returned, partials=partials)
 
 
 def conv_wgrad(
-    x: torch.Tensor,
-    dy: torch.Tensor,
+    x: Tensor,
+    dy: Tensor,
     filter_size: Sizes,
     stride: Sizes,
     padding: Sizes,
     dilation: Sizes,
     groups: int,
     channels_last: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """The weight's gradient [K, C/groups, *filter_size]; ``padding`` is the leading sides'.
 
     Raises Uncovered where no kernel serves the call.
     """
-    return _execute(_prepare_wgrad, (x, dy), (), (filter_size, stride, padding, dilation, groups, channels_last))
+    arguments = (filter_size, stride, padding, dilation, groups, channels_last)
+    return execute(prepared(_prepare_wgrad, (x, dy), arguments), (x, dy))[0]
 
 
 def _prepare_wgrad(
     gpu: Gpu,
-    operands,
-    bias,
+    operands: Operands,
     filter_size: Sizes,
     stride: Sizes,
     padding: Sizes,
@@ -211,6 +224,7 @@ def _prepare_wgrad(
     channels_last: bool,
 ) -> Call:
     x, dy = operands
+    assert x is not None and dy is not None
     check_same_kind(x, dy)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     problem = _gradient_problem(dy, tuple(x.shape[1:]), shape, stride, padding, dilation, groups)
@@ -228,13 +242,14 @@ def _prepare_wgrad(
     return Call(copies, launches, shape, strides, workspace=workspace)
 
 
-def channel_sum(x: torch.Tensor) -> torch.Tensor:
+def channel_sum(x: Tensor) -> Tensor:
     """The sum of [N, K, spatial] over all axes but the second, added in fp32: the bias's gradient [K]."""
-    return _execute(_prepare_channel_sum, (x,), (), ())
+    return execute(prepared(_prepare_channel_sum, (x,), ()), (x,))[0]
 
 
-def _prepare_channel_sum(gpu: Gpu, operands, bias) -> Call:
+def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
     (x,) = operands
+    assert x is not None
     k = x.shape[1]
     copies = (even_pixels(x.shape, x.stride()),)
     if not x.numel():
@@ -242,7 +257,7 @@ def _prepare_channel_sum(gpu: Gpu, operands, bias) -> Call:
     pixels = x.numel() // k
     stride = linear_stride(x.shape, pixel_strides(x.shape, copies[0] or x.stride()))
     assert stride is not None
-    choice = channel_sum_tile(pixels, k, x.element_size(), gpu)
+    choice = pixel_tile(pixels, k, x.element_size(), 1, True, gpu)
     launches = reduce.channel_sum(pixels, k, stride, x.dtype, choice.config)
     return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
@@ -255,7 +270,7 @@ def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tup
 
 
 def _gradient_problem(
-    dy: torch.Tensor,
+    dy: Tensor,
     input_shape: Sizes,
     weight_shape: Sizes,
     stride: Sizes,
@@ -284,7 +299,7 @@ def _gradient_problem(
     )
 
 
-def check_same_kind(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+def check_same_kind(x: Tensor, *others: Tensor | None) -> None:
     """Raise RuntimeError, as torch does, where dtypes or devices are mixed."""
     for other in others:
         if other is None:

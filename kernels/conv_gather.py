@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config
+from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue, activate, normalise, statistics
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
 from fastconv.kernels.pixels import in_elements
@@ -54,13 +55,18 @@ def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.c
         "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "y_stride_n", "y_stride_d", "y_stride_h", "y_stride_w",
         "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
         "dilation_d", "dilation_h", "dilation_w", "gcd_d", "gcd_h", "gcd_w", "inverse_d", "inverse_h", "inverse_w",
+        "eps", "a", "b",
     ]
 )  # fmt: skip
 def conv_gather_kernel(
     x_ptr,  # [N, D, H, W, groups * C]: the input (fprop) or the output's gradient (dgrad)
     w_ptr,  # [channels of the output, T, R, S, input channels of a group], dense
-    bias_ptr,  # [groups * K]
+    bias_ptr,  # [groups * K], as the next five: absent where the epilogue has no use for them
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
+    slope_ptr,  # of PReLU
+    residual_ptr,  # as y
     y_ptr,  # [N, O, P, Q, groups * K]
+    tile_mean_ptr, tile_m2_ptr,  # [tiles of BLOCK_M pixels, groups * K]
     N, D, H, W,
     C,  # reduced channels of a group, in units of VEC_C
     O, P, Q,
@@ -73,6 +79,8 @@ def conv_gather_kernel(
     dilation_d, dilation_h, dilation_w,
     gcd_d, gcd_h, gcd_w,  # of dilation and stride
     inverse_d, inverse_h, inverse_w,  # of dilation / gcd modulo stride / gcd
+    eps,  # of batch norm
+    a, b,  # of the activation
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
     RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
@@ -81,6 +89,8 @@ def conv_gather_kernel(
     FLAT: tl.constexpr,  # few channels: a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,  # the activation
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -229,10 +239,20 @@ def conv_gather_kernel(
                         t = tl.where(carry, t + 1, t)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
+    channel = group * K + offs_k
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + group * K + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-    y_tile = y_ptr + y_row[:, None] + (group * K + offs_k)[None, :]
-    tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+        acc += tl.load(bias_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    if tile_mean_ptr is not None:
+        mean, m2 = statistics(acc, mask_m)
+        row = pid_m * (tl.num_programs(1) * K) + channel
+        tl.store(tile_mean_ptr + row, mean, mask=mask_k)
+        tl.store(tile_m2_ptr + row, m2, mask=mask_k)
+    if mean_ptr is not None:
+        acc = normalise(acc, channel, mask_k, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    offs_y = y_row[:, None] + channel[None, :]
+    mask_y = mask_m[:, None] & mask_k[None, :]
+    acc = activate(acc, channel, mask_k, offs_y, mask_y, slope_ptr, residual_ptr, a, b, ACT, RESIDUAL_AFTER)
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
 def conv_gather(
@@ -243,8 +263,12 @@ def conv_gather(
     x_strides: Strides | None = None,
     y_strides: Strides | None = None,
     bias: bool = False,
+    epilogue: Epilogue = PLAIN,
 ) -> Launch:
-    """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given."""
+    """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
+
+    Its operands: source, weight, bias, those of ``epilogue`` and the result with its statistics, where absent None.
+    """
     lifted = problem.lifted
     dgrad = direction == "dgrad"
     operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
@@ -269,7 +293,10 @@ def conv_gather(
             problem.groups,
             1,
         ),
-        pointers=(element, element, element if bias else None, element),
+        pointers=(
+            *(element, element, element if bias else None, *epilogue.pointers),
+            *(element, *("*fp32" if epilogue.statistics else None,) * 2),
+        ),
         scalars=(
             problem.batch,
             *x_size,
@@ -284,6 +311,7 @@ def conv_gather(
             *lifted.dilation,
             *gcds,
             *inverses,
+            *epilogue.scalars,
         ),
         constants={
             "VEC_C": vec_c,
@@ -294,6 +322,8 @@ def conv_gather(
             "FLAT": flat(problem.taps, c),
             "WIDE": wide((operands[0], x_strides), (operands[1], y_strides)),
             "PRECISION": precision,
+            "ACT": ACTIVATIONS[epilogue.act].forward,
+            "RESIDUAL_AFTER": epilogue.residual_after,
             **tile,
         },
         num_warps=config["num_warps"],

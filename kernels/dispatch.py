@@ -18,6 +18,7 @@ from fastconv.autotune import gpus as gpu_table
 from fastconv.kernels import mend
 from fastconv.kernels.conv_gather import conv_gather
 from fastconv.kernels.conv_wgrad import conv_wgrad
+from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem
@@ -31,6 +32,7 @@ class Layout:
     source: Strides | None = None  # of x (fprop, wgrad) or dy (dgrad)
     other: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
     bias: bool = False
+    epilogue: Epilogue = PLAIN
     channels_last: bool = True  # of dw
 
 
@@ -74,7 +76,9 @@ def _plan_gather(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout)
         choice = wgrad_tile(problem, precision, gpu)
         return choice, conv_wgrad(problem, choice.config, precision, layout.source, layout.other, layout.channels_last)
     choice = gather_tile(direction, problem, precision, gpu)
-    launch = conv_gather(direction, problem, choice.config, precision, layout.source, layout.other, layout.bias)
+    launch = conv_gather(
+        direction, problem, choice.config, precision, layout.source, layout.other, layout.bias, layout.epilogue
+    )
     return choice, (launch,)
 
 

@@ -24,7 +24,7 @@ class Launch:
     kernel: Any  # a triton.jit function
     grid: tuple[int, int, int]
     pointers: tuple[str | None, ...]  # "*bf16"; None where the operand is absent
-    scalars: tuple[int, ...]
+    scalars: tuple[int | float, ...]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
@@ -42,7 +42,7 @@ class Launch:
     @cached_property
     def compile_key(self) -> tuple[Any, ...]:
         """What decides the binary: two launches with equal keys share one compilation."""
-        widths = tuple(-(2**31) <= value < 2**31 for value in self.scalars)
+        widths = tuple(isinstance(value, float) or -(2**31) <= value < 2**31 for value in self.scalars)
         constants = tuple((name, getattr(value, "__name__", value)) for name, value in self.constants.items())
         return (self.name, self.pointers, widths, constants, self.num_warps, self.num_stages)
 

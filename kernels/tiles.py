@@ -58,15 +58,13 @@ WGRAD = Space(
     },
     _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
-CHANNEL_SUM = Space(
-    "channel_sum",
-    {
-        "BLOCK_M": (32,),
-        "BLOCK_K": (64,),
-        "SPLITS": tuple(2**i for i in range(11)),
-        "num_warps": (4,),
-        "num_stages": (3,),
-    },
+PIXELS = Space(
+    "pixels",
+    {"BLOCK_M": (32,), "BLOCK_K": (64,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (3,)},
+)
+PIXELS_SPLIT = Space(
+    "pixels_split",
+    {**PIXELS.ranges, "SPLITS": tuple(2**i for i in range(11))},
 )
 # In the interpreter a step costs much the same whatever its size, so tiles are as large as the problem.
 INTERPRETED = {
@@ -93,8 +91,19 @@ INTERPRETED = {
         },
         _fits_interpreter,
     ),
-    "channel_sum": Space(
-        "channel_sum",
+    "pixels": Space(
+        "pixels",
+        {
+            "BLOCK_M": tuple(2**i for i in range(4, 13)),
+            "BLOCK_K": (16, 64, 256),
+            "SPLITS": (1,),
+            "num_warps": (4,),
+            "num_stages": (1,),
+        },
+        _fits_interpreter,
+    ),
+    "pixels_split": Space(
+        "pixels_split",
         {
             "BLOCK_M": tuple(2**i for i in range(4, 13)),
             "BLOCK_K": (16, 64, 256),
@@ -189,27 +198,28 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     return _choose(WGRAD, (problem, precision), work, gpu)
 
 
-def channel_sum_tile(pixels: int, channels: int, element: int, gpu: Gpu) -> Choice:
-    """The tile of a sum over pixels."""
+def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:
+    """The tile of a pass over [pixels, channels] that moves ``moved`` such tensors; ``split``: it sums over pixels."""
 
     def work(config: Config) -> Work:
         m, n, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
+        tiles = _cdiv(pixels, m)
         return Work(
-            programs=_cdiv(channels, n) * splits,
-            steps=_cdiv(_cdiv(pixels, m), splits),
+            programs=_cdiv(channels, n) * (splits if split else tiles),
+            steps=_cdiv(tiles, splits) if split else 1,
             step_flops=m * n,
-            step_elements=m * n,
-            step_bytes=m * n * element,
-            dram_bytes=pixels * channels * element,
+            step_elements=moved * m * n,
+            step_bytes=moved * m * n * element,
+            dram_bytes=moved * pixels * channels * element,
             shared_memory=0,
-            registers=40 + m * n // (32 * config["num_warps"]),
+            registers=40 + moved * m * n // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=0.0,
             extra_bytes=2 * splits * channels * 4 if splits > 1 else 0,
         )
 
-    return _choose(CHANNEL_SUM, (pixels, channels, element), work, gpu)
+    return _choose(PIXELS_SPLIT if split else PIXELS, (pixels, channels, element, moved), work, gpu)
 
 
 def _choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:

@@ -283,9 +283,9 @@ def test_empty_batch(function: str) -> None:
 
 
 def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    from fastconv.kernels import conv, dispatch
+    from fastconv.kernels import call, dispatch
 
-    monkeypatch.setattr(conv, "_calls", {})
+    monkeypatch.setattr(call, "_calls", {})
     refusing = dispatch.Family("gather", lambda *a: "not today", dispatch.GATHER.plan)
     monkeypatch.setattr(dispatch, "FAMILIES", dict.fromkeys(dispatch.DIRECTIONS, (refusing,)))
     for name in ("conv2d", "conv2d uneven same", "conv2d strided, dilated, grouped", "conv_transpose2d", "conv1d"):
@@ -301,9 +301,9 @@ def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.
 
 def test_backward_on_another_thread_is_strict_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd runs a GPU's backward on threads that see no context of the user's."""
-    from fastconv.kernels import conv, dispatch
+    from fastconv.kernels import call, dispatch
 
-    monkeypatch.setattr(conv, "_calls", {})
+    monkeypatch.setattr(call, "_calls", {})
     refusing = dispatch.Family("gather", lambda *a: "not today", dispatch.GATHER.plan)
     families = {"fprop": (dispatch.GATHER,), "dgrad": (refusing,), "wgrad": (refusing,)}
     monkeypatch.setattr(dispatch, "FAMILIES", families)

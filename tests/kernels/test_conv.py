@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastconv.autotune import Choice, gpus
-from fastconv.kernels import conv, dispatch, mend
+from fastconv.kernels import call, conv, dispatch, mend
 from fastconv.kernels.launch import Launch, record
 from fastconv.kernels.layout import strides_like
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
@@ -255,9 +255,9 @@ def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.Monkey
     """The interpreter's own tiles swallow small problems whole; here the tile is named."""
     config = {**tile, "num_warps": 4, "num_stages": 1}
     problem = case.problem()
-    for module, name in ((dispatch, "gather_tile"), (dispatch, "wgrad_tile"), (conv, "channel_sum_tile")):
+    for module, name in ((dispatch, "gather_tile"), (dispatch, "wgrad_tile"), (conv, "pixel_tile")):
         monkeypatch.setattr(module, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
-    monkeypatch.setattr(conv, "_calls", {})
+    monkeypatch.setattr(call, "_calls", {})
     generator = torch.Generator().manual_seed(0)
     limit = exact_limit(problem.dtype, max(depths(problem)))
     operands = [
@@ -351,7 +351,7 @@ def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPa
     ]
     for module in (dispatch.conv_gather, dispatch.conv_wgrad):
         monkeypatch.setitem(module.__globals__, "wide", lambda *operands: True)
-    monkeypatch.setattr(conv, "_calls", {})
+    monkeypatch.setattr(call, "_calls", {})
     values = computed(problem, *operands)
     for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
         assert_equal(value, reference, name)
@@ -399,14 +399,14 @@ def test_known_calls_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
     plan = dispatch.plan
     monkeypatch.setattr(dispatch, "plan", lambda *a: planned.append(a) or plan(*a))
-    monkeypatch.setattr(conv, "_calls", {})
+    monkeypatch.setattr(call, "_calls", {})
     x, weight = torch.ones(1, 16, 3, 3, device=DEVICE), torch.ones(16, 16, 1, 1, device=DEVICE)
     for _ in range(3):
         conv.conv_fprop(x, weight, None, (1, 1), (0,) * 4, (1, 1), 1)
     assert len(planned) == 1
-    monkeypatch.setattr(conv, "MAX_CALLS", 1)
+    monkeypatch.setattr(call, "MAX_CALLS", 1)
     conv.conv_fprop(x[:, :, :2], weight, None, (1, 1), (0,) * 4, (1, 1), 1)
-    assert len(conv._calls) == 1
+    assert len(call._calls) == 1
 
 
 def test_flops_and_bytes() -> None:

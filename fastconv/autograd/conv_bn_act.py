@@ -1,0 +1,369 @@
+"""Convolution + batch norm + activation (+ residual) as library operators, and as one autograd Function over them.
+
+Inference is one kernel. Training is the convolution with statistics from its accumulator, one pass that normalises and
+activates, and in backward one pass for batch norm's sums and one that gives dgrad and wgrad their operand. Saved are
+the layer's input, the convolution's output and numbers per channel; with a residual before a ReLU its output, which the
+next layer keeps anyway. `composed` is the same from differentiable parts: what a gradient of the gradient goes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from fastconv.autograd.conv import (
+    _fall_back,
+    _fprop,
+    _fprop_fake,
+    _is_channels_last,
+    _operator,
+    _tracked,
+    conv,
+    conv_fprop,
+    conv_transpose,
+    weight_gradient,
+)
+from fastconv.kernels import batch_norm
+from fastconv.kernels import conv as kernels
+from fastconv.kernels.batch_norm import Activated, as_pixels
+from fastconv.kernels.epilogue import ACTIVATIONS
+from fastconv.kernels.layout import is_channels_last, strides_like
+
+_NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? slope, Tensor? residual"
+_CONV = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_HOW = "float eps, str act, float a, float b, bool residual_after"
+
+
+def _conv_act(
+    x, weight, bias, mean, var, gamma, beta, slope, residual, stride, padding, dilation, groups, eps, act, a, b, after
+):
+    norm, how = (mean, var, gamma, beta), (eps, act, a, b, after)
+    arguments = tuple(stride), tuple(padding), tuple(dilation), groups
+    try:
+        return kernels.conv_fprop_act(x, weight, bias, norm, slope, residual, *arguments, *how)
+    except kernels.Uncovered as reason:
+        _fall_back("conv_act", reason)
+    y = _fprop(x, weight, bias, stride, padding, dilation, groups)
+    channels_last = is_channels_last(y.shape, y.stride())
+    z = _normalise_and_activate(y, norm, slope, residual, Activated(*how))
+    return z.new_empty_strided(z.shape, strides_like(z.shape, channels_last)).copy_(z)
+
+
+def _conv_act_fake(x, weight, bias, mean, var, gamma, beta, slope, residual, stride, padding, dilation, groups, *how):
+    return _fprop_fake(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv_statistics(x, weight, bias, stride, padding, dilation, groups):
+    try:
+        return kernels.conv_fprop_statistics(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    except kernels.Uncovered as reason:
+        _fall_back("conv_statistics", reason)
+    y = as_pixels(_fprop(x, weight, bias, stride, padding, dilation, groups))
+    var, mean = torch.var_mean(y.float(), _all_but_channels(y), correction=0)
+    return y, mean, var
+
+
+def _conv_statistics_fake(x, weight, bias, stride, padding, dilation, groups):
+    y = _fprop_fake(x, weight, bias, stride, padding, dilation, groups)
+    statistics = (y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
+    return y.new_empty_strided(y.shape, strides_like(y.shape, True)), *statistics
+
+
+def _batch_norm_act(y, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after, channels_last):
+    residual = None if residual is None else as_pixels(residual)
+    how = Activated(eps, act, a, b, residual_after)
+    z = batch_norm.batch_norm_act(as_pixels(y), (mean, var, gamma, beta), slope, residual, how)
+    return z if channels_last else z.new_empty_strided(z.shape, strides_like(z.shape, False)).copy_(z)
+
+
+def _batch_norm_act_fake(y, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after, channels_last):
+    return y.new_empty_strided(y.shape, strides_like(y.shape, channels_last))
+
+
+def _as_pixels(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else as_pixels(t) for t in tensors)
+
+
+def _batch_norm_act_sums(dz, y, z, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after):
+    dz, y, z, residual = _as_pixels(dz, y, z, residual)
+    how = Activated(eps, act, a, b, residual_after)
+    return batch_norm.batch_norm_act_sums(dz, y, z, (mean, var, gamma, beta), slope, residual, how)
+
+
+def _batch_norm_act_sums_fake(dz, y, *others):
+    return y.new_empty((3, y.shape[1]), dtype=torch.float32)
+
+
+def _batch_norm_act_gradient(
+    dz, y, z, mean, var, gamma, beta, slope, residual, sums, share, eps, act, a, b, residual_after, need_residual
+):
+    dz, y, z, residual = _as_pixels(dz, y, z, residual)
+    how = Activated(eps, act, a, b, residual_after)
+    norm = mean, var, gamma, beta
+    dy, dresidual = batch_norm.batch_norm_act_gradient(dz, y, z, norm, slope, residual, sums, share, how, need_residual)
+    return dy, dz.new_empty(0) if dresidual is None else dresidual
+
+
+def _batch_norm_act_gradient_fake(dz, *others):
+    need_residual = others[-1]
+    dy, dresidual = (dz.new_empty_strided(dz.shape, strides_like(dz.shape, True)) for _ in range(2))
+    return dy, dresidual if need_residual else dz.new_empty(0)
+
+
+conv_act = _operator(
+    f"conv_act(Tensor x, Tensor weight, Tensor? bias, {_NORM}, {_CONV}, {_HOW}) -> Tensor", _conv_act, _conv_act_fake
+)
+conv_statistics = _operator(
+    f"conv_statistics(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> (Tensor, Tensor, Tensor)",
+    _conv_statistics,
+    _conv_statistics_fake,
+)
+batch_norm_act = _operator(
+    f"batch_norm_act(Tensor y, {_NORM}, {_HOW}, bool channels_last) -> Tensor", _batch_norm_act, _batch_norm_act_fake
+)
+batch_norm_act_sums = _operator(
+    f"batch_norm_act_sums(Tensor dz, Tensor y, Tensor? z, {_NORM}, {_HOW}) -> Tensor",
+    _batch_norm_act_sums,
+    _batch_norm_act_sums_fake,
+)
+batch_norm_act_gradient = _operator(
+    f"batch_norm_act_gradient(Tensor dz, Tensor? y, Tensor? z, {_NORM}, Tensor? sums, float share, {_HOW}, "
+    "bool need_residual) -> (Tensor, Tensor)",
+    _batch_norm_act_gradient,
+    _batch_norm_act_gradient_fake,
+)
+
+
+def _all_but_channels(y: Tensor) -> list[int]:
+    return [0, *range(2, y.dim())]
+
+
+def _normalise_and_activate(
+    y: Tensor, norm: Sequence[Tensor | None], slope: Tensor | None, residual: Tensor | None, how: Activated
+) -> Tensor:
+    """The twin of the kernels' epilogue in plain PyTorch, differentiable; in fp32 for narrower types."""
+
+    def by_channel(t: Tensor) -> Tensor:
+        return t.to(x.dtype).view(-1, *(1,) * (y.dim() - 2))
+
+    x = y if y.dtype == torch.float64 else y.float()
+    mean, var, gamma, beta = norm
+    if mean is not None and var is not None:
+        x = (x - by_channel(mean)) * torch.rsqrt(by_channel(var) + how.eps)
+    if gamma is not None:
+        x = x * by_channel(gamma)
+    if beta is not None:
+        x = x + by_channel(beta)
+    if residual is not None and not how.residual_after:
+        x = x + residual.to(x.dtype)
+    x = ACTIVATIONS[how.act].torch(x, how.a if slope is None else slope.to(x.dtype), how.b)
+    if residual is not None and how.residual_after:
+        x = x + residual.to(x.dtype)
+    return x.to(y.dtype)
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Sequence[Tensor | None],
+    slope: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    training: bool,
+    how: Activated,
+) -> Tensor:
+    """`conv_bn_act` without its fused kernels; in training the statistics are the batch's, not ``norm``'s."""
+    y = conv(x, weight, bias, stride, padding, dilation, groups)
+    mean, var, gamma, beta = norm
+    if training:
+        var, mean = torch.var_mean(y if y.dtype == torch.float64 else y.float(), _all_but_channels(y), correction=0)
+    return _normalise_and_activate(y, (mean, var, gamma, beta), slope, residual, how)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    slope: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    training: bool,
+    how: Activated,
+    group: Any = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
+    """(z, mean, variance, pixels) of ``act(batch_norm(conv(x)) + residual)``: the batch's statistics in training.
+
+    x [N, C, spatial]; ``padding`` holds the leading sides, then the trailing ones; vectors are [K], statistics fp32,
+    the variance biased; ``group``: the process group over which statistics are taken. Raises ValueError, as torch does,
+    on one value per channel in training.
+    """
+    tensors = (x, weight, bias, gamma, beta, slope, residual)
+    arguments = stride, padding, dilation, groups
+    if _tracked(*tensors):
+        z, mean, var, total = ConvBNAct.apply(*tensors, mean, var, *arguments, training, how, group)
+    elif not training:
+        z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
+        total = None
+    else:
+        y, mean, var, total = _convolved(x, weight, bias, arguments, group)
+        z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), _is_channels_last(x, weight))
+    return z, mean, var, z.numel() // z.shape[1] if total is None else total
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Any, group: Any) -> tuple[Any, ...]:
+    """(y, mean, variance, pixels over the group or None) of the convolution in training."""
+    y, mean, var = conv_statistics(x, weight, bias, *arguments)
+    if group is not None:
+        return y, *_over_group(mean, var, y.numel() // y.shape[1], group)
+    if y.numel() == y.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+    return y, mean, var, None
+
+
+def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, variance, pixels) over all processes, from each one's own."""
+    own = torch.cat([mean, var, mean.new_full((1,), pixels)])
+    gathered = own.new_empty((dist.get_world_size(group), own.numel()))
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    means, variances, counts = gathered.split([mean.numel(), var.numel(), 1], dim=1)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    return mean, ((variances + (means - mean).square()) * counts).sum(0) / total, total
+
+
+class ConvBNAct(Function):
+    """The fused layer; a gradient of its gradient goes through `composed`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        gamma,
+        beta,
+        slope,
+        residual,
+        mean,
+        var,
+        stride,
+        padding,
+        dilation,
+        groups,
+        training,
+        how,
+        group,
+    ):
+        arguments = stride, padding, dilation, groups
+        need_x, need_weight, _, need_gamma, need_beta, need_slope, _ = ctx.needs_input_grad[:7]
+        activation = ACTIVATIONS[how.act]
+        before = residual is not None and not how.residual_after
+        ctx.total = None
+        y = None
+        if training:
+            y, mean, var, ctx.total = _convolved(x, weight, bias, arguments, group)
+        # With constant statistics the layer is one kernel, where its backward needs no y.
+        elif (
+            need_gamma or need_beta or need_slope or not activation.from_output or (residual is not None and not before)
+        ):
+            y = conv_fprop(x, weight, bias, *arguments)
+        if y is None:
+            z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
+        else:
+            formats = _is_channels_last(x, weight)
+            z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), formats)
+        # What the activation's derivative is computed from, if not from y: z where that will do, else the residual too.
+        from_z = how.act != "identity" and activation.from_output and (before or y is None)
+        needs_residual = how.act != "identity" and before and not from_z
+        ctx.save_for_backward(
+            *(x if need_weight else None, weight if need_x else None, bias, gamma, beta, slope, mean, var, y),
+            *(z if from_z else None, residual if needs_residual else None),
+        )
+        ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
+        ctx.formats = _is_channels_last(x, weight), _is_channels_last(weight)
+        ctx.training, ctx.how, ctx.group, ctx.before = training, how, group, before
+        ctx.has_residual = residual is not None
+        if not training:
+            return z, None, None, None
+        ctx.mark_non_differentiable(*(t for t in (mean, var, ctx.total) if t is not None))
+        return z, mean, var, ctx.total
+
+    @staticmethod
+    def backward(ctx, dz, *_):
+        x, weight, bias, gamma, beta, slope, mean, var, y, z, residual = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual, mean, var)
+        dz = as_pixels(dz)
+        need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
+        how = astuple(ctx.how)
+        derivative = z, mean, var, gamma, beta, slope, residual
+        sums = None
+        if ctx.training or need_gamma or need_beta or need_slope or need_bias:
+            sums = batch_norm_act_sums(dz, dz if y is None else y, *derivative, *how)
+        dx = dw = dresidual = None
+        if need_residual and not ctx.before:
+            dresidual = dz
+        need_g = need_residual and ctx.before
+        if need_x or need_weight or need_g:
+            share, of_batch = 0.0, None
+            if ctx.training:
+                share, of_batch = 1.0 / (dz.numel() // dz.shape[1]), sums
+                if ctx.group is not None:
+                    share, of_batch = 1.0, sums / ctx.total
+                    dist.all_reduce(of_batch, group=ctx.group)
+            dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, share, *how, need_g)
+            dresidual = g if need_g else dresidual
+            stride, padding, dilation, groups = ctx.arguments
+            (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats
+            before = padding[: len(stride)]
+            if need_x:
+                dx = conv_transpose(dy, weight, None, input_size, stride, before, dilation, groups, dx_format)
+            if need_weight:
+                dw = weight_gradient(x, dy, filter_size, stride, before, dilation, groups, dw_format)
+        dbias = None
+        if need_bias:
+            # Batch norm takes the mean away again, and with it whatever the bias was.
+            dbias = torch.zeros_like(sums[0])
+            if not ctx.training:
+                dbias = sums[0] * torch.rsqrt(var.float() + ctx.how.eps)
+                dbias = dbias if gamma is None else dbias * gamma.float()
+        return (
+            *(dx, dw, dbias),
+            *(sums[1].to(gamma.dtype) if need_gamma else None, sums[0].to(beta.dtype) if need_beta else None),
+            *(sums[2].to(slope.dtype) if need_slope else None, dresidual),
+            *(None,) * 9,
+        )
+
+
+def _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual, mean, var):
+    """The gradients of `ConvBNAct` as a graph of their own, from `composed` on what was saved."""
+    if x is None or weight is None or ctx.group is not None or (ctx.has_residual and residual is None):
+        raise RuntimeError(
+            "a fused convolution + batch norm + activation that does not keep its input, weight and residual, or takes "
+            "its statistics over a process group, is differentiable once; convert(model, fuse=False) is twice"
+        )
+    operands = (x, weight, bias, gamma, beta, slope, residual)
+    with torch.enable_grad():
+        norm = mean, var, gamma, beta
+        z = composed(x, weight, bias, norm, slope, residual, *ctx.arguments, ctx.training, ctx.how)
+        wanted = [t for t, need in zip(operands, ctx.needs_input_grad[:7], strict=True) if need]
+        found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
+    gradients = tuple(next(found) if need else None for need in ctx.needs_input_grad[:7])
+    return (*gradients, *(None,) * 9)

@@ -1,0 +1,410 @@
+"""Batch norm + activation (+ residual) around a convolution, in training: statistics combined, applied, and backward.
+
+A convolution's epilogue leaves (mean, sum of squared differences) of each tile and channel; they are combined in a
+fixed order, so no cancellation of E[x^2] - E[x]^2 and the same bits from run to run (Chan, Golub and LeVeque, "Updating
+formulae and a pairwise algorithm for computing sample variances"). Then, all on [pixels, channels]:
+
+forward    u = (y - mean) / sqrt(var + eps) * gamma + beta;  z = act(u + residual), or act(u) + residual
+backward   g = dz * act'(u + residual);  dbeta = sum g;  dgamma = sum g * xhat, xhat = (y - mean) / sqrt(var + eps)
+           dy = gamma / sqrt(var + eps) * (g - (dbeta + xhat * dgamma) / pixels);  dresidual = g
+
+Bytes: forward reads y and writes z; backward reads y and dz twice and writes dy: act'(u) is computed again from y, or
+where the activation allows it from z. No mask and no normalised copy exists. The residual's gradient is g, written
+beside dy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastconv.autotune import Gpu
+from fastconv.kernels.call import Operands, prepared
+from fastconv.kernels.epilogue import ACTIVATIONS, activate, normalise
+from fastconv.kernels.launch import Launch, run
+from fastconv.kernels.layout import INT32_MAX, pointer_type, strides_like, vector
+from fastconv.kernels.reduce import split_sum
+from fastconv.kernels.tiles import pixel_tile
+
+# A tree of two levels above this many partials.
+MAX_PARTIALS = 256
+
+
+@triton.jit(do_not_specialize=["partials", "rows", "M", "K", "share"])
+def combine_statistics_kernel(
+    mean_ptr, m2_ptr,  # [partials, K]
+    out_mean_ptr, out_m2_ptr,  # [groups of share partials, K]
+    partials,
+    rows,  # that each partial covers; the last one what is left of M
+    M, K,
+    share,
+    FINAL: tl.constexpr,  # out_m2 is the variance
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Means and squares of ``share`` neighbouring partials -> of all their rows, in the partials' order."""
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, partials)
+    count = (tl.minimum(last.to(tl.int64) * rows, M) - first.to(tl.int64) * rows).to(tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    for t in range(first, last, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask = (offs_t < last)[:, None] & mask_k[None, :]
+        n = tl.minimum(M - offs_t * rows, rows).to(tl.float32)[:, None]
+        acc += tl.load(mean_ptr + offs_t[:, None] * K + offs_k[None, :], mask=mask, other=0.0) * (n / count)
+    mean = tl.sum(acc, axis=0)
+    acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    for t in range(first, last, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        mask = (offs_t < last)[:, None] & mask_k[None, :]
+        n = tl.minimum(M - offs_t * rows, rows).to(tl.float32)[:, None]
+        offs = offs_t[:, None] * K + offs_k[None, :]
+        difference = tl.load(mean_ptr + offs, mask=mask, other=0.0) - mean[None, :]
+        acc += tl.where(mask, tl.load(m2_ptr + offs, mask=mask, other=0.0) + difference * difference * n, 0.0)
+    m2 = tl.sum(acc, axis=0)
+    if FINAL:
+        m2 = m2 / count
+    out = tl.program_id(1) * K + offs_k
+    tl.store(out_mean_ptr + out, mean, mask=mask_k)
+    tl.store(out_m2_ptr + out, m2, mask=mask_k)
+
+
+@triton.jit(do_not_specialize=["M", "K", "eps", "a", "b"])
+def batch_norm_act_kernel(
+    y_ptr,  # [M, K]
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
+    residual_ptr,  # [M, K]
+    z_ptr,  # [M, K]
+    M,
+    K,  # in units of VEC
+    eps,
+    a, b,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z = act(normalise(y) + residual)."""
+    K *= VEC
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = k < K
+    mask = (m < M)[:, None] & mask_k[None, :]
+    if WIDE:
+        m = m.to(tl.int64)
+    offs = m[:, None] * K + k[None, :]
+    x = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x = normalise(x, k, mask_k, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    x = activate(x, k, mask_k, offs, mask, slope_ptr, residual_ptr, a, b, ACT, RESIDUAL_AFTER)
+    tl.store(z_ptr + offs, x.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_of_sum(
+    dz, k, mask_k, offs, mask,
+    y_ptr, z_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr,
+    eps, a, b,
+    DERIVATIVE: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+):  # fmt: skip
+    """(g, xhat, x): dz behind the activation, the normalised y, and what the activation was given (0 where unknown)."""
+    xhat = tl.zeros(dz.shape, dtype=tl.float32)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        xhat = normalise(y, k, mask_k, mean_ptr, var_ptr, None, None, eps)
+    if slope_ptr is not None:
+        a = tl.load(slope_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        x = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        x = xhat
+        if gamma_ptr is not None:
+            x = x * tl.load(gamma_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        if beta_ptr is not None:
+            x += tl.load(beta_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        if residual_ptr is not None and not RESIDUAL_AFTER:
+            x += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return dz * DERIVATIVE(x, a, b), xhat, x
+
+
+@triton.jit(do_not_specialize=["M", "K", "splits", "eps", "a", "b"])
+def batch_norm_act_sums_kernel(
+    dz_ptr, y_ptr,  # [M, K]
+    z_ptr,  # [M, K], where the derivative comes from it
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
+    residual_ptr,  # [M, K]
+    out_ptr,  # [splits, 3, K]: dbeta, dgamma, dslope
+    M,
+    K,  # in units of VEC
+    splits,
+    eps,
+    a, b,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The three sums over pixels that batch norm's and PReLU's gradients need; one share of the pixels a program."""
+    K *= VEC
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = k < K
+    split = tl.program_id(1)
+    steps = tl.cdiv(M, BLOCK_M)
+    share = tl.cdiv(steps, splits)
+    first = split * share
+    dbeta = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    dgamma = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    dslope = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for step in range(first, tl.minimum(first + share, steps)):
+        m = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (m < M)[:, None] & mask_k[None, :]
+        if WIDE:
+            m = m.to(tl.int64)
+        offs = m[:, None] * K + k[None, :]
+        dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        g, xhat, x = gradient_of_sum(
+            dz, k, mask_k, offs, mask, y_ptr, z_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr,
+            eps, a, b, DERIVATIVE, RESIDUAL_AFTER,
+        )  # fmt: skip
+        # Rows past the last pixel are not 0 behind an affine.
+        dbeta += tl.where(mask, g, 0.0)
+        dgamma += tl.where(mask, g * xhat, 0.0)
+        if slope_ptr is not None:
+            dslope += tl.where(mask & (x <= 0), dz * x, 0.0)
+    out = out_ptr + split * 3 * K + k
+    tl.store(out, tl.sum(dbeta, axis=0), mask=mask_k)
+    tl.store(out + K, tl.sum(dgamma, axis=0), mask=mask_k)
+    tl.store(out + 2 * K, tl.sum(dslope, axis=0), mask=mask_k)
+
+
+@triton.jit(do_not_specialize=["M", "K", "eps", "a", "b", "share"])
+def batch_norm_act_gradient_kernel(
+    dz_ptr, y_ptr,  # [M, K]
+    z_ptr,  # [M, K], where the derivative comes from it
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
+    residual_ptr,  # [M, K]
+    sums_ptr,  # [3, K]: dbeta, dgamma; absent where the statistics are constants
+    dy_ptr, dresidual_ptr,  # [M, K]
+    M,
+    K,  # in units of VEC
+    eps,
+    a, b,
+    share,  # of one pixel in the statistics
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dy, the operand of dgrad and wgrad, and the residual's gradient."""
+    K *= VEC
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = k < K
+    mask = (m < M)[:, None] & mask_k[None, :]
+    if WIDE:
+        m = m.to(tl.int64)
+    offs = m[:, None] * K + k[None, :]
+    dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    g, xhat, _ = gradient_of_sum(
+        dz, k, mask_k, offs, mask, y_ptr, z_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr,
+        eps, a, b, DERIVATIVE, RESIDUAL_AFTER,
+    )  # fmt: skip
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + offs, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None:
+        dbeta = tl.load(sums_ptr + k, mask=mask_k, other=0.0)[None, :]
+        dgamma = tl.load(sums_ptr + K + k, mask=mask_k, other=0.0)[None, :]
+        g -= (dbeta + xhat * dgamma) * share
+    scale = tl.rsqrt(tl.load(var_ptr + k, mask=mask_k, other=1.0).to(tl.float32) + eps)
+    if gamma_ptr is not None:
+        scale *= tl.load(gamma_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
+    tl.store(dy_ptr + offs, (g * scale[None, :]).to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+def combine_statistics(mean: Tensor, m2: Tensor, pixels: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(mean, variance) [K] of ``pixels`` rows from the partials [tiles, K] of ``rows`` rows each; biased, fp32."""
+    while True:
+        partials, k = mean.shape
+        final = partials <= MAX_PARTIALS
+        share = partials if final else -(-partials // MAX_PARTIALS)
+        groups = -(-partials // share)
+        block = min(32, triton.next_power_of_2(partials))
+        launch = Launch(
+            kernel=combine_statistics_kernel,
+            grid=(triton.cdiv(k, 32), groups, 1),
+            pointers=("*fp32",) * 4,
+            scalars=(partials, rows, pixels, k, share),
+            constants={"FINAL": final, "BLOCK_T": block, "BLOCK_K": 32},
+            num_warps=4,
+            num_stages=3,
+        )
+        out_mean, out_m2 = (mean.new_empty((k,) if final else (groups, k)) for _ in range(2))
+        run(launch, mean, m2, out_mean, out_m2)
+        if final:
+            return out_mean, out_m2
+        mean, m2, rows = out_mean, out_m2, rows * share
+
+
+@dataclass(frozen=True)
+class Activated:
+    """The numbers of one batch norm + activation."""
+
+    eps: float
+    act: str
+    a: float = 0.0
+    b: float = 0.0
+    residual_after: bool = False
+
+
+def batch_norm_act(
+    y: Tensor, norm: tuple[Tensor | None, ...], slope: Tensor | None, residual: Tensor | None, how: Activated
+) -> Tensor:
+    """``act(normalise(y) + residual)`` of y [N, K, spatial], dense channels_last; z likewise.
+
+    ``norm``: mean, variance, weight and bias [K], the last two or None; ``slope`` [K]: PReLU's; residual: as y.
+    """
+    operands = (y, *norm, slope, residual)
+    launch = prepared(_prepare_apply, operands, (how,))
+    z = torch.empty_like(y)
+    if y.numel():
+        run(launch, *operands, z)
+    return z
+
+
+def _prepare_apply(gpu: Gpu, operands: Operands, how: Activated) -> Launch:
+    y = operands[0]
+    assert y is not None
+    pixels, k, config = _tile(y, 2 + (operands[-1] is not None), gpu)
+    return Launch(
+        kernel=batch_norm_act_kernel,
+        grid=(triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"]), 1),
+        pointers=(*_types(operands), pointer_type(y.dtype)),
+        scalars=(pixels, k // vector(y.dtype, k), how.eps, how.a, how.b),
+        constants=_constants(y, how, config, ACT=ACTIVATIONS[how.act].forward),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def batch_norm_act_sums(
+    dz: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    norm: tuple[Tensor | None, ...],
+    slope: Tensor | None,
+    residual: Tensor | None,
+    how: Activated,
+) -> Tensor:
+    """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. All [N, K, spatial] as y."""
+    operands = (dz, y, z, *norm, slope, residual)
+    launches, splits = prepared(_prepare_sums, operands, (how,))
+    k = y.shape[1]
+    out = y.new_empty((3, k), dtype=torch.float32)
+    if splits == 1:
+        run(launches[0], *operands, out)
+    else:
+        workspace = y.new_empty((splits, 3, k), dtype=torch.float32)
+        run(launches[0], *operands, workspace)
+        run(launches[1], workspace, out)
+    return out
+
+
+def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> tuple[tuple[Launch, ...], int]:
+    y = operands[1]
+    assert y is not None
+    pixels, k, config = _tile(y, sum(t is not None for t in (*operands[:3], operands[-1])), gpu, split=True)
+    splits = config["SPLITS"]
+    first = Launch(
+        kernel=batch_norm_act_sums_kernel,
+        grid=(triton.cdiv(k, config["BLOCK_K"]), splits, 1),
+        pointers=(*_types(operands), "*fp32"),
+        scalars=(pixels, k // vector(y.dtype, k), splits, how.eps, how.a, how.b),
+        constants=_constants(y, how, config, DERIVATIVE=ACTIVATIONS[how.act].derivative),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return (first, split_sum(splits, 3, 1, k, torch.float32)), splits
+
+
+def batch_norm_act_gradient(
+    dz: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    norm: tuple[Tensor | None, ...],
+    slope: Tensor | None,
+    residual: Tensor | None,
+    sums: Tensor | None,
+    share: float,
+    how: Activated,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(dy, dresidual) from `batch_norm_act_sums`; without sums the statistics were constants. dresidual if needed.
+
+    ``share``: 1 / pixels that the statistics were taken over.
+    """
+    operands = (dz, y, z, *norm, slope, residual, sums)
+    launch = prepared(_prepare_gradient, operands, (share, how, need_residual))
+    dy = torch.empty_like(dz)
+    dresidual = torch.empty_like(dz) if need_residual else None
+    if dz.numel():
+        run(launch, *operands, dy, dresidual)
+    return dy, dresidual
+
+
+def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated, need_residual: bool) -> Launch:
+    dz = operands[0]
+    assert dz is not None
+    moved = sum(t is not None for t in (*operands[:3], operands[-2])) + 1 + need_residual
+    pixels, k, config = _tile(dz, moved, gpu)
+    element = pointer_type(dz.dtype)
+    return Launch(
+        kernel=batch_norm_act_gradient_kernel,
+        grid=(triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"]), 1),
+        pointers=(*_types(operands), element, element if need_residual else None),
+        scalars=(pixels, k // vector(dz.dtype, k), how.eps, how.a, how.b, share),
+        constants=_constants(dz, how, config, DERIVATIVE=ACTIVATIONS[how.act].derivative),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def _types(operands: Operands) -> tuple[str | None, ...]:
+    return tuple(None if t is None else pointer_type(t.dtype) for t in operands)
+
+
+def _tile(y: Tensor, moved: int, gpu: Gpu, split: bool = False):
+    """(pixels, channels, config) of a pass that moves ``moved`` tensors of y's shape."""
+    k = y.shape[1]
+    pixels = max(1, y.numel() // k)
+    return pixels, k, pixel_tile(pixels, k, y.element_size(), moved, split, gpu).config
+
+
+def _constants(y: Tensor, how: Activated, config, **functions):
+    return {
+        "VEC": vector(y.dtype, y.shape[1]),
+        "WIDE": y.numel() > INT32_MAX,
+        **functions,
+        "RESIDUAL_AFTER": how.residual_after,
+        "BLOCK_M": config["BLOCK_M"],
+        "BLOCK_K": config["BLOCK_K"],
+    }
+
+
+def as_pixels(t: Tensor) -> Tensor:
+    """``t`` as these kernels take it, dense channels_last: itself, or a copy."""
+    strides = strides_like(t.shape, True)
+    if all(size == 1 or have == want for size, have, want in zip(t.shape, t.stride(), strides, strict=True)):
+        return t
+    return t.new_empty_strided(t.shape, strides).copy_(t)

@@ -1,0 +1,81 @@
+"""From tensors to launches: what is decided for a call once, kept, and carried out.
+
+A call met before costs one dictionary hit: what was decided for it is kept under everything that decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import Launch, run
+
+Sizes = tuple[int, ...]
+Operands = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A prepared call: which operands are copied first, what is launched, what is returned."""
+
+    copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
+    launches: tuple[Launch, ...]  # none: the result is empty or all zeros
+    shape: Sizes
+    strides: Sizes  # as the kernel writes it
+    returned: Sizes | None = None  # strides of the copy that is returned; None: as written
+    workspace: int = 0  # fp32 elements between a first and a second launch
+    partials: Sizes | None = None  # shape of each of the fp32 means and squares that a launch writes beside its result
+
+
+_calls: dict[tuple[Any, ...], Call] = {}
+# A program that never meets the same sizes twice must not keep them all.
+MAX_CALLS = 8192
+
+
+def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
+    """What ``prepare(gpu, operands, *arguments)`` returns, prepared at most once for what decides it."""
+    first = operands[0]
+    assert first is not None
+    gpu = dispatch.target(first.device)
+    precision = dispatch.fp32_precision(first.dtype)
+    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
+    key = (prepare, gpu.name, precision, kinds, arguments)
+    call = _calls.get(key)
+    if call is None:
+        if len(_calls) >= MAX_CALLS:
+            _calls.clear()
+        call = _calls[key] = prepare(gpu, operands, *arguments)
+    return call
+
+
+def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
+    """Allocate, copy, launch: the result, and the means and squares of ``call.partials``."""
+    first = operands[0]
+    assert first is not None
+    out = first.new_empty_strided(call.shape, call.strides)
+    if not call.launches:
+        return (out.zero_(),)
+    if any(call.copies):
+        operands = tuple(
+            t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
+            for t, strides in zip(operands, call.copies, strict=True)
+        )
+    if call.workspace:
+        workspace = first.new_empty(call.workspace, dtype=torch.float32)
+        run(call.launches[0], *operands, workspace)
+        run(call.launches[1], workspace, out)
+    elif len(call.launches[0].pointers) == len(operands) + 1:
+        run(call.launches[0], *operands, out)
+    elif call.partials is None:
+        run(call.launches[0], *operands, out, None, None)
+    else:
+        mean, m2 = (first.new_empty(call.partials, dtype=torch.float32) for _ in range(2))
+        run(call.launches[0], *operands, out, mean, m2)
+        return out, mean, m2
+    if call.returned is not None:
+        out = out.new_empty_strided(call.shape, call.returned).copy_(out)
+    return (out,)
