@@ -343,7 +343,7 @@ def conv_norm_act(
             z = z + residual
         z = ACTIVATIONS[name].torch(z, a if slope is None else slope, b)
         return z + residual if residual is not None and residual_after else z
-    rank = weight.dim() - 2
+    rank = (conv1d, conv2d, conv3d).index(conv) + 1
     _check_ranks(conv.__name__, rank, x, weight)
     if x.dim() != rank + 2:
         raise ValueError(f"expected {rank + 2}D input (got {x.dim()}D input of size: {list(x.shape)})")
@@ -355,11 +355,28 @@ def conv_norm_act(
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    vectors = gamma, beta, running_mean, running_var, None if slope is None else slope.expand(weight.shape[0])
-    tensors = x, weight, bias, *(None if v is None else v.contiguous() for v in vectors), residual
-    how = Activated(eps, name, a, b, residual_after)
-    z, mean, var, count = conv_bn_act(*tensors, stride, padding, dilation, groups, training, how, group)
-    if training and running_mean is not None and running_var is not None:
+    channels = weight.shape[0]
+    for argument, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is not None and statistic.numel() != channels:
+            raise RuntimeError(f"{argument} should contain {channels} elements not {statistic.numel()}")
+    if slope is not None:
+        if slope.numel() not in (1, channels):
+            raise RuntimeError(
+                f"Mismatch of parameter numbers and input channel size. Found parameter numbers = {slope.numel()} and "
+                f"channel size = {channels}."
+            )
+        slope = slope.expand(channels).contiguous()
+    gamma, beta, mean, var = (None if v is None else v.contiguous() for v in (gamma, beta, running_mean, running_var))
+    z, mean, var, count = conv_bn_act(
+        *(x, weight, bias, gamma, beta, mean, var, slope, residual),
+        *(stride, padding, dilation, groups, training),
+        Activated(eps, name, a, b, residual_after),
+        group,
+    )
+    # An empty batch has no statistics, unless it is one process's share of one.
+    counted = training and (group is not None or z.numel() > 0)
+    if counted and running_mean is not None and running_var is not None:
+        assert mean is not None and var is not None
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)

@@ -16,15 +16,16 @@ beside dy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastconv.autotune import Gpu
+from fastconv.autotune import Config, Gpu
 from fastconv.kernels.call import Operands, prepared
-from fastconv.kernels.epilogue import ACTIVATIONS, activate, normalise
+from fastconv.kernels.epilogue import ACTIVATIONS, activate, check_operands, normalise
 from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.layout import INT32_MAX, pointer_type, strides_like, vector
 from fastconv.kernels.reduce import split_sum
@@ -124,6 +125,9 @@ def gradient_of_sum(
         a = tl.load(slope_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:
         x = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # z was rounded as it was stored, and with it the bounds that it was clamped to.
+        a = a.to(z_ptr.dtype.element_ty).to(tl.float32)
+        b = b.to(z_ptr.dtype.element_ty).to(tl.float32)
     else:
         x = xhat
         if gamma_ptr is not None:
@@ -180,7 +184,7 @@ def batch_norm_act_sums_kernel(
         dbeta += tl.where(mask, g, 0.0)
         dgamma += tl.where(mask, g * xhat, 0.0)
         if slope_ptr is not None:
-            dslope += tl.where(mask & (x <= 0), dz * x, 0.0)
+            dslope += tl.where(mask & ~(x > 0), dz * x, 0.0)
     out = out_ptr + split * 3 * K + k
     tl.store(out, tl.sum(dbeta, axis=0), mask=mask_k)
     tl.store(out + K, tl.sum(dgamma, axis=0), mask=mask_k)
@@ -273,7 +277,8 @@ def batch_norm_act(
 ) -> Tensor:
     """``act(normalise(y) + residual)`` of y [N, K, spatial], dense channels_last; z likewise.
 
-    ``norm``: mean, variance, weight and bias [K], the last two or None; ``slope`` [K]: PReLU's; residual: as y.
+    ``norm``: mean, variance, weight and bias [K], the last two or None; ``slope`` [K]: PReLU's; residual: as y. Raises
+    RuntimeError where they are not.
     """
     operands = (y, *norm, slope, residual)
     launch = prepared(_prepare_apply, operands, (how,))
@@ -284,9 +289,10 @@ def batch_norm_act(
 
 
 def _prepare_apply(gpu: Gpu, operands: Operands, how: Activated) -> Launch:
-    y = operands[0]
+    y, *vectors, residual = operands
     assert y is not None
-    pixels, k, config = _tile(y, 2 + (operands[-1] is not None), gpu)
+    check_operands(y, y.shape, vectors, residual)
+    pixels, k, config = _tile(y, 2 + (residual is not None), gpu)
     return Launch(
         kernel=batch_norm_act_kernel,
         grid=(triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"]), 1),
@@ -309,8 +315,10 @@ def batch_norm_act_sums(
 ) -> Tensor:
     """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. All [N, K, spatial] as y."""
     operands = (dz, y, z, *norm, slope, residual)
-    launches, splits = prepared(_prepare_sums, operands, (how,))
     k = y.shape[1]
+    if not y.numel():
+        return y.new_zeros((3, k), dtype=torch.float32)
+    launches, splits = prepared(_prepare_sums, operands, (how,))
     out = y.new_empty((3, k), dtype=torch.float32)
     if splits == 1:
         run(launches[0], *operands, out)
@@ -384,14 +392,14 @@ def _types(operands: Operands) -> tuple[str | None, ...]:
     return tuple(None if t is None else pointer_type(t.dtype) for t in operands)
 
 
-def _tile(y: Tensor, moved: int, gpu: Gpu, split: bool = False):
+def _tile(y: Tensor, moved: int, gpu: Gpu, split: bool = False) -> tuple[int, int, Config]:
     """(pixels, channels, config) of a pass that moves ``moved`` tensors of y's shape."""
     k = y.shape[1]
     pixels = max(1, y.numel() // k)
     return pixels, k, pixel_tile(pixels, k, y.element_size(), moved, split, gpu).config
 
 
-def _constants(y: Tensor, how: Activated, config, **functions):
+def _constants(y: Tensor, how: Activated, config: Config, **functions: Any) -> dict[str, Any]:
     return {
         "VEC": vector(y.dtype, y.shape[1]),
         "WIDE": y.numel() > INT32_MAX,

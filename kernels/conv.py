@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from fastconv.autotune import Config, Gpu
@@ -11,7 +12,7 @@ from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.batch_norm import combine_statistics
 from fastconv.kernels.call import Call, Operands, Sizes, execute, prepared
 from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import PLAIN, Epilogue
+from fastconv.kernels.epilogue import PLAIN, Epilogue, check_operands
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import (
     contiguous_channels,
@@ -76,13 +77,22 @@ def conv_fprop_act(
 def conv_fprop_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, variance): `conv_fprop`, always channels_last, and the statistics [K] of its fp32 result."""
+    """(y, mean, variance): `conv_fprop`, always channels_last, and the statistics [K] of its fp32 result.
+
+    Those of an empty batch are 0.
+    """
     operands = (x, weight, bias, *NO_EPILOGUE)
     call = prepared(
         _prepare_fprop, operands, (stride, padding, dilation, groups, "identity", 0.0, 0.0, 0.0, False, True)
     )
     y, *partials = execute(call, operands)
-    return y, *combine_statistics(*partials, y.numel() // y.shape[1], call.launches[0].constants["BLOCK_M"])
+    if not partials:
+        mean, var = (y.new_zeros(y.shape[1], dtype=torch.float32) for _ in range(2))
+        return y, mean, var
+    tile_mean, tile_m2 = partials
+    rows = call.launches[0].constants["BLOCK_M"]
+    mean, var = combine_statistics(tile_mean, tile_m2, y.numel() // y.shape[1], rows)
+    return y, mean, var
 
 
 def _prepare_fprop(
@@ -101,21 +111,12 @@ def _prepare_fprop(
 ) -> Call:
     x, weight, bias, *fused, residual = operands
     assert x is not None and weight is not None
-    check_same_kind(x, weight, bias, residual)
+    check_same_kind(x, weight, bias)
     bias_shape = None if bias is None else bias.shape
     problem = conv_problem(x.shape, weight.shape, bias_shape, stride, padding, dilation, groups, x.dtype)
-    for name, vector in zip(("running_mean", "running_var", "bn_weight", "bn_bias", "slope"), fused, strict=True):
-        if vector is not None and tuple(vector.shape) != (problem.out_channels,):
-            raise RuntimeError(
-                f"{name} should contain {problem.out_channels} elements not {list(vector.shape)}, "
-                f"as many as the output {list(problem.output_shape)} has channels"
-            )
-    if residual is not None and tuple(residual.shape) != problem.output_shape:
-        raise RuntimeError(
-            f"residual has shape {list(residual.shape)}, but the output it is added to {list(problem.output_shape)}"
-        )
-    types = [None if t is None else pointer_type(t.dtype) for t in (*fused, residual)]
-    epilogue = Epilogue(*types, residual_after, statistics, act, eps, a, b)
+    check_operands(x, problem.output_shape, fused, residual)
+    mean, var, gamma, beta, slope, added = (None if t is None else pointer_type(t.dtype) for t in (*fused, residual))
+    epilogue = Epilogue(mean, var, gamma, beta, slope, added, residual_after, statistics, act, eps, a, b)
     channels_last = statistics or any(is_channels_last(t.shape, t.stride()) for t in (x, weight))
     return _prepare_gather("fprop", problem, gpu, operands, problem.output_shape, channels_last, epilogue)
 

@@ -6,7 +6,7 @@ and let a NaN through as torch's do. A derivative is that of torch's backward, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from fastconv.kernels.layout import POINTER_TYPES
 
 ALL: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -246,6 +248,35 @@ class Epilogue:
 
 
 PLAIN = Epilogue()
+
+_VECTORS = ("running_mean", "running_var", "bn_weight", "bn_bias", "slope")
+
+
+def check_operands(
+    x: torch.Tensor, shape: Sequence[int], vectors: Sequence[torch.Tensor | None], residual: torch.Tensor | None
+) -> None:
+    """Raise RuntimeError where what an epilogue reads does not fit its output, of ``shape`` and of x's dtype."""
+    for name, vector in zip(_VECTORS, vectors, strict=True):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (shape[1],):
+            raise RuntimeError(
+                f"{name} should contain {shape[1]} elements not {list(vector.shape)}, "
+                f"as many as the output {list(shape)} has channels"
+            )
+        if vector.dtype not in POINTER_TYPES:
+            raise RuntimeError(f"mixed dtype: {name} is {vector.dtype} where the input is {x.dtype}")
+    if residual is not None and (tuple(residual.shape) != tuple(shape) or residual.dtype != x.dtype):
+        raise RuntimeError(
+            f"residual is {residual.dtype} of shape {list(residual.shape)}, but the output it is added to {x.dtype} of "
+            f"shape {list(shape)}"
+        )
+    for name, operand in (*zip(_VECTORS, vectors, strict=True), ("residual", residual)):
+        if operand is not None and operand.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found input {list(x.shape)} on {x.device} and "
+                f"{name} {list(operand.shape)} on {operand.device}"
+            )
 
 
 @triton.jit

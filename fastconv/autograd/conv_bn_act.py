@@ -293,7 +293,9 @@ class ConvBNAct(Function):
         from_z = how.act != "identity" and activation.from_output and (before or y is None)
         needs_residual = how.act != "identity" and before and not from_z
         ctx.save_for_backward(
-            *(x if need_weight else None, weight if need_x else None, bias, gamma, beta, slope, mean, var, y),
+            # The weight also for a gradient of the weight's gradient, where x has none.
+            *(x if need_weight else None, weight if need_x or need_weight else None, bias),
+            *(gamma, beta, slope, mean, var, y),
             *(z if from_z else None, residual if needs_residual else None),
         )
         ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
@@ -314,7 +316,7 @@ class ConvBNAct(Function):
         need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
         how = astuple(ctx.how)
         derivative = z, mean, var, gamma, beta, slope, residual
-        sums = None
+        sums: Any = None
         if ctx.training or need_gamma or need_beta or need_slope or need_bias:
             sums = batch_norm_act_sums(dz, dz if y is None else y, *derivative, *how)
         dx = dw = dresidual = None
@@ -324,7 +326,7 @@ class ConvBNAct(Function):
         if need_x or need_weight or need_g:
             share, of_batch = 0.0, None
             if ctx.training:
-                share, of_batch = 1.0 / (dz.numel() // dz.shape[1]), sums
+                share, of_batch = 1.0 / max(1, dz.numel() // dz.shape[1]), sums
                 if ctx.group is not None:
                     share, of_batch = 1.0, sums / ctx.total
                     dist.all_reduce(of_batch, group=ctx.group)
@@ -359,11 +361,14 @@ def _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual
             "a fused convolution + batch norm + activation that does not keep its input, weight and residual, or takes "
             "its statistics over a process group, is differentiable once; convert(model, fuse=False) is twice"
         )
-    operands = (x, weight, bias, gamma, beta, slope, residual)
+    stride, padding, dilation, groups = ctx.arguments
     with torch.enable_grad():
+        # Aliases: one tensor may be two operands, each with a gradient of its own.
+        operands = [None if t is None else t.view_as(t) for t in (x, weight, bias, gamma, beta, slope, residual)]
+        x, weight, bias, gamma, beta, slope, residual = operands
         norm = mean, var, gamma, beta
-        z = composed(x, weight, bias, norm, slope, residual, *ctx.arguments, ctx.training, ctx.how)
-        wanted = [t for t, need in zip(operands, ctx.needs_input_grad[:7], strict=True) if need]
+        z = composed(x, weight, bias, norm, slope, residual, stride, padding, dilation, groups, ctx.training, ctx.how)
+        wanted = [t for t, need in zip(operands, ctx.needs_input_grad[:7], strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
     gradients = tuple(next(found) if need else None for need in ctx.needs_input_grad[:7])
     return (*gradients, *(None,) * 9)
