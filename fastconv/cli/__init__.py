@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
     # Click's class, or the copy of it that newer typers bring along.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
-        # A command's return value is its exit code; --help and --version return 0 or None.
+        # A command's return value is its exit code; --help returns 0 or None.
         return (
             typer.main.get_command(_app(arguments)).main(arguments or ["--help"], "fastconv", standalone_mode=False)
             or 0

@@ -31,5 +31,9 @@ def explain(
     network = subject.model.to(device, precision).eval()
     x = torch.randn(subject.input_shape, device=device, dtype=precision)
     with target:
-        print(fastconv.explain(network, x))
+        try:
+            explanation = fastconv.explain(network, x)
+        except Exception as error:  # the network's own code: anything
+            raise subject.refused(error) from error
+    print(explanation)
     return 0

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastconv.cli import BadUsage
+from fastconv.cli.measure.clock import reason
 
 _kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
 
@@ -31,6 +32,12 @@ class Subject:
         """The dense channels-last format of this rank; one-dimensional tensors have none and stay as they are."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         return formats.get(len(self.input_shape), torch.contiguous_format)
+
+    def refused(self, error: Exception) -> BadUsage:
+        """What the user is told where the model, called with such a batch, raised ``error``."""
+        return BadUsage(
+            f"{self.name} does not run on a batch of {'x'.join(map(str, self.input_shape))}: {reason(error)}"
+        )
 
 
 def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Subject:
@@ -96,15 +103,9 @@ def _user_model(name: str) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        make = getattr(importlib.import_module(module), factory)
-    except ModuleNotFoundError as error:
-        raise BadUsage(f"--model {name}: no module named {error.name!r}") from error
-    except AttributeError as error:
-        raise BadUsage(f"--model {name}: module {module!r} has no {factory!r}") from error
-    try:
-        model = make()
+        model = getattr(importlib.import_module(module), factory)()
     except Exception as error:  # the user's code: anything
-        raise BadUsage(f"--model {name}: {factory}() raised {type(error).__name__}: {error}") from error
+        raise BadUsage(f"--model {name}: {reason(error)}") from error
     if not isinstance(model, nn.Module):
         raise BadUsage(f"--model {name}: {factory} returned {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -41,9 +41,11 @@ def test_help_lists_the_commands_without_torch() -> None:
         ("bench --infer", "--model"),
         ("bench --dtype int8", "bfloat16"),
         ("bench --model resnt18", "resnet18"),
-        ("bench --model tests.cli.nowhere:network", "no module named 'tests.cli.nowhere'"),
-        ("bench --model json:nothing", "'json' has no 'nothing'"),
-        ("bench --model json:dumps", "dumps() raised TypeError"),
+        ("bench --model tests.cli.nowhere:network", "No module named 'tests.cli.nowhere'"),
+        ("bench --model json:nothing", "'json' has no attribute 'nothing'"),
+        ("bench --model json:dumps", "TypeError: dumps()"),
+        ("bench --model :", "Empty module name"),
+        ("explain --model tests.cli.tiny:large --size 4", "does not run on a batch of 1x3x4x4: RuntimeError"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,19 @@ def test_a_model_of_rank_3_gets_frames() -> None:
 def test_a_factory_that_makes_no_module_is_bad_usage() -> None:
     with pytest.raises(BadUsage, match="returned Tensor"):
         models.load("tests.cli.tiny:not_a_module", 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("def f(:", "SyntaxError"), ("import os; os.nothing", "no attribute 'nothing'")]
+)
+def test_a_module_that_does_not_import_is_bad_usage(
+    code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_users_broken_module.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(BadUsage, match=expected):
+        models.load("a_users_broken_module:network", 1)
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is an optional extra")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,17 @@ def test_a_network_finds_what_is_broken(broken: str) -> None:
     part = network.check(network.Workload(subject, "infer", torch.float32, CPU))
     assert part["verdict"] == "wrong"
     assert ("no kernel" if broken == "not_converted" else "too far off: output") in part["reason"]
+
+
+def test_one_image_of_one_pixel_infers() -> None:
+    part = network.check(network.Workload(models.load("tests.cli.tiny:network", 1, 1), "infer", torch.float32, CPU))
+    assert part["verdict"] == "right"
+
+
+def test_a_network_with_nothing_to_convert_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["bench", "--model", "tests.cli.tiny:perceptron", "--size", "4", "--out", str(tmp_path)]
+    assert run(line) == 0
+    assert capsys.readouterr().out.count("skipped (nothing to convert") == 2
 
 
 def test_a_conversion_that_raises_is_a_failed_part(monkeypatch: pytest.MonkeyPatch) -> None:

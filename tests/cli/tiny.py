@@ -14,6 +14,16 @@ def network() -> nn.Module:
     )
 
 
+def large() -> nn.Module:
+    """For images of five pixels and more."""
+    return nn.Sequential(nn.Conv2d(3, 4, 5))
+
+
+def perceptron() -> nn.Module:
+    """Nothing that a convolution library could convert."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
+
+
 def volume() -> nn.Module:
     """Of rank 3, as a video model is."""
     return nn.Sequential(nn.Conv3d(2, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())

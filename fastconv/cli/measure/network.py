@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastconv
-from fastconv.cli import BadUsage
 from fastconv.cli.measure.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject
+from fastconv.convert import convolutions, reason_against
 from fastconv.kernels import launch
 
 MODES = ("infer", "train")
@@ -46,11 +46,12 @@ class Workload:
         self.x = torch.randn(subject.input_shape, generator=generator).to(device)
         self.labels = torch.randint(1 << 30, subject.input_shape[:1], generator=generator).to(device)
         self.model = copy.deepcopy(subject.model).to(device)
+        # Of a single image, whose map may be one pixel, batch norm takes no statistics.
+        images = torch.cat((self.x, -self.x)) if mode == "infer" and len(self.x) == 1 else self.x
         try:
-            _take_statistics(self.model, self.x)
+            _take_statistics(self.model, images)
         except Exception as error:  # the network's own code: anything
-            shape = "x".join(map(str, subject.input_shape))
-            raise BadUsage(f"{subject.name} does not run on a batch of {shape}: {reason(error)}") from error
+            raise subject.refused(error) from error
 
     @property
     def description(self) -> dict[str, Any]:
@@ -129,6 +130,8 @@ def check(work: Workload) -> Part:
     without TF32 for half precision, fp64 for fp32."""
     part: Part = {"id": f"check-{work.mode}", "kind": "check", **work.description, "rows": [], "launches": {}}
     part["title"] = f"{part['title']}: compared"
+    if all(reason_against(layer) for _, layer in convolutions(work.model)):
+        return part | {"verdict": "skipped", "reason": str(fastconv.report(work.model)).splitlines()[-1]}
     wide = torch.float64 if work.dtype == torch.float32 else torch.float32
     plain = work.subject.memory_format
     try:
@@ -174,13 +177,13 @@ def measure(
 ) -> Part:
     """Time every provider, in turn; ``save`` gets the part whenever it has more in it.
 
-    No time is taken where ``compared`` found the numbers wrong. Providers that ``deadline`` leaves no time for, those
-    that fail and those whose output is wrong are rows that say so. Providers that compile for long come after the
+    No time is taken where ``compared`` did not find the numbers right. Providers that ``deadline`` leaves no time for,
+    those that fail and those whose output is wrong are rows that say so. Providers that compile for long come after the
     others have been timed, and are timed together with them again.
     """
     part: Part = {"id": f"time-{work.mode}", "kind": "time", **work.description, "rows": [], "noise": None}
     if compared["verdict"] != "right":
-        return part | {"verdict": "skipped", "reason": "not timed: the comparison did not pass"}
+        return part | {"verdict": "skipped", "reason": f"not timed: the comparison was {compared['verdict']}"}
     allowed = max(row["allowed"] + row["eager"] for row in compared["rows"])
     ready: dict[str, Ready] = {}
     outputs: list[torch.Tensor] = []
