@@ -54,7 +54,7 @@ def network_layers() -> tuple[Layer, ...]:
 
 
 def distinct(problems: Iterable[tuple[ConvProblem, bool]], gpu: Gpu) -> dict[tuple, tuple[str, ConvProblem, Launch]]:
-    """Compile key -> the first (direction, problem, launch) that has it. ``problems``: each, and whether with a bias."""
+    """Compile key -> the first (direction, problem, launch) that has it; ``problems`` come with whether of a bias."""
     found: dict[tuple, tuple[str, ConvProblem, Launch]] = {}
     for problem, bias in problems:
         for direction, _, launch in launches_of(problem, bias, gpu):
