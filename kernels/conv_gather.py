@@ -200,9 +200,11 @@ def conv_gather_kernel(
                     index += (tap_d + t_j * skip_d) * (R * S)
                     d = x_d[:, None] + (t_j * hop_d)[None, :]
                     mask = mask & (d >= 0) & (d < D)
-                a = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
+                x_step = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
                 w_offs = index * w_stride_tap + channel * w_stride_c
-                b = tl.load(w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
+                w_step = tl.load(
+                    w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0
+                )
                 c += BLOCK_C
             else:
                 mask_row = mask_m
@@ -220,8 +222,8 @@ def conv_gather_kernel(
                         delta += t * hop_d * x_stride_d
                         index += (tap_d + t * skip_d) * (R * S)
                 mask_c = c + offs_c < C
-                a = tl.load(x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0)
-                b = tl.load(
+                x_step = tl.load(x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0)
+                w_step = tl.load(
                     w_tile + index * w_stride_tap + c * w_stride_c, mask=mask_c[:, None] & mask_k[None, :], other=0.0
                 )
                 # Carried counters: a division a step costs more than the step's other arithmetic.
@@ -237,7 +239,7 @@ def conv_gather_kernel(
                         carry = r >= taps_h
                         r = tl.where(carry, 0, r)
                         t = tl.where(carry, t + 1, t)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
 
     channel = group * K + offs_k
     if bias_ptr is not None:

@@ -117,7 +117,7 @@ def conv_wgrad_kernel(
         for _ in range(steps):
             mask_m = m < pixels
             if LINEAR:
-                b = tl.load(x_tile, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+                x_step = tl.load(x_tile, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
                 x_tile += BLOCK_M * x_stride_w
             else:
                 x_h = p * stride_h
@@ -141,10 +141,10 @@ def conv_wgrad_kernel(
                         d = x_d + tap_d
                         mask_row = mask_row & (d >= 0) & (d < D)
                     mask = mask_row[:, None] & mask_c[None, :]
-                b = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
+                x_step = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
                 n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
-            a = tl.load(dy_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            dy_step = tl.load(dy_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+            acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
             m += BLOCK_M
             dy_tile += BLOCK_M * dy_stride
 

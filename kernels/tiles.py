@@ -9,6 +9,7 @@ import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
 from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.layout import vector
 from fastconv.kernels.problem import ConvProblem
 
 # Largest tensor that Triton allows, in elements.
@@ -127,16 +128,38 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _registers(gathered: int, other: int, depth: int, warps: int, element: int, scalar: int, gpu: Gpu) -> int:
-    """Registers a thread, fitted to what ptxas reports: an accumulator gathered x other, addresses and coordinates of
-    16-byte loads (``scalar`` rows go element by element), and operands where the tensor cores read registers."""
-    threads = 32 * warps
-    per_load = 16 // element * threads
-    registers = 40 + gathered * other // threads + (6 * gathered + 3 * other) * depth // per_load
-    registers += 11 * scalar * depth // threads
-    if gpu.arch < 90:
-        registers += (gathered + 2 * other) * depth * element // (4 * 32 * 4)
+def _registers(
+    config: Config,
+    rows: str,
+    columns: str,
+    depth: str,
+    narrow: tuple[bool, bool, bool],
+    element: int,
+    fma: bool,
+    gpu: Gpu,
+) -> int:
+    """Registers a thread of a tile rows x columns, fitted to what ptxas reports; rows are the gathered side.
+
+    The accumulator; the addresses and coordinates of 16-byte loads; operands where the tensor cores read registers. A
+    ``narrow`` operand (rows, columns, result) goes element by element, each with an address of its own and, under 4
+    bytes, waiting in a register, since no asynchronous copy is so small. ``fma``: no tensor cores.
+    """
+    threads = 32 * config["num_warps"]
+    m, n, k = config[rows], config[columns], config[depth]
+    registers = 40 + m * n // threads
+    registers += 3 * m * n // threads if narrow[2] else 0
+    for side, cost, is_narrow in ((m, 6, narrow[0]), (n, 3, narrow[1])):
+        registers += (7 if element < 4 else 5) * side * k // threads if is_narrow else cost * side * k // (8 * threads)
+    if fma:
+        registers += 3 * m * n // threads + 2 * k
+    elif gpu.arch < 90:
+        registers += (m + 2 * n) * k // 256
     return registers
+
+
+def _narrow(problem: ConvProblem, channels: int) -> bool:
+    """Whether runs of so many channels are read by less than the 4 bytes of the smallest asynchronous copy."""
+    return problem.dtype.itemsize < 4 and vector(problem.dtype, channels) == 1
 
 
 def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
@@ -147,7 +170,9 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
         k, c = c, k
         phases = prod(map(min, problem.stride, problem.input_size))
         pixels = _cdiv(problem.input_pixels, phases)
-    element = problem.dtype.itemsize
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    x_narrow = _narrow(problem, c) or flat(problem.taps, c)
+    narrow = x_narrow, _narrow(problem, k) if direction == "dgrad" else x_narrow, _narrow(problem, k)
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
@@ -160,10 +185,10 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=_registers(m, n, depth, warps, element, m if flat(problem.taps, c) else 0, gpu),
+            registers=_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", narrow, element, share == 0, gpu),
             warps=warps,
             stages=config["num_stages"],
-            matrix_share=matrix_share(problem.dtype, precision),
+            matrix_share=share,
         )
 
     return _choose(GATHER, (direction, problem, precision), work, gpu)
@@ -172,7 +197,8 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
 def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     """The tile of wgrad, and into how many parts its pixels are split."""
     k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
-    element = problem.dtype.itemsize
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    narrow = _narrow(problem, c) or flat(problem.taps, c), _narrow(problem, k), False
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
@@ -188,10 +214,10 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=_registers(n, m, depth, warps, element, n if flat(problem.taps, c) else 0, gpu),
+            registers=_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", narrow, element, share == 0, gpu),
             warps=warps,
             stages=config["num_stages"],
-            matrix_share=matrix_share(problem.dtype, precision),
+            matrix_share=share,
             extra_bytes=workspace,
         )
 
