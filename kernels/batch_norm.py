@@ -125,9 +125,6 @@ def gradient_of_sum(
         a = tl.load(slope_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:
         x = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        # z was rounded as it was stored, and with it the bounds that it was clamped to.
-        a = a.to(z_ptr.dtype.element_ty).to(tl.float32)
-        b = b.to(z_ptr.dtype.element_ty).to(tl.float32)
     else:
         x = xhat
         if gamma_ptr is not None:
@@ -338,7 +335,7 @@ def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> tuple[tuple[L
         kernel=batch_norm_act_sums_kernel,
         grid=(triton.cdiv(k, config["BLOCK_K"]), splits, 1),
         pointers=(*_types(operands), "*fp32"),
-        scalars=(pixels, k // vector(y.dtype, k), splits, how.eps, how.a, how.b),
+        scalars=(pixels, k // vector(y.dtype, k), splits, how.eps, *_bounds(how, operands[2])),
         constants=_constants(y, how, config, DERIVATIVE=ACTIVATIONS[how.act].derivative),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
@@ -381,7 +378,7 @@ def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated
         kernel=batch_norm_act_gradient_kernel,
         grid=(triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"]), 1),
         pointers=(*_types(operands), element, element if need_residual else None),
-        scalars=(pixels, k // vector(dz.dtype, k), how.eps, how.a, how.b, share),
+        scalars=(pixels, k // vector(dz.dtype, k), how.eps, *_bounds(how, operands[2]), share),
         constants=_constants(dz, how, config, DERIVATIVE=ACTIVATIONS[how.act].derivative),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
@@ -390,6 +387,14 @@ def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated
 
 def _types(operands: Operands) -> tuple[str | None, ...]:
     return tuple(None if t is None else pointer_type(t.dtype) for t in operands)
+
+
+def _bounds(how: Activated, z: Tensor | None) -> tuple[float, float]:
+    """The activation's two numbers; of a derivative taken from z rounded as z was when it was clamped to them."""
+    if z is None:
+        return how.a, how.b
+    a, b = torch.tensor([how.a, how.b], dtype=z.dtype, device="cpu").tolist()
+    return a, b
 
 
 def _tile(y: Tensor, moved: int, gpu: Gpu, split: bool = False) -> tuple[int, int, Config]:
