@@ -6,6 +6,7 @@ code depends on: dtype, precision, rank, groups, 64-bit offsets.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -17,7 +18,7 @@ import torch
 
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch, mend
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all, launches_of
+from fastconv.kernels.inspect import GPUS, LAYERS, Compiled, compile_all, launches_of, report, table
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_problem
 
@@ -179,3 +180,19 @@ def test_other_variants_do_not_spill(gpu: Gpu, precision: str, monkeypatch: pyte
 
     wrong = complaints(launches, gpu, complain)
     assert not wrong, wrong
+
+
+def test_report_has_a_row_for_each_binary() -> None:
+    ticks: list[tuple[int, int]] = []
+    rows = report(LAYERS[1:2], GPUS[1:2], lambda *tick: ticks.append(tick))
+    assert {(row["kernel"], row["direction"]) for row in rows} >= {
+        ("conv_gather_kernel", "fprop"),
+        ("conv_gather_kernel", "dgrad"),
+        ("conv_wgrad_kernel", "wgrad"),
+        ("channel_sum_kernel", "bias gradient"),
+    }
+    assert ticks[-1] == (len(rows), len(rows))
+    assert json.loads(json.dumps(rows))[0]["target"] == GPUS[1].name
+    lines = table(rows).splitlines()
+    assert lines[0] == GPUS[1].name
+    assert all(str(row["registers"]) in line for row, line in zip(rows, lines[2:], strict=False))
