@@ -385,7 +385,10 @@ def conv_norm_act(
 
 def _autocast_dtype(x: Any) -> torch.dtype | None:
     """What autocast casts a convolution's arguments to, None where it leaves them."""
-    if not isinstance(x, Tensor) or x.dtype not in POINTER_TYPES or not torch.is_autocast_enabled(x.device.type):
+    # Autocast raises where it knows no such device: meta tensors have none.
+    if not isinstance(x, Tensor) or x.device.type not in ("cuda", "cpu") or x.dtype not in POINTER_TYPES:
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

@@ -272,6 +272,13 @@ def test_other_dtypes_are_pytorchs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("function", ["conv2d", "conv_transpose2d"])
+def test_meta_tensors_are_pytorchs(function: str) -> None:
+    x, weight = torch.empty(2, 6, 7, 6, device="meta"), torch.empty(6, 6, 3, 3, device="meta")
+    assert getattr(ours, function)(x, weight).shape == getattr(theirs, function)(x, weight).shape
+    assert ours.served(x) == "its device is meta"
+
+
+@pytest.mark.parametrize("function", ["conv2d", "conv_transpose2d"])
 def test_empty_batch(function: str) -> None:
     x = torch.zeros(0, 6, 5, 4, device=DEVICE, requires_grad=True)
     weight = torch.ones(6, 6, 3, 3, device=DEVICE, requires_grad=True)
