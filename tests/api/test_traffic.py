@@ -1,0 +1,89 @@
+"""Bytes counted by hand for a ResNet bottleneck, in units of one narrow activation, against what is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as theirs
+
+import fastconv.functional as ours
+from fastconv.kernels import mend
+from fastconv.traffic import Traffic
+
+DEVICE = "cpu" if mend.interpreting() else "cuda"
+pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+
+WIDTH, BATCH, SIZE = 16, 8, 16
+UNIT = BATCH * SIZE * SIZE * WIDTH * 2  # bytes of the narrow activation in bfloat16
+LAYERS = ((4 * WIDTH, WIDTH, 1), (WIDTH, WIDTH, 3), (WIDTH, 4 * WIDTH, 1))
+
+
+def nhwc(t: torch.Tensor) -> torch.Tensor:
+    return t.bfloat16().to(DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def bottleneck(x: torch.Tensor, weights: list[torch.Tensor], fused: bool) -> torch.Tensor:
+    """conv-BN-ReLU twice, then conv-BN-add-ReLU, in place where eager can."""
+    h = x
+    for index, weight in enumerate(weights):
+        k = weight.shape[0]
+        gamma, beta = (
+            torch.ones(k, device=DEVICE, requires_grad=True),
+            torch.zeros(k, device=DEVICE, requires_grad=True),
+        )
+        norm = gamma, beta, torch.zeros(k, device=DEVICE), torch.ones(k, device=DEVICE)
+        padding, last = weight.shape[-1] // 2, index == 2
+        if fused:
+            options: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "padding": padding}
+            h = ours.conv2d_bn_act(h, weight, None, *norm, **options, residual=x if last else None)
+        else:
+            h = theirs.batch_norm(theirs.conv2d(h, weight, padding=padding), norm[2], norm[3], *norm[:2], True)
+            h = theirs.relu_(h + x if last else h)
+    return h
+
+
+def units(fused: bool) -> tuple[float, float]:
+    """Activations moved in forward and in backward."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nhwc(torch.randn(k, c, r, r, generator=generator)).requires_grad_() for c, k, r in LAYERS]
+    x = nhwc(torch.randn(BATCH, 4 * WIDTH, SIZE, SIZE, generator=generator)).requires_grad_()
+    with Traffic() as forward:
+        z = bottleneck(x, weights, fused)
+    dz = torch.ones_like(z)
+    with Traffic() as backward:
+        torch.autograd.grad(z, (x, *weights), dz)
+    of_weights = sum(w.numel() for w in weights) * 2
+    # Each direction of each convolution moves its weight or its gradient once.
+    return (forward.bytes - of_weights) / UNIT, (backward.bytes - 2 * of_weights) / UNIT
+
+
+def test_a_fused_bottleneck_moves_what_was_counted_by_hand() -> None:
+    forward, backward = units(fused=True)
+    # Convolutions 12, normalise + activate 4 + 12 with the join; sums 4 + 12 (z for the mask), gradients 6 + 20, dgrad
+    # and wgrad 12 each, the shortcut's gradient added 12.
+    assert forward == pytest.approx(28, abs=0.3)
+    assert backward == pytest.approx(78, abs=0.3)
+
+
+def test_an_eager_bottleneck_moves_what_was_counted_by_hand() -> None:
+    forward, backward = units(fused=False)
+    # Convolutions 12, batch norm 18, ReLU 12, the join 12; ReLU 18, batch norm 30, dgrad and wgrad 24, the join 12.
+    assert forward == pytest.approx(54, abs=0.3)
+    assert backward == pytest.approx(84, abs=0.3)
+
+
+def test_a_fused_bottleneck_moves_at_most_four_fifths_of_eagers_bytes() -> None:
+    assert sum(units(fused=True)) <= 0.8 * sum(units(fused=False))
+
+
+def test_views_move_nothing_and_in_place_counts_twice() -> None:
+    x = torch.zeros(10, device=DEVICE)
+    with Traffic() as traffic:
+        x.view(2, 5).t()
+    assert traffic.bytes == 0
+    with Traffic() as traffic:
+        x.relu_()
+    assert traffic.bytes == 80
+    assert list(traffic.operators) == ["aten::relu_"]
