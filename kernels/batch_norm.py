@@ -53,13 +53,16 @@ def combine_statistics_kernel(
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, partials)
     count = (tl.minimum(last.to(tl.int64) * rows, M) - first.to(tl.int64) * rows).to(tl.float32)
+    # Of differences from one of the means, whose sum rounds no more than the differences do.
+    origin = tl.load(mean_ptr + first * K + offs_k, mask=mask_k, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for t in range(first, last, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = (offs_t < last)[:, None] & mask_k[None, :]
         n = tl.minimum(M - offs_t * rows, rows).to(tl.float32)[:, None]
-        acc += tl.load(mean_ptr + offs_t[:, None] * K + offs_k[None, :], mask=mask, other=0.0) * (n / count)
-    mean = tl.sum(acc, axis=0)
+        partial = tl.load(mean_ptr + offs_t[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        acc += tl.where(mask, (partial - origin[None, :]) * (n / count), 0.0)
+    mean = origin + tl.sum(acc, axis=0)
     acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for t in range(first, last, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)

@@ -241,7 +241,7 @@ def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Ten
     """(mean, variance, pixels) over all processes, from each one's own."""
     own = torch.cat([mean, var, mean.new_full((1,), pixels)])
     gathered = own.new_empty((dist.get_world_size(group), own.numel()))
-    dist.all_gather_into_tensor(gathered, own, group=group)
+    dist.all_gather(list(gathered.unbind()), own, group=group)
     means, variances, counts = gathered.split([mean.numel(), var.numel(), 1], dim=1)
     total = counts.sum()
     mean = (means * counts).sum(0) / total
@@ -272,35 +272,36 @@ class ConvBNAct(Function):
         group,
     ):
         arguments = stride, padding, dilation, groups
-        need_x, need_weight, _, need_gamma, need_beta, need_slope, _ = ctx.needs_input_grad[:7]
-        activation = ACTIVATIONS[how.act]
-        before = residual is not None and not how.residual_after
+        need_x, need_weight, _, need_gamma = ctx.needs_input_grad[:4]
+        active = how.act != "identity"
+        before, after = (residual is not None and how.residual_after == is_after for is_after in (False, True))
+        # Backward takes xhat from y; the activation's derivative from z where that will do, else from y and residual.
+        needs_xhat = need_gamma or (training and (need_x or need_weight))
+        z_will_do = ACTIVATIONS[how.act].from_output and not after
+        needs_y = needs_xhat or (active and not z_will_do)
+        from_z = active and z_will_do and (before or not needs_xhat)
         ctx.total = None
         y = None
         if training:
             y, mean, var, ctx.total = _convolved(x, weight, bias, arguments, group)
         # With constant statistics the layer is one kernel, where its backward needs no y.
-        elif (
-            need_gamma or need_beta or need_slope or not activation.from_output or (residual is not None and not before)
-        ):
+        elif needs_y:
             y = conv_fprop(x, weight, bias, *arguments)
         if y is None:
             z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
         else:
             formats = _is_channels_last(x, weight)
             z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), formats)
-        # What the activation's derivative is computed from, if not from y: z where that will do, else the residual too.
-        from_z = how.act != "identity" and activation.from_output and (before or y is None)
-        needs_residual = how.act != "identity" and before and not from_z
         ctx.save_for_backward(
             # The weight also for a gradient of the weight's gradient, where x has none.
             *(x if need_weight else None, weight if need_x or need_weight else None, bias),
-            *(gamma, beta, slope, mean, var, y),
-            *(z if from_z else None, residual if needs_residual else None),
+            *(gamma, beta, slope, mean, var, y if needs_y else None),
+            *(z if from_z else None, residual if active and before and not from_z else None),
         )
         ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
         ctx.formats = _is_channels_last(x, weight), _is_channels_last(weight)
-        ctx.training, ctx.how, ctx.group, ctx.before = training, how, group, before
+        # Where nothing acts on the sum, the residual's gradient is dz.
+        ctx.training, ctx.how, ctx.group, ctx.through_act = training, how, group, active and before
         ctx.has_residual = residual is not None
         if not training:
             return z, None, None, None
@@ -312,20 +313,20 @@ class ConvBNAct(Function):
         x, weight, bias, gamma, beta, slope, mean, var, y, z, residual = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual, mean, var)
-        dz = as_pixels(dz)
+        # As `as_pixels`, but of what torch.compile can follow: it knows no strides of a gradient.
+        dz = dz.movedim(1, -1).contiguous().movedim(-1, 1)
         need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
         how = astuple(ctx.how)
         derivative = z, mean, var, gamma, beta, slope, residual
         sums: Any = None
-        if ctx.training or need_gamma or need_beta or need_slope or need_bias:
+        if need_gamma or need_beta or need_slope or (need_x or need_weight if ctx.training else need_bias):
             sums = batch_norm_act_sums(dz, dz if y is None else y, *derivative, *how)
-        dx = dw = dresidual = None
-        if need_residual and not ctx.before:
-            dresidual = dz
-        need_g = need_residual and ctx.before
+        dx = dw = None
+        need_g = need_residual and ctx.through_act
+        dresidual = dz if need_residual and not need_g else None
         if need_x or need_weight or need_g:
             share, of_batch = 0.0, None
-            if ctx.training:
+            if ctx.training and sums is not None:
                 share, of_batch = 1.0 / max(1, dz.numel() // dz.shape[1]), sums
                 if ctx.group is not None:
                     share, of_batch = 1.0, sums / ctx.total
@@ -341,9 +342,10 @@ class ConvBNAct(Function):
                 dw = weight_gradient(x, dy, filter_size, stride, before, dilation, groups, dw_format)
         dbias = None
         if need_bias:
-            # Batch norm takes the mean away again, and with it whatever the bias was.
-            dbias = torch.zeros_like(sums[0])
-            if not ctx.training:
+            if ctx.training:
+                # Batch norm takes the mean away again, and with it whatever the bias was.
+                dbias = torch.zeros_like(bias)
+            else:
                 dbias = sums[0] * torch.rsqrt(var.float() + ctx.how.eps)
                 dbias = dbias if gamma is None else dbias * gamma.float()
         return (
