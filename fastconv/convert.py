@@ -1,7 +1,7 @@
-"""Swaps a model's convolution layers for fastconv's, and back, and says what was left and why.
+"""Swaps a model's convolution layers for fastconv's, fuses batch norms into them, and back, and says what was left.
 
 A layer is swapped by a change of its ``__class__``: it stays the same object, with its parameters, hooks, names and
-everything that refers to it.
+everything that refers to it. So is a module that calls a chain of layers (``fastconv.fuse``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastconv import nn
+from fastconv.fuse import Norm, norms, unfuse
+from fastconv.fuse import fuse as fuse_chains
 from fastconv.kernels.dispatch import Plan
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Rule = str | type[torch.nn.Module]
 
-_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _SCRIPTED = {theirs.__name__ for theirs in _OURS}
 # Each with the axes of the weights it is for; None: any.
@@ -48,6 +50,7 @@ class Report:
     """What ``report`` and ``explain`` find; ``str()`` is a table whose last line sums it up."""
 
     layers: tuple[Layer, ...]
+    norms: tuple[Norm, ...] = ()  # the model's batch norms
 
     @property
     def replaced(self) -> list[str]:
@@ -59,29 +62,55 @@ class Report:
         """The name of each layer that PyTorch's own op computes, and why."""
         return [(layer.name, layer.reason) for layer in self.layers if layer.reason is not None]
 
+    @property
+    def fused(self) -> list[str]:
+        """The chains that are one call each, as in "layer1.0.conv1 + bn1 + relu"."""
+        return [norm.chain for norm in self.norms if norm.chain is not None]
+
+    @property
+    def unfused(self) -> list[tuple[str, str]]:
+        """The name of each batch norm that is in none of them, and why."""
+        return [(norm.name, norm.reason or "") for norm in self.norms if norm.chain is None]
+
     def __str__(self) -> str:
         if not self.layers:
             return "nothing to convert: the model has no convolution layers"
         rows = [["layer", "kind", "served by", ""]]
-        rows += [
-            [layer.name or "(the model)", layer.kind, "PyTorch" if layer.reason else "fastconv", layer.reason or ""]
-            for layer in self.layers
-        ]
+        chains = self.chains
+        for layer in self.layers:
+            chain = chains.get(layer.name)
+            reason = layer.reason or (chain.reason if chain else None)
+            name = chain.chain if chain else layer.name
+            rows.append([name or "(the model)", layer.kind, "PyTorch" if layer.reason else "fastconv", reason or ""])
+        rows += [[norm.name, norm.kind, "PyTorch", norm.reason or ""] for norm in self.norms if norm.chain is None]
         return f"{table(rows)}\n{self.summary}"
 
     @property
+    def chains(self) -> dict[str, Norm]:
+        """The batch norm that is fused into a convolution layer, by the layer's name."""
+        return {norm.conv: norm for norm in self.norms if norm.chain and norm.conv is not None}
+
+    @property
     def summary(self) -> str:
-        return f"{len(self.replaced)} of {len(self.layers)} convolution layers on fastconv's kernels"
+        summary = f"{len(self.replaced)} of {len(self.layers)} convolution layers on fastconv's kernels"
+        if self.norms:
+            summary += f", {len(self.fused)} of {len(self.norms)} batch norms fused into them"
+        return summary
 
 
 def convert(
     model: Model,
     *,
+    fuse: bool = True,
     memory_format: torch.memory_format | None = None,
     include: Rule | Iterable[Rule] | None = None,
     exclude: Rule | Iterable[Rule] | None = None,
 ) -> Model:
     """Make ``model``'s convolution layers fastconv's, in place, and return it; ``report`` tells which are left and why.
+
+    fuse: a convolution whose result only a batch norm reads becomes one call with it, and with the activation and the
+    addition behind it, wherever the forward of the module that calls them can be traced. What hooks into one of them,
+    replaces or parametrises it later is seen at each call. False: leave chains as they are.
 
     include, exclude: names as in ``named_modules()``, with wildcards (``"layer4"``, ``"*.conv1"``), and types of
     modules; one or an iterable. Each speaks for the modules below as well; ``exclude`` wins. A shared layer is
@@ -110,27 +139,34 @@ def convert(
             continue
         if _FORMATS[memory_format] in (None, weight.dim()):
             weight.data = weight.data.to(memory_format=memory_format)
+    if fuse:
+        # A batch norm need not be included, but may be excluded.
+        fusible = _chosen(model, None, exclude)
+        fuse_chains(model, lambda conv, norm: type(conv) in _THEIRS and conv in chosen and norm in fusible)
     return model
 
 
 def revert(model: Model) -> Model:
-    """Make fastconv's layers torch.nn's again, in place, and return ``model``.
+    """Make fastconv's layers torch.nn's again and take chains apart, in place, and return ``model``.
 
     Weights keep their memory format. Layers subclassed or parametrised since stay as they are.
     """
     for _, layer in convolutions(model):
         layer.__class__ = _THEIRS.get(type(layer), type(layer))
+    unfuse(model)
     return model
 
 
 def report(model: torch.nn.Module) -> Report:
-    """Which convolution layers of ``model`` are fastconv's, and which are not and why; each once, by its first name."""
-    return Report(
-        tuple(
-            Layer(name, kind(layer), reason_against(layer) or ("not converted" if type(layer) in _OURS else None))
-            for name, layer in convolutions(model)
-        )
+    """Which convolution layers of ``model`` are fastconv's and which batch norms are fused; which are not, and why.
+
+    Each once, by its first name.
+    """
+    layers = (
+        Layer(name, kind(layer), reason_against(layer) or ("not converted" if type(layer) in _OURS else None))
+        for name, layer in convolutions(model)
     )
+    return Report(tuple(layers), tuple(norms(model)))
 
 
 def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastconv import functional
 from fastconv.convert import Layer, Report, convolutions, kind, reason_against, revert, table
+from fastconv.fuse import norms
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Layout, Plan
 from fastconv.kernels.problem import ConvProblem, conv_problem, conv_transpose_problem
@@ -33,8 +34,10 @@ class Explanation(Report):
         if not self.layers:
             return super().__str__()
         rows = [["layer", "kind", "problem", "pass", "kernel", "tile", "tile from", "MB", "predicted"]]
+        chains = self.chains
         for layer in self.layers:
-            head = [layer.name or "(the model)", layer.kind]
+            chain = chains.get(layer.name)
+            head = [(chain.chain if chain else layer.name) or "(the model)", layer.kind]
             if not layer.plans:
                 note = f"PyTorch's own op: {layer.reason}" if layer.reason else "not called"
                 rows.append([*head, *[""] * 6, note])
@@ -42,6 +45,7 @@ class Explanation(Report):
             for plan in layer.plans:
                 rows.append([*head, "" if plan.problem == problem else plan.problem.describe(), *_cells(plan)])
                 head, problem = ["", ""], plan.problem
+        rows += [[norm.name, norm.kind, *[""] * 6, norm.reason or ""] for norm in self.norms if norm.chain is None]
         lines = [table(rows), self.summary]
         if self.gpu:
             lines.insert(1, f"planned for the {self.gpu}")
@@ -74,7 +78,7 @@ def explain(model: torch.nn.Module, *inputs: Any) -> Explanation:
         if plans and all(plan.family == "pytorch" for plan in plans):
             reason = _reason(plans[0])
         layers.append(Layer(name, kind(layer), reason, plans))
-    return Explanation(tuple(layers), gpus[0] if gpus else None)
+    return Explanation(tuple(layers), tuple(norms(model)), gpus[0] if gpus else None)
 
 
 # The plans of each problem that a layer was called with and the directions asked for.

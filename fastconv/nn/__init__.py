@@ -1,4 +1,4 @@
-"""torch.nn's convolution layers on fastconv's kernels: the same constructors, repr, state_dict, pickles."""
+"""torch.nn's convolution layers on fastconv's kernels (same constructors, repr, state_dict, pickles) and fused ones."""
 
 from fastconv.nn.conv import (
     Conv1d,
@@ -14,11 +14,15 @@ from fastconv.nn.conv import (
     LazyConvTranspose2d,
     LazyConvTranspose3d,
 )
+from fastconv.nn.fused import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d
 
 __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvBNAct1d",
+    "ConvBNAct2d",
+    "ConvBNAct3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",

@@ -95,7 +95,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], dict[str, Any]]] =
         {"output_size": (5, 6, 5)},
     ),
 }
-CLASSES = nn.__all__
+CLASSES = [name for name in nn.__all__ if hasattr(torch.nn, name)]
 
 
 def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:

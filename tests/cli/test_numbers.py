@@ -82,7 +82,11 @@ def test_both_blocks_are_right_in_every_tensor() -> None:
     for part, tensors, convolutions in zip(parts, (8, 11), (2, 3), strict=True):
         assert part["verdict"] == "right", part["reason"]
         assert len(part["rows"]) == 2 * tensors
-        assert part["launches"] == {"conv_gather_kernel": 4 * convolutions, "conv_wgrad_kernel": 2 * convolutions}
+        fused = ("combine_statistics", "batch_norm_act", "batch_norm_act_sums", "batch_norm_act_gradient")
+        assert part["launches"] == {
+            "conv_gather_kernel": 4 * convolutions,
+            **{f"{kernel}_kernel": 2 * convolutions for kernel in ("conv_wgrad", *fused)},
+        }
 
 
 @pytest.mark.usefixtures("small_photograph", "broken")
