@@ -135,8 +135,7 @@ def _fused_class(
         self.__init__(*args, **kwargs)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        # A child of the same kind changes nothing: DataParallel sets those of its replicas.
-        if name in reads and type(value) is not type(self._modules.get(name)):
+        if name in reads and not _replaces_its_like(self, name, value):
             self.__class__ = original
         original.__setattr__(self, name, value)
 
@@ -147,9 +146,14 @@ def _fused_class(
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, args, *rest = original.__reduce_ex__(self, max(2, int(protocol)))
-        if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+        if function is copyreg.__newobj__ and args == (fused,):  # type: ignore[attr-defined]
             function, args = restore, (original, names)
         return function, args, *rest
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(original.__reduce_ex__(self, 4)[2], memo))
+        return twin
 
     body = {
         "_fastconv_original": original,
@@ -160,20 +164,20 @@ def _fused_class(
         "__delattr__": __delattr__,
         "__reduce_ex__": __reduce_ex__,
     }
-    if not hasattr(original, "__deepcopy__"):
-        body["__deepcopy__"] = _deepcopy
-    return subclass(original, body)
+    own = original.__reduce_ex__, original.__reduce__, hasattr(original, "__deepcopy__")
+    if own == (object.__reduce_ex__, object.__reduce__, False):
+        body["__deepcopy__"] = __deepcopy__
+    fused = subclass(original, body)
+    return fused
 
 
-def _deepcopy(self: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
-    fused = type(self)
-    self.__class__ = class_of(self)
-    try:
-        twin = copy.deepcopy(self, memo)
-    finally:
-        self.__class__ = fused
-    twin.__class__ = fused
-    return twin
+def _replaces_its_like(module: torch.nn.Module, name: str, value: Any) -> bool:
+    """Whether a child, parameter or buffer gives way to one of the same type, which decides nothing otherwise."""
+    # DataParallel sets the children of its replicas.
+    for kept in (module._modules, module._parameters, module._buffers):
+        if name in kept:
+            return type(kept[name]) is type(value)
+    return False
 
 
 def restore(original: Any, names: tuple[str, ...]) -> torch.nn.Module:

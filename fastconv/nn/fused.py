@@ -175,9 +175,7 @@ def _fused(
     """``steps``, the beginning of a chain, in one call; statistics are kept as torch.nn's batch norms keep them."""
     if "act" not in steps:
         act = norm._modules.get("act")  # timm's have one of their own
-    # By these dictionaries, as each look-up of an attribute that is a parameter or a child takes half a microsecond.
-    parameters, affine, buffers = conv._parameters, norm._parameters, norm._buffers
-    mean, var, count = (buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
     training, momentum = norm.training, norm.momentum
     batch = training or (mean is None and var is None)
     if training and not norm.track_running_stats:
@@ -189,8 +187,8 @@ def _fused(
         x, padding = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
     added = "+" in steps or "+=" in steps
     z = functional.conv_norm_act(
-        *(_FUNCTIONS[type(conv)], x, parameters["weight"], parameters["bias"]),
-        *((mean, var, affine["weight"], affine["bias"]), batch, momentum, norm.eps),
+        *(_FUNCTIONS[type(conv)], x, conv.weight, conv.bias),
+        *((mean, var, norm.weight, norm.bias), batch, momentum, norm.eps),
         *(act, residual if added else None, added and steps[-1] != "act"),
         *(conv.stride, padding, conv.dilation, conv.groups, _group(norm)),
     )

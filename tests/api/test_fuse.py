@@ -759,6 +759,7 @@ def parametrised(model: Any) -> None:
         (lambda m: m.add_module("conv2", nn.Conv2d(4, 4, 1, bias=False, device=DEVICE)), 1),
         (lambda m: setattr(m.bn1, "forward", lambda x: x), 1),
         (lambda m: setattr(m, "body", in_training_only), 0),
+        (lambda m: setattr(m, "relu", nn.ReLU()), 2),
         (lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m), 2),
         (lambda m: setattr(m.conv1, "padding", (0, 0)), None),
         (lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}), 2),
@@ -776,6 +777,7 @@ def parametrised(model: Any) -> None:
         "convolution replaced",
         "forward of the norm",
         "attribute",
+        "activation set to its like",
         "convert_sync_batchnorm",
         "arguments",
         "checkpoint",
@@ -871,15 +873,29 @@ def test_shared_blocks_and_layers(calls: list[Any]) -> None:
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate makes one, but with the same parameters, so that gradients can be compared."""
-    twin = module._replicate_for_data_parallel()
-    twin._parameters = module._parameters
+    """As torch.nn.parallel.replicate makes one for another GPU."""
+    twin: Any = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, None if parameter is None else parameter.view_as(parameter))
     for name, child in module._modules.items():
         setattr(twin, name, replica(child))
+    for name, buffer in module._buffers.items():
+        setattr(twin, name, buffer)
     return twin
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "torch.save", "weights_only", "replicate"])
+def test_replicas_of_data_parallel(calls: list[Any]) -> None:
+    model, plain = pair(nn.Sequential(Block(plain_block), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    twin = replica(model)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    for m in (twin, plain):
+        m(images()).square().sum().backward()
+    assert len(calls) == 3
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "torch.save", "weights_only"])
 def test_copies(how: str, calls: list[Any]) -> None:
     model, plain = pair(nn.Sequential(Block(plain_block), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
     types = [type(m) for m in model.modules()]
@@ -889,8 +905,6 @@ def test_copies(how: str, calls: list[Any]) -> None:
         twin = copy.copy(model)
     elif how == "pickle":
         twin = pickle.loads(pickle.dumps(model))
-    elif how == "replicate":
-        twin = replica(model)
     else:
         file = io.BytesIO()
         torch.save(model, file)
@@ -903,6 +917,37 @@ def test_copies(how: str, calls: list[Any]) -> None:
     assert_same(twin, plain, images())
     assert len(calls) == 3
     assert type(fastconv.revert(twin)) is nn.Sequential
+
+
+def scaled(m: Any, x: Any) -> Any:
+    y = m.bn1(m.conv1(x))
+    return y if m.scale is None else y * m.scale
+
+
+def test_a_fused_module_that_is_parametrised_itself(calls: list[Any]) -> None:
+    module = Block(scaled)
+    module.scale = nn.Parameter(torch.ones(4, 1, 1))
+    model, plain = pair(module)
+    for m in (model, plain):
+        nn.utils.parametrize.register_parametrization(m, "scale", nn.Softplus())
+        twin = copy.deepcopy(m)
+        assert type(twin) is type(m)
+        assert torch.equal(twin(images()), m(images()))
+    assert torch.equal(model(images()), plain(images()))
+
+
+def test_a_parameter_may_go(calls: list[Any]) -> None:
+    module = Block(scaled)
+    module.scale = nn.Parameter(torch.ones(4, 1, 1))
+    model, plain = pair(module)
+    for m in (model, plain):
+        m.scale = nn.Parameter(torch.full((4, 1, 1), 3.0, device=DEVICE))
+    assert_same(model, plain, images())
+    assert len(calls) == 1
+    for m in (model, plain):
+        m.scale = None
+    assert_same(model, plain, images())
+    assert len(calls) == 1
 
 
 def test_a_pickle_keeps_what_was_chosen() -> None:
