@@ -17,10 +17,14 @@ DRAM_EFFICIENCY = 0.85
 STEP_LATENCY = 1.0e-6
 PROGRAM_LATENCY = 2.0e-6
 LAUNCH = 3.0e-6
+# A program that spills registers is taken only where all others spill too.
+SPILLING = 100.0
 # The interpreter on a common CPU: seconds for a program and a step whatever their size, and for an operand's element.
 INTERPRETED_PROGRAM = 3e-3
 INTERPRETED_STEP = 1.5e-3
 INTERPRETED_ELEMENT = 1.7e-8
+
+MAX_REGISTERS = 255  # that a thread can name
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,16 @@ def predict(work: Work, gpu: Gpu) -> Prediction | None:
         seconds, bound = dram, "DRAM"
     if work.extra_bytes:
         seconds += LAUNCH + work.extra_bytes / (gpu.bandwidth * DRAM_EFFICIENCY)
+    if work.registers > MAX_REGISTERS:
+        seconds *= SPILLING * work.registers / MAX_REGISTERS
     return Prediction(seconds + LAUNCH, bound, occupancy)
 
 
 def occupancy_of(work: Work, gpu: Gpu) -> int:
     """Programs that fit a multiprocessor at once; 0 where not even one does."""
-    if work.shared_memory > gpu.shared_memory or work.registers > 255:
+    if work.shared_memory > gpu.shared_memory:
         return 0
     threads = 32 * work.warps
-    by_registers = 65536 // (-(-work.registers // 8) * 8 * threads)
+    by_registers = 65536 // (-(-min(work.registers, MAX_REGISTERS) // 8) * 8 * threads)
     by_memory = gpu.shared_memory // max(work.shared_memory, 1)
     return min(by_registers, by_memory, 2048 // threads, 32)

@@ -146,12 +146,13 @@ def _registers(
     """
     threads = 32 * config["num_warps"]
     m, n, k = config[rows], config[columns], config[depth]
-    registers = 40 + m * n // threads
-    registers += 3 * m * n // threads if narrow[2] else 0
+    registers = 36 + m * n // threads
+    registers += 6 * m * n // threads if narrow[2] else 0
     for side, cost, is_narrow in ((m, 6, narrow[0]), (n, 3, narrow[1])):
-        registers += (7 if element < 4 else 5) * side * k // threads if is_narrow else cost * side * k // (8 * threads)
+        registers += 5 * side * k // threads if is_narrow else cost * side * k // (8 * threads)
     if fma:
-        registers += 3 * m * n // threads + 2 * k
+        # Above 16 accumulators a thread or 32 of depth one or the other version of the compiler spills.
+        registers += 3 * m * n // threads + 2 * k if m * n // threads <= 16 and k <= 32 else 256
     elif gpu.arch < 90:
         registers += (m + 2 * n) * k // 256
     return registers

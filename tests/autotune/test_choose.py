@@ -70,7 +70,14 @@ def test_bounds_are_named() -> None:
 
 def test_what_does_not_fit_is_not_predicted() -> None:
     assert predict(dataclasses.replace(WORK, shared_memory=228 << 10), H200) is None
-    assert predict(dataclasses.replace(WORK, registers=256), H200) is None
+
+
+def test_spilling_is_the_last_resort() -> None:
+    assert seconds(registers=256) > 50 * seconds(registers=255)
+    assert seconds(registers=400) > seconds(registers=300)
+    assert occupancy_of(dataclasses.replace(WORK, registers=400), H200) == occupancy_of(
+        dataclasses.replace(WORK, registers=255), H200
+    )
 
 
 @pytest.mark.parametrize(
