@@ -28,6 +28,9 @@ from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector
 from fastconv.kernels.pixels import in_elements
 from fastconv.kernels.problem import ConvProblem
 
+# Columns of an epilogue that does more than store: with 32 a thread needs no more registers than for the product.
+PART_K = 32
+
 
 @triton.jit
 def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr):
@@ -47,6 +50,54 @@ def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.c
         return index, STRIDE, (OUT - index + STRIDE - 1) // STRIDE, base, 1, -(DILATION // GCD), tap, skip, taps
     else:
         return 0, 1, OUT, -PADDING, STRIDE, DILATION, 0, 1, TAPS
+
+
+@triton.jit
+def finish(
+    acc, k, mask_m, y_row, pid_m, group, K,
+    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
+    eps, a, b,
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART_K: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of acc [ROWS, COLUMNS], PART_K columns after another.
+
+    In the accumulator's layout a thread holds few rows and many columns, and so as many of each vector: all columns at
+    once take twice the registers of the product itself, and half of the programs no longer fit a multiprocessor.
+    """
+    if COLUMNS > PART_K:
+        HALF: tl.constexpr = COLUMNS // 2
+        first, second = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
+        finish(
+            first, k, mask_m, y_row, pid_m, group, K,
+            bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr,
+            tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, ROWS, HALF, PART_K,
+        )  # fmt: skip
+        finish(
+            second, k + HALF, mask_m, y_row, pid_m, group, K,
+            bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr,
+            tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, ROWS, HALF, PART_K,
+        )  # fmt: skip
+    else:
+        offs_k = k + tl.arange(0, COLUMNS)
+        mask_k = offs_k < K
+        channel = group * K + offs_k
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        if tile_mean_ptr is not None:
+            mean, m2 = statistics(acc, mask_m)
+            row = pid_m * (tl.num_programs(1) * K) + channel
+            tl.store(tile_mean_ptr + row, mean, mask=mask_k)
+            tl.store(tile_m2_ptr + row, m2, mask=mask_k)
+        if mean_ptr is not None:
+            acc = normalise(acc, channel, mask_k, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+        offs_y = y_row[:, None] + channel[None, :]
+        mask_y = mask_m[:, None] & mask_k[None, :]
+        acc = activate(acc, channel, mask_k, offs_y, mask_y, slope_ptr, residual_ptr, a, b, ACT, RESIDUAL_AFTER)
+        tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
 @triton.jit(
@@ -91,6 +142,7 @@ def conv_gather_kernel(
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,  # the activation
+    PART_K: tl.constexpr,  # columns that the epilogue takes at once
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -241,20 +293,11 @@ def conv_gather_kernel(
                         t = tl.where(carry, t + 1, t)
             acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
 
-    channel = group * K + offs_k
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-    if tile_mean_ptr is not None:
-        mean, m2 = statistics(acc, mask_m)
-        row = pid_m * (tl.num_programs(1) * K) + channel
-        tl.store(tile_mean_ptr + row, mean, mask=mask_k)
-        tl.store(tile_m2_ptr + row, m2, mask=mask_k)
-    if mean_ptr is not None:
-        acc = normalise(acc, channel, mask_k, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
-    offs_y = y_row[:, None] + channel[None, :]
-    mask_y = mask_m[:, None] & mask_k[None, :]
-    acc = activate(acc, channel, mask_k, offs_y, mask_y, slope_ptr, residual_ptr, a, b, ACT, RESIDUAL_AFTER)
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+    finish(
+        acc, pid_k * BLOCK_K, mask_m, y_row, pid_m, group, K,
+        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
+        eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M, BLOCK_K, PART_K,
+    )  # fmt: skip
 
 
 def conv_gather(
@@ -326,6 +369,7 @@ def conv_gather(
             "PRECISION": precision,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
+            "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K),
             **tile,
         },
         num_warps=config["num_warps"],
