@@ -133,23 +133,22 @@ def _registers(
     rows: str,
     columns: str,
     depth: str,
-    narrow: tuple[bool, bool, bool],
-    element: int,
+    single: tuple[int, int, int],
     fma: bool,
     gpu: Gpu,
 ) -> int:
     """Registers a thread of a tile rows x columns, fitted to what ptxas reports; rows are the gathered side.
 
-    The accumulator; the addresses and coordinates of 16-byte loads; operands where the tensor cores read registers. A
-    ``narrow`` operand (rows, columns, result) goes element by element, each with an address of its own and, under 4
-    bytes, waiting in a register, since no asynchronous copy is so small. ``fma``: no tensor cores.
+    The accumulator; the addresses and coordinates of 16-byte loads; operands where the tensor cores read registers.
+    ``single``: registers for each element of the rows', columns' or result's operand that goes element by element (see
+    `_single`), else 0. ``fma``: no tensor cores.
     """
     threads = 32 * config["num_warps"]
     m, n, k = config[rows], config[columns], config[depth]
     registers = 36 + m * n // threads
-    registers += 6 * m * n // threads if narrow[2] else 0
-    for side, cost, is_narrow in ((m, 6, narrow[0]), (n, 3, narrow[1])):
-        registers += 5 * side * k // threads if is_narrow else cost * side * k // (8 * threads)
+    registers += single[2] * m * n // threads
+    for side, wide, each in ((m, 6, single[0]), (n, 3, single[1])):
+        registers += each * side * k // threads if each else wide * side * k // (8 * threads)
     if fma:
         # Above 16 accumulators a thread or 32 of depth one or the other version of the compiler spills.
         registers += 3 * m * n // threads + 2 * k if m * n // threads <= 16 and k <= 32 else 256
@@ -158,9 +157,12 @@ def _registers(
     return registers
 
 
-def _narrow(problem: ConvProblem, channels: int) -> bool:
-    """Whether runs of so many channels are read by less than the 4 bytes of the smallest asynchronous copy."""
-    return problem.dtype.itemsize < 4 and vector(problem.dtype, channels) == 1
+def _single(problem: ConvProblem, channels: int) -> int:
+    """Registers for an element of runs of so many channels, 0 where they are read by 16 bytes.
+
+    Else each has an address of its own and, under 4 bytes, waits in a register, since no asynchronous copy is so small.
+    """
+    return 5 if problem.dtype.itemsize < 4 and vector(problem.dtype, channels) == 1 else 0
 
 
 def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
@@ -172,8 +174,10 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
         phases = prod(map(min, problem.stride, problem.input_size))
         pixels = _cdiv(problem.input_pixels, phases)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    x_narrow = _narrow(problem, c) or flat(problem.taps, c)
-    narrow = x_narrow, _narrow(problem, k) if direction == "dgrad" else x_narrow, _narrow(problem, k)
+    # (Tap, channel) pairs have coordinates of their own as well.
+    source = (8 if problem.rank == 3 else 5) if flat(problem.taps, c) else _single(problem, c)
+    result = 6 if _single(problem, k) else 0
+    single = source, _single(problem, k) if direction == "dgrad" else source, result
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
@@ -186,7 +190,7 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", narrow, element, share == 0, gpu),
+            registers=_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", single, share == 0, gpu),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=share,
@@ -199,7 +203,7 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     """The tile of wgrad, and into how many parts its pixels are split."""
     k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    narrow = _narrow(problem, c) or flat(problem.taps, c), _narrow(problem, k), False
+    single = 8 if flat(problem.taps, c) else _single(problem, c), _single(problem, k), 0
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
@@ -215,7 +219,7 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", narrow, element, share == 0, gpu),
+            registers=_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", single, share == 0, gpu),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=share,
