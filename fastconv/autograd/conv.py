@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.kernels import conv as kernels
 from fastconv.kernels.layout import is_channels_last, strides_like
@@ -194,6 +196,22 @@ conv_wgrad = _operator(
     _wgrad_fake,
 )
 channel_sum = _operator("channel_sum(Tensor x) -> Tensor", kernels.channel_sum, _channel_sum_fake)
+
+
+# For torch.utils.flop_counter: in each direction every output pixel meets all of the weight [K, C/groups, filter].
+@register_flop_formula(torch.ops.fastconv.conv_fprop)
+def _fprop_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * prod(out_shape) * prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.fastconv.conv_dgrad)
+def _dgrad_flops(dy: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(dy) * prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.fastconv.conv_wgrad)
+def _wgrad_flops(x: Sequence[int], dy: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * prod(dy) * prod(out_shape[1:])
 
 
 def _tracked(*tensors: Tensor | None) -> bool:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.autograd.conv import (
     _fall_back,
@@ -138,6 +140,12 @@ batch_norm_act_gradient = _operator(
     _batch_norm_act_gradient,
     _batch_norm_act_gradient_fake,
 )
+
+
+@register_flop_formula([torch.ops.fastconv.conv_act, torch.ops.fastconv.conv_statistics])
+def _fused_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any, **__: Any) -> int:
+    y = out_shape if isinstance(out_shape[0], int) else out_shape[0]
+    return 2 * prod(y) * prod(weight[1:])
 
 
 def _all_but_channels(y: Tensor) -> list[int]:
