@@ -178,6 +178,8 @@ def conv_wgrad(
     dy_strides = dy_strides or dense_strides(lifted.output_shape)
     dy_stride = linear_stride(lifted.output_shape, dy_strides)
     assert dy_stride is not None, "the launcher copies such a dy"
+    # Of the strides as they are: those of a linear walk say nothing of rows and images.
+    is_wide = wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides))
     x_stride = None
     if problem.taps == 1 and lifted.input_size == lifted.output_size and not problem.padded("wgrad"):
         x_stride = linear_stride(lifted.input_shape, x_strides)
@@ -217,7 +219,7 @@ def conv_wgrad(
             "LINEAR": x_stride is not None,
             "FLAT": pairs,
             "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
-            "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
+            "WIDE": is_wide,
             "PRECISION": precision,
             **tile,
         },

@@ -342,6 +342,14 @@ def test_offsets_past_2_to_31_elements_are_wide(direction: str) -> None:
     assert launch(4097).constants["WIDE"] is True
 
 
+@pytest.mark.parametrize(("c", "k"), [(256, 64), (64, 256)])
+def test_linear_wgrad_is_wide_where_either_operand_is(c: int, k: int) -> None:
+    """A 1x1 layer's pixels are walked by one stride; of 2^25 pixels only the wider operand passes 2^31 elements."""
+    problem = Case("", 2, c, k, (4096, 4096), (1, 1)).problem(torch.bfloat16)
+    constants = dispatch.plan("wgrad", problem, gpus.H200).launches[0].constants
+    assert constants["LINEAR"] is True and constants["WIDE"] is True
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1)).problem()
