@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import hypothesis
 import pytest
+import torch
 
 # Tests measure no time; a first call that imports or interprets is slow by right.
 hypothesis.settings.register_profile("fastconv", deadline=None)
@@ -20,9 +21,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # The same numbers whichever tests ran before in this process.
+    torch.manual_seed(0)
     if item.get_closest_marker("gpu"):
-        import torch
-
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
 
