@@ -30,8 +30,11 @@ __all__ = [
     "conv3d",
     "conv3d_bn_act",
     "conv_transpose1d",
+    "conv_transpose1d_bn_act",
     "conv_transpose2d",
+    "conv_transpose2d_bn_act",
     "conv_transpose3d",
+    "conv_transpose3d_bn_act",
     "served",
 ]
 
@@ -265,6 +268,102 @@ def conv3d_bn_act(
     return conv_norm_act(conv3d, input, weight, bias, norm, *fused, stride, padding, dilation, groups)
 
 
+def conv_transpose1d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act = "relu",
+    residual: Tensor | None = None,
+    residual_after: bool = False,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> Tensor:
+    """``act(batch_norm(conv_transpose1d(input)) + residual)``: input [N, K, Q], weight [K, C/groups, S]
+    -> [N, C, W].
+
+    The arguments of conv_transpose1d, and the others, what it does and raises as conv1d_bn_act; vectors are [C].
+    """
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    fused = training, momentum, eps, act, residual, residual_after
+    arguments = stride, padding, dilation, groups, None, output_padding
+    return conv_norm_act(conv_transpose1d, input, weight, bias, norm, *fused, *arguments)
+
+
+def conv_transpose2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act = "relu",
+    residual: Tensor | None = None,
+    residual_after: bool = False,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> Tensor:
+    """``act(batch_norm(conv_transpose2d(input)) + residual)``: input [N, K, P, Q], weight [K, C/groups, R, S]
+    -> [N, C, H, W].
+
+    The arguments of conv_transpose2d, and the others, what it does and raises as conv2d_bn_act; vectors are [C].
+    """
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    fused = training, momentum, eps, act, residual, residual_after
+    arguments = stride, padding, dilation, groups, None, output_padding
+    return conv_norm_act(conv_transpose2d, input, weight, bias, norm, *fused, *arguments)
+
+
+def conv_transpose3d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act = "relu",
+    residual: Tensor | None = None,
+    residual_after: bool = False,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> Tensor:
+    """``act(batch_norm(conv_transpose3d(input)) + residual)``: input [N, K, O, P, Q], weight [K, C/groups, T, R, S]
+    -> [N, C, D, H, W].
+
+    The arguments of conv_transpose3d, and the others, what it does and raises as conv3d_bn_act; vectors are [C].
+    """
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    fused = training, momentum, eps, act, residual, residual_after
+    arguments = stride, padding, dilation, groups, None, output_padding
+    return conv_norm_act(conv_transpose3d, input, weight, bias, norm, *fused, *arguments)
+
+
 def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     if has_torch_function_variadic(x, weight, bias):
         return handle_torch_function(ours, (x, weight, bias), x, weight, bias, *arguments)
@@ -311,6 +410,9 @@ def _conv_transpose(
     return y if batched is x else y.squeeze(0)
 
 
+_CONVOLUTIONS = (conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d)
+
+
 def conv_norm_act(
     conv: Any,
     x: Tensor,
@@ -328,34 +430,46 @@ def conv_norm_act(
     dilation: Any,
     groups: int,
     group: Any = None,
+    output_padding: Any = None,
 ) -> Tensor:
-    """What conv1d_bn_act to conv3d_bn_act share. ``conv``: this module's convolution; ``norm``: running mean, running
-    variance, weight and bias; ``group``: the process group over which a synchronised batch norm takes statistics."""
+    """What conv1d_bn_act to conv_transpose3d_bn_act share. ``conv``: this module's convolution; ``norm``: running mean,
+    running variance, weight and bias; ``group``: the process group over which a synchronised batch norm takes
+    statistics; ``output_padding``: a transposed convolution's."""
     name, a, b, slope = activation_of(act)
     running_mean, running_var, gamma, beta = norm
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
     dtype = _autocast_dtype(x)
     if served(x, dtype):
-        y = conv(x, weight, bias, stride, padding, dilation, groups)
+        if output_padding is None:
+            y = conv(x, weight, bias, stride, padding, dilation, groups)
+        else:
+            y = conv(x, weight, bias, stride, padding, output_padding, groups, dilation)
         z = torch.nn.functional.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
         if residual is not None and not residual_after:
             z = z + residual
         z = ACTIVATIONS[name].torch(z, a if slope is None else slope, b)
         return z + residual if residual is not None and residual_after else z
-    rank = (conv1d, conv2d, conv3d).index(conv) + 1
+    rank = _CONVOLUTIONS.index(conv) % 3 + 1
     _check_ranks(conv.__name__, rank, x, weight)
     if x.dim() != rank + 2:
         raise ValueError(f"expected {rank + 2}D input (got {x.dim()}D input of size: {list(x.shape)})")
     stride, dilation = _expand("stride", stride, rank), _expand("dilation", dilation, rank)
-    if isinstance(padding, str):
+    channels, output_size = weight.shape[0], None
+    if output_padding is not None:
+        padding, output_padding = _expand("padding", padding, rank), _expand("output_padding", output_padding, rank)
+        bias_shape = None if bias is None else bias.shape
+        problem = conv_transpose_problem(
+            x.shape, weight.shape, bias_shape, stride, padding, output_padding, dilation, groups, x.dtype
+        )
+        channels, output_size = problem.in_channels, problem.input_size
+    elif isinstance(padding, str):
         padding = _named_padding(padding, weight.shape[2:], stride, dilation)
     else:
         padding = _expand("padding", padding, rank) * 2
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    channels = weight.shape[0]
     for argument, statistic in (("running_mean", running_mean), ("running_var", running_var)):
         if statistic is not None and statistic.numel() != channels:
             raise RuntimeError(f"{argument} should contain {channels} elements not {statistic.numel()}")
@@ -369,7 +483,7 @@ def conv_norm_act(
     gamma, beta, mean, var = (None if v is None else v.contiguous() for v in (gamma, beta, running_mean, running_var))
     z, mean, var, count = conv_bn_act(
         *(x, weight, bias, gamma, beta, mean, var, slope, residual),
-        *(stride, padding, dilation, groups, training),
+        *((output_size, stride, padding, dilation, groups), training),
         Activated(eps, name, a, b, residual_after),
         group,
     )

@@ -35,13 +35,14 @@ from fastconv.kernels.tiles import pixel_tile
 MAX_PARTIALS = 256
 
 
-@triton.jit(do_not_specialize=["partials", "rows", "M", "K", "share"])
+@triton.jit(do_not_specialize=["partials", "K", "share"])
 def combine_statistics_kernel(
+    count_ptr,  # [partials]: the rows that each one covers, maybe none
     mean_ptr, m2_ptr,  # [partials, K]
-    out_mean_ptr, out_m2_ptr,  # [groups of share partials, K]
+    out_count_ptr,  # [groups of share partials]
+    out_mean_ptr, out_m2_ptr,  # [groups, K]
     partials,
-    rows,  # that each partial covers; the last one what is left of M
-    M, K,
+    K,
     share,
     FINAL: tl.constexpr,  # out_m2 is the variance
     BLOCK_T: tl.constexpr,
@@ -52,14 +53,19 @@ def combine_statistics_kernel(
     mask_k = offs_k < K
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, partials)
-    count = (tl.minimum(last.to(tl.int64) * rows, M) - first.to(tl.int64) * rows).to(tl.float32)
+    rows = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    for t in range(first, last, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        rows += tl.load(count_ptr + offs_t, mask=offs_t < last, other=0.0)
+    rows = tl.sum(rows, axis=0)
+    count = tl.maximum(rows, 1.0)
     # Of differences from one of the means, whose sum rounds no more than the differences do.
     origin = tl.load(mean_ptr + first * K + offs_k, mask=mask_k, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for t in range(first, last, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = (offs_t < last)[:, None] & mask_k[None, :]
-        n = tl.minimum(M - offs_t * rows, rows).to(tl.float32)[:, None]
+        n = tl.load(count_ptr + offs_t, mask=offs_t < last, other=0.0)[:, None]
         partial = tl.load(mean_ptr + offs_t[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
         acc += tl.where(mask, (partial - origin[None, :]) * (n / count), 0.0)
     mean = origin + tl.sum(acc, axis=0)
@@ -67,13 +73,15 @@ def combine_statistics_kernel(
     for t in range(first, last, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = (offs_t < last)[:, None] & mask_k[None, :]
-        n = tl.minimum(M - offs_t * rows, rows).to(tl.float32)[:, None]
+        n = tl.load(count_ptr + offs_t, mask=offs_t < last, other=0.0)[:, None]
         offs = offs_t[:, None] * K + offs_k[None, :]
         difference = tl.load(mean_ptr + offs, mask=mask, other=0.0) - mean[None, :]
         acc += tl.where(mask, tl.load(m2_ptr + offs, mask=mask, other=0.0) + difference * difference * n, 0.0)
     m2 = tl.sum(acc, axis=0)
     if FINAL:
         m2 = m2 / count
+    else:
+        tl.store(out_count_ptr + tl.program_id(1), rows)
     out = tl.program_id(1) * K + offs_k
     tl.store(out_mean_ptr + out, mean, mask=mask_k)
     tl.store(out_m2_ptr + out, m2, mask=mask_k)
@@ -237,8 +245,11 @@ def batch_norm_act_gradient_kernel(
     tl.store(dy_ptr + offs, (g * scale[None, :]).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
-def combine_statistics(mean: Tensor, m2: Tensor, pixels: int, rows: int) -> tuple[Tensor, Tensor]:
-    """(mean, variance) [K] of ``pixels`` rows from the partials [tiles, K] of ``rows`` rows each; biased, fp32."""
+def combine_statistics(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, variance) [K] from partials: the rows of each [partials], and their means and squares [partials, K].
+
+    Biased; all fp32. A partial may have no rows; the statistics of none at all are 0.
+    """
     while True:
         partials, k = mean.shape
         final = partials <= MAX_PARTIALS
@@ -248,17 +259,18 @@ def combine_statistics(mean: Tensor, m2: Tensor, pixels: int, rows: int) -> tupl
         launch = Launch(
             kernel=combine_statistics_kernel,
             grid=(triton.cdiv(k, 32), groups, 1),
-            pointers=("*fp32",) * 4,
-            scalars=(partials, rows, pixels, k, share),
+            pointers=(*("*fp32",) * 3, None if final else "*fp32", *("*fp32",) * 2),
+            scalars=(partials, k, share),
             constants={"FINAL": final, "BLOCK_T": block, "BLOCK_K": 32},
             num_warps=4,
             num_stages=3,
         )
+        out_count = None if final else count.new_empty(groups)
         out_mean, out_m2 = (mean.new_empty((k,) if final else (groups, k)) for _ in range(2))
-        run(launch, mean, m2, out_mean, out_m2)
-        if final:
+        run(launch, count, mean, m2, out_count, out_mean, out_m2)
+        if out_count is None:
             return out_mean, out_m2
-        mean, m2, rows = out_mean, out_m2, rows * share
+        count, mean, m2 = out_count, out_mean, out_m2
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Call:
     strides: Sizes  # as the kernel writes it
     returned: Sizes | None = None  # strides of the copy that is returned; None: as written
     workspace: int = 0  # fp32 elements between a first and a second launch
-    partials: Sizes | None = None  # shape of each of the fp32 means and squares that a launch writes beside its result
+    partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
@@ -53,7 +53,7 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
 
 
 def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
-    """Allocate, copy, launch: the result, and the means and squares of ``call.partials``."""
+    """Allocate, copy, launch: the result, and of ``call.partials`` the counts, means and squares."""
     first = operands[0]
     assert first is not None
     out = first.new_empty_strided(call.shape, call.strides)
@@ -71,11 +71,12 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
     elif len(call.launches[0].pointers) == len(operands) + 1:
         run(call.launches[0], *operands, out)
     elif call.partials is None:
-        run(call.launches[0], *operands, out, None, None)
+        run(call.launches[0], *operands, out, None, None, None)
     else:
-        mean, m2 = (first.new_empty(call.partials, dtype=torch.float32) for _ in range(2))
-        run(call.launches[0], *operands, out, mean, m2)
-        return out, mean, m2
+        shapes = call.partials[:1], call.partials, call.partials
+        partials = tuple(first.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        run(call.launches[0], *operands, out, *partials)
+        return out, *partials
     if call.returned is not None:
         out = out.new_empty_strided(call.shape, call.returned).copy_(out)
     return (out,)

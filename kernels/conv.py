@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.batch_norm import combine_statistics
 from fastconv.kernels.call import Call, Operands, Sizes, execute, prepared
 from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import PLAIN, Epilogue, check_operands
+from fastconv.kernels.epilogue import Epilogue, check_operands
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import (
     contiguous_channels,
@@ -47,13 +48,14 @@ def conv_fprop(
     return execute(prepared(_prepare_fprop, operands, (stride, padding, dilation, groups)), operands)[0]
 
 
-def conv_fprop_act(
+def conv_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norm: tuple[Tensor | None, ...],
     slope: Tensor | None,
     residual: Tensor | None,
+    output_size: Sizes | None,
     stride: Sizes,
     padding: Sizes,
     dilation: Sizes,
@@ -66,59 +68,54 @@ def conv_fprop_act(
 ) -> Tensor:
     """``act(normalise(conv(x, weight, bias)) + residual)`` in one launch, or with the residual after the activation.
 
-    ``norm``: batch norm's mean, variance, weight and bias [K], each or all None; ``slope`` [K]: PReLU's; residual: as
-    the result. Formats and errors as `conv_fprop`.
+    ``output_size``: of the transposed convolution, which has it, and leading sides alone in ``padding``. ``norm``:
+    batch norm's mean, variance, weight and bias [K], each or all None; ``slope`` [K]: PReLU's; residual: as the
+    result. Formats and errors as `conv_fprop`.
     """
     operands = (x, weight, bias, *norm, slope, residual)
-    arguments = (stride, padding, dilation, groups, act, eps, a, b, residual_after)
-    return execute(prepared(_prepare_fprop, operands, arguments), operands)[0]
+    how = act, eps, a, b, residual_after
+    return execute(_prepared(operands, output_size, (stride, padding, dilation, groups), how), operands)[0]
 
 
-def conv_fprop_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, variance): `conv_fprop`, always channels_last, and the statistics [K] of its fp32 result.
-
-    Those of an empty batch are 0.
-    """
-    operands = (x, weight, bias, *NO_EPILOGUE)
-    call = prepared(
-        _prepare_fprop, operands, (stride, padding, dilation, groups, "identity", 0.0, 0.0, 0.0, False, True)
-    )
-    y, *partials = execute(call, operands)
-    if not partials:
-        mean, var = (y.new_zeros(y.shape[1], dtype=torch.float32) for _ in range(2))
-        return y, mean, var
-    tile_mean, tile_m2 = partials
-    rows = call.launches[0].constants["BLOCK_M"]
-    mean, var = combine_statistics(tile_mean, tile_m2, y.numel() // y.shape[1], rows)
-    return y, mean, var
-
-
-def _prepare_fprop(
-    gpu: Gpu,
-    operands: Operands,
+def conv_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Sizes | None,
     stride: Sizes,
     padding: Sizes,
     dilation: Sizes,
     groups: int,
-    act: str = "identity",
-    eps: float = 0.0,
-    a: float = 0.0,
-    b: float = 0.0,
-    residual_after: bool = False,
-    statistics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, variance): the convolution as in `conv_act`, always channels_last, and the statistics [K] of its fp32
+    result.
+
+    Those of an empty batch are 0.
+    """
+    operands = (x, weight, bias, *NO_EPILOGUE)
+    how = "identity", 0.0, 0.0, 0.0, False, True
+    y, *partials = execute(_prepared(operands, output_size, (stride, padding, dilation, groups), how), operands)
+    if not partials:
+        mean, var = (y.new_zeros(y.shape[1], dtype=torch.float32) for _ in range(2))
+        return y, mean, var
+    return y, *combine_statistics(*partials)
+
+
+def _prepared(operands: Operands, output_size: Sizes | None, arguments: tuple[Any, ...], how: tuple[Any, ...]) -> Call:
+    if output_size is None:
+        return prepared(_prepare_fprop, operands, (*arguments, *how))
+    return prepared(_prepare_dgrad, operands, (output_size, *arguments, None, *how))
+
+
+def _prepare_fprop(
+    gpu: Gpu, operands: Operands, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, *how: Any
 ) -> Call:
-    x, weight, bias, *fused, residual = operands
+    x, weight, bias, *_ = operands
     assert x is not None and weight is not None
     check_same_kind(x, weight, bias)
     bias_shape = None if bias is None else bias.shape
     problem = conv_problem(x.shape, weight.shape, bias_shape, stride, padding, dilation, groups, x.dtype)
-    check_operands(x, problem.output_shape, fused, residual)
-    mean, var, gamma, beta, slope, added = (None if t is None else pointer_type(t.dtype) for t in (*fused, residual))
-    epilogue = Epilogue(mean, var, gamma, beta, slope, added, residual_after, statistics, act, eps, a, b)
-    channels_last = statistics or any(is_channels_last(t.shape, t.stride()) for t in (x, weight))
-    return _prepare_gather("fprop", problem, gpu, operands, problem.output_shape, channels_last, epilogue)
+    return _prepare_gather("fprop", problem, gpu, operands, None, *how)
 
 
 def conv_dgrad(
@@ -150,7 +147,8 @@ def _prepare_dgrad(
     padding: Sizes,
     dilation: Sizes,
     groups: int,
-    channels_last: bool,
+    channels_last: bool | None,
+    *how: Any,
 ) -> Call:
     dy, weight, bias, *_ = operands
     assert dy is not None and weight is not None
@@ -158,7 +156,7 @@ def _prepare_dgrad(
     check_arguments(weight.shape, None if bias is None else bias.shape, 1, stride, padding, dilation, groups)
     input_shape = (weight.shape[1] * groups, *input_size)
     problem = _gradient_problem(dy, input_shape, weight.shape, stride, padding, dilation, groups)
-    return _prepare_gather("dgrad", problem, gpu, operands, problem.input_shape, channels_last, PLAIN)
+    return _prepare_gather("dgrad", problem, gpu, operands, channels_last, *how)
 
 
 def _prepare_gather(
@@ -166,12 +164,23 @@ def _prepare_gather(
     problem: ConvProblem,
     gpu: Gpu,
     operands: Operands,
-    shape: Sizes,
-    channels_last: bool,
-    epilogue: Epilogue,
+    channels_last: bool | None,
+    act: str = "identity",
+    eps: float = 0.0,
+    a: float = 0.0,
+    b: float = 0.0,
+    residual_after: bool = False,
+    statistics: bool = False,
 ) -> Call:
-    source, weight, bias, *_, residual = operands
+    """``channels_last``: the result's format; None: as one of the operands is, or where statistics are taken."""
+    source, weight, bias, *fused, residual = operands
     assert source is not None and weight is not None
+    shape = problem.input_shape if direction == "dgrad" else problem.output_shape
+    check_operands(source, shape, fused, residual)
+    mean, var, gamma, beta, slope, added = (None if t is None else pointer_type(t.dtype) for t in (*fused, residual))
+    epilogue = Epilogue(mean, var, gamma, beta, slope, added, residual_after, statistics, act, eps, a, b)
+    if channels_last is None:
+        channels_last = statistics or any(is_channels_last(t.shape, t.stride()) for t in (source, weight))
     # Where pixels or channels are single, both formats are the same memory and the kernel writes either.
     direct = channels_last or shape[1] == 1 or all(size == 1 for size in shape[2:])
     strides = strides_like(shape, channels_last or not direct)
@@ -191,8 +200,9 @@ def _prepare_gather(
     )
     config, launches = _plan(direction, problem, gpu, layout)
     partials = None
-    if epilogue.statistics:
-        partials = (-(-problem.output_pixels // config["BLOCK_M"]), problem.out_channels)
+    if statistics:
+        k_tiles = -(-shape[1] // problem.groups // config["BLOCK_K"])
+        partials = (launches[0].grid[0] // k_tiles, shape[1])
     return Call(tuple(copies), launches, shape, strides, returned, partials=partials)
 
 

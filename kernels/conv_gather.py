@@ -54,7 +54,7 @@ def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.c
 
 @triton.jit
 def finish(
-    acc, k, mask_m, y_row, pid_m, group, K,
+    acc, k, mask_m, y_row, tile, group, K,
     bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
     eps, a, b,
     ACT: tl.constexpr,
@@ -72,12 +72,12 @@ def finish(
         HALF: tl.constexpr = COLUMNS // 2
         first, second = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
         finish(
-            first, k, mask_m, y_row, pid_m, group, K,
+            first, k, mask_m, y_row, tile, group, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr,
             tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, ROWS, HALF, PART_K,
         )  # fmt: skip
         finish(
-            second, k + HALF, mask_m, y_row, pid_m, group, K,
+            second, k + HALF, mask_m, y_row, tile, group, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr,
             tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, ROWS, HALF, PART_K,
         )  # fmt: skip
@@ -89,7 +89,7 @@ def finish(
             acc += tl.load(bias_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         if tile_mean_ptr is not None:
             mean, m2 = statistics(acc, mask_m)
-            row = pid_m * (tl.num_programs(1) * K) + channel
+            row = tile * (tl.num_programs(1) * K) + channel
             tl.store(tile_mean_ptr + row, mean, mask=mask_k)
             tl.store(tile_m2_ptr + row, m2, mask=mask_k)
         if mean_ptr is not None:
@@ -117,7 +117,8 @@ def conv_gather_kernel(
     slope_ptr,  # of PReLU
     residual_ptr,  # as y
     y_ptr,  # [N, O, P, Q, groups * K]
-    tile_mean_ptr, tile_m2_ptr,  # [tiles of BLOCK_M pixels, groups * K]
+    tile_count_ptr,  # [tiles of BLOCK_M pixels]
+    tile_mean_ptr, tile_m2_ptr,  # [tiles, groups * K]
     N, D, H, W,
     C,  # reduced channels of a group, in units of VEC_C
     O, P, Q,
@@ -161,7 +162,8 @@ def conv_gather_kernel(
     group = tl.program_id(1)
     k_tiles = tl.cdiv(K, BLOCK_K)
     pid_k = pid % k_tiles
-    pid_m = pid // k_tiles
+    tile = pid // k_tiles
+    pid_m = tile
     phase_d, phase_h, phase_w = 0, 0, 0
     if DGRAD:
         phases_w = tl.minimum(stride_w, Q)
@@ -293,8 +295,10 @@ def conv_gather_kernel(
                         t = tl.where(carry, t + 1, t)
             acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
 
+    if tile_count_ptr is not None:
+        tl.store(tile_count_ptr + tile, tl.sum(mask_m.to(tl.float32), axis=0))
     finish(
-        acc, pid_k * BLOCK_K, mask_m, y_row, pid_m, group, K,
+        acc, pid_k * BLOCK_K, mask_m, y_row, tile, group, K,
         bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
         eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M, BLOCK_K, PART_K,
     )  # fmt: skip
@@ -312,7 +316,7 @@ def conv_gather(
 ) -> Launch:
     """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
-    Its operands: source, weight, bias, those of ``epilogue`` and the result with its statistics, where absent None.
+    Its operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares.
     """
     lifted = problem.lifted
     dgrad = direction == "dgrad"
@@ -340,7 +344,7 @@ def conv_gather(
         ),
         pointers=(
             *(element, element, element if bias else None, *epilogue.pointers),
-            *(element, *("*fp32" if epilogue.statistics else None,) * 2),
+            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
             problem.batch,

@@ -23,9 +23,8 @@ def pytest_report_header() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # The same numbers whichever tests ran before in this process.
     torch.manual_seed(0)
-    if item.get_closest_marker("gpu"):
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

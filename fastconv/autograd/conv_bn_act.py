@@ -20,6 +20,9 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.autograd.conv import (
+    _both_sides,
+    _dgrad,
+    _dgrad_fake,
     _fall_back,
     _fprop,
     _fprop_fake,
@@ -27,7 +30,6 @@ from fastconv.autograd.conv import (
     _operator,
     _tracked,
     conv,
-    conv_fprop,
     conv_transpose,
     weight_gradient,
 )
@@ -38,41 +40,57 @@ from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.kernels.layout import is_channels_last, strides_like
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? slope, Tensor? residual"
-_CONV = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_CONV = "SymInt[]? output_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+Arguments = tuple[Any, ...]  # output size or None, stride, padding, dilation, groups
 _HOW = "float eps, str act, float a, float b, bool residual_after"
 
 
-def _conv_act(
-    x, weight, bias, mean, var, gamma, beta, slope, residual, stride, padding, dilation, groups, eps, act, a, b, after
-):
-    norm, how = (mean, var, gamma, beta), (eps, act, a, b, after)
-    arguments = tuple(stride), tuple(padding), tuple(dilation), groups
+def _hashable(output_size, stride, padding, dilation, groups):
+    return None if output_size is None else tuple(output_size), tuple(stride), tuple(padding), tuple(dilation), groups
+
+
+def _plain(x, weight, bias, output_size, stride, padding, dilation, groups):
+    if output_size is None:
+        return _fprop(x, weight, bias, stride, padding, dilation, groups)
+    channels_last = _is_channels_last(x, weight)
+    return _dgrad(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+
+
+def _plain_fake(x, weight, bias, output_size, stride, padding, dilation, groups):
+    if output_size is None:
+        return _fprop_fake(x, weight, bias, stride, padding, dilation, groups)
+    channels_last = _is_channels_last(x, weight)
+    return _dgrad_fake(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+
+
+def _conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
+    norm, arguments, how = (mean, var, gamma, beta), _hashable(*rest[:5]), rest[5:]
     try:
-        return kernels.conv_fprop_act(x, weight, bias, norm, slope, residual, *arguments, *how)
+        return kernels.conv_act(x, weight, bias, norm, slope, residual, *arguments, *how)
     except kernels.Uncovered as reason:
         _fall_back("conv_act", reason)
-    y = _fprop(x, weight, bias, stride, padding, dilation, groups)
+    y = _plain(x, weight, bias, *rest[:5])
     channels_last = is_channels_last(y.shape, y.stride())
     z = _normalise_and_activate(y, norm, slope, residual, Activated(*how))
     return z.new_empty_strided(z.shape, strides_like(z.shape, channels_last)).copy_(z)
 
 
-def _conv_act_fake(x, weight, bias, mean, var, gamma, beta, slope, residual, stride, padding, dilation, groups, *how):
-    return _fprop_fake(x, weight, bias, stride, padding, dilation, groups)
+def _conv_act_fake(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
+    return _plain_fake(x, weight, bias, *rest[:5])
 
 
-def _conv_statistics(x, weight, bias, stride, padding, dilation, groups):
+def _conv_statistics(x, weight, bias, *arguments):
     try:
-        return kernels.conv_fprop_statistics(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+        return kernels.conv_statistics(x, weight, bias, *_hashable(*arguments))
     except kernels.Uncovered as reason:
         _fall_back("conv_statistics", reason)
-    y = as_pixels(_fprop(x, weight, bias, stride, padding, dilation, groups))
+    y = as_pixels(_plain(x, weight, bias, *arguments))
     var, mean = torch.var_mean(y.float(), _all_but_channels(y), correction=0)
     return y, mean, var
 
 
-def _conv_statistics_fake(x, weight, bias, stride, padding, dilation, groups):
-    y = _fprop_fake(x, weight, bias, stride, padding, dilation, groups)
+def _conv_statistics_fake(x, weight, bias, *arguments):
+    y = _plain_fake(x, weight, bias, *arguments)
     statistics = (y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
     return y.new_empty_strided(y.shape, strides_like(y.shape, True)), *statistics
 
@@ -143,9 +161,10 @@ batch_norm_act_gradient = _operator(
 
 
 @register_flop_formula([torch.ops.fastconv.conv_act, torch.ops.fastconv.conv_statistics])
-def _fused_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any, **__: Any) -> int:
+def _fused_flops(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: Any, **__: Any) -> int:
     y = out_shape if isinstance(out_shape[0], int) else out_shape[0]
-    return 2 * prod(y) * prod(weight[1:])
+    transposed = rest[-5 - 5 * isinstance(rest[-1], bool)] is not None
+    return 2 * prod(x if transposed else y) * prod(weight[1:])
 
 
 def _all_but_channels(y: Tensor) -> list[int]:
@@ -176,6 +195,14 @@ def _normalise_and_activate(
     return x.to(y.dtype)
 
 
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Tensor:
+    output_size, stride, padding, dilation, groups = arguments
+    if output_size is None:
+        return conv(x, weight, bias, stride, padding, dilation, groups)
+    channels_last = _is_channels_last(x, weight)
+    return conv_transpose(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+
+
 def composed(
     x: Tensor,
     weight: Tensor,
@@ -183,15 +210,12 @@ def composed(
     norm: Sequence[Tensor | None],
     slope: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    arguments: Arguments,
     training: bool,
     how: Activated,
 ) -> Tensor:
     """`conv_bn_act` without its fused kernels; in training the statistics are the batch's, not ``norm``'s."""
-    y = conv(x, weight, bias, stride, padding, dilation, groups)
+    y = _conv(x, weight, bias, arguments)
     mean, var, gamma, beta = norm
     if training:
         var, mean = torch.var_mean(y if y.dtype == torch.float64 else y.float(), _all_but_channels(y), correction=0)
@@ -208,24 +232,21 @@ def conv_bn_act(
     var: Tensor | None,
     slope: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    arguments: Arguments,
     training: bool,
     how: Activated,
     group: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
     """(z, mean, variance, pixels) of ``act(batch_norm(conv(x)) + residual)``: the batch's statistics in training.
 
-    x [N, C, spatial]; ``padding`` holds the leading sides, then the trailing ones; vectors are [K], statistics fp32,
-    the variance biased; ``group``: the process group over which statistics are taken. Raises ValueError, as torch does,
-    on one value per channel in training.
+    x [N, C, spatial]; ``arguments``: output size, stride, padding, dilation, groups. With an output size it is the
+    transposed convolution, and padding the leading sides; without, None, they and then the trailing ones. Vectors are
+    [K], statistics fp32, the variance biased; ``group``: the process group over which statistics are taken. Raises
+    ValueError, as torch does, on one value per channel in training.
     """
     tensors = (x, weight, bias, gamma, beta, slope, residual)
-    arguments = stride, padding, dilation, groups
     if _tracked(*tensors):
-        z, mean, var, total = ConvBNAct.apply(*tensors, mean, var, *arguments, training, how, group)
+        z, mean, var, total = ConvBNAct.apply(*tensors, mean, var, arguments, training, how, group)
     elif not training:
         z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
         total = None
@@ -271,15 +292,11 @@ class ConvBNAct(Function):
         residual,
         mean,
         var,
-        stride,
-        padding,
-        dilation,
-        groups,
+        arguments,
         training,
         how,
         group,
     ):
-        arguments = stride, padding, dilation, groups
         need_x, need_weight, _, need_gamma = ctx.needs_input_grad[:4]
         active = how.act != "identity"
         before, after = (residual is not None and how.residual_after == is_after for is_after in (False, True))
@@ -294,7 +311,7 @@ class ConvBNAct(Function):
             y, mean, var, ctx.total = _convolved(x, weight, bias, arguments, group)
         # With constant statistics the layer is one kernel, where its backward needs no y.
         elif needs_y:
-            y = conv_fprop(x, weight, bias, *arguments)
+            y = _conv(x, weight, bias, arguments)
         if y is None:
             z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
         else:
@@ -341,13 +358,17 @@ class ConvBNAct(Function):
                     dist.all_reduce(of_batch, group=ctx.group)
             dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, share, *how, need_g)
             dresidual = g if need_g else dresidual
-            stride, padding, dilation, groups = ctx.arguments
+            output_size, stride, padding, dilation, groups = ctx.arguments
             (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats
             before = padding[: len(stride)]
-            if need_x:
+            if need_x and output_size is None:
                 dx = conv_transpose(dy, weight, None, input_size, stride, before, dilation, groups, dx_format)
+            elif need_x:
+                padding = _both_sides((output_size, input_size, filter_size), stride, padding, dilation)
+                dx = conv(dy, weight, None, stride, padding, dilation, groups)
             if need_weight:
-                dw = weight_gradient(x, dy, filter_size, stride, before, dilation, groups, dw_format)
+                of, by = (x, dy) if output_size is None else (dy, x)
+                dw = weight_gradient(of, by, filter_size, stride, before, dilation, groups, dw_format)
         dbias = None
         if need_bias:
             if ctx.training:
@@ -360,7 +381,7 @@ class ConvBNAct(Function):
             *(dx, dw, dbias),
             *(sums[1].to(gamma.dtype) if need_gamma else None, sums[0].to(beta.dtype) if need_beta else None),
             *(sums[2].to(slope.dtype) if need_slope else None, dresidual),
-            *(None,) * 9,
+            *(None,) * 6,
         )
 
 
@@ -371,14 +392,13 @@ def _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual
             "a fused convolution + batch norm + activation that does not keep its input, weight and residual, or takes "
             "its statistics over a process group, is differentiable once; convert(model, fuse=False) is twice"
         )
-    stride, padding, dilation, groups = ctx.arguments
     with torch.enable_grad():
         # Aliases: one tensor may be two operands, each with a gradient of its own.
         operands = [None if t is None else t.view_as(t) for t in (x, weight, bias, gamma, beta, slope, residual)]
         x, weight, bias, gamma, beta, slope, residual = operands
         norm = mean, var, gamma, beta
-        z = composed(x, weight, bias, norm, slope, residual, stride, padding, dilation, groups, ctx.training, ctx.how)
+        z = composed(x, weight, bias, norm, slope, residual, ctx.arguments, ctx.training, ctx.how)
         wanted = [t for t, need in zip(operands, ctx.needs_input_grad[:7], strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
     gradients = tuple(next(found) if need else None for need in ctx.needs_input_grad[:7])
-    return (*gradients, *(None,) * 9)
+    return (*gradients, *(None,) * 6)

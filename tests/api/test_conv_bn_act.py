@@ -48,6 +48,16 @@ class Case:
     affine: bool = True
     tracked: bool = True  # has running statistics
     channels_last: bool = True
+    transposed: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of the output."""
+        return self.weight[1] * self.conv.get("groups", 1) if self.transposed else self.weight[0]
+
+
+def transposed(name: str, *arguments: Any, **others: Any) -> Case:
+    return Case(f"transposed, {name}", *arguments, **others, transposed=True)
 
 
 CASES = (
@@ -75,6 +85,15 @@ CASES = (
     Case("1d, residual, NCW", (3, 6, 8), (10, 6, 3), {"padding": 1}, residual="before", channels_last=False),
     Case("3d", (1, 4, 3, 4, 5), (8, 4, 3, 3, 3), {"padding": 1}, "relu"),
     Case("3d, residual behind", (1, 4, 3, 4, 3), (8, 2, 1, 3, 1), {"groups": 2}, "tanh", "after"),
+    transposed("stride 2", (2, 6, 4, 3), (6, 8, 4, 4), {"stride": 2, "padding": 1}),
+    transposed(
+        "uneven phases, bias, NCHW", (2, 6, 3, 4), (6, 8, 3, 2), {"stride": (3, 2)}, bias=True, channels_last=False
+    ),
+    transposed("a phase without taps", (2, 6, 3, 3), (6, 8, 1, 2), {"stride": 2, "output_padding": 1}, "silu"),
+    transposed("2 groups, residual", (2, 8, 4, 5), (8, 6, 3, 3), {"padding": 1, "groups": 2}, residual="before"),
+    transposed("dilated, residual behind", (1, 5, 4, 4), (5, 7, 3, 2), {"dilation": 2, "stride": 2}, "tanh", "after"),
+    transposed("1d", (3, 6, 5), (6, 10, 4), {"stride": 2, "padding": 1, "output_padding": 1}, "silu"),
+    transposed("3d", (1, 4, 2, 3, 2), (4, 8, 2, 2, 2), {"stride": 2}),
     *(
         Case(f"act {make()}", act=make)
         for make in (
@@ -101,8 +120,8 @@ by_name = {case.name: case for case in CASES}
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 
 
-def conv_of(module: Any, case: Case, name: str = "conv{}d") -> Any:
-    return getattr(module, name.format(len(case.shape) - 2))
+def conv_of(module: Any, case: Case, suffix: str = "") -> Any:
+    return getattr(module, f"conv{'_transpose' * case.transposed}{len(case.shape) - 2}d{suffix}")
 
 
 @dataclass
@@ -124,7 +143,7 @@ def layer(case: Case, dtype: torch.dtype, norm_dtype: torch.dtype, device: str) 
     """The same values for every dtype: what ``dtype`` and ``norm_dtype`` are given is exact in the narrowest."""
     draw = torch.Generator().manual_seed(1)
     x, weight = integers(case.shape, 2, draw), integers(case.weight, 1, draw)
-    k = case.weight[0]
+    k = case.channels
     leaves = {"x": x, "weight": weight}
     if case.bias:
         leaves["bias"] = integers((k,), 3, draw)
@@ -178,7 +197,7 @@ def by_us(it: Layer, training: bool, **changes: Any) -> Tensor:
         **case.conv,
         **changes,
     }
-    return conv_of(ours, case, "conv{}d_bn_act")(
+    return conv_of(ours, case, "_bn_act")(
         leaves["x"], leaves["weight"], *(leaves.get(name) for name in ("bias", "gamma", "beta")), *running, **arguments
     )
 
@@ -247,6 +266,7 @@ def test_against_torch(case: Case, training: bool) -> None:
     "name",
     [
         *("plain", "NCHW", "bias", "2 groups", "depthwise, relu6", "3 channels", "residual", "residual behind"),
+        *("transposed, stride 2", "transposed, 2 groups, residual"),
         *("residual before a relu6", "1d", "3d", "act Hardtanh(min_val=-0.3, max_val=0.7)"),
         "prelu with a residual before",
     ],
@@ -582,8 +602,8 @@ def test_the_plain_twin_gradchecks(
 
     def twin(x, weight, bias, gamma, beta, slope, added):
         norm = mean, var, gamma, beta
-        arguments = (1, 1), (0, 0, 0, 0), (1, 1), 1
-        return autograd.composed(x, weight, bias, norm, slope, added, *arguments, training, how)
+        arguments = None, (1, 1), (0, 0, 0, 0), (1, 1), 1
+        return autograd.composed(x, weight, bias, norm, slope, added, arguments, training, how)
 
     leaves = (x, weight, bias, gamma, beta, slope if act == "prelu" else None, added)
     assert torch.autograd.gradcheck(twin, leaves)
@@ -745,6 +765,7 @@ def test_a_convolution_without_a_kernel(grad: bool, training: bool, monkeypatch:
     [
         *(by_name[name] for name in ("plain", "NCHW", "residual", "prelu with a residual before")),
         Case("residual behind a silu", act="silu", residual="after"),
+        by_name["transposed, 2 groups, residual"],
     ],
     ids=lambda case: case.name,
 )
@@ -753,11 +774,11 @@ def test_torch_compile(case: Case, training: bool) -> None:
     it, again = (layer(case, torch.float32, torch.float32, DEVICE) for _ in range(2))
 
     def step(x, weight, gamma, beta, mean, var, residual):
-        z = ours.conv2d_bn_act(
+        z = conv_of(ours, case, "_bn_act")(
             *(x, weight, None, gamma, beta, mean, var),
             **{"training": training, "momentum": MOMENTUM, "eps": EPS, "act": it.act, "residual": residual},
             residual_after=case.residual == "after",
-            padding=1,
+            **case.conv,
         )
         return z * 2
 
@@ -795,9 +816,18 @@ def operator_arguments(name: str, residual: bool) -> tuple[Any, ...]:
     y = tensor(2, 4, 3, 3).contiguous(memory_format=torch.channels_last if residual else torch.contiguous_format)
     dz = tensor(2, 4, 3, 3)
     norm = vectors[:4] if residual else (*vectors[:2], None, None)
+    z_like, wide_norm, leading = tensor(2, 4, 3, 6), [tensor(6) for _ in range(4)], ([2, 1], [1, 1], [1, 1], 2)
     return {
-        "conv_act": (x, weight, None, *norm, slope, added, *convolution, *how),
-        "conv_statistics": (x, weight, vectors[0] if residual else None, *convolution),
+        "conv_act": (x, weight, None, *norm, slope, added, None, *convolution, *how),
+        "conv_act transposed": (z_like, weight, None, *wide_norm, None, None, [5, 6], *leading, *how),
+        "conv_statistics": (x, weight, vectors[0] if residual else None, None, *convolution),
+        "conv_statistics transposed": (
+            z_like,
+            weight,
+            vectors[0][:1].expand(6) if residual else None,
+            [5, 6],
+            *leading,
+        ),
         "batch_norm_act": (y, *norm, slope, added, *how, residual),
         "batch_norm_act_sums": (dz, y, z, *norm, slope, added, *how),
         "batch_norm_act_gradient": (
@@ -809,11 +839,15 @@ def operator_arguments(name: str, residual: bool) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("residual", [True, False], ids=["with everything", "with little"])
 @pytest.mark.parametrize(
-    "name", ["conv_act", "conv_statistics", "batch_norm_act", "batch_norm_act_sums", "batch_norm_act_gradient"]
+    "name",
+    [
+        *("conv_act", "conv_act transposed", "conv_statistics", "conv_statistics transposed"),
+        *("batch_norm_act", "batch_norm_act_sums", "batch_norm_act_gradient"),
+    ],
 )
 def test_opcheck(name: str, residual: bool) -> None:
     """PyTorch's own check of an operator: schema, fakes of the right strides, tracing with symbolic sizes."""
-    torch.library.opcheck(getattr(torch.ops.fastconv, name).default, operator_arguments(name, residual))
+    torch.library.opcheck(getattr(torch.ops.fastconv, name.split()[0]).default, operator_arguments(name, residual))
 
 
 # What each of two processes runs on its share of the batch: a rank, where they meet, where operands and results are.

@@ -50,3 +50,8 @@ def test_a_fused_layer_counts_its_convolution(training: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         ours.conv2d_bn_act(x, weight, None, *norm, training=training, momentum=0.1, eps=1e-5)
     assert counter.get_total_flops() == 2 * (2 * 8 * 5 * 5) * (6 * 3 * 3)
+    with FlopCounterMode(display=False) as counter:
+        ours.conv_transpose2d_bn_act(
+            x, weight.permute(1, 0, 2, 3), None, *norm, training=training, momentum=0.1, eps=1e-5
+        )
+    assert counter.get_total_flops() == 2 * (2 * 6 * 7 * 7) * (8 * 3 * 3)

@@ -53,13 +53,17 @@ def assert_statistics(mean: Tensor, var: Tensor, x: Tensor, what: str) -> None:
     within(var, true_var, 1e-5 * true_var + 2 * rounding * true_var.sqrt() + rounding**2, f"variance of {what}")
 
 
-def partials(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(means, sums of squares) of every ``rows`` rows of x, as a convolution's epilogue leaves them."""
-    tiles = [torch.var_mean(tile, 0, correction=0) for tile in x.split(rows)]
-    sizes = torch.tensor([len(tile) for tile in x.split(rows)])[:, None]
+def partials(x: Tensor, *rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(counts, means, sums of squares) of so many rows of x each, the last number again and again, as a convolution's
+    epilogue leaves them."""
+    sizes = [min(rows[0], len(x))] if len(rows) == 1 else list(rows)
+    while sum(sizes) < len(x):
+        sizes.append(min(sizes[-1], len(x) - sum(sizes)))
+    tiles = [torch.var_mean(tile, 0, correction=0) if len(tile) else (x[0] * 0,) * 2 for tile in x.split(sizes)]
+    counts = torch.tensor(sizes)
     means = torch.stack([mean for _, mean in tiles])
-    squares = torch.stack([var for var, _ in tiles]) * sizes
-    return means.float().to(DEVICE), squares.float().to(DEVICE)
+    squares = torch.stack([var for var, _ in tiles]) * counts[:, None]
+    return counts.float().to(DEVICE), means.float().to(DEVICE), squares.float().to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +90,17 @@ def test_partials_combine_to_the_whole(
     x = torch.randn(pixels, channels, dtype=torch.float64, generator=generator()) * var**0.5 + mean
     x = x.float().double()
     with record() as records:
-        found = batch_norm.combine_statistics(*partials(x, rows), pixels, rows)
+        found = batch_norm.combine_statistics(*partials(x, rows))
     assert len(records) == (2 if -(-pixels // rows) > 8 else 1)
     assert_statistics(*found, x, f"{pixels} pixels by {rows}")
-    again = batch_norm.combine_statistics(*partials(x, rows), pixels, rows)
+    again = batch_norm.combine_statistics(*partials(x, rows))
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 def test_many_partials_are_combined_in_two_levels() -> None:
     x = torch.randn(257, 3, dtype=torch.float64, generator=generator()).float().double()
     with record() as records:
-        found = batch_norm.combine_statistics(*partials(x, 1), 257, 1)
+        found = batch_norm.combine_statistics(*partials(x, 1))
     assert [r.launch.grid[1] for r in records] == [129, 1]
     assert_statistics(*found, x, "257 pixels")
 
@@ -105,7 +109,18 @@ def test_partials_differ_wildly() -> None:
     """Each tile about a mean of its own, some with almost no variance: nothing cancels."""
     centres = torch.tensor([0.0, 1e4, -1e4, 5.0, 5.0]).repeat_interleave(4)[:, None].double()
     x = (centres + torch.randn(20, 6, dtype=torch.float64, generator=generator()) * 1e-2).float().double()
-    assert_statistics(*batch_norm.combine_statistics(*partials(x, 4), 20, 4), x, "distant tiles")
+    assert_statistics(*batch_norm.combine_statistics(*partials(x, 4)), x, "distant tiles")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_partials_of_any_size(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the phases of a transposed convolution leave them, some without a row: first, last, a whole share of them."""
+    monkeypatch.setattr(batch_norm, "MAX_PARTIALS", 4)
+    x = (torch.randn(37, 5, dtype=torch.float64, generator=generator()) + mean).float().double()
+    rows = (0, 0, 16, 3, 0, 7, 0, 0, 10, 1, 0)
+    assert_statistics(*batch_norm.combine_statistics(*partials(x, *rows)), x, "uneven tiles")
+    nothing = batch_norm.combine_statistics(*(torch.zeros(shape, device=DEVICE) for shape in ((3,), (3, 5), (3, 5))))
+    assert not any(t.any() for t in nothing)
 
 
 def name_tile(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
@@ -129,8 +144,8 @@ def test_statistics_from_the_accumulator(
     x = torch.randn(shape, generator=generator()).to(dtype)
     weight = torch.randn(outputs, shape[1] // groups, 1, 1, generator=generator()).to(dtype)
     bias = torch.full((outputs,), 7.0, dtype=dtype)
-    y, mean, var = conv.conv_fprop_statistics(
-        x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), (1, 1), (0,) * 4, (1, 1), groups
+    y, mean, var = conv.conv_statistics(
+        x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), None, (1, 1), (0,) * 4, (1, 1), groups
     )
     exact = torch.conv2d(x.double(), weight.double(), bias.double(), groups=groups)
     assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
@@ -143,7 +158,7 @@ def test_statistics_of_a_mean_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> 
     name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16)
     x = (1000 + torch.randn(9, 6, 5, 3, generator=generator()) * 1e-3**0.5).to(DEVICE)
     weight = torch.eye(6).view(6, 6, 1, 1).to(DEVICE)
-    y, *found = conv.conv_fprop_statistics(x, weight, None, (1, 1), (0,) * 4, (1, 1), 1)
+    y, *found = conv.conv_statistics(x, weight, None, None, (1, 1), (0,) * 4, (1, 1), 1)
     assert torch.equal(y, x)
     assert_statistics(*found, x.cpu().double().transpose(0, 1).flatten(1).T, "mean 1000")
 
@@ -151,7 +166,7 @@ def test_statistics_of_a_mean_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> 
 def test_statistics_of_an_empty_batch_are_zero() -> None:
     x, weight = torch.zeros(0, 4, 3, 3, device=DEVICE), torch.ones(5, 4, 1, 1, device=DEVICE)
     with record() as records:
-        y, mean, var = conv.conv_fprop_statistics(x, weight, None, (1, 1), (0,) * 4, (1, 1), 1)
+        y, mean, var = conv.conv_statistics(x, weight, None, None, (1, 1), (0,) * 4, (1, 1), 1)
     assert not records and y.shape == (0, 5, 3, 3)
     assert torch.equal(mean.cpu(), torch.zeros(5)) and torch.equal(var.cpu(), torch.zeros(5))
 

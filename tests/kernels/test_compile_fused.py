@@ -21,7 +21,7 @@ from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import Epilogue
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import ConvProblem
+from fastconv.kernels.problem import ConvProblem, conv_transpose_problem
 
 pytestmark = [
     pytest.mark.compile,
@@ -56,6 +56,17 @@ def problems() -> tuple[ConvProblem, ...]:
     return tuple(dict.fromkeys(found))
 
 
+# The transposed convolutions of a DCGAN and of a U-Net, as (channels in, out, size in, filter, padding), stride 2.
+TRANSPOSED = ((512, 256, 8, 4, 1), (128, 64, 32, 4, 1), (1024, 512, 28, 2, 0), (128, 64, 224, 2, 0))
+
+
+def transposed(k: int, c: int, size: int, filter_size: int, padding: int) -> ConvProblem:
+    return conv_transpose_problem(
+        *((32, k, size, size), (k, c, filter_size, filter_size), None),
+        *((2, 2), (padding, padding), (0, 0), (1, 1), 1, torch.bfloat16),
+    )
+
+
 def tile(launch: Launch) -> str:
     return "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
 
@@ -73,6 +84,11 @@ def convolutions(epilogue: str, gpu: Gpu) -> Iterator[tuple[ConvProblem, Launch]
             continue
         (launch,) = dispatch.plan("fprop", problem, gpu, Layout(epilogue=EPILOGUES[epilogue])).launches
         yield problem, launch
+    if "residual" not in epilogue:
+        for shape in TRANSPOSED:
+            problem = transposed(*shape)
+            (launch,) = dispatch.plan("dgrad", problem, gpu, Layout(epilogue=EPILOGUES[epilogue])).launches
+            yield problem, launch
 
 
 @needs_networks
@@ -115,7 +131,7 @@ def passes(shape: tuple[int, ...], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(batch_norm, "run", lambda launch, *tensors: combined.append(launch))
     for partials in (1, 8, 200, 5000):
         pair = (torch.empty(partials, shape[1], device="meta"),) * 2
-        batch_norm.combine_statistics(*pair, partials * 128, 128)
+        batch_norm.combine_statistics(torch.empty(partials, device="meta"), *pair)
     yield from (("combine", launch) for launch in combined)
     for act, residual, z, after in (
         ("relu", None, None, False),
