@@ -42,8 +42,8 @@ class Settings:
 
     ``with settings(...):`` is in force inside the block, for this thread and its asyncio tasks alone; ``settings(...)``
     for the whole process; the variable ``FASTCONV_STRICT``, read once, where neither says anything. A context wins over
-    a call, a call over the variable. Other threads see no context, but for autograd's: a backward that runs while some
-    thread is in a strict context is strict.
+    a call, a call over the variable. Other threads see no context, but for autograd's: a backward that runs in no context
+    of its thread while some other is in a strict one is strict.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -78,7 +78,9 @@ class Settings:
 
     @property
     def strict_somewhere(self) -> bool:
-        """Whether this or some other thread is in a strict context: what autograd's threads, which have none, go by."""
+        """Whether some thread is in a strict context: what autograd's threads go by, which are in none of their own."""
+        if "strict" in _in_context.get():
+            return self.strict
         return self.strict or any(change.values.get("strict", False) for change in list(_open))
 
     def _value(self, name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import Launch, run
+from fastconv.kernels.launch import Launch, deciding, run
 
 Sizes = tuple[int, ...]
 Operands = tuple[torch.Tensor | None, ...]
@@ -41,6 +41,8 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     first = operands[0]
     assert first is not None
     gpu = dispatch.target(first.device)
+    if deciding():
+        return prepare(gpu, operands, *arguments)
     precision = dispatch.fp32_precision(first.dtype)
     kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
     key = (prepare, gpu.name, precision, kinds, arguments)

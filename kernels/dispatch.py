@@ -19,7 +19,7 @@ from fastconv.kernels import mend
 from fastconv.kernels.conv_gather import conv_gather
 from fastconv.kernels.conv_wgrad import conv_wgrad
 from fastconv.kernels.epilogue import PLAIN, Epilogue
-from fastconv.kernels.launch import Launch
+from fastconv.kernels.launch import Launch, decided
 from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem
 from fastconv.kernels.tiles import gather_tile, wgrad_tile
@@ -93,9 +93,9 @@ def plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = Layout
         reason = family.unsupported(direction, problem, gpu)
         if reason is None:
             choice, launches = family.plan(direction, problem, gpu, layout)
-            return Plan(direction, problem, family.name, choice, launches, tuple(reasons))
+            return decided(Plan(direction, problem, family.name, choice, launches, tuple(reasons)))
         reasons.append((family.name, reason))
-    return Plan(direction, problem, "pytorch", None, (), tuple(reasons))
+    return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons)))
 
 
 def fp32_precision(dtype: torch.dtype) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastconv.kernels import mend
 
@@ -76,8 +79,39 @@ def record() -> Iterator[list[Record]]:
         _recorders[:] = [other for other in _recorders if other is not records]
 
 
+Decision = TypeVar("Decision")
+_decisions: ContextVar[list[Any] | None] = ContextVar("fastconv.decisions", default=None)
+
+
+@contextlib.contextmanager
+def decisions() -> Iterator[list[Any]]:
+    """Collect what is decided inside the block, on this thread: every plan, and every choice of a tile, in order."""
+    found: list[Any] = []
+    token = _decisions.set(found)
+    try:
+        yield found
+    finally:
+        _decisions.reset(token)
+
+
+def decided(decision: Decision) -> Decision:
+    """Tell whoever collects decisions of one, and return it."""
+    found = _decisions.get()
+    if found is not None:
+        found.append(decision)
+    return decision
+
+
+def deciding() -> bool:
+    """Whether decisions are collected, so that one that was kept is to be made again."""
+    return _decisions.get() is not None
+
+
 def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
-    """Launch on the current stream of the first tensor's device. ``tensors`` follow ``launch.pointers``."""
+    """Launch on the current stream of the first tensor's device. ``tensors`` follow ``launch.pointers``.
+
+    Tensors without data (``FakeTensor``) are recorded and nothing is launched.
+    """
     for records in _recorders:
         records.append(
             Record(
@@ -87,8 +121,11 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
                 tuple(0 if t is None else t.numel() * t.element_size() for t in tensors),
             )
         )
+    if isinstance(tensors[0], FakeTensor):
+        return
     if mend.interpreting():
-        with mend.LOCK:
+        # It copies operands with PyTorch's operators, which are not the computation's.
+        with mend.LOCK, _disable_current_modes():
             launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
         return
     device = next(t for t in tensors if t is not None).device

@@ -9,6 +9,7 @@ import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
 from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.launch import decided
 from fastconv.kernels.layout import vector
 from fastconv.kernels.problem import ConvProblem
 
@@ -254,4 +255,4 @@ def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool
 
 
 def _choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
-    return choose(INTERPRETED[space.name] if gpu.interpreted else space, features, work, gpu)
+    return decided(choose(INTERPRETED[space.name] if gpu.interpreted else space, features, work, gpu))

@@ -8,7 +8,7 @@ choose kernel and tile inside, so that sizes never become guards.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -27,6 +27,8 @@ log = logging.getLogger("fastconv")
 
 _library = torch.library.Library("fastconv", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+# What each operator runs, for who calls it on tensors without data: the dispatcher would call the fake one.
+implementations: dict[Any, Callable[..., Any]] = {}
 
 
 def _operator(schema: str, implementation: Any, fake: Any) -> Any:
@@ -35,7 +37,9 @@ def _operator(schema: str, implementation: Any, fake: Any) -> Any:
     _library.define(schema, tags=_TAGS)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastconv::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastconv, name).default
+    operator = getattr(torch.ops.fastconv, name).default
+    implementations[operator] = implementation
+    return operator
 
 
 @lru_cache(maxsize=1024)
