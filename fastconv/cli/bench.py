@@ -17,6 +17,7 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. On a GPU: bfloat16.")] = None,
     train: Annotated[bool | None, typer.Option("--train/--infer", help="One of the two; both if not told.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="The dense convolutions one by one, against cuDNN.")] = False,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Blocks of real networks alone, with the bytes.")] = False,
     seconds: Annotated[float | None, typer.Option(min=1, help="Time limit on a GPU. 100, with --quick 40.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first look.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plots.")] = Path("fastconv-bench"),
@@ -31,6 +32,7 @@ def bench(
     Triton's interpreter: LeNet-5 in training and ResNet-18's blocks, then what the compiler makes of each kernel. Exit
     code 1 when a number is wrong.
     """
+    from fastconv.cli import BadUsage
     from fastconv.cli.measure import roads
     from fastconv.cli.measure.results import read
     from fastconv.cli.measure.screen import console
@@ -39,5 +41,8 @@ def bench(
     if show is not None:
         roads.show(read(show), show.parent, screen)
         return 0
-    wishes = roads.Wishes(model, batch, size, dtype, train, layers, seconds, quick, dry_run)
+    for option, value in (("--layers", layers), ("--model", model)):
+        if blocks and value:
+            raise BadUsage(f"{option} and --blocks exclude each other: blocks are of networks of their own")
+    wishes = roads.Wishes(model, batch, size, dtype, train, layers, blocks, seconds, quick, dry_run)
     return 1 if roads.choose(wishes)(wishes, out, screen).wrong else 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
+import time
 
 import pytest
 
-from fastconv.cli.measure.clock import HostClock, Sample, interleave, reason, spread
+from fastconv.cli.measure.clock import HostClock, Sample, interleave, reason, spread, within
 
 
 class Now:
@@ -77,3 +80,29 @@ def test_the_host_clock_repeats_the_call() -> None:
     sample = HostClock()(lambda: calls.append(1), 7)
     assert len(calls) == 7
     assert sample.device == sample.host > 0
+
+
+def test_a_block_that_takes_too_long_is_stopped() -> None:
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match="not done after 0 s"), within(0.05):
+        while True:
+            time.sleep(0.01)
+    with within(60.0):
+        pass
+    with within(math.inf):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_only_the_main_thread_has_a_time_limit() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with within(1e-3):
+            done.append("no limit")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == ["no limit"]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastconv import functional
 from fastconv.autotune import gpu_named
 from fastconv.cli import models, run
-from fastconv.cli.measure import ahead, compiler, layers, lenet, results, roads
+from fastconv.cli.measure import ahead, compiler, layers, lenet, network, results, roads
 from fastconv.cli.measure.compiler import Compilation
-from fastconv.kernels import dispatch
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.kernels import dispatch, launch
+
+CPU = torch.device("cpu")
 
 ROW = {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA A100", "spills": 0}
 ROW |= {"registers": 128, "shared_memory": 4096, "occupancy": 2, "tensor_cores": "mma", "load_bytes": {"16": 8}}
@@ -105,30 +109,68 @@ class Driver:
         return 0
 
 
-@pytest.mark.compile
-def test_what_is_compiled_ahead_is_what_a_call_looks_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A process that takes the CPU's tensors for an H200's, as far as launching."""
     from triton.runtime import driver
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", Driver(), raising=False)
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(functional, "_INTERPRETING", True)
     gpu = gpu_named("NVIDIA H200")
     assert gpu is not None
-    subject = models.load("tests.cli.tiny:network", 64, 32)
     with dispatch.use_target(gpu):
-        part = ahead.compile_kernels(subject, torch.bfloat16, DIRECTIONS, torch.device("cpu"))
-    assert part["verdict"] == "right", part["reason"]
-    launches = ahead.distinct_launches(layers.distinct_layers(subject, torch.bfloat16), DIRECTIONS, gpu)
-    assert part["kernels"] == len(launches) > 3
-    for launch in launches:
-        known = launch.kernel.device_caches[0][0]
+        yield
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("h200")
+def test_what_is_compiled_ahead_is_what_a_call_looks_up() -> None:
+    subject = models.load("tests.cli.tiny:network", 16, 16)
+    work = network.Workload(subject, "train", torch.bfloat16, CPU)
+
+    def step() -> None:
+        work.step(work.converted(), work.input(torch.channels_last))()
+
+    part = ahead.compile_kernels(step)
+    assert (part["verdict"], part["reason"]) == ("right", None)
+    with ahead.without_launching() as records:
+        step()
+    names = {record.name for record in records}
+    assert {"conv_gather_kernel", "combine_statistics_kernel", "batch_norm_act_gradient_kernel"} < names
+    assert part["kernels"] == len({record.launch.compile_key for record in records}) >= len(names)
+    for record in records:
+        it = record.launch
+        known = it.kernel.device_caches[0][0]
         before = len(known)
-        tensors = [None if kind is None else torch.empty(64, dtype=ahead.DTYPES[kind]) for kind in launch.pointers]
-        launch.kernel.run(*tensors, *launch.scalars, grid=launch.grid, warmup=True, **launch.arguments)
+        tensors = [None if dtype is None else torch.empty(64, dtype=dtype) for dtype in record.dtypes]
+        it.kernel.run(*tensors, *it.scalars, grid=it.grid, warmup=True, **it.arguments)
         assert len(known) == before > 0
 
 
+@pytest.mark.compile
+@pytest.mark.usefixtures("h200")
+def test_what_raises_on_numbers_never_computed_is_compiled_up_to_there() -> None:
+    x, w = torch.zeros(2, 16, 8, 8).bfloat16(), torch.zeros(16, 16, 1, 1).bfloat16()
+
+    def calls() -> None:
+        functional.conv2d(x, w)
+        raise RuntimeError("no such index")
+
+    part = ahead.compile_kernels(calls)
+    assert (part["verdict"], part["kernels"], part["reason"]) == ("right", 1, "RuntimeError: no such index")
+
+
 def test_nothing_is_compiled_ahead_under_the_interpreter() -> None:
-    subject = models.load("tests.cli.tiny:network", 2, 5)
-    part = ahead.compile_kernels(subject, torch.bfloat16, DIRECTIONS, torch.device("cpu"))
+    part = ahead.compile_kernels(pytest.fail)
     assert (part["verdict"], part["kernels"]) == ("skipped", 0)
+
+
+def test_every_dense_layer_of_ours_is_called_for_compiling_ahead() -> None:
+    subject = models.load("tests.cli.tiny:network", 2, 5)
+    with launch.record() as records:
+        layers.call_each(subject, torch.bfloat16, CPU)
+    assert Counter(record.name for record in records)["conv_gather_kernel"] == 3
+    assert Counter(record.name for record in records)["conv_wgrad_kernel"] == 2

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastconv.cli import BadUsage
 from fastconv.cli.measure import plots, tables
-from fastconv.cli.measure.results import SCHEMA, Results, read
+from fastconv.cli.measure.results import KINDS, SCHEMA, Results, read
 
 TIMES = {"median": 2.0, "p20": 1.5, "p80": 3.0, "samples": 5}
 
@@ -65,6 +65,25 @@ PARTS = {
             | {"flops": 10**9, "bytes": 10**6, "tile": {"BLOCK_M": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 3}},
             {"layer": "N64 C64 56x56 -> K64 3x3", "direction": "wgrad", "count": 3, "status": "wrong"}
             | {"reason": "too far from the reference", "flops": 10**9, "bytes": 10**6},
+        ],
+    ),
+    "blocks": part(
+        "blocks",
+        bandwidth=4.8e12,
+        rows=[
+            {"block": "resnet50 layer1.1", "mode": "train", "input_shape": [64, 256, 56, 56], "status": "ok"}
+            | {"reason": None, "noise": 0.02}
+            | {
+                "providers": [
+                    {"provider": "eager channels_last", "status": "ok", "reason": None, "ms": {**TIMES, "median": 3.0}}
+                    | {"bytes": 2_000_000_000, "gb_per_s": 3000.0, "speed": 1.0},
+                    {"provider": "fastconv", "status": "ok", "reason": None, "ms": TIMES, "bytes": 10**9}
+                    | {"gb_per_s": 4321.0, "speed": 1.5},
+                    {"provider": "torch.compile channels_last", "status": "skipped", "reason": "no time left"},
+                ]
+            },
+            {"block": "vgg16_bn features.0:3", "mode": "infer", "input_shape": [64, 3, 224, 224], "status": "wrong"}
+            | {"reason": "too far off", "providers": []},
         ],
     ),
     "host": part(
@@ -138,12 +157,16 @@ def test_a_part_without_its_keys_is_refused(tmp_path: Path) -> None:
     results = Results(tmp_path)
     with pytest.raises(BadUsage, match="lacks verdict"):
         results.put({key: value for key, value in PARTS["time"].items() if key != "verdict"})
+    with pytest.raises(BadUsage, match="kind 'guess', not one of"):
+        results.put({**PARTS["time"], "kind": "guess"})
+    with pytest.raises(BadUsage, match="lacks noise"):
+        results.put({key: value for key, value in PARTS["time"].items() if key != "noise"})
     with pytest.raises(BadUsage, match="'fine', not one of"):
         results.put({**PARTS["time"], "verdict": "fine"})
 
 
 def test_every_kind_of_part_has_a_table() -> None:
-    assert PARTS.keys() == tables.TABLES.keys()
+    assert PARTS.keys() == tables.TABLES.keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +177,7 @@ def test_every_kind_of_part_has_a_table() -> None:
         ("check", ["worst 6 of 9", "2 of 2 convolution layers", "9 x conv_wgrad_kernel"]),
         ("time", ["1,234", "3.00", "42", "OutOfMemoryError", "no time left", "1.2%"]),
         ("layers", ["M128 /8 w4 s3", "0.40", "too far", "fprop: 0 of 1 distinct layers reach 0.5"]),
+        ("blocks", ["64x256x56x56", "1.50", "2,000", "4,321", "2.0%", "no time left", "too far off", "4,800 GB/s"]),
         ("host", ["fastconv, no gradient", "2.0", "RuntimeError: no", "under 30"]),
         ("compile", ["22 distinct kernels on 16 threads in 3.5 s"]),
         ("compiler", ["96-124", "wgmma", "64"]),
@@ -177,7 +201,7 @@ def test_plots_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
         results.put(content)
     results.put({**PARTS["time"], "id": "nothing-timed", "rows": PARTS["time"]["rows"][1:]})
     drawn = plots.draw(read(results.path), tmp_path)
-    assert [path.name for path in drawn] == ["training.png", "time.png", "layers.png"]
+    assert [path.name for path in drawn] == ["training.png", "time.png", "layers.png", "blocks.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from fastconv.cli import models, run
-from fastconv.cli.measure import layers, network, results
+from fastconv.cli.measure import block_times, layers, network, results
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
@@ -54,6 +54,12 @@ def providers(monkeypatch: pytest.MonkeyPatch, *stages: dict[str, Callable[[], A
     monkeypatch.setattr(network, "_providers", lambda work: built)
 
 
+def measured(*arguments: Any) -> Part:
+    """What is there after the last stage."""
+    *_, part = network.measure(*arguments)
+    return part
+
+
 @pytest.fixture
 def work() -> network.Workload:
     return network.Workload(models.load("tests.cli.tiny:network", 4, 9), "train", torch.float32, CPU)
@@ -68,7 +74,7 @@ def test_times_are_relative_to_eager_and_its_second_self_is_the_noise(
 ) -> None:
     monkeypatch.setattr(network, "YARDSTICK_PROVIDER", "eager")
     providers(monkeypatch, {"eager": taking(3.0), "ours": taking(2.0)})
-    part = network.measure(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
+    part = measured(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
     rows = by_name(part)
     assert part["verdict"] == "right"
     assert part["noise"] == 0.0
@@ -87,11 +93,11 @@ def test_what_compiles_for_long_comes_after_times_are_saved(
 
     providers(monkeypatch, {"eager": taking(3.0)}, {"compiled": killed})
     with pytest.raises(KeyboardInterrupt):
-        network.measure(work, COMPARED, returned_clock, math.inf, progress, saved.append)
+        measured(work, COMPARED, returned_clock, math.inf, progress, saved.append)
     assert by_name(saved[-1])["eager"]["step_ms"]["median"] == 3.0
 
     providers(monkeypatch, {"eager": taking(3.0)}, {"compiled": killed}, seconds=60.0)
-    part = network.measure(work, COMPARED, returned_clock, time.monotonic() + 30, progress, lambda part: None)
+    part = measured(work, COMPARED, returned_clock, time.monotonic() + 30, progress, lambda part: None)
     assert by_name(part)["compiled"]["reason"] == "no time left"
 
 
@@ -109,7 +115,7 @@ def test_failing_providers_are_rows(
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     providers(monkeypatch, {"early": early, "late": late}, {"fine": taking(1.0)})
-    part = network.measure(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
+    part = measured(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
     rows = by_name(part)
     assert part["verdict"] == "right"
     assert {name: row["status"] for name, row in rows.items()} == {"early": "failed", "late": "failed", "fine": "ok"}
@@ -120,7 +126,7 @@ def test_failing_providers_are_rows(
 def test_a_provider_with_another_output_is_not_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
     work = network.Workload(models.load("tests.cli.tiny:network", 4, 9), "infer", torch.float32, CPU)
     providers(monkeypatch, {"eager": taking(1.0), "near": taking(1.01), "far": taking(1.1), "nan": taking(math.nan)})
-    part = network.measure(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
+    part = measured(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
     assert {name: row["status"] for name, row in by_name(part).items()} == {
         "eager": "ok",
         "near": "ok",
@@ -140,7 +146,7 @@ def test_providers_without_time_are_rows(
 
     deadline = time.monotonic() + 0.2
     providers(monkeypatch, {"slow": slow, "never": pytest.fail})
-    rows = by_name(network.measure(work, COMPARED, returned_clock, deadline, progress, lambda part: None))
+    rows = by_name(measured(work, COMPARED, returned_clock, deadline, progress, lambda part: None))
     assert (rows["never"]["status"], rows["never"]["reason"]) == ("skipped", "no time left")
     assert rows["slow"]["step_ms"]["samples"] == 3
 
@@ -148,7 +154,7 @@ def test_providers_without_time_are_rows(
 def test_no_time_is_taken_where_the_numbers_are_wrong(work: network.Workload, progress: Progress) -> None:
     clock = pytest.fail
     for verdict in ("wrong", "failed"):
-        part = network.measure(work, {"verdict": verdict}, clock, math.inf, progress, pytest.fail)  # type: ignore[arg-type]
+        part = measured(work, {"verdict": verdict}, clock, math.inf, progress, lambda part: None)
         assert part["verdict"] == "skipped"
         assert part["rows"] == []
 
@@ -157,7 +163,7 @@ def test_no_time_is_taken_where_the_numbers_are_wrong(work: network.Workload, pr
 def test_every_provider_runs_where_it_can(mode: str, progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "interleave", one_round)
     work = network.Workload(models.load("tests.cli.tiny:network", 2, 5), mode, torch.bfloat16, CPU)
-    part = network.measure(work, COMPARED, HostClock(), math.inf, progress, lambda part: None)
+    part = measured(work, COMPARED, HostClock(), math.inf, progress, lambda part: None)
     rows = by_name(part)
     assert len(rows) == 7
     for name, row in rows.items():
@@ -237,13 +243,116 @@ def test_host_time_of_both_functions_with_and_without_gradient() -> None:
     assert all(row["host_us"]["median"] > 0 for row in part["rows"])
 
 
+def test_modes_take_turns_stage_by_stage(work: network.Workload, progress: Progress, monkeypatch) -> None:
+    providers(monkeypatch, {"eager": taking(3.0)}, {"graph": taking(2.0)})
+    saved: list[Part] = []
+    run = network.measure(work, COMPARED, returned_clock, math.inf, progress, saved.append)
+    assert list(by_name(next(run))) == ["eager"]
+    assert "step_ms" in by_name(saved[-1])["eager"]
+    assert list(by_name(next(run))) == ["eager", "graph"]
+    assert len(list(run)) == 1
+
+
+def test_a_compiler_that_does_not_end_is_stopped(
+    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless() -> torch.Tensor:
+        while True:
+            time.sleep(0.01)
+
+    providers(monkeypatch, {"eager": taking(3.0)}, {"endless": endless}, seconds=0.1)
+    part = measured(work, COMPARED, returned_clock, time.monotonic() + 0.5, progress, lambda part: None)
+    assert by_name(part)["endless"]["reason"].startswith("TimeoutError: not done after")
+    assert by_name(part)["eager"]["step_ms"]["median"] == 3.0
+
+
+@pytest.fixture(scope="module")
+def block() -> block_times.Block:
+    (block,) = block_times.load_blocks(block_times.DRY, 2, 32)
+    return block
+
+
+def block_part(block: block_times.Block, progress: Progress, deadline: float = math.inf) -> Part:
+    saved: list[Part] = []
+    clock = HostClock()
+    # In fp32: of so few pixels a ReLU that bfloat16 switches is a large share.
+    part = block_times.measure([block], ["train"], torch.float32, CPU, clock, deadline, progress, saved.append)
+    assert saved[-1] == part
+    return part
+
+
+def test_a_block_is_compared_then_timed_beside_its_bytes(
+    block: block_times.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_times, "interleave", one_round)
+    assert block.subject.input_shape == (2, 64, 8, 8) and block.output_shape == (2, 128, 4, 4) and block.needs_dx
+    part = block_part(block, progress)
+    (row,) = part["rows"]
+    assert part["verdict"] == "right", row
+    assert row["error"] <= row["allowed"]
+    assert row["launches"]["batch_norm_act_sums_kernel"] == 3
+    eager, ours, compiled = row["providers"]
+    for provider in row["providers"]:
+        assert provider["status"] == "ok" and provider["ms"]["median"] > 0 and not provider["graph"]
+    assert 0 < ours["bytes"] < eager["bytes"]
+    assert ours["gb_per_s"] == pytest.approx(ours["bytes"] / ours["ms"]["median"] / 1e6)
+    assert compiled["bytes"] is None
+    assert eager["speed"] == 1.0
+
+
+def test_one_blocks_failing_provider_leaves_the_others(
+    block: block_times.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_times, "interleave", one_round)
+
+    def fails() -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    def providers(work: block_times.BlockWorkload) -> dict[str, Any]:
+        step = work.step(work.fresh(torch.channels_last), work.input(torch.channels_last))
+        return {"eager channels_last": (lambda: step, 0.0), "fastconv": (fails, 0.0), "never": (pytest.fail, 1e9)}
+
+    monkeypatch.setattr(block_times, "_providers", providers)
+    part = block_part(block, progress, time.monotonic() + 60)
+    (row,) = part["rows"]
+    assert part["verdict"] == "wrong"
+    assert row["reason"] == "fastconv: OutOfMemoryError: tried to allocate 2 GiB"
+    assert row["providers"][0]["ms"]["samples"] == 1
+    assert row["providers"][2]["reason"] == "no time left"
+
+
+def test_blocks_without_time_and_wrong_blocks_are_rows(
+    block: block_times.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = block_part(block, progress, 0.0)
+    assert (part["verdict"], part["rows"][0]["status"]) == ("skipped", "skipped")
+    monkeypatch.setattr(network, "check", lambda work: {"verdict": "wrong", "reason": "too far off"})
+    part = block_part(block, progress)
+    assert (part["verdict"], part["rows"][0]["reason"]) == ("wrong", "too far off")
+    assert part["rows"][0]["providers"] == []
+
+
+@pytest.mark.slow
+def test_blocks_have_the_shapes_of_their_networks() -> None:
+    found = {block.subject.name: block for block in block_times.load_blocks(block_times.BLOCKS, 64, None)}
+    assert len(found) == len(block_times.BLOCKS)
+    assert found["resnet50 layer4.0"].subject.input_shape == (64, 1024, 14, 14)
+    assert found["resnet50 layer4.0"].output_shape == (64, 2048, 7, 7)
+    assert found["vgg16_bn features.40:43"].subject.input_shape == (64, 512, 14, 14)
+    assert [type(layer).__name__ for layer in found["vgg16_bn features.7:10"].subject.model] == [
+        *("Conv2d", "BatchNorm2d", "ReLU")
+    ]
+    assert [name for name, block in found.items() if not block.needs_dx] == ["vgg16_bn features.0:3"]
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--infer"], ["compile", "check-infer", "time-infer"]),
+        (["--blocks", "--infer", "--batch", "1"], ["compile", "blocks"]),
         (["--layers", "--model", "tests.cli.tiny:network", "--size", "5"], ["compile", "host", "layers"]),
     ],
-    ids=["network", "layers"],
+    ids=["network", "blocks", "layers"],
 )
 def test_a_dry_run_leaves_the_file_and_its_plot(
     options: list[str],
@@ -254,6 +363,7 @@ def test_a_dry_run_leaves_the_file_and_its_plot(
 ) -> None:
     monkeypatch.setattr(network, "interleave", one_round)
     monkeypatch.setattr(layers, "interleave", one_round)
+    monkeypatch.setattr(block_times, "interleave", one_round)
     assert run(["bench", "--dry-run", "--out", str(tmp_path), *options]) == 0
     data = results.read(tmp_path / "bench.json")
     assert [part["id"] for part in data["parts"]] == parts

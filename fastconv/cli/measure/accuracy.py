@@ -59,11 +59,14 @@ def against_yardstick(ours: Tensors, eager: Tensors, reference: Tensors, dtype: 
 
 @contextlib.contextmanager
 def fp32_convolutions(precision: str) -> Iterator[None]:
-    """fp32 convolutions by "ieee" arithmetic or "tf32" (PyTorch's default: operands rounded to 11 bits)."""
+    """fp32 convolutions by "ieee" arithmetic or "tf32" (PyTorch's default: operands rounded to 11 bits).
+
+    cuDNN does not search for their fastest algorithm meanwhile: a reference is computed once, a search takes longer.
+    """
     settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = precision
+    before, searching = settings.fp32_precision, torch.backends.cudnn.benchmark
+    settings.fp32_precision, torch.backends.cudnn.benchmark = precision, False
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        settings.fp32_precision, torch.backends.cudnn.benchmark = before, searching

@@ -39,6 +39,10 @@ class Layer:
     needs_dgrad: bool
     count: int
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return tuple(direction for direction in DIRECTIONS if direction != "dgrad" or self.needs_dgrad)
+
 
 def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
     """The network's distinct convolutions, most arithmetic first. Runs it on the meta device: no arithmetic.
@@ -75,6 +79,17 @@ def distinct_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
     return sorted(layers, key=lambda layer: -layer.count * layer.problem.flops)
 
 
+def dense_layers(subject: Subject, dtype: torch.dtype) -> list[Layer]:
+    return [layer for layer in distinct_layers(subject, dtype) if layer.problem.groups == 1]
+
+
+def call_each(subject: Subject, dtype: torch.dtype, device: torch.device) -> None:
+    """Call what `measure` times of ours once: for compiling ahead."""
+    for layer in dense_layers(subject, dtype):
+        for direction in layer.directions:
+            _ours(layer.problem, direction, *_operands(layer.problem, direction, device))()
+
+
 def measure(
     subject: Subject,
     dtype: torch.dtype,
@@ -99,12 +114,10 @@ def measure(
         "rows": [],
     }
     rows = part["rows"]
-    layers = [layer for layer in distinct_layers(subject, dtype) if layer.problem.groups == 1]
+    layers = dense_layers(subject, dtype)
     progress.begin(part["title"], len(layers))
     for layer in layers:
-        for direction in DIRECTIONS:
-            if direction == "dgrad" and not layer.needs_dgrad:
-                continue
+        for direction in layer.directions:
             row = {"layer": layer.problem.describe(), "count": layer.count, "direction": direction}
             row |= {"flops": layer.problem.flops, "bytes": layer.problem.bytes, "reason": None}
             if time.monotonic() > deadline:

@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastconv
 from fastconv.cli.measure.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
-from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize
+from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject
@@ -29,7 +29,8 @@ MODES = ("infer", "train")
 YARDSTICK_PROVIDER = "eager channels_last"
 SAMPLE_MS = 20.0  # a sample holds as many steps as fill this, so that the events' resolution does not matter
 WARM_UP_STEPS = 3
-COMPILE_SECONDS = 30.0  # that Inductor needs for a network: not begun where less is left
+ROUND_SECONDS = 8.0  # for the rounds of one stage, where that is enough for the least of them
+COMPILE_SECONDS = {"infer": 15.0, "train": 30.0}  # that Inductor needs for a network: not begun where less is left
 DROPPING = ("StochasticDepth", "DropPath")  # torchvision's and timm's, beside torch's own dropout
 
 
@@ -49,7 +50,8 @@ class Workload:
         # Of a single image, whose map may be one pixel, batch norm takes no statistics.
         images = torch.cat((self.x, -self.x)) if mode == "infer" and len(self.x) == 1 else self.x
         try:
-            _take_statistics(self.model, images)
+            with fp32_convolutions("ieee"):
+                _take_statistics(self.model, images)
         except Exception as error:  # the network's own code: anything
             raise subject.refused(error) from error
 
@@ -100,13 +102,16 @@ class Workload:
 
         return train
 
-    def loss(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of every ``[N, classes]`` output, mean square of every other."""
+    def forward(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs that have gradients: under autocast, where this workload's dtype is a narrow one and x in it."""
         # One use a step: autocast's cache of cast weights would gain nothing and does not survive a graph's capture.
         low = self.dtype != torch.float32 and x.dtype == self.dtype
         with torch.autocast(self.device.type, self.dtype if low else None, enabled=low, cache_enabled=False):
-            outputs = _float_leaves(model(x))
-        outputs = [y.to(_wide(y)) for y in outputs]
+            return _float_leaves(model(x))
+
+    def loss(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of every ``[N, classes]`` output, mean square of every other."""
+        outputs = [y.to(_wide(y)) for y in self.forward(model, x)]
         losses = [F.cross_entropy(y, self.labels % y.shape[1]) if y.dim() == 2 else y.square().mean() for y in outputs]
         return torch.stack(losses).sum()
 
@@ -174,31 +179,36 @@ Build = Callable[[], Callable[[], Any]]
 
 def measure(
     work: Workload, compared: Part, clock: Clock, deadline: float, progress: Progress, save: Callable[[Part], None]
-) -> Part:
-    """Time every provider, in turn; ``save`` gets the part whenever it has more in it.
+) -> Iterator[Part]:
+    """Time every provider; each ``next`` is one more stage of them and gives the part so far, which ``save`` also gets
+    whenever it has more in it.
 
     No time is taken where ``compared`` did not find the numbers right. Providers that ``deadline`` leaves no time for,
-    those that fail and those whose output is wrong are rows that say so. Providers that compile for long come after the
-    others have been timed, and are timed together with them again.
+    those that fail and those whose output is wrong are rows that say so. Those that may take the others' results with
+    them or compile for long come in later stages, and each stage is timed together with all that came before.
     """
     part: Part = {"id": f"time-{work.mode}", "kind": "time", **work.description, "rows": [], "noise": None}
     if compared["verdict"] != "right":
-        return part | {"verdict": "skipped", "reason": f"not timed: the comparison was {compared['verdict']}"}
+        part |= {"verdict": "skipped", "reason": f"not timed: the comparison was {compared['verdict']}"}
+        save(part)
+        yield part
+        return
     allowed = max(row["allowed"] + row["eager"] for row in compared["rows"])
     ready: dict[str, Ready] = {}
     outputs: list[torch.Tensor] = []
-    torch._dynamo.reset()  # an earlier mode's guards would count against this one's limit of recompilations
-    stages = _providers(work)
-    progress.begin(part["title"], sum(map(len, stages)))
-    for stage in stages:
+    torch._dynamo.reset()  # an earlier run's guards would count against this one's limit of recompilations
+    for stage in _providers(work):
+        progress.begin(part["title"], len(stage))
         for name, (build, seconds) in stage.items():
             row: dict[str, Any] = {"provider": name, "status": "ok", "reason": None}
             part["rows"].append(row)
-            if time.monotonic() + seconds > deadline:
+            left = deadline - time.monotonic()
+            if left < seconds:
                 row |= {"status": "skipped", "reason": "no time left"}
                 continue
             try:
-                provider, result = _warm_up(build, row, work.device)
+                with within(left if seconds else math.inf):
+                    provider, result = warm_up(build, row, work.device)
                 outputs.append(_float_leaves(result)[0])
                 # A training step returns its loss, which the providers reach after different numbers of steps.
                 row["difference"] = norm_error(outputs[-1], outputs[0]) if work.mode == "infer" else None
@@ -208,15 +218,17 @@ def measure(
                     ready[name] = provider
             except Exception as error:
                 row |= {"status": "failed", "reason": reason(error)}
-                _release(work.device)
             save(part | _verdict(part))
             progress.tick(name)
-        part["noise"] = _time(ready, work, clock, deadline)
-        save(part | _verdict(part))
+        part["noise"] = _time(ready, work, clock, min(deadline, time.monotonic() + ROUND_SECONDS))
+        part |= _verdict(part)
+        save(part)
+        yield part
     for provider in ready.values():
         # Last, because a profiler slows down what is launched after it.
         provider.row["gpu_kernels"] = _gpu_kernels(provider.step) if work.device.type == "cuda" else None
-    return part | _verdict(part)
+    save(part)
+    yield part
 
 
 def _verdict(part: Part) -> dict[str, Any]:
@@ -256,7 +268,8 @@ def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
     """What is timed, in stages: each builds a model and its step, and may need so many seconds for it."""
     dense = work.subject.memory_format
     # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
-    backend, seconds = ("inductor", COMPILE_SECONDS) if work.device.type == "cuda" else ("aot_eager", 0.0)
+    cuda = work.device.type == "cuda"
+    backend, seconds = ("inductor", COMPILE_SECONDS[work.mode]) if cuda else ("aot_eager", 0.0)
 
     def eager(memory_format: torch.memory_format) -> Callable[[], Any]:
         return work.step(work.fresh(memory_format), work.input(memory_format))
@@ -265,7 +278,7 @@ def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
         return work.step(work.converted(), work.input(dense))
 
     def compiled(model: nn.Module) -> Callable[[], Any]:
-        model.compile(backend=backend)
+        model.compile(backend=backend, dynamic=False)
         return work.step(model, work.input(dense))
 
     return (
@@ -273,15 +286,17 @@ def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
             YARDSTICK_PROVIDER: (lambda: eager(dense), 0.0),
             "fastconv": (ours, 0.0),
             "eager contiguous": (lambda: eager(torch.contiguous_format), 0.0),
-            "fastconv, CUDA graph": (lambda: _Replay(ours()), 0.0),
-            f"{YARDSTICK_PROVIDER}, CUDA graph": (lambda: _Replay(eager(dense)), 0.0),
+        },
+        {
+            "fastconv, CUDA graph": (lambda: Replay(ours()), 0.0),
+            f"{YARDSTICK_PROVIDER}, CUDA graph": (lambda: Replay(eager(dense)), 0.0),
         },
         {"torch.compile channels_last": (lambda: compiled(work.fresh(dense)), seconds)},
         {"fastconv, torch.compile": (lambda: compiled(work.converted()), seconds)},
     )
 
 
-def _warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
+def warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
     """Build and run a provider; fill in its compile time, memory, launches and how many steps a sample holds."""
     cuda = device.type == "cuda"
     _release(device)
@@ -307,7 +322,7 @@ def _warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[R
     return Ready(step, row), result
 
 
-class _Replay:
+class Replay:
     """A captured step: replays it and returns what the captured call returned."""
 
     def __init__(self, step: Callable[[], Any]) -> None:

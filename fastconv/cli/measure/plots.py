@@ -29,8 +29,8 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _has_content(part: Part) -> bool:
-    timed = {"time": "step_ms", "layers": "speed"}.get(part["kind"])
-    return timed is None or any(timed in row for row in part["rows"])
+    timed = {"time": "step_ms", "layers": "speed", "blocks": "noise"}.get(part["kind"])
+    return timed is None or any(row.get(timed) is not None for row in part["rows"])
 
 
 def _training(figure: Figure, part: Part) -> None:
@@ -70,4 +70,30 @@ def _layers(figure: Figure, part: Part) -> None:
     axes.legend()
 
 
-PLOTS: dict[str, Callable[[Figure, Part], None]] = {"training": _training, "time": _times, "layers": _layers}
+def _blocks(figure: Figure, part: Part) -> None:
+    rows = [row for row in part["rows"] if row.get("noise") is not None][::-1]
+    names = dict.fromkeys(
+        provider["provider"] for row in rows for provider in row["providers"] if provider.get("speed")
+    )
+    figure.set_figheight(max(4.0, 1.5 + 0.25 * len(rows)))
+    axes = figure.subplots()
+    for name in names:
+        speeds = {
+            index: provider["speed"]
+            for index, row in enumerate(rows)
+            for provider in row["providers"]
+            if provider["provider"] == name and provider.get("speed")
+        }
+        axes.plot(list(speeds.values()), list(speeds), "o", label=name)
+    axes.axvline(1, color="gray", linewidth=0.5)
+    axes.set_yticks(range(len(rows)), [f"{row['block']}, {row['mode']}" for row in rows])
+    axes.set(xlabel="speed relative to the first", xlim=(0, None))
+    axes.legend()
+
+
+PLOTS: dict[str, Callable[[Figure, Part], None]] = {
+    "training": _training,
+    "time": _times,
+    "layers": _layers,
+    "blocks": _blocks,
+}

@@ -1,6 +1,6 @@
 """The result file: one JSON document, rewritten as each part ends, that tables and plots are rendered from.
 
-``{"schema": "fastconv-bench/1", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
+``{"schema": "fastconv-bench/2", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
 is ``{"id", "kind", "title", "verdict", "reason", ...}`` and the rest depends on its kind. Times are milliseconds,
 memory is bytes, errors are relative unless a name says otherwise.
 """
@@ -20,7 +20,19 @@ from typing import Any
 
 from fastconv.cli import BadUsage
 
-SCHEMA = "fastconv-bench/1"
+SCHEMA = "fastconv-bench/2"
+# The kinds of part and what each holds besides. Version 2 brought the kind "blocks".
+KINDS = {
+    "training": {"losses", "accuracy", "held_out", "loss_difference", "tolerance", "launches"},
+    "block": {"rows", "launches"},
+    "check": {"rows", "launches"},
+    "time": {"rows", "noise"},
+    "layers": {"rows", "target"},
+    "blocks": {"rows", "bandwidth"},
+    "host": {"rows", "target_us"},
+    "compile": {"kernels"},
+    "compiler": {"rows"},
+}
 VERDICTS = ("right", "wrong", "failed", "skipped")
 Part = dict[str, Any]
 
@@ -86,9 +98,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def check_part(part: Part) -> None:
     """Raise BadUsage where a part lacks what every reader relies on."""
-    missing = {"id", "kind", "title", "verdict", "reason"} - part.keys()
+    kind = part.get("kind", "")
+    missing = {"id", "kind", "title", "verdict", "reason", *KINDS.get(kind, ())} - part.keys()
     if missing:
         raise BadUsage(f"part {part.get('id')!r} lacks {', '.join(sorted(missing))}")
+    if kind not in KINDS:
+        raise BadUsage(f"part {part['id']!r} is of kind {kind!r}, not one of {', '.join(KINDS)}")
     if part["verdict"] not in VERDICTS:
         raise BadUsage(f"part {part['id']!r} has verdict {part['verdict']!r}, not one of {', '.join(VERDICTS)}")
 

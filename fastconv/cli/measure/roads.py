@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,13 +14,12 @@ import torch
 from rich.console import Console
 
 from fastconv.cli import BadUsage, options
-from fastconv.cli.measure import tables
-from fastconv.cli.measure.clock import CudaClock, HostClock
+from fastconv.cli.measure import ahead, block_times, layers, network, tables
+from fastconv.cli.measure.clock import Clock, CudaClock, HostClock
 from fastconv.cli.measure.results import Part, Results
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject, load, torchvision
 from fastconv.kernels import mend
-from fastconv.kernels.problem import DIRECTIONS
 
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)
@@ -30,7 +30,6 @@ UNMEASURED = (
     "\nNot measured: speed and memory. PyTorch sees no GPU here, and an interpreter's times say nothing about one; "
     "the same command measures them on a machine with one."
 )
-INFERENCE_SHARE = 0.35  # of the time limit; a training step takes three times as long, and compiles three directions
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Wishes:
     dtype: str | None = None
     train: bool | None = None
     layers: bool = False
+    blocks: bool = False
     seconds: float | None = None
     quick: bool = False
     dry_run: bool = False
@@ -62,11 +62,20 @@ class Output:
     def __init__(self, folder: Path, wishes: Wishes, screen: Console) -> None:
         self.results = Results(folder, dry_run=wishes.dry_run)
         self._screen = screen
+        self._unshown: dict[str, Part] = {}
 
     def put(self, part: Part) -> None:
         """A part that is done."""
+        self.save(part)
+        self._show(part["id"])
+
+    def save(self, part: Part) -> None:
+        """A part that will have more in it: to the file at once, to the terminal if nothing more comes."""
         self.results.put(part)
-        self._screen.print(tables.render(part))
+        self._unshown[part["id"]] = part
+
+    def _show(self, name: str) -> None:
+        self._screen.print(tables.render(self._unshown.pop(name)))
 
     def __enter__(self) -> Output:
         self._screen.print(tables.heading(self.results.data))
@@ -75,6 +84,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for name in list(self._unshown):
+            self._show(name)
         self._screen.print(f"\nWritten: {self.results.path}")
         _draw(self.results.data, self.results.path.parent, self._screen)
 
@@ -92,7 +103,7 @@ def choose(wishes: Wishes) -> Road:
         return timed_road
     if not mend.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
-    for option, value in (("--layers", wishes.layers), ("--seconds", wishes.seconds)):
+    for option, value in (("--layers", wishes.layers), ("--blocks", wishes.blocks), ("--seconds", wishes.seconds)):
         if value:
             raise BadUsage(f"{option} is about times, which need a GPU")
     if wishes.model is not None:
@@ -104,40 +115,75 @@ def choose(wishes: Wishes) -> Road:
 
 
 def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
-    """One network on the GPU: whole, or layer by layer. ``wishes.dry_run``: the same on the CPU, with a tiny one."""
-    from fastconv.cli.measure import ahead, layers, network
-
+    """A network on the GPU, whole or layer by layer, or the blocks of several. ``wishes.dry_run``: the same on the CPU,
+    with tiny ones."""
     started = time.monotonic()
     device = torch.device("cpu" if wishes.dry_run else "cuda")
     clock = HostClock() if wishes.dry_run else CudaClock()
-    subject = _subject(wishes, *(DRY if wishes.dry_run else GPU))
     dtype = options.dtype(wishes.dtype or "bfloat16")
-    # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
-    torch.backends.cudnn.benchmark = True
-    directions = DIRECTIONS if wishes.layers or "train" in wishes.modes else DIRECTIONS[:1]
+    measure = _blocks if wishes.blocks else _layers if wishes.layers else _network
     with Output(out, wishes, screen) as output, Progress(screen) as progress:
-        progress.begin("compiling", 1)
-        output.put(ahead.compile_kernels(subject, dtype, directions, device))
-        if wishes.layers:
-            deadline = started + wishes.limit
-            output.put(layers.host_time(device, deadline))
-            output.put(layers.measure(subject, dtype, device, clock, deadline, progress, output.results.put))
-            return output.results
-        for mode in wishes.modes:
-            share = INFERENCE_SHARE if mode == "infer" and len(wishes.modes) > 1 else 1.0
-            progress.begin(f"{subject.name}, {mode}: comparing", 1)
-            work = network.Workload(subject, mode, dtype, device)
-            compared = network.check(work)
-            output.put(compared)
-            deadline = started + share * wishes.limit
-            output.put(network.measure(work, compared, clock, deadline, progress, output.results.put))
+        # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
+        torch.backends.cudnn.benchmark = True
+        measure(Measuring(wishes, dtype, device, clock, started + wishes.limit, output, progress))
     return output.results
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What the timed roads share. ``deadline``: seconds of time.monotonic()."""
+
+    wishes: Wishes
+    dtype: torch.dtype
+    device: torch.device
+    clock: Clock
+    deadline: float
+    output: Output
+    progress: Progress
+
+    def compile(self, calls: Callable[[], object]) -> None:
+        """Compile ahead what ``calls()`` launches."""
+        self.progress.begin("compiling", 1)
+        self.output.put(ahead.compile_kernels(calls))
+
+
+def _network(it: Measuring) -> None:
+    subject = _subject(it.wishes)
+    dense = subject.memory_format
+    works = [network.Workload(subject, mode, it.dtype, it.device) for mode in it.wishes.modes]
+    it.compile(lambda: [work.step(work.converted(), work.input(dense))() for work in works])
+    runs = []
+    for work in works:
+        it.progress.begin(f"{work.description['title']}: comparing", 1)
+        compared = network.check(work)
+        it.output.put(compared)
+        runs.append(network.measure(work, compared, it.clock, it.deadline, it.progress, it.output.save))
+    # One stage of every mode, then the next: what compiles for long is last.
+    for _ in zip_longest(*runs):
+        pass
+
+
+def _layers(it: Measuring) -> None:
+    subject = _subject(it.wishes)
+    it.compile(lambda: layers.call_each(subject, it.dtype, it.device))
+    it.output.put(layers.host_time(it.device, it.deadline))
+    it.output.put(layers.measure(subject, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save))
+
+
+def _blocks(it: Measuring) -> None:
+    wishes = it.wishes
+    chosen, batch, size = (block_times.DRY, 2, 32) if wishes.dry_run else (block_times.BLOCKS, 64, None)
+    blocks = block_times.load_blocks(chosen, wishes.batch or batch, wishes.size or size)
+    it.compile(lambda: block_times.call_each(blocks, wishes.modes, it.dtype, it.device))
+    it.output.put(
+        block_times.measure(
+            blocks, wishes.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save
+        )
+    )
 
 
 def compared_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     """The user's network on the interpreter: outputs and every gradient, no times."""
-    from fastconv.cli.measure import network
-
     assert wishes.model is not None
     subject = load(wishes.model, wishes.batch or INTERPRETED_BATCH, wishes.size or INTERPRETED_SIZE)
     dtype = options.dtype(wishes.dtype or "float32")
@@ -201,7 +247,8 @@ def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
         screen.print(f"Written: {path}")
 
 
-def _subject(wishes: Wishes, model: str, batch: int, size: int | None) -> Subject:
+def _subject(wishes: Wishes) -> Subject:
+    model, batch, size = DRY if wishes.dry_run else GPU
     if wishes.model is not None:
         model, size = wishes.model, None
     return load(model, wishes.batch or batch, wishes.size or size)

@@ -122,6 +122,35 @@ def _layers(part: Part) -> list[RenderableType]:
     return lines
 
 
+def _blocks(part: Part) -> list[RenderableType]:
+    columns = ("eager ms", "fastconv ms", "p20-p80", "compiled ms", "to eager", "to compiled")
+    table = _table("", "input", *columns, "MB", "eager's", "GB/s", "eager's", "noise", "")
+    for row in part["rows"]:
+        eager, ours, compiled = (_provider(row, start) for start in ("eager", "fastconv", "torch.compile"))
+        times = [provider.get("ms") for provider in (eager, ours, compiled)]
+        medians = [time and time["median"] for time in times]
+        table.add_row(
+            f"{row['block']}, {row['mode']}",
+            "x".join(map(str, row["input_shape"])),
+            *(_number(median, ".3f") for median in medians[:2]),
+            f"{times[1]['p20']:.3f}-{times[1]['p80']:.3f}" if times[1] else "",
+            _number(medians[2], ".3f"),
+            *(_number(other / medians[1] if other and medians[1] else None, ".2f") for other in medians[::2]),
+            *(_number(it["bytes"] / 1e6 if it.get("bytes") else None, ",.0f") for it in (ours, eager)),
+            *(_number(it.get("gb_per_s"), ",.0f") for it in (ours, eager)),
+            _number(row.get("noise"), ".1%"),
+            "; ".join(filter(None, [row["reason"], *(it.get("reason") for it in (eager, compiled))])),
+        )
+    line = "MB: counted from the operands of every kernel and operator, each once"
+    if part["bandwidth"]:
+        line += f"; the GPU's memory moves {part['bandwidth'] / 1e9:,.0f} GB/s"
+    return [table, f"{line}."]
+
+
+def _provider(row: dict[str, Any], start: str) -> dict[str, Any]:
+    return next((provider for provider in row["providers"] if provider["provider"].startswith(start)), {})
+
+
 def _host(part: Part) -> list[RenderableType]:
     table = _table("", "microseconds a call", "p20", "p80", "")
     for row in part["rows"]:
@@ -181,6 +210,7 @@ TABLES: dict[str, Callable[[Part], list[RenderableType]]] = {
     "check": _errors,
     "time": _times,
     "layers": _layers,
+    "blocks": _blocks,
     "host": _host,
     "compile": _compile,
     "compiler": _compiler,
