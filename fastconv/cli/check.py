@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
 
+# Of a result's worst problem, in its precision's column.
+WRONG = "[bold red]WRONG[/]"
+
 
 def check(
-    quick: Annotated[bool, typer.Option("--quick", help="Half of the problems.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The most telling problems alone.")] = False,
 ) -> int:
     """Run every kernel and compare with PyTorch in fp64: forward and every gradient, each precision, telling problems.
 
@@ -37,57 +41,84 @@ def check(
 
 
 def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]:
-    """A row for each precision, problem and direction; one row alone for a problem that raises."""
-    from fastconv.cli.measure import problems
+    """A row for each operator, problem, precision and result; one row alone for a problem that raises."""
+    from fastconv.cli import checks
+    from fastconv.cli.checks.operator import compare, precisions
+    from fastconv.cli.measure import ahead
     from fastconv.cli.measure.clock import reason
 
-    cases = problems.QUICK if quick else problems.CASES
-    precisions = problems.precisions(device)
-    progress.begin("problems", len(cases) * len(precisions))
+    problems = [
+        (operator, case, precision)
+        for operator in checks.OPERATORS
+        for case in operator.cases
+        for precision in precisions(device)
+        if (case.quick or not quick) and precision in (case.precisions or (precision,))
+    ]
+
+    def rows_of(operator: Any, case: Any, precision: str) -> list[dict[str, Any]]:
+        try:
+            return list(compare(operator, case, precision, device))
+        except Exception as error:  # a row of the table, not its end
+            row = dict.fromkeys(("error", "tolerance"), float("nan")) | {"launches": [], "right": False}
+            row |= {"operator": operator.name, "case": case.name, "result": "raised", "precision": precision}
+            return [row | {"reason": reason(error)}]
+
+    progress.begin("compiling", 1)
+    ahead.compile_kernels(lambda: [rows_of(*problem) for problem in problems])
+    progress.begin("problems", len(problems))
     rows: list[dict[str, Any]] = []
-    for case in cases:
-        for precision in precisions:
-            try:
-                rows += problems.compare(case, precision, device)
-            except Exception as error:  # a row of the table, not its end
-                row = dict.fromkeys(("error", "tolerance"), float("nan")) | {"launches": [], "right": False}
-                row |= {"case": case.name, "function": case.function, "direction": "raised", "precision": precision}
-                rows.append(row | {"reason": reason(error)})
-            progress.tick(case.name)
+    for problem in problems:
+        rows += rows_of(*problem)
+        progress.tick(problem[1].name)
     return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Any]:
-    """A summary by direction, precision and kind of convolution, and what was wrong, problem by problem."""
+    """A summary by operator and result, and what was wrong, problem by problem."""
     from rich.table import Table
 
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        kind = "transposed" if "transpose" in row["function"] else "convolution"
-        groups.setdefault((kind, row["direction"], row["precision"]), []).append(row)
-    summary = Table(title="Kernels against PyTorch")
-    for name in ("", "direction", "precision", "kernels"):
+        results.setdefault((row["operator"], row["result"]), []).append(row)
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    summary = Table(title="Kernels against PyTorch: the largest error, in parts of what is allowed")
+    for name in ("", "result", "kernels"):
         summary.add_column(name)
-    for name in ("problems", "launches", "error / tolerance", "worst problem", ""):
-        summary.add_column(name, justify="left" if name in ("worst problem", "") else "right")
-    for (kind, direction, precision), members in sorted(groups.items()):
-        # A NaN is worse than any number.
-        worst = max(members, key=lambda row: (row["error"] != row["error"], row["error"] / row["tolerance"]))
+    for name in ("problems", "launches", *precisions):
+        summary.add_column(name, justify="right")
+    summary.add_column("worst problem")
+    above = ("", "")
+    for (operator, result), members in results.items():
+        launches = Counter(name for row in members for name in row["launches"])
+        kernels = ", ".join(sorted(name.removesuffix("_kernel") for name in launches))
+        same = [said == before for said, before in zip((operator, kernels), above, strict=True)]
         summary.add_row(
-            *(kind, direction, precision, ", ".join(sorted({name for row in members for name in row["launches"]}))),
-            *(str(len(members)), str(sum(len(row["launches"]) for row in members))),
-            f"{worst['error']:.1e} / {worst['tolerance']:.1e}",
-            worst["case"],
-            "right" if all(row["right"] for row in members) else "[bold red]WRONG",
+            # Names as in the row above are left out; another operator names its kernels again.
+            *("" if same[0] else operator, result, "" if all(same) else kernels),
+            *(str(len(members)), str(sum(launches.values()))),
+            *(_worst([row for row in members if row["precision"] == precision]) for precision in precisions),
+            max(members, key=_badness)["case"],
         )
+        above = operator, kernels
     wrong = [row for row in rows if not row["right"]]
     if not wrong:
         return [summary]
     failures = Table(title="Wrong")
-    for name in ("problem", "function", "direction", "precision", "error", "tolerance", "why"):
+    for name in ("operator", "problem", "result", "precision", "error", "allowed", "why"):
         failures.add_column(name)
     for row in wrong:
         why = row.get("reason") or ("too far off" if row["launches"] else "no kernel ran")
-        values = (row[name] for name in ("case", "function", "direction", "precision"))
+        values = (row[name] for name in ("operator", "case", "result", "precision"))
         failures.add_row(*values, f"{row['error']:.1e}", f"{row['tolerance']:.1e}", why)
     return [summary, failures]
+
+
+def _worst(rows: list[dict[str, Any]]) -> str:
+    if not all(row["right"] for row in rows):
+        return WRONG
+    return f"{max(map(_badness, rows))[1]:.2f}" if rows else ""
+
+
+def _badness(row: dict[str, Any]) -> tuple[bool, float]:
+    """The error in parts of what is allowed. A NaN is worse than any number."""
+    return row["error"] != row["error"], row["error"] / row["tolerance"]

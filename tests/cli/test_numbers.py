@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from torch import nn
 
 import fastconv
 import fastconv.functional
-from fastconv.cli import models, run
-from fastconv.cli.measure import accuracy, blocks, lenet, network, problems
+from fastconv.activations import activation_of
+from fastconv.cli import checks, models, run
+from fastconv.cli.checks import conv, conv_bn_act
+from fastconv.cli.checks.operator import compare, poisoned_memory
+from fastconv.cli.measure import accuracy, blocks, lenet, network
+from fastconv.kernels import epilogue
 
 CPU = torch.device("cpu")
 CONVERT = fastconv.convert
@@ -26,9 +31,9 @@ def not_converted(model: nn.Module, **options: Any) -> nn.Module:
 def wrongly_converted(model: nn.Module, **options: Any) -> nn.Module:
     """Converted, with the channels of every result in reverse order."""
     model = CONVERT(model, **options)
-    for conv in model.modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.register_forward_hook(lambda module, inputs, output: output.flip(1))
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda module, inputs, output: output.flip(1))
     return model
 
 
@@ -158,17 +163,77 @@ def test_the_precision_of_fp32_convolutions_is_put_back() -> None:
     assert torch.backends.cudnn.conv.fp32_precision == before  # type: ignore[attr-defined]
 
 
-def test_check_problems_have_names_of_their_own() -> None:
-    names = [case.name for case in problems.CASES]
-    assert len(set(names)) == len(names)
-    assert 5 < len(problems.QUICK) < len(problems.CASES) / 2
+@pytest.fixture
+def one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dataclasses.replace(conv.CONVOLUTION, cases=conv.CONVOLUTION.cases[:1])
+    monkeypatch.setattr(checks, "OPERATORS", (first,))
 
 
-def test_check_names_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(problems, "QUICK", problems.CASES[:1])
+def test_operators_and_their_problems_have_names_of_their_own() -> None:
+    assert len({operator.name for operator in checks.OPERATORS}) == len(checks.OPERATORS)
+    for operator in checks.OPERATORS:
+        assert len({case.name for case in operator.cases}) == len(operator.cases)
+        assert any(case.quick for case in operator.cases)
+        assert sum(case.quick for case in operator.cases) <= len(operator.cases) / 2
+
+
+def test_every_activation_is_checked() -> None:
+    checked = {activation_of(case.act())[0] for case in conv_bn_act.ACTIVATIONS}
+    assert checked == set(epilogue.ACTIVATIONS)
+    for operator in (conv_bn_act.INFERENCE, conv_bn_act.TRAINING):
+        assert all(case in operator.cases for case in conv_bn_act.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("operator", checks.OPERATORS, ids=lambda operator: operator.name)
+def test_each_operator_is_right_on_its_first_problem(operator: checks.Operator) -> None:
+    rows = list(compare(operator, operator.cases[0], "bfloat16", CPU))
+    assert all(row["right"] for row in rows)
+    gradients = [row["result"] for row in rows if row["result"].endswith("gradient")]
+    assert bool(gradients) == (operator.gradients != "none")
+    if operator.gradients == "apart":
+        assert all(set(row["launches"]) - {"split_sum_kernel"} for row in rows)
+        assert len(gradients) == 3
+
+
+def test_a_fused_layer_in_training_is_checked_in_every_result() -> None:
+    case = conv_bn_act.FusedCase(name="all", residual="before", act=nn.PReLU, bias=1, weight=(8, 6, 1, 1))
+    rows = {row["result"]: row for row in compare(conv_bn_act.TRAINING, case, "float32", CPU)}
+    operands = ("input", "weight", "residual", "slope", "BN weight", "BN bias")
+    assert list(rows) == ["forward", *conv_bn_act.RUNNING, *(f"{name} gradient" for name in operands)]
+    assert "combine_statistics_kernel" in rows["running mean"]["launches"]
+    assert "batch_norm_act_sums_kernel" in rows["slope gradient"]["launches"]
+
+
+@pytest.mark.parametrize("operator", [conv.CONVOLUTION, conv_bn_act.TRAINING], ids=lambda operator: operator.name)
+@pytest.mark.parametrize("wrong", ["forward", "a gradient", "unwritten", "dtype"])
+def test_what_is_wrong_is_found(operator: checks.Operator, wrong: str) -> None:
+    def broken(case: Any, operands: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = operator.ours(case, operands)
+        z = found["forward"]
+        if wrong == "unwritten":
+            z = torch.where(torch.arange(z.shape[-1]) == 2, torch.empty_like(z), z)
+        if wrong == "a gradient" and z.requires_grad:
+            z = z + 1e-2 * (operands["weight"] - operands["weight"].detach()).sum()
+        return found | {"forward": z * 1.01 if wrong == "forward" else z.float() if wrong == "dtype" else z}
+
+    precision = "bfloat16" if wrong == "dtype" else "float32"
+    rows = list(compare(dataclasses.replace(operator, ours=broken), operator.cases[0], precision, CPU))
+    found = {row["result"] for row in rows if not row["right"]}
+    assert found == {"weight gradient"} if wrong == "a gradient" else "forward" in found
+
+
+def test_memory_is_poisoned_inside_alone() -> None:
+    with poisoned_memory():
+        assert torch.empty(100).isnan().all()
+        assert (torch.zeros(3, dtype=torch.uint8).new_empty(3) == 255).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("one_problem")
+def test_check_names_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", "--quick"]) == 0
     shown = capsys.readouterr().out
-    for kernel in ("conv_gather_kernel", "conv_wgrad_kernel", "channel_sum_kernel"):
+    for kernel in ("conv_gather", "conv_wgrad", "channel_sum"):
         assert kernel in shown
     assert " 0 wrong." in shown
 
@@ -179,16 +244,17 @@ def test_check_is_right(options: list[str]) -> None:
     assert run(["check", *options]) == 0
 
 
+@pytest.mark.usefixtures("one_problem")
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(problems, "QUICK", problems.CASES[:1])
     right = fastconv.functional.conv2d
     monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     assert run(["check", "--quick"]) == 1
-    assert "too far off" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "too far off" in shown and "WRONG" in shown
 
 
+@pytest.mark.usefixtures("one_problem")
 def test_check_finds_a_fallback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(problems, "QUICK", problems.CASES[:1])
     monkeypatch.setattr(fastconv.functional, "conv2d", torch.nn.functional.conv2d)
     assert run(["check", "--quick"]) == 1
     assert "no kernel ran" in capsys.readouterr().out
@@ -197,6 +263,8 @@ def test_check_finds_a_fallback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_check_goes_on_after_a_problem_that_raises(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(problems, "QUICK", (problems.Case("too few channels", (1, 2, 5, 5), (4, 3, 3, 3)),))
+    cases = (conv.problem("too few channels", (1, 2, 5, 5), (4, 3, 3, 3), quick=True), conv.CONVOLUTION.cases[0])
+    monkeypatch.setattr(checks, "OPERATORS", (dataclasses.replace(conv.CONVOLUTION, cases=cases),))
     assert run(["check", "--quick"]) == 1
-    assert "RuntimeError" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "RuntimeError" in shown and "15 results compared, 3 wrong." in shown

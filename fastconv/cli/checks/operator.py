@@ -1,0 +1,161 @@
+"""An operator of ``fastconv check``: its problems, its operands, and the two functions that must agree on them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+import fastconv
+from fastconv.cli.measure.accuracy import fp32_convolutions, max_error, tolerance
+from fastconv.kernels import launch
+
+TF32_EPS = 2.0**-10  # products of operands rounded to 11 bits
+FORWARD = "forward"
+Tensors = dict[str, torch.Tensor]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A problem: a way in which an index, a mask or a tail can be wrong. Operators add what theirs need."""
+
+    name: str
+    quick: bool = False  # among those of ``--quick``
+    precisions: tuple[str, ...] = ()  # none named: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One operator in one way of use.
+
+    ``operands(case, dtype, device)`` draws its operands by name, in their layouts, always the same values. ``ours`` and
+    ``theirs``, which is given them in fp64 on the CPU, return results by name; the first, in the operands' dtype, is
+    differentiated by all of them that are not ``constants``. ``depths(case, output)``: how many products or terms are
+    summed for an element of a result; 1 where it does not say.
+    """
+
+    name: str
+    cases: tuple[Any, ...]
+    operands: Callable[[Any, torch.dtype, torch.device], Tensors]
+    ours: Callable[[Any, Tensors], Tensors]
+    theirs: Callable[[Any, Tensors], Tensors]
+    depths: Callable[[Any, torch.Tensor], dict[str, int]] = lambda case, output: {}
+    # "apart": each alone, as where the others are frozen, so that its own kernels compute it.
+    gradients: Literal["apart", "together", "none"] = "apart"
+    constants: tuple[str, ...] = ()
+    stored: int = 1  # values on the longest way to a result, itself among them, that are rounded to the operands' dtype
+
+
+def precisions(device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
+    """What is checked on ``device``: name, dtype and rounding unit. The interpreter does not model TF32."""
+    names = {
+        "float32": (torch.float32, torch.finfo(torch.float32).eps),
+        "tf32": (torch.float32, TF32_EPS),
+        "float16": (torch.float16, torch.finfo(torch.float16).eps),
+        "bfloat16": (torch.bfloat16, torch.finfo(torch.bfloat16).eps),
+    }
+    return names if device.type == "cuda" else {name: value for name, value in names.items() if name != "tf32"}
+
+
+def compare(operator: Operator, case: Case, precision: str, device: torch.device) -> Iterator[Row]:
+    """Every result and gradient of ``case`` against PyTorch in fp64 on the same values, with the kernels that computed
+    it. Memory that the kernels are given holds NaNs."""
+    dtype, eps = precisions(device)[precision]
+    operands = operator.operands(case, dtype, device)
+    leaves = [] if operator.gradients == "none" else [name for name in operands if name not in operator.constants]
+    exact, seed = _exact(operator, case, operands, leaves)
+    seed = seed.to(device, dtype)
+    groups = [leaves] if operator.gradients == "together" else [[], *([leaf] for leaf in leaves)]
+    results: dict[str, tuple[torch.Tensor, list[str]]] = {}
+    with (
+        fastconv.settings(strict=True),
+        fp32_convolutions("tf32" if precision == "tf32" else "ieee"),
+        poisoned_memory(),
+    ):
+        for group in groups:
+            given = {name: value.detach().requires_grad_(name in group) for name, value in operands.items()}
+            with launch.record() as records:
+                computed = operator.ours(case, given)
+            names = [record.name for record in records]
+            # The first group's: a call that saves nothing for gradients, where there is one.
+            results = results or {name: (value.detach(), names) for name, value in computed.items()}
+            if not group:
+                continue
+            output = next(iter(computed.values()))
+            with launch.record() as records:
+                found = torch.autograd.grad(output, [given[name] for name in group], seed)
+            names = [record.name for record in records]
+            results |= {gradient_of(name): (value, names) for name, value in zip(group, found, strict=True)}
+    first = next(iter(exact))
+    depths = operator.depths(case, exact[first])
+    for name, reference in exact.items():
+        value, names = results[name]
+        # What is wider than the operands is not rounded to their type; indices are not rounded at all.
+        floating = value.dtype.is_floating_point
+        unit = eps if value.dtype == dtype else torch.finfo(value.dtype).eps if floating else 0.0
+        error, bound = max_error(value.cpu(), reference), tolerance(operator.stored * unit, depths.get(name, 1))
+        yield {
+            "operator": operator.name,
+            "case": case.name,
+            "result": name,
+            "precision": precision,
+            "error": error,
+            "tolerance": bound,
+            "launches": names,
+            # A NaN compares false; without a launch PyTorch computed what we were asked for.
+            "right": error <= bound
+            and bool(names)
+            and value.shape == reference.shape
+            and (value.dtype == dtype or name != first),
+        }
+
+
+def gradient_of(operand: str) -> str:
+    return f"{operand} gradient"
+
+
+def _exact(
+    operator: Operator, case: Case, operands: Tensors, leaves: list[str]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """PyTorch's results and gradients in fp64, and the output's gradient that they are for."""
+    wide = {name: value.detach().cpu().double().requires_grad_(name in leaves) for name, value in operands.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using padding='same'")  # about a copy that PyTorch makes
+        exact = operator.theirs(case, wide)
+    output = next(iter(exact.values()))
+    # Exact in every type that is checked.
+    seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    gradients = torch.autograd.grad(output, [wide[name] for name in leaves], seed) if leaves else ()
+    exact = {name: value.detach() for name, value in exact.items()}
+    return exact | {gradient_of(name): value for name, value in zip(leaves, gradients, strict=True)}, seed
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaNs (integers: their largest), so that an element that no program writes is found."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filled
+
+
+def laid_out(tensor: torch.Tensor, layout: str = "channels_last") -> torch.Tensor:
+    """The same values, dense in "channels_last" or "contiguous", or "strided": every second of a wider tensor's, the
+    others NaN. Tensors of three dimensions have no channels_last."""
+    if layout == "strided":
+        return torch.stack((tensor, torch.full_like(tensor, float("nan"))), -1).flatten(-2)[..., ::2]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if layout == "contiguous" or tensor.dim() not in formats:
+        return tensor.contiguous()
+    return tensor.contiguous(memory_format=formats[tensor.dim()])
