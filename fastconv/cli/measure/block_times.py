@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ BLOCKS = (
 )
 DRY = (("resnet18", "layer2.0"),)
 ROUND_SECONDS = 1.5  # for the rounds of one block, where that is enough for the least of them
+ROW_SECONDS = 1.2  # that a block in one mode needs without torch.compile, until some have been measured
 COMPILE_SECONDS = {"infer": 8.0, "train": 12.0}  # that Inductor needs for a block: not begun where less is left
 COMPILED_PROVIDER = "torch.compile channels_last"
 
@@ -190,7 +192,8 @@ def measure(
         if started > deadline:
             row |= {"status": "skipped", "reason": "no time left"}
         else:
-            to_come = max(needed, default=0.0) * (len(tasks) - index)
+            each = statistics.median(needed[-5:]) if len(needed) > 2 else ROW_SECONDS
+            to_come = each * (len(tasks) - index)
             try:
                 _measure_row(row, BlockWorkload(block, mode, dtype, device), clock, deadline, deadline - to_come)
             except Exception as error:
