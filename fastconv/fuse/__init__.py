@@ -5,20 +5,24 @@ torch.fx, with every child a leaf, so that what it decides by its attributes is 
 calls become one of ``run_chain`` with the same children, and the instance's ``__class__`` a subclass of its class with
 that forward. Parameters, names and children stay; whatever the trace did not see (other arguments, proxies, attributes
 set since) runs the class's own forward.
+
+A chain whose result is its module's may go on in the module that calls it, as where a block adds its input to what a
+Sequential gives: that call becomes one of ``run_open``, which hands the steps on to the child's forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastconv.fuse.chains import may_hold_chains, study
+from fastconv.fuse.chains import Chain, Studies, reach
 from fastconv.fuse.rewrite import fuse_module, fused_names
 from fastconv.fuse.trace import class_of
-from fastconv.nn.fused import ConvBNAct, Steps, fusible
+from fastconv.nn.fused import ConvBNAct, fusible, interference
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,18 @@ class Norm:
 
 def fuse(model: torch.nn.Module, wanted: Callable[[torch.nn.Module, torch.nn.Module], bool]) -> None:
     """Fuse, in place, the chains of ``model`` whose convolution and batch norm are ``wanted``."""
-    for module in list(model.modules()):
-        if may_hold_chains(module):
-            found = study(module)
-            child = module.get_submodule
-            names = {chain.conv for chain in found.chains if wanted(child(chain.conv), child(chain.norm))}
-            fuse_module(module, found, names.union(fused_names(module)))
+    studies = Studies()
+    heads = {module: set(fused_names(module)) for module in model.modules()}
+    for module, study in studies.of(model).items():
+        for chain in study.chains:
+            links = _links(module, chain, studies)
+            conv, norm = _conv_and_norm(links)
+            if chain.steps and norm is not None and wanted(conv, norm):
+                for part, link in links:
+                    heads[part].add(link.head)
+    for module, names in heads.items():
+        if names and not isinstance(module, ConvBNAct):
+            fuse_module(module, studies[module], names)
 
 
 def unfuse(model: torch.nn.Module) -> None:
@@ -52,39 +62,94 @@ def norms(model: torch.nn.Module) -> Iterator[Norm]:
     """Every batch norm of ``model``, once, with what is true of it now."""
     names = {module: name for name, module in model.named_modules()}
     found: dict[torch.nn.Module, Norm] = {}
-    for module, name in names.items():
-        prefix = f"{name}." if name else ""
-        for norm, chain, conv, reason in _findings(module):
-            if norm not in found or (chain and not found[norm].chain):
-                label = prefix + chain if chain else None
-                found[norm] = Norm(names[norm], type(norm).__name__, label, names.get(conv), reason)
+    for norm, chain, conv, reason in _findings(model, names):
+        if norm not in found or (chain and not found[norm].chain):
+            found[norm] = Norm(names[norm], type(norm).__name__, chain, names.get(conv), reason)
     for module, name in names.items():
         if isinstance(module, _BatchNorm):
-            yield found.get(module) or Norm(name, type(module).__name__, reason="not called beside a convolution")
+            yield found.get(module) or Norm(
+                name, type(module).__name__, reason="not called by the module that holds it"
+            )
 
 
+_Link = tuple[torch.nn.Module, Chain]
 _Finding = tuple[torch.nn.Module, "str | None", "torch.nn.Module | None", "str | None"]
 
 
-def _findings(module: torch.nn.Module) -> Iterator[_Finding]:
-    """Batch norms that ``module`` calls beside convolutions, with chain and convolution, if any, and the reason."""
-    if isinstance(module, ConvBNAct):
-        steps: Steps = ("norm",) if module.act is None else ("norm", "act")
-        end, reason = fusible(module.conv, module.bn, module.act, (), steps)
-        yield module.bn, " + ".join(("conv", "bn", "act")[: end + 1]) if end else None, module.conv, reason
-        return
-    if not may_hold_chains(module):
-        return
-    child = module.get_submodule
-    found = study(module)
-    for target, reason in found.apart.items():
-        yield child(target), None, None, reason
-    for chain in found.chains:
-        conv, norm = child(chain.conv), child(chain.norm)
-        if chain.conv not in fused_names(module):
-            yield norm, None, conv, "not converted"
-            continue
-        act = child(chain.act) if isinstance(chain.act, str) else chain.act
-        end, reason = fusible(conv, norm, act, tuple(map(child, chain.others)), chain.steps)
-        parts = [part for part in chain.parts[:end] if part]
-        yield norm, " + ".join([chain.conv, *parts]) if end else None, conv, reason or chain.ends
+def _links(module: torch.nn.Module, chain: Chain, studies: Studies) -> list[_Link]:
+    """The chains that make up ``chain`` of ``module``, from a convolution's on, each with the module that calls it."""
+    if chain.of_conv:
+        return [(module, chain)]
+    child = module.get_submodule(chain.head)
+    end = studies[child].end
+    assert end is not None
+    return [*_links(child, end, studies), (module, chain)]
+
+
+def _steps(links: list[_Link]) -> list[tuple[str, Any]]:
+    """What they do to the convolution's result, with the modules that do it."""
+    return [
+        (step.kind, module.get_submodule(step.operand) if isinstance(step.operand, str) else step.operand)
+        for module, chain in links
+        for step in chain.steps
+    ]
+
+
+def _conv_and_norm(links: list[_Link]) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    module, chain = links[0]
+    return module.get_submodule(chain.head), next((norm for kind, norm in _steps(links) if kind == "norm"), None)
+
+
+def _findings(model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
+    """Batch norms, more than once perhaps, with chain and convolution, if any, and the reason; the best known first."""
+    studies = Studies()
+    # What goes on with the chain at the end of a module.
+    goes_on: dict[torch.nn.Module, _Link] = {}
+    unfused: list[_Finding] = []
+    found = studies.of(model) | {module: studies[module] for module in names if fused_names(module)}
+    for module, study in found.items():
+        for chain in study.chains:
+            if not _is_fused(module, chain):
+                conv, norm = _conv_and_norm(_links(module, chain, studies))
+                if norm is not None:
+                    unfused.append((norm, None, conv, _against(conv)))
+            elif not chain.of_conv:
+                goes_on.setdefault(module.get_submodule(chain.head), (module, chain))
+    for module, study in found.items():
+        for chain in study.chains:
+            if chain.of_conv and _is_fused(module, chain):
+                links, hooked = [(module, chain)], None
+                while links[-1][1] is studies[links[-1][0]].end and links[-1][0] in goes_on and hooked is None:
+                    hooked = interference(links[-1][0])
+                    links += [] if hooked else [goes_on[links[-1][0]]]
+                yield from _finding(links, hooked, names)
+        for target, reason in study.apart.items():
+            yield module.get_submodule(target), None, None, reason
+    yield from unfused
+    # The innermost module that might have called it.
+    for module in reversed(found):
+        for child in reach(module):
+            if isinstance(child, _BatchNorm) and found[module].untraceable is not None:
+                yield child, None, None, found[module].untraceable
+
+
+def _finding(links: list[_Link], hooked: str | None, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
+    """The batch norm of a chain that is fused, as its modules are now."""
+    conv, norm = _conv_and_norm(links)
+    if norm is not None:
+        steps = _steps(links)
+        end, reason = fusible(conv, tuple(steps))
+        labels = [step.label for _, chain in links for step in chain.steps][:end]
+        if all(kind == "skip" for kind, _ in steps[end:]):
+            reason = hooked or links[-1][1].ends
+        chain = " + ".join([names[conv], *(label for label in labels if label)]) if end else None
+        yield norm, chain, conv, reason
+
+
+def _is_fused(module: torch.nn.Module, chain: Chain) -> bool:
+    return isinstance(module, ConvBNAct) or chain.head in fused_names(module)
+
+
+def _against(conv: torch.nn.Module) -> str:
+    theirs = type(conv).__module__.startswith(("torch.nn.modules.", "fastconv.nn."))
+    return "not converted" if theirs else f"its convolution, a {type(conv).__name__}, is not converted"

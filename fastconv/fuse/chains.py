@@ -1,4 +1,8 @@
-"""Chains of convolution -> batch norm (-> activation, addition) in the graphs of one module's forward."""
+"""Chains of convolution -> batch norm (-> activation, addition) in the graphs of one module's forward.
+
+A chain begins with a call of a convolution, or of a module whose own result is a chain's (`Study.end`), so that what
+follows in the caller, as the addition of a residual block, can go on with it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +21,10 @@ from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from fastconv.activations import has_fused_form
+from fastconv.activations import activation_of, has_fused_form, let_be
 from fastconv.fuse.trace import Kinds, Untraceable, class_of, is_sequential, parameters, trace
-from fastconv.nn.fused import NORMS, ConvBNAct, Steps
+from fastconv.kernels.epilogue import ACTIVATIONS
+from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct
 
 _CONVS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
@@ -40,28 +45,38 @@ _ACTIVATIONS: dict[Any, type[torch.nn.Module]] = {
     F.softplus: torch.nn.Softplus,
     F.mish: torch.nn.Mish,
 }
+# timm's own, which have an argument ``inplace``.
+_TIMMS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "Sigmoid": "sigmoid", "Tanh": "tanh"}
 # Of the operator module's functions that begin with an i, those that write nothing.
 _PURE = ("index", "indexOf", "inv", "invert", "is_", "is_not", "itemgetter")
 
 
+class Step(NamedTuple):
+    """One of the kinds of ``fastconv.nn.fused.Steps``."""
+
+    kind: str
+    operand: Any  # a module's target, a module in place of a function, or the node that is added
+    label: str | None  # what a report calls it
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Calls of a graph, by the targets of the modules called, that one call can take the place of."""
+    """Calls of a graph that one call can take the place of."""
 
-    conv: str
-    norm: str
-    act: str | torch.nn.Module | None  # a module in place of a function
-    others: tuple[str, ...]
-    steps: Steps
-    parts: tuple[str | None, ...]  # what a report calls each step
+    head: str  # the target of a convolution, or of a module that ends in a chain
+    of_conv: bool
+    steps: tuple[Step, ...]
+    done: frozenset[str]  # "norm", "act" and "+", as far as they have been when it ends
     ends: str | None  # why it does not take the next call, if that is an activation
-    residual: Node | None
-    nodes: tuple[Node, ...]  # the convolution first
+    is_result: bool  # of the module
+    nodes: tuple[Node, ...]  # the head first
+    passed: tuple[str, ...]  # modules called before the head that would be called after it
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What it is in any graph of the same module."""
-        return self.conv, self.norm, self.others, self.steps, self.parts
+        steps = ((kind, label, operand if isinstance(operand, str) else None) for kind, operand, label in self.steps)
+        return self.head, *steps, self.is_result
 
 
 @dataclass(frozen=True)
@@ -71,25 +86,66 @@ class Study:
     graphs: dict[tuple[bool, Kinds], tuple[Graph, list[Chain]]]
     chains: list[Chain]  # those of the usual call, the same in training and in eval
     apart: dict[str, str]  # the other batch norms, and why
-    reads: frozenset[str]  # the attributes by which the forward may have decided what to call
+    reads: frozenset[str] = frozenset()  # the attributes by which the forward may have decided what to call
+    untraceable: str | None = None
+
+    @property
+    def end(self) -> Chain | None:
+        """The chain whose result is the module's."""
+        return next((chain for chain in self.chains if chain.is_result), None)
 
 
-def may_hold_chains(module: torch.nn.Module) -> bool:
-    """Whether a convolution and a batch norm are among its children, in containers or not."""
-    if isinstance(module, torch.jit.ScriptModule | torch.nn.ModuleList | torch.nn.ModuleDict | ConvBNAct):
-        return False
-    children = list(_reach(module))
-    return any(isinstance(m, _CONVS) for m in children) and any(isinstance(m, _BatchNorm) for m in children)
+class Studies(dict[torch.nn.Module, Study]):
+    """What there is to fuse in each module, found when it is first asked for."""
+
+    def __missing__(self, module: torch.nn.Module) -> Study:
+        self[module] = Study({}, [], {})  # for one that holds itself
+        forward = class_of(module).forward
+        nothing = not module._modules or forward is torch.nn.Module.forward
+        if forward is ConvBNAct.forward:
+            self[module] = Study({}, [_of_layer(module)], {})  # type: ignore[arg-type]
+        elif not nothing and not isinstance(module, ConvBNAct | torch.jit.ScriptModule):
+            self[module] = study(module, self)
+        return self[module]
+
+    def of(self, model: torch.nn.Module) -> dict[torch.nn.Module, Study]:
+        """Those of the modules with a batch norm, or with a module that ends in a chain, among their children."""
+        return {
+            module: self[module]
+            for module in model.modules()
+            if isinstance(module, ConvBNAct)
+            or any(isinstance(child, _BatchNorm) or self.goes_on(child) for child in reach(module))
+        }
+
+    def goes_on(self, module: torch.nn.Module) -> bool:
+        """Whether the result of ``module`` is that of a chain with a batch norm, to which something can be added."""
+        if isinstance(module, _BatchNorm) or not any(isinstance(part, _BatchNorm) for part in module.modules()):
+            return False
+        done = self.done(module)
+        return done is not None and "norm" in done and done < {"norm", "act", "+"}
+
+    def done(self, module: torch.nn.Module) -> frozenset[str] | None:
+        """What has been done to a convolution in the result of ``module``; None where it is no chain's."""
+        if isinstance(module, _CONVS):
+            return frozenset()
+        end = self[module].end if class_of(module).__call__ is torch.nn.Module.__call__ else None
+        return None if end is None else end.done
 
 
-def _reach(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def reach(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The children of ``module``, and those of containers among them."""
     for child in module.children():
         yield child
         if isinstance(child, _CONTAINERS):
-            yield from _reach(child)
+            yield from reach(child)
 
 
-def study(module: torch.nn.Module) -> Study:
+def _of_layer(layer: ConvBNAct) -> Chain:
+    steps = [Step("norm", "bn", "bn")] + ([] if layer.act is None else [Step("act", "act", "act")])
+    return Chain("conv", True, tuple(steps), frozenset(step.kind for step in steps), None, True, (), ())
+
+
+def study(module: torch.nn.Module, studies: Studies) -> Study:
     """Trace ``module``'s forward in training and in eval, with a tensor or, where it asks, a list, and find chains."""
     reads: set[str] = set()
     graphs: dict[tuple[bool, Kinds], Graph] = {}
@@ -123,138 +179,232 @@ def study(module: torch.nn.Module) -> Study:
                     if (True, other) not in graphs:
                         graphs |= {(mode, other): trace(module, mode, other, reads)[0] for mode in (True, False)}
     except Untraceable as why:
-        names = {child: name for name, child in module.named_modules()}
-        reason = f"{class_of(module).__name__}.forward {why}"
-        return Study({}, [], {names[m]: reason for m in _reach(module) if isinstance(m, _BatchNorm)}, frozenset())
+        return Study({}, [], {}, untraceable=f"{class_of(module).__name__}.forward {why}")
 
     apart: dict[str, str] = {}
-    in_graph = {graph: list(_chains(graph, module, apart)) for graph in graphs.values()}
+    in_graph = {graph: _Search(graph, module, studies, apart).chains() for graph in graphs.values()}
     in_eval = {chain.key for chain in in_graph[graphs[False, kinds]]}
-    # Later ones are found first.
-    chains = [chain for chain in reversed(in_graph[graph]) if chain.key in in_eval]
-    for found in in_graph.values():
-        apart |= {chain.norm: "called otherwise in training than in eval" for chain in found}
-    apart = {norm: reason for norm, reason in apart.items() if norm not in {chain.norm for chain in chains}}
+    chains = [chain for chain in in_graph[graph] if chain.key in in_eval]
+    norms = {graph: {norm for chain in found for norm in _norms(chain)} for graph, found in in_graph.items()}
+    for others in norms.values():
+        apart |= dict.fromkeys(others, "called otherwise in training than in eval")
+    fused = {norm for chain in chains for norm in _norms(chain)}
+    apart = {norm: reason for norm, reason in apart.items() if norm not in fused}
     found_in = {which: (graph, in_graph[graph]) for which, graph in graphs.items()}
     return Study(found_in, chains, apart, frozenset(reads - {"training"}))
 
 
-def _chains(graph: Graph, module: torch.nn.Module, apart: dict[str, str]) -> Iterator[Chain]:
-    """The chains of ``graph``, the last first; why a batch norm is in none is added to ``apart``."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    taken: set[Node] = set()
-    # From the end, so that where two chains meet in an addition, the later, for which the other is computed, takes it.
-    for node in reversed(graph.nodes):
-        if node.op != "call_module" or not isinstance(module.get_submodule(str(node.target)), _BatchNorm):
-            continue
-        behind = _back_to_convolution(node, module)
-        if isinstance(behind, str):
-            apart.setdefault(str(node.target), behind)
-            continue
-        chain = _chain(behind, node, module, order, taken)
-        if chain is None:
-            apart.setdefault(str(node.target), "something in between may write in place")
-            continue
-        taken.update(chain.nodes)
-        yield chain
+def _norms(chain: Chain) -> list[str]:
+    return [step.operand for step in chain.steps if step.kind == "norm"]
 
 
-def _back_to_convolution(norm: Node, module: torch.nn.Module) -> list[Node] | str:
-    """The calls from a convolution to ``norm``, or why there are none that can be one."""
-    nodes = [norm]
-    while True:
-        before = _called_with(nodes[0])
-        if before is None or before.op != "call_module":
-            return "not behind a convolution"
-        source = module.get_submodule(str(before.target))
-        if not isinstance(source, _ConvNd) and type(source) is not torch.nn.Identity:
-            return f"not behind a convolution but a {type(source).__name__}"
-        if len(before.users) != 1:
-            others = ", ".join(sorted(_describe(user) for user in before.users if user is not nodes[0]))
-            return f"the result of {before.target} also goes to {others}"
-        nodes.insert(0, before)
-        if isinstance(source, _ConvNd):
-            break
-    kind = type(module.get_submodule(str(norm.target)))
-    _know(kind)
-    if kind not in NORMS:
-        return f"a class of its own: {kind.__module__}.{kind.__qualname__}"
-    if not isinstance(source, _CONVS) or NORMS[kind] not in (None, len(source.kernel_size) + 2):
-        return f"behind a {type(source).__name__}"
-    if _called_with(nodes[0]) is None:
-        return f"{nodes[0].target} is called with more than its input"
-    return nodes
+class _Search:
+    """For the chains of a graph; why a batch norm is in none is added to ``apart``."""
 
+    def __init__(self, graph: Graph, module: torch.nn.Module, studies: Studies, apart: dict[str, str]) -> None:
+        self.graph, self.module, self.studies, self.apart = graph, module, studies, apart
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.taken: set[Node] = set()
 
-def _chain(
-    nodes: list[Node], norm: Node, module: torch.nn.Module, order: dict[Node, int], taken: set[Node]
-) -> Chain | None:
-    """What can follow ``nodes``, a convolution to its batch norm; None where not even these can be one call."""
-    conv = nodes[0]
-    others = [str(node.target) for node in nodes[1:-1]]
-    steps: list[str | int] = [*range(len(others)), "norm"]
-    parts: list[str | None] = [*(None for _ in others), str(norm.target)]
-    least = len(nodes)
-    act: str | torch.nn.Module | None = None
-    residual: Node | None = None
-    own = module.get_submodule(str(norm.target))._modules.get("act")
-    active = own is not None and type(own) is not torch.nn.Identity
-    ends = None
-    while len(nodes[-1].users) == 1:
-        (user,) = nodes[-1].users
-        if user in taken:
-            break
-        found = _activation(user, module)
-        if found is not None:
-            if not has_fused_form(module.get_submodule(found) if isinstance(found, str) else found):
-                ends = f"{_describe(user)} has no fused form"
-            if active or ends:
+    def chains(self) -> list[Chain]:
+        """In the graph's order."""
+        calls = [node for node in self.graph.nodes if node.op == "call_module"]
+        found = []
+        # From the end, so that where two chains meet in an addition, the later, for which the other is computed, takes
+        # it; and one of this module's own batch norms before one of its children's.
+        for node in reversed([call for call in calls if isinstance(self._called(call), _BatchNorm)]):
+            behind = self._back_to_head(node)
+            chain = behind if isinstance(behind, str) else self._chain(behind)
+            if isinstance(chain, str):
+                self.apart.setdefault(str(node.target), chain)
+            else:
+                found.append(chain)
+                self.taken.update(chain.nodes)
+        for node in reversed(calls):
+            if node in self.taken or node.kwargs or not self._may_go_on(node):
+                continue
+            chain = self._chain([node])
+            # A convolution alone is for the batch norm of a caller.
+            if not isinstance(chain, str) and ("norm" in chain.done if chain.steps else chain.is_result):
+                found.append(chain)
+                self.taken.update(chain.nodes)
+        return sorted(found, key=lambda chain: self.order[chain.nodes[0]])
+
+    def _may_go_on(self, node: Node) -> bool:
+        """Whether ``node`` calls what ends in a chain to which something can be added, here or by the caller."""
+        called = self._called(node)
+        if isinstance(called, _CONVS):
+            return _is_result(node) and _called_with(node) is not None
+        return self.studies.goes_on(called) or (_is_result(node) and self.studies.done(called) is not None)
+
+    def _called(self, node: Node) -> torch.nn.Module:
+        return self.module.get_submodule(str(node.target))
+
+    def _back_to_head(self, norm: Node) -> list[Node] | str:
+        """The calls from a convolution to ``norm``, or why there are none that can be one."""
+        nodes = [norm]
+        while True:
+            before = _called_with(nodes[0])
+            if before is None:
+                return "not behind a convolution"
+            if before.op != "call_module":
+                return f"not behind a convolution but {_describe(before)}"
+            source = self._called(before)
+            done = self.studies.done(source)
+            is_conv = isinstance(source, _ConvNd)
+            if done != frozenset() and not is_conv and type(source) is not torch.nn.Identity:
+                return f"not behind a convolution but {before.target}, a {class_of(source).__name__}"
+            if len(before.users) != 1:
+                others = ", ".join(sorted(_describe(user) for user in before.users if user is not nodes[0]))
+                return f"the result of {before.target} also goes to {others}"
+            nodes.insert(0, before)
+            if type(source) is not torch.nn.Identity:
                 break
-            act, active = found, True
-            steps.append("act")
-            parts.append(_describe(user))
-        elif residual is None and (added := _added(user, nodes[-1])) is not None:
-            residual = added
-            steps.append(_ADD[user.target])
-            parts.append("residual")
-        elif user.op == "call_module" and type(module.get_submodule(str(user.target))) is torch.nn.Identity:
-            steps.append(len(others))
-            parts.append(None)
-            others.append(str(user.target))
-        else:
-            break
-        nodes.append(user)
-    # The convolution moves to where the chain ends: nothing that it reads may be written on the way.
-    while len(nodes) > least and (parts[-1] is None or _writes_between(nodes, module, order)):
-        nodes.pop()
-        parts.pop()
-        steps.pop()
-    if _writes_between(nodes, module, order):
-        return None
-    return Chain(
-        conv=str(conv.target),
-        norm=str(norm.target),
-        act=act if "act" in steps else None,
-        others=tuple(others[: sum(isinstance(step, int) for step in steps)]),
-        steps=tuple(steps),
-        parts=tuple(parts),
-        ends=ends,
-        residual=residual if "+" in steps or "+=" in steps else None,
-        nodes=tuple(nodes),
+        kind = type(self._called(norm))
+        _know(kind)
+        if kind not in NORMS:
+            return f"a class of its own: {kind.__module__}.{kind.__qualname__}"
+        if done is None or NORMS[kind] not in (None, self._axes(source)):
+            return f"behind a {type(source).__name__}"
+        if _called_with(before) is None if is_conv else before.kwargs:
+            return f"{before.target} is called with more than its input"
+        return nodes
+
+    def _axes(self, source: torch.nn.Module) -> int:
+        """How many the result of the convolution has in which ``source`` ends."""
+        while not isinstance(source, _CONVS):
+            end = self.studies[source].end
+            assert end is not None
+            source = source.get_submodule(end.head)
+        return len(source.kernel_size) + 2
+
+    def _chain(self, nodes: list[Node]) -> Chain | str:
+        """What can follow ``nodes``, a head alone or to its batch norm; or why not even these can be one call."""
+        head = self._called(nodes[0])
+        done = set(self.studies.done(head) or ())
+        steps: list[Step] = []
+        for node in nodes[1:]:
+            called = self._called(node)
+            is_norm = isinstance(called, _BatchNorm)
+            _know(type(called._modules.get("act")))
+            steps.append(Step("norm", str(node.target), str(node.target)) if is_norm else _skip(node))
+            if is_norm:
+                own = called._modules.get("act")
+                done |= {"norm"} if own is None or type(own) is torch.nn.Identity else {"norm", "act"}
+        least = len(nodes)
+        ends = None
+        while len(nodes[-1].users) == 1:
+            (user,) = nodes[-1].users
+            if user in self.taken:
+                break
+            if (act := _activation(user, self.module)) is not None:
+                if not has_fused_form(self.module.get_submodule(act) if isinstance(act, str) else act):
+                    ends = f"{_describe(user)} has no fused form"
+                step = Step("act", act, _describe(user))
+            elif (added := _added(user, nodes[-1])) is not None:
+                step = Step(_ADD[user.target], added, "residual")
+            elif user.op == "call_module" and _called_with(user) and _skips(self._called(user)):
+                step = _skip(user)
+            else:
+                break
+            does = _does(step)
+            if ends or done & does:
+                break
+            steps.append(step)
+            done |= does
+            nodes.append(user)
+        while len(nodes) > least and (
+            (steps[-1].kind == "skip" and not _is_result(nodes[-1]))
+            or self._may_not_move(nodes)
+            or self._is_kept_and_written(steps, nodes[-1])
+        ):
+            done -= _does(steps.pop())
+            nodes.pop()
+        if self._may_not_move(nodes):
+            return "something in between may write in place"
+        passed = (str(node.target) for node in self._between(nodes) if self._is_identity(node))
+        return Chain(
+            head=str(nodes[0].target),
+            of_conv=isinstance(head, _CONVS),
+            steps=tuple(steps),
+            done=frozenset(done),
+            ends=ends,
+            is_result=_is_result(nodes[-1]),
+            nodes=tuple(nodes),
+            passed=() if isinstance(head, _CONVS) else tuple(passed),
+        )
+
+    def _may_not_move(self, nodes: list[Node]) -> bool:
+        """Whether it matters that the first of ``nodes`` is called where the last is: what it reads may be written on
+        the way; a module that is not known may do anything."""
+        moved = self._called(nodes[0])
+        others = [node for node in self._between(nodes) if not self._is_identity(node)]
+        known = isinstance(moved, _CONVS) or not others or _is_known(moved)
+        return not known or any(_may_write(node, self.module) for node in others)
+
+    def _between(self, nodes: list[Node]) -> list[Node]:
+        between = islice(self.order, self.order[nodes[0]] + 1, self.order[nodes[-1]])
+        return [node for node in between if node not in nodes and node.op != "get_attr"]
+
+    def _is_identity(self, node: Node) -> bool:
+        return node.op == "call_module" and type(self._called(node)) is torch.nn.Identity
+
+    def _is_kept_and_written(self, steps: list[Step], last: Node) -> bool:
+        """Whether the fused call would keep for backward what is added, and it may be written in place afterwards."""
+        added = [step.operand for step in steps if step.kind in SUMS]
+        if not added or steps[-1].kind != "act":
+            return False
+        act = steps[-1].operand
+        act = self.module.get_submodule(act) if isinstance(act, str) else act
+        later = (user for user in added[0].users if self.order[user] > self.order[last])
+        return not ACTIVATIONS[activation_of(act)[0]].from_output and any(_may_write(u, self.module) for u in later)
+
+
+def _does(step: Step) -> set[str]:
+    return {"+"} if step.kind in SUMS else {step.kind} - {"skip"}
+
+
+def _skip(node: Node) -> Step:
+    return Step("skip", str(node.target), None)
+
+
+def _skips(module: torch.nn.Module) -> bool:
+    """Whether there are times when a call of ``module`` does nothing."""
+    _know(type(module))
+    return type(module) in SKIPPED
+
+
+def _is_result(node: Node) -> bool:
+    """Whether ``node`` is what its graph returns, and nothing else reads it."""
+    return [(user.op, user.args) for user in node.users] == [("output", (node,))]
+
+
+def _is_known(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` does nothing but compute: it writes no input, draws no random numbers."""
+    if _module_may_write(module):
+        return False
+    return all(
+        is_sequential(part)
+        or isinstance(part, torch.nn.Identity | ConvBNAct)
+        or has_fused_form(part)
+        or (isinstance(part, _ConvNd | _BatchNorm) and type(part).__module__.startswith(("torch.nn.", "fastconv.nn.")))
+        for part in module.modules()
     )
 
 
 def _called_with(node: Node) -> Node | None:
-    """The value that ``node`` is called with, if that is all."""
-    only = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node)
-    return node.args[0] if only else None  # type: ignore[return-value]
+    """The value that ``node`` is called with, by position or by name, if that is all."""
+    values = [*node.args, *node.kwargs.values()]
+    return values[0] if len(values) == 1 and isinstance(values[0], Node) else None
 
 
 def _activation(node: Node, module: torch.nn.Module) -> str | torch.nn.Module | None:
     """The target of a module of torch.nn's activations, or a module that does what a function does."""
     if node.op == "call_module":
         act = module.get_submodule(str(node.target))
-        is_act = type(act).__module__ == "torch.nn.modules.activation" and _called_with(node) is not None
+        _know(type(act))
+        is_act = type(act).__module__ == "torch.nn.modules.activation" or has_fused_form(act)
+        is_act = is_act and type(act) is not torch.nn.Identity and _called_with(node) is not None
         return str(node.target) if is_act else None
     if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATIONS:
         return None
@@ -273,13 +423,6 @@ def _added(node: Node, value: Node) -> Node | None:
     if first is second or (second is value and _ADD[node.target] == "+="):
         return None
     return second if first is value else first  # type: ignore[return-value]
-
-
-def _writes_between(nodes: list[Node], module: torch.nn.Module, order: dict[Node, int]) -> bool:
-    """Whether something called between the first and the last of ``nodes``, but for these, may write in place."""
-    chain = set(nodes)
-    between = islice(order, order[nodes[0]] + 1, order[nodes[-1]])
-    return any(_may_write(node, module) for node in between if node not in chain)
 
 
 def _may_write(node: Node, module: torch.nn.Module) -> bool:
@@ -315,13 +458,22 @@ def _module_may_write(module: torch.nn.Module) -> bool:
 def _describe(node: Node) -> str:
     if node.op == "output":
         return "the result"
+    if node.op == "placeholder":
+        return f"the argument {node.target}"
     if node.op == "call_module":
         return str(node.target)
     return (node.target if isinstance(node.target, str) else node.target.__name__).rstrip("_")
 
 
-def _know(norm: type) -> None:
-    """Let timm's BatchNormAct2d be a batch norm: only a model that has one makes it importable here."""
-    module = sys.modules.get("timm.layers.norm_act")
-    if module is not None and norm is module.BatchNormAct2d:
-        NORMS[norm] = 4
+def _know(kind: type) -> None:
+    """Let timm's and torchvision's own be known: only a model that has one makes it importable here."""
+    package, name = kind.__module__, kind.__name__
+    if (package, name) == ("torchvision.ops.stochastic_depth", "StochasticDepth"):
+        SKIPPED[kind] = "p"
+    elif (package, name) == ("timm.layers.drop", "DropPath"):
+        SKIPPED[kind] = "drop_prob"
+    elif package == "timm.layers.activations" and name in _TIMMS:
+        let_be(kind, _TIMMS[name])
+    elif package == "timm.layers.norm_act" and name in ("BatchNormAct2d", "SyncBatchNormAct"):
+        NORMS[sys.modules[package].BatchNormAct2d] = 4
+        NORMS[sys.modules[package].SyncBatchNormAct] = None  # what the other may become later

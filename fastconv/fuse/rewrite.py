@@ -12,22 +12,23 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
+from torch.nn.modules.module import _has_any_global_hook
 
-from fastconv.fuse.chains import Chain, Study, study
-from fastconv.fuse.trace import Kinds, class_of, subclass
-from fastconv.nn.fused import run_chain
+from fastconv.fuse.chains import Chain, Step, Studies, Study
+from fastconv.fuse.trace import Kinds, class_of, parameters, subclass
+from fastconv.nn.fused import Steps, interference, run_chain, run_open, take
 
 
 def fused_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The convolutions, by their targets, whose chains are one call in ``module``'s forward."""
+    """The heads of the chains that are one call in ``module``'s forward."""
     return type(module).__dict__.get("_fastconv_names", ())
 
 
 def fuse_module(module: torch.nn.Module, found: Study, names: Iterable[str]) -> None:
-    """Make those of the chains ``found`` one call whose convolution is among ``names``, and no other."""
+    """Make those of the chains ``found`` one call whose head is among ``names``, and no other."""
     wanted = set(names)
-    chosen = tuple(chain.conv for chain in found.chains if chain.conv in wanted)
+    chosen = tuple(chain.head for chain in found.chains if chain.head in wanted)
     original = class_of(module)
     if not chosen:
         module.__class__ = original
@@ -35,7 +36,7 @@ def fuse_module(module: torch.nn.Module, found: Study, names: Iterable[str]) -> 
     done: dict[Graph, _Source] = {}
     for graph, chains in found.graphs.values():
         if graph not in done:
-            done[graph] = _rewrite(graph, [chain for chain in chains if chain.conv in chosen])
+            done[graph] = _rewrite(graph, [chain for chain in chains if chain.head in chosen])
     sources = tuple((which, done[graph]) for which, (graph, _) in found.graphs.items())
     prefixes = {target.rpartition(".")[0] for _, source in sources for target in source.targets}
     sizes = tuple(sorted((name, len(module.get_submodule(name)._modules)) for name in {"", *prefixes}))
@@ -48,6 +49,8 @@ class _Source:
 
     text: str
     meaning: tuple[tuple[str, Any], ...]
+    goes_on: bool  # whether it takes further steps as its last argument
+    unhooked: tuple[str, ...]  # modules whose hooks would see that they are called by position, or in another order
     targets: frozenset[str] = field(compare=False)
     globals: dict[str, Any] = field(compare=False)
 
@@ -74,31 +77,45 @@ class _Constant:
 
 
 def _rewrite(graph: Graph, chains: list[Chain]) -> _Source:
-    """Put one call of ``run_chain`` in the place of each chain's calls; the code of the result."""
+    """Put one call of ``run_chain`` or ``run_open`` in the place of each chain's calls; the code of the result."""
     constants: dict[str, torch.nn.Module] = {}
-    for chain in chains:
-        last = chain.nodes[-1]
-        act: Any = chain.act
-        if isinstance(act, torch.nn.Module):
+    calls: dict[Node, Node] = {}
+
+    def operand(step: Step) -> Any:
+        if isinstance(step.operand, torch.nn.Module):
             name = f"fastconv_act_{len(constants)}"
-            constants[name] = act
-            act = _Constant(name)
+            constants[name] = step.operand
+            return _Constant(name)
+        # What is added may be a chain's result.
+        return graph.get_attr(step.operand) if isinstance(step.operand, str) else calls.get(step.operand, step.operand)
+
+    nodes = [node for chain in chains for node in chain.nodes]
+    unhooked = {str(node.target) for node in nodes if node.op == "call_module" and node.kwargs}
+    unhooked.update(*(chain.passed for chain in chains))
+    goes_on = False
+    for chain in chains:
+        first, last = chain.nodes[0], chain.nodes[-1]
         with graph.inserting_after(last):
-            call = graph.call_function(run_chain)
+            call = graph.call_function(run_chain if chain.of_conv else run_open)
         with graph.inserting_before(call):
-            child = graph.get_attr
-            call.args = (
-                *(chain.nodes[0].args[0], chain.residual, child(chain.conv), child(chain.norm)),
-                *(child(act) if isinstance(act, str) else act, tuple(map(child, chain.others)), chain.steps),
-            )
+            head = graph.get_attr(chain.head)
+            steps = tuple((step.kind, operand(step)) for step in chain.steps)
+        call.args = (*first.args, *first.kwargs.values(), head, steps) if chain.of_conv else (head, first.args, steps)
+        if chain.is_result:
+            goes_on = True
+            with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+                call.args = (*call.args, graph.placeholder("fastconv_tail", default_value=()))
         last.replace_all_uses_with(call)
+        calls[last] = call
         for node in reversed(chain.nodes):
             graph.erase_node(node)
     targets = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     code = graph.python_code("self")
     meaning: list[tuple[str, Any]] = [(name, id(value)) for name, value in code.globals.items()]
     meaning += [(name, repr(value)) for name, value in constants.items()]
-    return _Source(code.src, tuple(sorted(meaning)), targets, {**code.globals, **constants})
+    return _Source(
+        code.src, tuple(sorted(meaning)), goes_on, tuple(sorted(unhooked)), targets, {**code.globals, **constants}
+    )
 
 
 @cache
@@ -110,24 +127,47 @@ def _fused_class(
     sizes: tuple[tuple[str, int], ...],
 ) -> Any:
     """The subclass of ``original`` whose forward is ``sources`` where they apply, and ``original``'s elsewhere."""
-    compiled = {source: source.compile() for _, source in sources}
+    compiled = {source: (source.compile(), source.goes_on) for _, source in sources}
     forwards = {which: compiled[source] for which, source in sources}
     # Each with the forwards of eval and of training.
     called_with = [(kinds, (forwards[False, kinds], fused)) for (trains, kinds), fused in forwards.items() if trains]
+    required, optional = parameters(original.forward)
+    unhooked = sorted({name for source in compiled for name in source.unhooked})
     # How many children it and the containers that it reaches into had: one more may be one more to call.
     own_size, inner_sizes = sizes[0][1], sizes[1:]
 
-    @wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(self._modules) != own_size:
-            return original.forward(self, *args, **kwargs)
+    def chosen(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, tuple[Any, ...]]:
+        """The fused forward for such a call or None, whether it goes on, and its arguments."""
+        if kwargs:
+            given = [*required, *optional][len(args) : len(args) + len(kwargs)]
+            if set(given) != set(kwargs):
+                return None, False, args
+            args = (*args, *(kwargs[name] for name in given))
+        while len(args) > len(required) and args[-1] is None:
+            args = args[:-1]
+        if len(self._modules) != own_size:
+            return None, False, args
         for name, size in inner_sizes:
             if len(self.get_submodule(name)._modules) != size:
-                return original.forward(self, *args)
+                return None, False, args
+        for name in unhooked:
+            if _has_any_global_hook() or interference(self.get_submodule(name)) is not None:
+                return None, False, args
         for kinds, fused in called_with:
             if len(args) == len(kinds) and all(map(isinstance, args, kinds)):
-                return fused[self.training](self, *args)
-        return original.forward(self, *args)
+                return *fused[self.training], args
+        return None, False, args
+
+    @wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fused, _, given = chosen(self, args, kwargs)
+        return original.forward(self, *args, **kwargs) if fused is None else fused(self, *given)
+
+    def go_on(self: Any, args: tuple[Any, ...], steps: Steps) -> Any:
+        fused, goes_on, given = chosen(self, args, {})
+        return fused(self, *given, steps) if goes_on else take(forward(self, *args), steps)
+
+    forward.go_on = go_on  # type: ignore[attr-defined]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # A new one, as a slice of a Sequential is, has children of its own.
@@ -192,7 +232,7 @@ def _unfinished(original: Any, names: tuple[str, ...]) -> Any:
     def __setstate__(self: Any, state: Any) -> None:
         self.__class__ = original
         self.__setstate__(state)
-        fuse_module(self, study(self), names)
+        fuse_module(self, Studies()[self], names)
 
     cls = subclass(original, {"__setstate__": __setstate__})
     # For torch.load(weights_only=True), which has taken ``original`` to be safe if it comes here.

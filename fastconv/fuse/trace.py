@@ -10,6 +10,7 @@ import inspect
 import operator
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -150,7 +151,13 @@ class _Tracer(torch.fx.Tracer):
         return root_fn, [self.root, *values]
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Value else super().create_arg(a)
+        if type(a) is _Value:
+            return a.node
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
+        if isinstance(a, dict | list) and type(a) not in (dict, list):
+            raise Untraceable(f"makes a {type(a).__name__}")  # torch.fx would make it a plain one
+        return super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
         kind: type | None = None

@@ -1,7 +1,8 @@
 """Convolution + batch norm + activation (+ residual) as one call of modules that stay what they are.
 
 ``run_chain`` looks at its modules at each call: what they are, whether something hooks into them, train or eval. What
-it cannot fuse it runs as they are, so that a chain found once is never wrong later.
+it cannot fuse it runs as they are, so that a chain found once is never wrong later. A chain whose result is a module's
+result goes on in the module that calls it: ``run_open``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import has_torch_function_unary
+from torch.overrides import _get_current_function_mode_stack, has_torch_function_unary
 
 from fastconv import functional
 from fastconv.activations import has_fused_form
 from fastconv.nn.conv import Conv1d, Conv2d, Conv3d
 
-Steps = tuple["str | int", ...]
+# "norm", "act" and "skip" with a module, "+" and "+=" with what is added.
+Steps = tuple[tuple[str, Any], ...]
 Size = int | tuple[int, ...]
 Norm = Callable[[int], torch.nn.Module]
 
@@ -31,83 +33,124 @@ NORMS: dict[type, int | None] = {
     torch.nn.BatchNorm3d: 5,
     torch.nn.SyncBatchNorm: None,
 }
+# What may do nothing, each with the rate at which it does something in training; ``fuse`` adds DropPath and its like.
+SKIPPED: dict[type, str] = {
+    torch.nn.Identity: "",
+    **dict.fromkeys((torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d), "p"),
+}
+SUMS = ("+", "+=")
+# Called in the place of `run_chain`, the last one alone: explain's.
+watchers: list[Callable[[Any, Any, Steps], Any]] = []
 
 
-def run_chain(
-    x: Any,
-    residual: Any,
-    conv: Any,
-    norm: Any,
-    act: Any,
-    others: tuple[Any, ...],
-    steps: Steps,
-) -> Any:
-    """What ``steps`` make of ``conv(x)``: "norm", "act", "+" and "+=" the residual, or the number of one of ``others``.
+def run_chain(x: Any, conv: Any, steps: Steps, tail: Steps = ()) -> Any:
+    """``steps``, then ``tail``, on ``conv(x)``: x [N, C, spatial], what is added as the result.
 
-    x [N, C, spatial], residual as the result. As many steps as possible are one call of fastconv's; the rest are calls
-    of the modules. Raises what the modules would.
+    As many steps as possible are one call of fastconv's; the rest are calls of the modules. Raises what the modules
+    would.
     """
-    end = 0
-    if isinstance(x, Tensor) and not has_torch_function_unary(x):
-        dtype = functional._autocast_dtype(x) or x.dtype
-        if functional.served(x, dtype) is None and x.dim() == len(conv.kernel_size) + 2:
-            end, _ = fusible(conv, norm, act, others, steps)
-            if residual is not None and not _adds_as_it_is(x, residual, conv, dtype):
-                end = min(end, steps.index("+" if "+" in steps else "+="))
-    value = _fused(x, residual, conv, norm, act, steps[:end]) if end else conv(x)
-    for step in steps[end:]:
-        if step == "norm":
-            value = norm(value)
-        elif step == "act":
-            value = act(value)
-        elif step == "+":
-            value = value + residual
-        elif step == "+=":
-            value += residual
+    steps = (*steps, *tail)
+    if watchers:
+        return watchers[-1](x, conv, steps)
+    return call_chain(x, conv, steps, taken(x, conv, steps)[0])
+
+
+def taken(x: Any, conv: Any, steps: Steps) -> tuple[int, str | None]:
+    """How many of ``steps`` one call takes behind ``conv(x)`` (0: not even the batch norm), and why no more."""
+    if not isinstance(x, Tensor) or _intercepted(x):
+        return 0, f"called with a {type(x).__name__}, or in a mode, that sees each function"
+    dtype = functional._autocast_dtype(x) or x.dtype
+    reason = functional.served(x, dtype)
+    if reason is None and x.dim() != len(conv.kernel_size) + 2:
+        reason = f"its input has {x.dim()} axes"
+    if reason is not None:
+        return 0, reason
+    end, reason = fusible(conv, steps)
+    for index, (kind, operand) in enumerate(steps[:end]):
+        if kind in SUMS and not _adds_as_it_is(x, operand, conv, dtype):
+            return index, "what is added has another shape or dtype"
+    return end, reason
+
+
+def call_chain(x: Any, conv: Any, steps: Steps, end: int) -> Any:
+    """``steps`` on ``conv(x)``, the first ``end`` of them in one call with it."""
+    return take(_fused(x, conv, steps[:end]) if end else conv(x), steps[end:])
+
+
+def run_open(child: Any, args: tuple[Any, ...], steps: Steps, tail: Steps = ()) -> Any:
+    """``steps``, then ``tail``, on ``child(*args)``, at the end of the child's last chain where it has one.
+
+    What the child's own call would do beside its forward is looked at each time, as `run_chain` does.
+    """
+    steps = (*steps, *tail)
+    go_on = getattr(type(child).forward, "go_on", None)
+    if go_on is None or _has_any_global_hook() or interference(child) is not None:
+        return take(child(*args), steps)
+    return go_on(child, args, steps)
+
+
+def take(value: Any, steps: Steps) -> Any:
+    """``steps`` on ``value``, one by one."""
+    for kind, operand in steps:
+        if kind == "+":
+            value = value + operand
+        elif kind == "+=":
+            value += operand
         else:
-            value = others[step](value)  # type: ignore[index]
+            value = operand(value)
     return value
 
 
-def fusible(
-    conv: Any, norm: Any, act: torch.nn.Module | None, others: tuple[torch.nn.Module, ...], steps: Steps
-) -> tuple[int, str | None]:
+def fusible(conv: Any, steps: Steps) -> tuple[int, str | None]:
     """How many of ``steps`` one call can take, as the modules are now (0: not even "norm"), and why no more."""
     if _has_any_global_hook():
         return 0, "a hook on every module"
-    reason = _interference(conv)
+    reason = interference(conv)
     if reason is None and type(conv) not in _FUNCTIONS:
         reason = f"its convolution is a {type(conv).__name__}"
-    if reason is not None:
-        return 0, reason
-    end, active = 0, False
-    for index, step in enumerate(steps):
-        if step == "norm":
-            reason, active = _against_norm(norm, len(conv.kernel_size) + 2)
-        elif step == "act":
-            reason = _against_act(act)
-            if active:
-                reason = f"a second activation, {type(act).__name__}"
-            active = True
-        elif step not in ("+", "+="):
-            other = others[step]  # type: ignore[index]
-            reason = _interference(other)
-            if type(other) is not torch.nn.Identity:
-                reason = f"a {type(other).__name__} in between"
+    end = 0
+    done: set[str] = set()
+    for index, (kind, operand) in enumerate(steps):
         if reason is not None:
-            return end, reason
-        if end or step == "norm":
+            break
+        if kind == "norm":
+            reason, active = _against_norm(operand, len(conv.kernel_size) + 2)
+            taken = {"norm", "act"} if active else {"norm"}
+        elif kind == "act":
+            reason, taken = _against_act(operand), {"act"}
+        elif kind in SUMS:
+            taken = {"+"}
+        else:
+            reason, taken = _against_skip(operand), set()
+        if reason is None and kind in ("act", *SUMS) and "norm" not in done:
+            reason = "no batch norm in front of it"
+        if reason is None and done & taken:
+            second = {"norm": "batch norm", "act": f"activation, {type(operand).__name__}"}
+            reason = f"a second {second.get(kind, 'addition')}"
+        done |= taken
+        if reason is None and "norm" in done:
             end = index + 1
-    return end, None
+    return end, reason
 
 
-def _interference(module: torch.nn.Module) -> str | None:
+def interference(module: torch.nn.Module) -> str | None:
     """What of the user's would not be called, or not see the value, if ``module`` was not called."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on its {type(module).__name__}"
     if "forward" in module.__dict__:
         return f"a forward of its own on its {type(module).__name__}"
+    if module._compiled_call_impl is not None:
+        return f"its {type(module).__name__} is compiled on its own"
     return None
+
+
+def _intercepted(x: Tensor) -> bool:
+    """Whether a tensor subclass or a mode of somebody's is to see each of torch's functions on ``x``."""
+    if not has_torch_function_unary(x):
+        return False
+    # torch's own modes, as of torch.export and torch.set_default_device, change nothing of a convolution.
+    theirs = (type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())
+    return type(x).__torch_function__ is not Tensor.__torch_function__ or not all(theirs)
 
 
 def _against_norm(norm: Any, axes: int) -> tuple[str | None, bool]:
@@ -116,29 +159,35 @@ def _against_norm(norm: Any, axes: int) -> tuple[str | None, bool]:
         return f"{type(norm).__name__} is not a batch norm that is fused", False
     if NORMS[type(norm)] not in (None, axes):
         return f"a {type(norm).__name__} behind a convolution of {axes - 2} axes", False
-    reason, active = _interference(norm), False
+    reason, active = interference(norm), False
     act = norm._modules.get("act")
     if act is not None and reason is None:
         active = type(act) is not torch.nn.Identity
-        reason = _interference(norm.drop) or _against_act(act)
-        if type(norm.drop) is not torch.nn.Identity:
-            reason = f"a {type(norm.drop).__name__} before the activation of its {type(norm).__name__}"
+        reason = _against_skip(norm.drop) or _against_act(act)
     return reason, active
 
 
-def _against_act(act: torch.nn.Module | None) -> str | None:
-    if act is None:
-        return "no activation"
-    reason = _interference(act)
+def _against_act(act: torch.nn.Module) -> str | None:
+    reason = interference(act)
     if reason is None and not has_fused_form(act):
         reason = f"{type(act).__name__} has no fused form"
     return reason
 
 
+def _against_skip(module: Any) -> str | None:
+    """Why ``module`` may not be passed over: it does something now, or is hooked."""
+    rate = SKIPPED.get(type(module))
+    if rate is None:
+        return f"a {type(module).__name__} in between"
+    if rate and module.training and getattr(module, rate) != 0:
+        return f"a {type(module).__name__} in between, in training"
+    return interference(module)
+
+
 def _group(norm: Any) -> Any:
     """The process group over which ``norm`` takes statistics; None where it is alone. As torch.nn.SyncBatchNorm's."""
     distributed = torch.distributed
-    if type(norm) is not torch.nn.SyncBatchNorm or not norm.training:
+    if not isinstance(norm, torch.nn.SyncBatchNorm) or not norm.training:
         return None
     if not distributed.is_available() or not distributed.is_initialized():
         return None
@@ -164,17 +213,18 @@ def _adds_as_it_is(x: Tensor, residual: Any, conv: Any, dtype: torch.dtype) -> b
     return True
 
 
-def _fused(
-    x: Tensor,
-    residual: Tensor | None,
-    conv: Any,
-    norm: Any,
-    act: torch.nn.Module | None,
-    steps: Steps,
-) -> Tensor:
+def _fused(x: Tensor, conv: Any, steps: Steps) -> Tensor:
     """``steps``, the beginning of a chain, in one call; statistics are kept as torch.nn's batch norms keep them."""
-    if "act" not in steps:
-        act = norm._modules.get("act")  # timm's have one of their own
+    norm: Any = None
+    act = residual = None
+    residual_after = False
+    for kind, operand in steps:
+        if kind == "norm":
+            norm, act = operand, operand._modules.get("act")  # timm's have one of their own
+        elif kind == "act":
+            act, residual_after = operand, False
+        elif kind in SUMS:
+            residual, residual_after = operand, True
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
     training, momentum = norm.training, norm.momentum
     batch = training or (mean is None and var is None)
@@ -185,11 +235,10 @@ def _fused(
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-    added = "+" in steps or "+=" in steps
     z = functional.conv_norm_act(
         *(_FUNCTIONS[type(conv)], x, conv.weight, conv.bias),
         *((mean, var, norm.weight, norm.bias), batch, momentum, norm.eps),
-        *(act, residual if added else None, added and steps[-1] != "act"),
+        *(act, residual, residual_after),
         *(conv.stride, padding, conv.dilation, conv.groups, _group(norm)),
     )
     if training and count is not None:
@@ -228,9 +277,21 @@ class ConvBNAct(torch.nn.Module):
         self.bn = norm(conv.out_channels).to(conv.weight.device, conv.weight.dtype)
         self.act = _ACTIVATIONS[act]() if isinstance(act, str) else act
 
+    def steps(self, residual: Tensor | None = None) -> Steps:
+        """What it does to its convolution's result."""
+        added: Steps = () if residual is None else (("+", residual),)
+        return ("norm", self.bn), *added, *(() if self.act is None else (("act", self.act),))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        steps: Steps = ("norm",) if residual is None else ("norm", "+")
-        return run_chain(x, residual, self.conv, self.bn, self.act, (), steps if self.act is None else (*steps, "act"))
+        return run_chain(x, self.conv, self.steps(residual))
+
+
+def _go_on(layer: Any, args: tuple[Any, ...], steps: Steps) -> Any:
+    return run_chain(args[0], layer.conv, layer.steps(*args[1:]), steps)
+
+
+# On the function: a subclass with a forward of its own does not have it.
+ConvBNAct.forward.go_on = _go_on  # type: ignore[attr-defined]
 
 
 class ConvBNAct1d(ConvBNAct):

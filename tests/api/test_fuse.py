@@ -151,7 +151,7 @@ def by_type(m: Any, x: Any) -> Any:
 
 
 BN1, BN2 = "conv1 + bn1", "conv2 + bn2"
-OTHER = {"bn2": "not called beside a convolution"}
+OTHER = {"bn2": "not called by the module that holds it"}
 # name -> (forward, further children, fused, unfused, the fused calls)
 FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]]] = {
     "residual block": (
@@ -231,9 +231,9 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
     "dropout": (
         lambda m, x: F.relu(m.drop(m.bn1(m.conv1(x)))),
         {"drop": nn.Dropout(0.0)},
-        [BN1],
+        [f"{BN1} + relu"],
         OTHER,
-        [(None, None)],
+        [("ReLU", None)],
     ),
     "identity": (
         lambda m, x: m.skip(m.relu(m.skip(m.bn1(m.skip(m.conv1(x)))))),
@@ -292,10 +292,16 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
         lambda m, x: m.bn1(m.relu(m.conv1(x))),
         {},
         [],
-        {"bn1": "not behind a convolution but a ReLU", **OTHER},
+        {"bn1": "not behind a convolution but relu, a ReLU", **OTHER},
         [],
     ),
-    "norm first": (lambda m, x: m.conv1(m.bn1(x)), {}, [], {"bn1": "not behind a convolution", **OTHER}, []),
+    "norm first": (
+        lambda m, x: m.conv1(m.bn1(x)),
+        {},
+        [],
+        {"bn1": "not behind a convolution but the argument x", **OTHER},
+        [],
+    ),
     "transposed": (
         lambda m, x: m.bn1(m.up(x)),
         {"up": nn.ConvTranspose2d(4, 4, 1)},
@@ -378,7 +384,7 @@ def test_table() -> None:
         "layer                            kind         served by",
         "0.conv1 + bn1 + relu             Conv2d       fastconv",
         "0.conv2 + bn2 + residual + relu  Conv2d       fastconv",
-        "1                                BatchNorm2d  PyTorch    not called beside a convolution",
+        "1                                BatchNorm2d  PyTorch    not behind a convolution but 0, a Block",
         "2 of 2 convolution layers on fastconv's kernels, 2 of 3 batch norms fused into them",
     ]
 
@@ -522,7 +528,7 @@ def test_layers_that_are_not_converted_are_not_fused(calls: list[Any]) -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), nn.ReLU())
     fastconv.convert(model)
     assert type(model) is nn.Sequential
-    assert fastconv.report(model).unfused == [("1", "not converted")]
+    assert fastconv.report(model).unfused == [("1", "its convolution, a ParametrizedConv2d, is not converted")]
     model.to(DEVICE)(images())
     assert not calls
 
@@ -542,11 +548,13 @@ def test_optional_arguments(calls: list[Any]) -> None:
     assert torch.equal(model(x), plain(x)) and len(calls) == 1
     assert torch.equal(model(x, x), plain(x, x)) and calls == [("ReLU", None), ("ReLU", "before")]
     assert torch.equal(model(x, None), plain(x, None))
+    assert torch.equal(model(x=x), plain(x=x)) and len(calls) == 4
+    assert torch.equal(model(residual=x, x=x), plain(x, x)) and calls[4:] == [("ReLU", "before")]
     assert torch.equal(model(x, residual=x, scale=2), plain(x, x, scale=2))
-    assert torch.equal(model(x=x), plain(x=x))
-    assert len(calls) == 2
-    with pytest.raises(TypeError):
-        model()
+    assert len(calls) == 5
+    for wrong in ({}, {"residual": x}, {"x": x, "other": x}):
+        with pytest.raises(TypeError):
+            model(**wrong)
 
 
 def test_lists(calls: list[Any]) -> None:

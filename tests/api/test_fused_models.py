@@ -41,7 +41,7 @@ COUNTS = {
     "shufflenet_v2_x0_5": (56, 56),
     "mnasnet0_5": (52, 52),
     "s3d": (77, 77),
-    "timm resnet26d": (30, 31),
+    "timm resnet26d": (31, 31),
     "timm efficientnet_b0": (49, 49),
     "timm regnety_002": (44, 44),
     "timm cspresnet50": (55, 55),
