@@ -27,29 +27,18 @@ _NAMES = {
     "batch_norm_act_gradient": "gradient",
     "channel_sum": "bias",
 }
-# How often an operator reads an argument, where that is not once.
-_READS = {
-    **dict.fromkeys(
-        (
-            "aten::native_batch_norm",
-            "aten::_native_batch_norm_legit",
-            "aten::_native_batch_norm_legit.no_stats",
-            "aten::_batch_norm_with_update",
-            "aten::cudnn_batch_norm",
-        ),
-        {0: 2},
-    ),
-    **dict.fromkeys(
-        ("aten::native_batch_norm_backward", "aten::batch_norm_backward", "aten::cudnn_batch_norm_backward"),
-        {0: 2, 1: 2},
-    ),
-    **dict.fromkeys(
-        ("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::zeros_like", "aten::ones_like", "aten::new_zeros"),
-        {0: 0},
-    ),
+# Batch norm, with the argument that says whether its statistics are the batch's, and its backward.
+_NORMS = {
+    "aten::native_batch_norm": 5,
+    "aten::_native_batch_norm_legit": 5,
+    "aten::_native_batch_norm_legit.no_stats": 3,
+    "aten::cudnn_batch_norm": 5,
 }
-# Memory that is only reserved.
-_RESERVES = ("aten::empty", "aten::new_empty")
+_NORM_BACKWARDS = ("aten::native_batch_norm_backward", "aten::batch_norm_backward")
+# What reads nothing of the argument whose shape or memory it takes.
+_WRITES = ("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::zeros_like", "aten::ones_like", "aten::new_zeros")
+# Memory that is only reserved; what is asked of a tensor that is none of its values.
+_NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 
 
 @dataclass(frozen=True)
@@ -125,18 +114,36 @@ class Traffic(TorchDispatchMode):
 
 def _operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     name = func.name()
-    if name.startswith(_RESERVES):
+    if name.startswith(_NOTHING):
         return 0
     if any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
         return 0  # a view
     read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     # What is written in place is among the arguments, and moves twice; so are outputs of their own once.
     moved = sum(_size(t) for t in read) + sum(_size(t) for t in tree_leaves(out) if isinstance(t, Tensor))
-    for index, times in _READS.get(name, {}).items():
-        moved += (times - 1) * _size(args[index])
-    if name == "aten::convolution_backward" and args[-1][0] and args[-1][1]:
-        moved += _size(args[0])
+    for index, times in _further_reads(name, args).items():
+        moved += times * _size(args[index])
     return moved
+
+
+def _further_reads(name: str, args: Any) -> dict[int, int]:
+    """How often an operator reads which of its arguments beside once; -1: not at all."""
+    if name in _WRITES:
+        return {0: -1}
+    if name in _NORMS:
+        return {0: 1} if args[_NORMS[name]] else {}
+    if name == "aten::_batch_norm_with_update":
+        return {0: 1}
+    if name == "aten::cudnn_batch_norm_backward":
+        return {0: 1, 1: 1}
+    if name in _NORM_BACKWARDS:
+        training, (need_x, *need_sums) = args[7], args[9]
+        # Of constant statistics the input's gradient needs no sums, and no input.
+        passes = need_x + any(need_sums)
+        return {0: 1, 1: 1} if training else {0: passes - 1, 1: any(need_sums) - 1}
+    if name == "aten::convolution_backward":
+        return {0: 1} if args[-1][0] and args[-1][1] else {}
+    return {}
 
 
 def _size(tensor: Tensor) -> int:

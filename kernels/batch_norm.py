@@ -408,7 +408,8 @@ def _bounds(how: Activated, z: Tensor | None) -> tuple[float, float]:
     """The activation's two numbers; of a derivative taken from z rounded as z was when it was clamped to them."""
     if z is None:
         return how.a, how.b
-    a, b = torch.tensor([how.a, how.b], dtype=z.dtype, device="cpu").tolist()
+    # Each for itself: a tensor without data keeps the value of one number.
+    a, b = (torch.tensor(value, dtype=z.dtype, device="cpu").item() for value in (how.a, how.b))
     return a, b
 
 
