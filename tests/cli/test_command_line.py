@@ -11,6 +11,10 @@ import pytest
 
 import fastconv.cli
 from fastconv.cli import interpreter, run
+from fastconv.kernels import mend
+
+# A machine with a GPU refuses other things.
+interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 
 def test_help_lists_the_commands_without_torch() -> None:
@@ -23,6 +27,7 @@ def test_help_lists_the_commands_without_torch() -> None:
     assert all(command in done.stdout for command in fastconv.cli.COMMANDS)
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -63,6 +68,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@interpreted
 def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["bench", "--model", "tests.cli.tiny:network", "--size", "1", "--batch", "1", "--out", str(tmp_path)]
     assert run(line) == 2
@@ -71,6 +77,7 @@ def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.C
     assert error.count("\n") == 1
 
 
+@interpreted
 def test_an_out_that_is_a_file_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert run(["bench", "--dry-run", "--out", str(tmp_path / "file")]) == 2

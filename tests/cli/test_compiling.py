@@ -17,9 +17,10 @@ from fastconv.autotune import gpu_named
 from fastconv.cli import models, run
 from fastconv.cli.measure import ahead, compiler, layers, lenet, network, results, roads
 from fastconv.cli.measure.compiler import Compilation
-from fastconv.kernels import dispatch, launch
+from fastconv.kernels import dispatch, launch, mend
 
 CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 ROW = {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA A100", "spills": 0}
 ROW |= {"registers": 128, "shared_memory": 4096, "occupancy": 2, "tensor_cores": "mma", "load_bytes": {"16": 8}}
@@ -69,6 +70,7 @@ def test_the_other_process_ends_with_the_block() -> None:
     assert process.returncode is not None
 
 
+@interpreted
 @pytest.mark.parametrize(("verdict", "code"), [("right", 0), ("failed", 1)])
 def test_the_road_without_a_gpu(
     verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -163,11 +165,13 @@ def test_what_raises_on_numbers_never_computed_is_compiled_up_to_there() -> None
     assert (part["verdict"], part["kernels"], part["reason"]) == ("right", 1, "RuntimeError: no such index")
 
 
+@interpreted
 def test_nothing_is_compiled_ahead_under_the_interpreter() -> None:
     part = ahead.compile_kernels(pytest.fail)
     assert (part["verdict"], part["kernels"]) == ("skipped", 0)
 
 
+@interpreted
 def test_every_dense_layer_of_ours_is_called_for_compiling_ahead() -> None:
     subject = models.load("tests.cli.tiny:network", 2, 5)
     with launch.record() as records:

@@ -18,7 +18,9 @@ from fastconv.cli import checks, models, run
 from fastconv.cli.checks import conv, conv_bn_act
 from fastconv.cli.checks.operator import compare, poisoned_memory
 from fastconv.cli.measure import accuracy, blocks, lenet, network
-from fastconv.kernels import epilogue
+from fastconv.kernels import epilogue, mend
+
+pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 CPU = torch.device("cpu")
 CONVERT = fastconv.convert

@@ -19,6 +19,9 @@ from fastconv.cli.measure import block_times, layers, network, results
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
+from fastconv.kernels import mend
+
+pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 CPU = torch.device("cpu")
 
