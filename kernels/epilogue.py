@@ -280,16 +280,23 @@ def check_operands(
 
 
 @triton.jit
-def normalise(x, channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps):
-    """Batch norm's affine of x [rows, channels], in fp32: (x - mean) / sqrt(var + eps) * gamma + beta."""
+def affine_of(channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps):
+    """(mean, scale, shift) of batch norm's affine, in fp32; shift is 0 where there is no beta."""
     scale = tl.rsqrt(tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps)
     if gamma_ptr is not None:
         scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    # The difference first: a mean far larger than the deviation must not meet the rounded product.
-    y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32)[None, :]) * scale[None, :]
+    shift = tl.zeros(channel.shape, dtype=tl.float32)
     if beta_ptr is not None:
-        y += tl.load(beta_ptr + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
-    return y
+        shift = tl.load(beta_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32), scale, shift
+
+
+@triton.jit
+def normalise(x, channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps):
+    """Batch norm's affine of x [rows, channels], in fp32: (x - mean) / sqrt(var + eps) * gamma + beta."""
+    mean, scale, shift = affine_of(channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    # The difference first: a mean far larger than the deviation must not meet the rounded product.
+    return (x - mean[None, :]) * scale[None, :] + shift[None, :]
 
 
 @triton.jit
