@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.nn.modules.conv import _ConvNd
@@ -20,6 +20,9 @@ from fastconv import nn
 from fastconv.fuse import Norm, norms, unfuse
 from fastconv.fuse import fuse as fuse_chains
 from fastconv.kernels.dispatch import Plan
+
+if TYPE_CHECKING:
+    from fastconv.explain import Run
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Rule = str | type[torch.nn.Module]
@@ -35,14 +38,19 @@ _FORMATS = {torch.contiguous_format: None, torch.channels_last: 4, torch.channel
 class Layer:
     """A convolution layer of a model.
 
-    ``reason`` says why PyTorch's own op computes it; None: fastconv's kernels do. ``plans``, which ``explain`` fills
-    in, hold what serves each problem that the layer was called with: forward, then the gradients that are needed.
+    ``reason`` says why PyTorch's own op computes it; None: fastconv's kernels do. ``runs``, which ``explain`` fills
+    in, hold what runs for each way in which the layer, or the chain that it begins, is called.
     """
 
     name: str  # "" where the model itself is the layer
     kind: str
     reason: str | None
-    plans: tuple[Plan, ...] = ()
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """What serves each problem that it is called with: forward, then the gradients that are needed."""
+        return tuple(plan for run in self.runs for plan in run.plans)
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,11 @@ def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
             yield name, module
 
 
+def is_converted(layer: torch.nn.Module) -> bool:
+    """Whether it is one of fastconv's layers."""
+    return isinstance(layer, tuple(_THEIRS))
+
+
 def kind(layer: torch.nn.Module) -> str:
     """The name of a layer's class; of a scripted or traced one, of the class it was made from."""
     return getattr(layer, "original_name", None) or type(layer).__name__
@@ -189,7 +202,7 @@ def reason_against(layer: torch.nn.Module) -> str | None:
         return "scripted"
     if _quantised(layer):
         return "quantised"
-    if isinstance(layer, tuple(_THEIRS)):
+    if is_converted(layer):
         return None
     if is_parametrized(layer):
         return f"parametrised: {', '.join(layer.get_submodule('parametrizations')._modules)}"

@@ -1,202 +1,449 @@
-"""Which kernel and tile each convolution of a model gets, found by running its shapes through it."""
+"""What runs for each convolution of a model, or the chain it is fused into, found by running its shapes through it."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Module, SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastconv import functional
-from fastconv.convert import Layer, Report, convolutions, kind, reason_against, revert, table
+from fastconv.convert import Layer, Report, convert, convolutions, is_converted, kind, reason_against, revert, table
 from fastconv.fuse import norms
 from fastconv.kernels import dispatch
-from fastconv.kernels.dispatch import Layout, Plan
-from fastconv.kernels.problem import ConvProblem, conv_problem, conv_transpose_problem
+from fastconv.kernels.dispatch import Plan
+from fastconv.nn.fused import Steps, _group, call_chain, taken, watchers
+from fastconv.settings import settings
+from fastconv.traffic import Pass, Traffic
 
 log = logging.getLogger("fastconv")
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Bytes read and written."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    def __str__(self) -> str:
+        if not self.backward:
+            return f"{_mb(self.forward)} MB"
+        return f"{_mb(self.total)} MB ({_mb(self.forward)} forward, {_mb(self.backward)} backward)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was counted in one call of a layer or a chain: forward, then backward where gradients are needed."""
+
+    forward: Traffic
+    backward: Traffic
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return (*self.forward.passes, *self.backward.passes)
+
+    @property
+    def moved(self) -> Moved:
+        return Moved(self.forward.bytes, self.backward.bytes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The calls of one layer, or of the chain that it begins, that are alike."""
+
+    fused: bool  # a batch norm is part of the call
+    form: str | None  # of a chain: what is one call with the convolution, and why the rest is not
+    reason: str | None  # why PyTorch's own operator computes the convolution; None: fastconv's kernels do
+    ours: Step  # of one call
+    pytorch: Step  # the same by PyTorch's own operators
+    times: int = 1
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        return tuple(found.plan for found in self.ours.passes if found.plan is not None)
+
+
+@dataclass(frozen=True)
 class Explanation(Report):
-    """A report with the plans of every call, made for ``gpu``; its figures are predictions, not measurements."""
+    """A report with what runs in every call, planned for ``gpu``. Times are predictions and bytes are counted, as
+    `fastconv.traffic` says: neither is measured."""
 
     gpu: str | None = None  # None: no call is served by fastconv's kernels
+
+    @property
+    def moved(self) -> Moved:
+        """By the layers and chains listed, all their calls together."""
+        return self._sum(lambda run: run.ours)
+
+    @property
+    def pytorch_moved(self) -> Moved:
+        """By PyTorch's own operators in the place of these."""
+        return self._sum(lambda run: run.pytorch)
+
+    def _sum(self, step: Callable[[Run], Step]) -> Moved:
+        counted = [(run.times, step(run).moved) for layer in self.layers for run in layer.runs]
+        return Moved(
+            sum(times * moved.forward for times, moved in counted),
+            sum(times * moved.backward for times, moved in counted),
+        )
 
     def __str__(self) -> str:
         if not self.layers:
             return super().__str__()
-        rows = [["layer", "kind", "problem", "pass", "kernel", "tile", "tile from", "MB", "predicted"]]
+        # Lines of their own, and the rows of one table.
+        lines: list[str | list[str]] = [["", "pass", "kernel", "tile", "tile from", "MB", "predicted"]]
         chains = self.chains
         for layer in self.layers:
             chain = chains.get(layer.name)
-            head = [(chain.chain if chain else layer.name) or "(the model)", layer.kind]
-            if not layer.plans:
-                note = f"PyTorch's own op: {layer.reason}" if layer.reason else "not called"
-                rows.append([*head, *[""] * 6, note])
-            problem = None
-            for plan in layer.plans:
-                rows.append([*head, "" if plan.problem == problem else plan.problem.describe(), *_cells(plan)])
-                head, problem = ["", ""], plan.problem
-        rows += [[norm.name, norm.kind, *[""] * 6, norm.reason or ""] for norm in self.norms if norm.chain is None]
-        lines = [table(rows), self.summary]
+            head = f"{(chain.chain if chain else layer.name) or '(the model)'}  {layer.kind}"
+            if not layer.runs:
+                lines.append(f"{head}  {f'PyTorch: {layer.reason}' if layer.reason else 'not called'}")
+            for run in layer.runs:
+                problem = f"  {run.plans[0].problem.describe()}" if run.plans else ""
+                lines += [head + problem + (f"  {run.times} times" if run.times > 1 else ""), *_lines(run)]
+        lines += [f"{norm.name}  {norm.kind}  PyTorch: {norm.reason}" for norm in self.norms if norm.chain is None]
+        rows = iter(table([line for line in lines if isinstance(line, list)]).splitlines())
+        text = [line if isinstance(line, str) else next(rows) for line in lines]
         if self.gpu:
-            lines.insert(1, f"planned for the {self.gpu}")
-        return "\n".join(lines)
+            text.append(f"planned for the {self.gpu}")
+        text.append(self.summary)
+        ours, pytorch = self.moved, self.pytorch_moved
+        if pytorch.total:
+            text.append(f"they move {ours}, PyTorch's own operators {pytorch}: {ours.total / pytorch.total:.2f} of it")
+        return "\n".join(text)
 
 
-def explain(model: torch.nn.Module, *inputs: Any) -> Explanation:
-    """Which kernel serves each convolution of ``model(*inputs)``, in which tile, found where; or why none does.
+def explain(model: Module, *inputs: Any) -> Explanation:
+    """What runs for each convolution layer of ``model(*inputs)``, or for the chain that it is fused into: kernels,
+    tiles, where these are from, bytes; and why PyTorch's own operators do the rest.
 
-    The model runs once, on a copy that has shapes but no data, so that nothing is computed and its statistics stay; a
-    model that asks for values runs on a true copy, with PyTorch's kernels. Plans are made for the inputs' device, and
-    also for the layers that ``convert`` would take. Gradients are explained where ``requires_grad`` and the caller's
-    grad mode ask for them; the forward pass of a transposed convolution is a dgrad.
+    A model without any of fastconv's layers is explained as ``convert(model)`` would make it. Of any other, chains are
+    explained as they are, and layers that ``convert`` would still take as taken.
+
+    The model runs once, by PyTorch's own operators, on a copy that has shapes but no data, so that nothing is computed
+    and its statistics stay; a model that asks for values runs on a true copy. Each layer and chain that it calls runs
+    twice more without data: by fastconv, which plans, allocates and counts as ever and launches nothing, and by
+    PyTorch. Plans are made for the inputs' device. Gradients are explained where ``requires_grad`` and the caller's
+    grad mode ask for them; processes that share statistics are not asked. The forward pass of a transposed convolution
+    is a dgrad.
 
     Raises what the model raises.
     """
-    calls: dict[str, _Calls] = {
-        name: {} for name, layer in convolutions(model) if isinstance(layer, _ConvNd) and not reason_against(layer)
-    }
-    gpus: list[str] = []
-    if not _run_without_data(model, inputs, calls, gpus):
-        for seen in calls.values():
-            seen.clear()
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            _run(copy.deepcopy(model), inputs, calls, gpus)
-    layers = []
-    for name, layer in convolutions(model):
-        plans = tuple(plan for passes in calls.get(name, {}).values() for plan in passes)
-        reason = reason_against(layer)
-        if plans and all(plan.family == "pytorch" for plan in plans):
-            reason = _reason(plans[0])
-        layers.append(Layer(name, kind(layer), reason, plans))
-    return Explanation(tuple(layers), tuple(norms(model)), gpus[0] if gpus else None)
-
-
-# The plans of each problem that a layer was called with and the directions asked for.
-_Calls = dict[tuple[ConvProblem, tuple[str, ...]], tuple[Plan, ...]]
-
-
-def _run_without_data(
-    model: torch.nn.Module, inputs: tuple[Any, ...], calls: dict[str, _Calls], gpus: list[str]
-) -> bool:
-    """Whether the model could be run so."""
+    found = list(convolutions(model))
     mode = FakeTensorMode()
+    with settings(strict=False):
+        watch = _run_without_data(model, inputs, mode)
+        if watch is None:
+            watch = _Watch(copy.deepcopy(model, _shared(model)), mode)
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                watch.run(inputs)
+    layers = []
+    for name, layer in found:
+        runs = tuple(watch.runs.get(name, {}).values())
+        reason = reason_against(layer)
+        if runs and all(run.reason for run in runs):
+            reason = runs[0].reason
+        layers.append(Layer(name, kind(layer), reason, runs))
+    fused = []
+    for norm in watch.norms:
+        runs = tuple(watch.runs.get(norm.conv or "", {}).values()) if norm.chain else ()
+        if runs and not any(run.fused for run in runs):
+            norm = replace(norm, chain=None, reason=runs[0].form)
+        fused.append(norm)
+    return Explanation(tuple(layers), tuple(fused), watch.gpu)
+
+
+def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMode) -> _Watch | None:
+    """What was seen; None where the model cannot be run so."""
     try:
         with FakeCopyMode(mode):
-            duplicate = copy.deepcopy(model)
+            duplicate = copy.deepcopy(model, _shared(model))
+        watch = _Watch(duplicate, mode)
         with mode:
-            _run(duplicate, tree_map_only(Tensor, mode.from_tensor, inputs), calls, gpus)
+            watch.run(tree_map_only(Tensor, mode.from_tensor, inputs))
     except Exception as error:  # of any kind: the model may do anything with a tensor that has no values
         log.debug("explain needs the model's values: %s: %s", type(error).__name__, error)
-        return False
-    return True
+        return None
+    return watch
 
 
-def _run(model: torch.nn.Module, inputs: tuple[Any, ...], calls: dict[str, _Calls], gpus: list[str]) -> None:
-    """Call ``model``, a copy to be thrown away, and note what its layers named in ``calls`` are called with."""
+def _shared(model: Module) -> dict[int, Any]:
+    """What a copy of ``model`` shares with it: process groups, which cannot be copied."""
+    groups = [getattr(module, "process_group", None) for module in model.modules()]
+    return {id(group): group for group in groups if group is not None}
 
-    def watch(seen: _Calls) -> Callable[..., None]:
-        def hook(layer: _ConvNd, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-            x = arguments[0] if arguments else keywords["input"]
-            problem = _problem(layer, x, output)
-            directions = _directions(layer, x)
-            if (problem, directions) in seen:
-                return
-            reason = functional.served(x, problem.dtype)
-            if reason is None:
-                gpu = dispatch.target(x.device)
-                gpus.append(gpu.name)
-                layout = Layout(bias=layer.bias is not None)
-                plans = tuple(dispatch.plan(direction, problem, gpu, layout) for direction in directions)
-            else:
-                plans = tuple(
-                    Plan(direction, problem, "pytorch", None, (), (("fastconv", reason),)) for direction in directions
-                )
-            seen[problem, directions] = plans
+
+class _Watch:
+    """Runs ``model``, a copy to be thrown away, by PyTorch's own operators, and counts what its layers are called with.
+
+    ``runs``: by the name of the layer, also of one that begins a chain, and by what tells calls apart.
+    """
+
+    def __init__(self, model: Module, mode: FakeTensorMode) -> None:
+        self.model, self.mode = model, mode
+        self.runs: dict[str, dict[Any, Run]] = {}
+        self.gpu: str | None = None
+        convert(model, fuse=not any(is_converted(layer) for _, layer in convolutions(model)))
+        self.norms = tuple(norms(model))
+        self._names = {module: name for name, module in model.named_modules()}
+        self._hooks: set[int] = set()
+        self._in_chain = False
+        self._thread = get_ident()
+        for name, layer in convolutions(model):
+            if isinstance(layer, _ConvNd) and not reason_against(layer):
+                revert(layer)
+                handle = layer.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+                self._hooks.add(handle.id)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.momentum is None:
+                module.momentum = 0.0  # None asks for the value of a count
+            if type(module) is SyncBatchNorm:
+                module.__class__ = _Alone
+
+    def run(self, inputs: tuple[Any, ...]) -> None:
+        watchers.append(self._chain)
+        try:
+            # What torch.compile made of a model calls no hooks.
+            with torch.compiler.set_stance("force_eager"):
+                self.model(*inputs)
+        finally:
+            watchers.remove(self._chain)
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._in_chain:
+                self._note(name, layer, args, kwargs, ())
 
         return hook
 
-    # PyTorch's layers give the same shapes, whatever device and dtype.
-    revert(model)
-    for name, seen in calls.items():
-        model.get_submodule(name).register_forward_hook(watch(seen), prepend=True, with_kwargs=True)
-    # What torch.compile made of a model calls no hooks.
-    with torch.compiler.set_stance("force_eager"):
-        model(*inputs)
+    def _chain(self, x: Any, conv: Any, steps: Steps) -> Any:
+        """Called in the place of ``run_chain``."""
+        if get_ident() != self._thread:
+            return call_chain(x, conv, steps, taken(x, conv, steps)[0])
+        self._in_chain = True
+        try:
+            result = call_chain(x, conv, steps, 0)
+        finally:
+            self._in_chain = False
+        self._note(self._names[conv], conv, (x,), {}, steps)
+        return result
 
-
-def _directions(layer: _ConvNd, x: Tensor) -> tuple[str, ...]:
-    forward, backward = ("dgrad", "fprop") if layer.transposed else ("fprop", "dgrad")
-    needs = torch.is_grad_enabled()
-    return (
-        forward,
-        *((backward,) if needs and x.requires_grad else ()),
-        *(("wgrad",) if needs and layer.weight.requires_grad else ()),
-    )
-
-
-def _problem(layer: _ConvNd, x: Tensor, y: Tensor) -> ConvProblem:
-    """The problem of one call of ``layer``."""
-    rank = len(layer.kernel_size)
-    stride = functional._expand("stride", layer.stride, rank)
-    dilation = functional._expand("dilation", layer.dilation, rank)
-    dtype = functional._autocast_dtype(x) or x.dtype
-    batch, channels, *size = x.shape if x.dim() == rank + 2 else (1, *x.shape)
-    weight = layer.weight.shape
-    if layer.transposed:
-        padding = functional._expand("padding", layer.padding, rank)
-        least = [
-            (p - 1) * s - 2 * pad + d * (r - 1) + 1
-            for p, s, pad, d, r in zip(size, stride, padding, dilation, weight[2:], strict=True)
-        ]
-        extra = [have - want for have, want in zip(y.shape[-rank:], least, strict=True)]
-        return conv_transpose_problem(
-            (batch, channels, *size), weight, None, stride, padding, extra, dilation, layer.groups, dtype
+    def _note(self, name: str, layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps) -> None:
+        runs = self.runs.setdefault(name, {})
+        x = args[0] if args else kwargs["input"]
+        key = (
+            *(_kind(leaf) for leaf in tree_leaves((args, kwargs, [operand for _, operand in steps]))),
+            *(torch.is_grad_enabled(), functional._autocast_dtype(x)),
         )
-    if layer.padding_mode != "zeros":
-        sides = layer._reversed_padding_repeated_twice
-        size = [h + sum(sides[2 * axis : 2 * axis + 2]) for h, axis in zip(size, reversed(range(rank)), strict=True)]
-        padding = (0,) * (2 * rank)
-    elif isinstance(layer.padding, str):
-        padding = functional._named_padding(layer.padding, weight[2:], stride, dilation)
+        if key in runs:
+            runs[key] = replace(runs[key], times=runs[key].times + 1)
+        else:
+            runs[key] = self._count(layer, args, kwargs, steps)
+
+    def _count(self, layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps) -> Run:
+        theirs, conv = self._twin(layer), self._twin(layer)
+        their_steps, our_steps = (tuple((kind, self._twin(operand)) for kind, operand in steps) for _ in range(2))
+        args, kwargs, their_steps, our_steps = self._cut_off((args, kwargs, their_steps, our_steps))
+        x = args[0] if args else kwargs["input"]
+        with self.mode:
+            pytorch = _counted(theirs, args, kwargs, their_steps, 0)
+            convert(conv, fuse=False)
+            processes = [_rejoin(operand) for _, operand in our_steps if type(operand) is _Alone]
+            end, why = taken(x, conv, our_steps) if steps else (0, None)
+            ours = _counted(conv, args, kwargs, our_steps, end)
+        if any(found.choice for found in ours.passes):
+            self.gpu = dispatch.target(x.device).name
+        reason = functional.served(x, functional._autocast_dtype(x))
+        plans = [found.plan for found in ours.passes if found.plan is not None]
+        if plans and all(plan.choice is None for plan in plans):
+            reason = "; ".join(reason for _, reason in plans[0].reasons)
+        form = [", ".join(_form(x, our_steps, ours, processes))] if end else []
+        if end < len(steps):
+            apart = ", ".join(self._label(operand) for _, operand in steps[end:])
+            form.append(f"{apart} apart: {why}" if end else f"unfused, {apart} apart: {why}")
+        return Run(end > 0, "; ".join(form) or None, reason, ours, pytorch)
+
+    def _label(self, operand: Any) -> str:
+        """What a line calls a step of a chain."""
+        if isinstance(operand, Tensor):
+            return "residual"
+        return self._names.get(operand, type(operand).__name__).rpartition(".")[2]
+
+    def _cut_off(self, values: Any) -> Any:
+        """With each tensor as one without data that nothing computed, the same where it was the same."""
+        found: dict[int, Tensor] = {}
+
+        def cut_off(tensor: Tensor) -> Tensor:
+            if id(tensor) not in found:
+                found[id(tensor)] = self._without_data(tensor).detach().requires_grad_(tensor.requires_grad)
+            return found[id(tensor)]
+
+        return tree_map_only(Tensor, cut_off, values)
+
+    def _without_data(self, tensor: Any) -> Any:
+        return tensor if tensor is None or isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
+
+    def _twin(self, value: Any) -> Any:
+        """A module's, with the same hooks but for the watching ones, and tensors without data; anything else itself."""
+        if not isinstance(value, Module):
+            return value
+        twin = object.__new__(type(value))
+        vars(twin).update(vars(value))
+        hooks = value._forward_hooks.items()
+        vars(twin).update(
+            _parameters={name: self._without_data(t) for name, t in value._parameters.items()},
+            _buffers={name: self._without_data(t) for name, t in value._buffers.items()},
+            _modules={name: self._twin(child) for name, child in value._modules.items()},
+            _forward_hooks=OrderedDict((number, hook) for number, hook in hooks if number not in self._hooks),
+        )
+        return twin
+
+
+def _kind(leaf: Any) -> Any:
+    """What tells calls with ``leaf`` from others."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+
+
+def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps, end: int) -> Step:
+    """What ``conv``, or the chain of it and ``steps``, moves, the first ``end`` of them in one call with it."""
+    operands = [operand for _, operand in steps]
+    modules = [module for module in (conv, *operands) if isinstance(module, Module)]
+    for module in modules:
+        # What the user's hooks do they have done where the model was run.
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            setattr(module, hooks, OrderedDict())
+    tensors = [*tree_leaves((args, kwargs, operands)), *(p for module in modules for p in module.parameters())]
+    wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    # Saved as they are, also where the model saves otherwise, as in a checkpoint. Without data PyTorch's batch norm
+    # counts as a change that it writes its running statistics, which it keeps for backward.
+    buffers = [buffer for module in modules for buffer in module.buffers() if not buffer.is_inference()]
+    kept = torch.autograd._unsafe_preserve_version_counter(tuple(buffers))
+    with saved_tensors_hooks(Tensor.detach, Tensor.detach), kept, Traffic() as forward:
+        z = call_chain(args[0], conv, steps, end) if steps else conv(*args, **kwargs)
+    with torch.autograd.set_multithreading_enabled(False), Traffic() as backward:
+        if z.requires_grad:
+            torch.autograd.grad(z, wanted, torch.empty_like(z), allow_unused=True)
+    return Step(forward, backward)
+
+
+class _Alone(SyncBatchNorm):
+    """Takes its statistics as if its process was the only one, on any device."""
+
+    forward = _BatchNorm.forward
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+class _Group:
+    """A process group that sends nothing."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+
+    def size(self) -> int:
+        return self.processes
+
+    def allgather(self, *_: Any) -> None:
+        pass
+
+    allreduce = allgather
+
+
+def _rejoin(norm: Any) -> int:
+    """Let ``norm`` take its statistics with other processes again, but send nothing; how many processes there are."""
+    norm.__class__ = SyncBatchNorm
+    group = _group(norm)
+    if group is None:
+        return 1
+    norm.process_group = _Group(torch.distributed.get_world_size(group))
+    return norm.process_group.size()
+
+
+def _form(x: Tensor, steps: Steps, step: Step, processes: list[int]) -> Iterator[str]:
+    """How convolution and batch norm are computed, by what was called."""
+    called = [found.operator for found in step.forward.passes]
+    if "conv_statistics" in called:
+        yield "statistics from the convolution, one pass"
     else:
-        padding = functional._expand("padding", layer.padding, rank) * 2
-    return conv_problem((batch, channels, *size), weight, None, stride, padding, dilation, layer.groups, dtype)
+        if step.backward.passes:
+            yield "frozen statistics"
+        yield "one kernel" if "conv_act" in called else "the convolution and one pass, since backward reads its result"
+    yield from (f"synchronised over {count} processes" for count in processes if count > 1)
+    norm = next(operand for kind, operand in steps if kind == "norm")
+    dtype = functional._autocast_dtype(x) or x.dtype
+    own = next((t.dtype for t in (norm.weight, norm.running_mean) if t is not None), dtype)
+    if own is not dtype:
+        yield f"batch norm in {_name(own)} around a convolution in {_name(dtype)}"
 
 
-def _reason(plan: Plan) -> str:
-    """Why PyTorch's own op serves it."""
-    return "; ".join(reason for _, reason in plan.reasons)
+def _lines(run: Run) -> Iterator[str | list[str]]:
+    """How a call is made, then a row for each pass."""
+    moved, form = run.ours.moved, run.form
+    if run.reason is not None:
+        form = f"PyTorch: {run.reason}"
+    counted = f"{moved}; PyTorch's own operators {run.pytorch.moved}"
+    yield f"  {form}: {counted}" if form else f"  {counted}"
+    for traffic in (run.ours.forward, run.ours.backward):
+        rest = Counter(traffic.operators)
+        for found in traffic.passes:
+            rest -= found.operators
+            yield _row(found, moved.total)
+        others = _named(rest, moved.total)
+        if others:
+            yield ["", "", "PyTorch's " + ", ".join(others), "", "", _mb(rest.total()), ""]
 
 
-def _cells(plan: Plan) -> list[str]:
-    """Pass, kernel, tile, its origin, bytes and prediction."""
-    if plan.choice is None:
-        return [plan.direction, "PyTorch", "", "", "", _reason(plan)]
-    config = plan.choice.config
+def _row(found: Pass, total: int) -> list[str]:
+    """Pass, kernels, tile, its origin, bytes and prediction."""
+    kernels = [launched.name.removesuffix("_kernel") for launched in found.launches]
+    kernels += [f"PyTorch's {name}" for name in _named(found.operators, total)]
+    cells = ["", found.name, ", ".join(dict.fromkeys(kernels))]
+    if found.choice is None:
+        reasons = found.plan.reasons if found.plan else ()
+        return [*cells, "", "", _mb(found.bytes), "; ".join(reason for _, reason in reasons)]
+    config = found.choice.config
     blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in config.items() if name.startswith("BLOCK_")]
     rest = [
         f"{name.removeprefix('num_').lower()} {value}"
         for name, value in config.items()
         if not name.startswith("BLOCK_")
     ]
-    predicted = f"{plan.choice.seconds * 1e6:.1f} us, bound by {plan.choice.bound}"
-    if plan.choice.bound == "interpreter":
+    predicted = f"{found.choice.seconds * 1e6:.1f} us, bound by {found.choice.bound}"
+    if found.choice.bound == "interpreter":
         predicted = "interpreted"
+    return [*cells, ", ".join([" ".join(blocks), *rest]), found.choice.source, _mb(found.bytes), predicted]
+
+
+def _named(operators: Counter[str], total: int) -> list[str]:
+    """PyTorch's operators that move a hundredth of ``total`` or more, the largest first."""
     return [
-        plan.direction,
-        plan.family,
-        ", ".join([" ".join(blocks), *rest]),
-        plan.choice.source,
-        f"{plan.problem.bytes / 1e6:.2f}",
-        predicted,
+        name.removeprefix("aten::").partition(".")[0] for name, moved in operators.most_common() if 100 * moved >= total
     ]
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count >= 1e5 or not count else f"{count / 1e6:.4f}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

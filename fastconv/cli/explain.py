@@ -1,4 +1,4 @@
-"""``fastconv explain``: which kernel and tile each layer of a model gets, and what is left to PyTorch, and why."""
+"""``fastconv explain``: what runs for each layer of a model, in which tile, and what is left to PyTorch, and why."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ def explain(
     batch: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 1,
     size: Annotated[int | None, typer.Option(min=1, help="Side of an image; the model's own, or 224.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    train: Annotated[bool, typer.Option(help="Explain a training step, else inference.")] = False,
     gpu: Annotated[str | None, typer.Option(help="Plan for A100, H100, H200 or B200 instead of this machine.")] = None,
 ) -> int:
-    """Print the kernel and tile of every layer of a model, and what is left to PyTorch and why."""
+    """Print what every layer of a model runs: what is fused, kernels, tiles, bytes; what PyTorch does and why."""
     import contextlib
 
     import torch
@@ -28,9 +29,9 @@ def explain(
     target = contextlib.nullcontext() if gpu is None else dispatch.use_target(options.gpu(gpu))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = load(model, batch, size)
-    network = subject.model.to(device, precision).eval()
-    x = torch.randn(subject.input_shape, device=device, dtype=precision)
-    with target:
+    network = fastconv.convert(subject.model.to(device, precision), memory_format=subject.memory_format).train(train)
+    x = torch.empty(subject.input_shape, device=device, dtype=precision, memory_format=subject.memory_format)
+    with target, torch.set_grad_enabled(train):
         try:
             explanation = fastconv.explain(network, x)
         except Exception as error:  # the network's own code: anything

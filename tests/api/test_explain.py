@@ -1,4 +1,4 @@
-"""explain: the plans it names are those that run, PyTorch's share has its reasons, and the model is left as it was."""
+"""explain: what it names is what runs, PyTorch's share has its reasons, and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 import fastconv
 from fastconv import nn
 from fastconv.autotune.gpus import A100, H200
+from fastconv.explain import Moved, Run
 from fastconv.kernels import mend
 from fastconv.kernels.dispatch import use_target
 from fastconv.kernels.launch import record
@@ -45,20 +46,187 @@ class Call(torch.nn.Module):
         return self.layer(x, **self.keywords)
 
 
+def check_what_runs(model: torch.nn.Module, run: Run, *inputs: Tensor) -> None:
+    """The launches that ``run`` names are those of a step of ``model``, with these operands."""
+    with record() as launches:
+        z = model(*inputs)
+        if z.requires_grad:
+            z.backward(torch.ones_like(z))
+    named = [launched for found in run.ours.passes for launched in found.launches]
+    assert [(r.name, r.launch.grid, r.shapes, r.bytes) for r in named] == [
+        (r.name, r.launch.grid, r.shapes, r.bytes) for r in launches
+    ]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_planned_is_what_runs(name: str) -> None:
     layer, shape, keywords = CALLS[name]
     model = Call(layer, keywords).to(DEVICE)
     x = torch.randn(shape, device=DEVICE, requires_grad=True)
     (found,) = fastconv.explain(model, x).layers
-    with record() as launches:
-        model(x).sum().backward()
     forward, backward = ("dgrad", "fprop") if layer.transposed else ("fprop", "dgrad")
     assert [plan.direction for plan in found.plans] == [forward, backward, "wgrad"]
-    planned = [(launch.name, launch.grid) for plan in found.plans for launch in plan.launches]
-    ran = [(entry.name, entry.launch.grid) for entry in launches if not entry.name.startswith("channel_sum")]
-    assert sorted(ran[: len(planned)]) == sorted(planned)
     assert found.reason is None
+    check_what_runs(model, found.runs[0], x)
+
+
+def block(**options: Any) -> torch.nn.Module:
+    return nn.ConvBNAct2d(3, 5, 3, padding=1, **options).to(DEVICE)
+
+
+def frozen(model: torch.nn.Module) -> torch.nn.Module:
+    """With constant statistics, of which only the convolution trains."""
+    model.bn.requires_grad_(False)
+    return model.eval()
+
+
+def hooked(model: torch.nn.Module) -> torch.nn.Module:
+    model.bn.register_forward_hook(lambda module, arguments, output: None)
+    return model
+
+
+def inference(model: torch.nn.Module) -> torch.nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+# name -> (model, how it is computed, passes)
+TRAINED = ["fprop, statistics", "apply", "sums", "gradient", "wgrad"]
+FORMS: dict[str, tuple[torch.nn.Module, str, list[str]]] = {
+    "inference": (inference(block()), "one kernel", ["fprop"]),
+    "training": (block(), "statistics from the convolution, one pass", TRAINED),
+    "frozen": (frozen(block()), "frozen statistics, one kernel", ["fprop", "gradient", "wgrad"]),
+    "frozen, weights train": (
+        block().eval(),
+        "frozen statistics, the convolution and one pass, since backward reads its result",
+        ["fprop", "apply", "sums", "gradient", "wgrad"],
+    ),
+    "no statistics kept": (
+        inference(block(norm=lambda k: torch.nn.BatchNorm2d(k, track_running_stats=False))),
+        "statistics from the convolution, one pass",
+        ["fprop, statistics", "apply"],
+    ),
+    "cumulative average": (
+        block(norm=lambda k: torch.nn.BatchNorm2d(k, momentum=None)),
+        "statistics from the convolution, one pass",
+        TRAINED,
+    ),
+    "two numbers per activation": (block(act="relu6"), "statistics from the convolution, one pass", TRAINED),
+    "hooked": (hooked(block()), "unfused, bn, act apart: a hook on its BatchNorm2d", ["fprop", "wgrad"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_how_a_chain_is_computed(name: str) -> None:
+    model, form, passes = FORMS[name]
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    explanation = fastconv.explain(model, x)
+    (run,) = explanation.layers[0].runs
+    assert run.form == form and f"  {form}: " in str(explanation)
+    assert [found.name for found in run.ours.passes] == passes
+    assert all(found.choice is not None and found.choice.source == "cost model" for found in run.ours.passes)
+    assert explanation.fused == ([] if name == "hooked" else ["conv + bn + act"])
+    assert explanation.unfused == ([("bn", "a hook on its BatchNorm2d")] if name == "hooked" else [])
+    check_what_runs(model, run, x)
+
+
+def test_a_chain_in_each_of_its_calls() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor, added: Tensor) -> Tensor:
+            return torch.relu(self.bn(self.conv(x)) + added)
+
+    class Thrice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.block(x, added) for added in (x, x[:, :, :1, :1], x)]
+
+    (layer,) = fastconv.explain(Thrice().to(DEVICE), torch.randn(2, 4, 5, 5, device=DEVICE)).layers
+    whole, part = layer.runs
+    assert whole.form == "statistics from the convolution, one pass" and whole.times == 2
+    assert part.form == f"{whole.form}; residual, ReLU apart: what is added has another shape or dtype"
+    assert part.times == 1
+
+
+def test_a_plain_model_is_explained_as_convert_would_make_it() -> None:
+    def chain() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).to(DEVICE)
+
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    model = chain()
+    assert fastconv.explain(model, x).fused == ["0 + 1 + 2"]
+    assert type(model) is torch.nn.Sequential and type(model[0]) is torch.nn.Conv2d
+    assert fastconv.explain(fastconv.convert(chain()), x).fused == ["0 + 1 + 2"]
+    assert fastconv.explain(fastconv.convert(chain(), fuse=False), x).unfused == [("1", "not converted")]
+
+
+def test_autocast_around_a_batch_norm_in_fp32() -> None:
+    with torch.autocast(DEVICE, torch.bfloat16):
+        explanation = fastconv.explain(block(), torch.randn(2, 3, 6, 6, device=DEVICE))
+    form = "statistics from the convolution, one pass, batch norm in float32 around a convolution in bfloat16"
+    assert [run.form for layer in explanation.layers for run in layer.runs] == [form]
+
+
+def test_statistics_of_other_processes_are_not_waited_for() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class Unanswered:
+        """A group whose other process is somewhere else."""
+
+        def size(self) -> int:
+            return 2
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            raise TypeError("a process group cannot be copied")
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(block(), Unanswered())
+        (layer,) = fastconv.explain(model, torch.randn(2, 3, 6, 6, device=DEVICE)).layers
+    finally:
+        torch.distributed.destroy_process_group()
+    assert layer.runs[0].form == "statistics from the convolution, one pass, synchronised over 2 processes"
+    assert [found.name for found in layer.runs[0].ours.passes] == TRAINED
+    assert type(model.bn) is torch.nn.SyncBatchNorm
+
+
+def test_hooks_are_called_once_and_checkpoints_are_seen_through() -> None:
+    seen: list[str] = []
+    model = torch.nn.Sequential(block(), torch.nn.Conv2d(5, 4, 1)).to(DEVICE)
+    x = torch.randn(2, 3, 6, 6, device=DEVICE, requires_grad=True)
+    plain = fastconv.explain(model, x).moved
+    model[1].register_forward_hook(lambda *_: seen.append("conv"))
+    model[0].conv.register_forward_pre_hook(lambda *_: seen.append("chain"))
+    fastconv.explain(model, x)
+    assert seen == ["chain", "conv"]
+
+    class Checkpointed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.Sequential(block(), torch.nn.Conv2d(5, 4, 1)).to(DEVICE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.model, x, use_reentrant=False)
+
+    assert fastconv.explain(Checkpointed(), x).moved == plain
+
+
+def test_bytes_of_a_layer_and_of_pytorchs() -> None:
+    layer = nn.Conv2d(8, 8, 1, bias=False).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    explanation = fastconv.explain(layer, x)
+    # x, w and y are met in each of the three directions, by PyTorch's operators as by ours.
+    each = 4 * (2 * 256 + 64)
+    assert explanation.moved == explanation.pytorch_moved == Moved(each, 2 * each)
+    line = f"they move {3 * each / 1e6:.4f} MB ({each / 1e6:.4f} forward, {2 * each / 1e6:.4f} backward)"
+    assert str(explanation).splitlines()[-1].startswith(line)
+    with torch.inference_mode():
+        assert fastconv.explain(layer, x).moved == Moved(each, 0)
 
 
 class Net(torch.nn.Module):
@@ -150,10 +318,15 @@ def test_table_for_a_gpu(gpu) -> None:
         explanation = fastconv.explain(model.bfloat16().to(DEVICE), torch.randn(32, 64, 56, 56).bfloat16().to(DEVICE))
     assert explanation.gpu == gpu.name
     lines = str(explanation).splitlines()
-    assert lines[0].split() == ["layer", "kind", "problem", "pass", "kernel", "tile", "tile", "from", "MB", "predicted"]
-    assert "N32 C64 56x56 -> K128 3x3 padding 1 bfloat16" in lines[1] and " cost model " in lines[1]
-    assert " fprop " in lines[1] and " wgrad " in lines[2] and " us, bound by " in lines[1]
-    assert lines[3:] == [f"planned for the {gpu.name}", "1 of 1 convolution layers on fastconv's kernels"]
+    assert lines[0].split() == ["pass", "kernel", "tile", "tile", "from", "MB", "predicted"]
+    assert lines[1] == "0  Conv2d  N32 C64 56x56 -> K128 3x3 padding 1 bfloat16"
+    assert " MB (" in lines[2] and "PyTorch's own operators" in lines[2]
+    assert lines[3].split()[0] == "fprop" and " conv_gather" in lines[3] and " cost model " in lines[3]
+    assert " us, bound by " in lines[3]
+    wgrad = next(line for line in lines if line.split()[0] == "wgrad")
+    assert " conv_wgrad" in wgrad
+    assert lines[-3:-1] == [f"planned for the {gpu.name}", "1 of 1 convolution layers on fastconv's kernels"]
+    assert lines[-1].startswith("they move ")
 
 
 def test_what_no_kernel_takes_has_its_reason() -> None:
@@ -163,8 +336,10 @@ def test_what_no_kernel_takes_has_its_reason() -> None:
     assert "torch.float64 is not one of" in str(explanation) and explanation.gpu is None
     groups = 65536
     layer = nn.Conv1d(groups, groups, 1, groups=groups, bias=False, device=DEVICE)
-    explanation = fastconv.explain(layer, torch.randn(1, groups, 1, device=DEVICE))
-    assert explanation.left == [("", "65536 groups are more than a grid's second axis holds")]
+    with fastconv.settings(strict=True):
+        explanation = fastconv.explain(layer, torch.randn(1, groups, 1, device=DEVICE, requires_grad=True))
+    (reason,) = [reason for _, reason in explanation.left]
+    assert "65536 groups are more than a grid's second axis holds" in reason
 
 
 def test_a_cpu_without_the_interpreter_is_pytorchs() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as theirs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv.functional as ours
+from fastconv.explain import Moved, explain
 from fastconv.kernels import mend
 from fastconv.traffic import Traffic
 
@@ -87,3 +89,61 @@ def test_views_move_nothing_and_in_place_counts_twice() -> None:
         x.relu_()
     assert traffic.bytes == 80
     assert list(traffic.operators) == ["aten::relu_"]
+
+
+class Bottleneck(torch.nn.Module):
+    """As torchvision's, with an identity as its shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, (c, k, r) in enumerate(LAYERS, 1):
+            setattr(self, f"conv{index}", torch.nn.Conv2d(c, k, r, padding=r // 2, bias=False))
+            setattr(self, f"bn{index}", torch.nn.BatchNorm2d(k))
+        self.relu = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x
+        return self.relu(out)
+
+
+def test_explain_counts_the_same() -> None:
+    model = Bottleneck().bfloat16().to(DEVICE, memory_format=torch.channels_last)
+    found = explain(model, nhwc(torch.randn(BATCH, 4 * WIDTH, SIZE, SIZE)).requires_grad_())
+    of_weights = sum(c * k * r * r for c, k, r in LAYERS) * 2
+
+    def in_units(moved: Moved) -> tuple[float, float]:
+        return (moved.forward - of_weights) / UNIT, (moved.backward - 2 * of_weights) / UNIT
+
+    # But for the join of the shortcut's gradient, which is neither chain's.
+    assert in_units(found.moved) == pytest.approx((28, 66), abs=0.3)
+    assert in_units(found.pytorch_moved) == pytest.approx((54, 72), abs=0.3)
+    assert found.moved.total <= 0.8 * found.pytorch_moved.total
+
+
+def test_copies_inside_our_operators_are_counted() -> None:
+    x, weight = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(8, 8, 1, 1, device=DEVICE)
+    mode = FakeTensorMode()
+    with Traffic() as traffic, mode:
+        ours.conv2d(mode.from_tensor(x), mode.from_tensor(weight))
+    (convolution,) = traffic.passes
+    # To channels_last and back; a 1x1 weight is in both formats.
+    assert traffic.operators == convolution.operators == {"aten::copy_": 4 * x.nbytes}
+    assert sum(traffic.kernels.values()) == 2 * x.nbytes + weight.nbytes
+
+
+def test_what_batch_norm_reads() -> None:
+    x = torch.zeros(2, 8, 4, 4, device=DEVICE, requires_grad=True)
+    expected = {(True, True): (3, 5), (False, True): (2, 4), (False, False): (2, 2)}
+    for (training, affine), units in expected.items():
+        norm = torch.nn.BatchNorm2d(8, affine=affine).to(DEVICE).train(training)
+        with Traffic() as forward:
+            z = norm(x)
+        with Traffic() as backward:
+            torch.autograd.grad(z, (x, *norm.parameters()), torch.ones_like(z))
+        moved = [traffic.bytes / x.nbytes for traffic in (forward, backward)]
+        assert moved[0] == pytest.approx(units[0], abs=0.3)
+        # And the gradient of ones, which is written.
+        assert moved[1] == pytest.approx(units[1] + 1, abs=0.3)

@@ -155,3 +155,25 @@ def test_torch_is_asked_for_cuda_without_being_imported() -> None:
         "assert 'torch' not in sys.modules; import torch; assert has == (torch.version.cuda is not None)"
     )
     subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
+
+
+@interpreted
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_explain_says_what_is_fused_and_what_moves(train: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "explain --model tests.cli.tiny:network --batch 2 --size 16 --gpu H200 --dtype float32"
+    assert run([*line.split(), *["--train"] * train]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    form = "statistics from the convolution, one pass" if train else "one kernel"
+    assert lines[1] == "0 + 1 + 2  Conv2d  N2 C3 16x16 -> K8 3x3 stride 2 padding 1 float32"
+    assert lines[2].startswith(f"  {form}: ")
+    passes = [line.split()[0] for line in lines if line.startswith("  ") and " cost model " in line]
+    assert passes == (
+        ["fprop,", "apply", "sums", "gradient", "wgrad", "fprop", "dgrad", "wgrad", "bias"]
+        if train
+        else ["fprop", "fprop"]
+    )
+    assert lines[-3:-1] == [
+        "planned for the NVIDIA H200",
+        "2 of 2 convolution layers on fastconv's kernels, 1 of 1 batch norms fused into them",
+    ]
+    assert (" backward)" in lines[-1]) == train
