@@ -26,7 +26,10 @@ from fastconv.fuse.trace import Kinds, Untraceable, class_of, is_sequential, par
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct
 
-_CONVS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_CONVS = (
+    *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d),
+    *(torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d),
+)
 _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 _ADD: dict[Any, str] = {operator.add: "+", torch.add: "+", "add": "+", operator.iadd: "+=", "add_": "+="}
 # Functions and methods, each with the module of the same arguments.

@@ -223,7 +223,11 @@ def _replaces_its_like(module: torch.nn.Module, name: str, value: Any) -> bool:
 def restore(original: Any, names: tuple[str, ...]) -> torch.nn.Module:
     """What a pickle of a fused module calls: an instance that, once it has its state, is fused again."""
     module = original.__new__(original)
-    module.__class__ = _unfinished(original, names)
+    module.__class__ = unfinished = _unfinished(original, names)
+    # For torch.load(weights_only=True), which has taken ``original`` to be safe if it comes here. Each time, as its
+    # context managers forget what was added inside them.
+    known_as = ".".join(("fastconv.fuse", original.__module__, original.__qualname__, *names))
+    torch.serialization.add_safe_globals([(unfinished, known_as)])
     return module
 
 
@@ -234,10 +238,7 @@ def _unfinished(original: Any, names: tuple[str, ...]) -> Any:
         self.__setstate__(state)
         fuse_module(self, Studies()[self], names)
 
-    cls = subclass(original, {"__setstate__": __setstate__})
-    # For torch.load(weights_only=True), which has taken ``original`` to be safe if it comes here.
-    torch.serialization.add_safe_globals([(cls, f"fastconv.fuse.{original.__module__}.{original.__qualname__}")])
-    return cls
+    return subclass(original, {"__setstate__": __setstate__})
 
 
 torch.serialization.add_safe_globals([restore])

@@ -13,19 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _disabled_torch_function_impl
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack, has_torch_function_unary
 
 from fastconv import functional
 from fastconv.activations import has_fused_form
-from fastconv.nn.conv import Conv1d, Conv2d, Conv3d
+from fastconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 # "norm", "act" and "skip" with a module, "+" and "+=" with what is added.
 Steps = tuple[tuple[str, Any], ...]
 Size = int | tuple[int, ...]
 Norm = Callable[[int], torch.nn.Module]
 
-_FUNCTIONS: dict[type, Any] = {Conv1d: functional.conv1d, Conv2d: functional.conv2d, Conv3d: functional.conv3d}
+_FUNCTIONS: dict[type, Any] = {
+    **{Conv1d: functional.conv1d, ConvTranspose1d: functional.conv_transpose1d},
+    **{Conv2d: functional.conv2d, ConvTranspose2d: functional.conv_transpose2d},
+    **{Conv3d: functional.conv3d, ConvTranspose3d: functional.conv_transpose3d},
+}
 # Each with the axes of its input, None: any; ``fuse`` adds timm's, which has children ``drop`` and ``act``.
 NORMS: dict[type, int | None] = {
     torch.nn.BatchNorm1d: 3,
@@ -50,6 +55,8 @@ def run_chain(x: Any, conv: Any, steps: Steps, tail: Steps = ()) -> Any:
     would.
     """
     steps = (*steps, *tail)
+    if torch.compiler.is_exporting():
+        conv, steps = _unwrapped(conv), tuple((kind, _unwrapped(operand)) for kind, operand in steps)
     if watchers:
         return watchers[-1](x, conv, steps)
     return call_chain(x, conv, steps, taken(x, conv, steps)[0])
@@ -61,7 +68,7 @@ def taken(x: Any, conv: Any, steps: Steps) -> tuple[int, str | None]:
         return 0, f"called with a {type(x).__name__}, or in a mode, that sees each function"
     dtype = functional._autocast_dtype(x) or x.dtype
     reason = functional.served(x, dtype)
-    if reason is None and x.dim() != len(conv.kernel_size) + 2:
+    if reason is None and type(conv) in _FUNCTIONS and x.dim() != len(conv.kernel_size) + 2:
         reason = f"its input has {x.dim()} axes"
     if reason is not None:
         return 0, reason
@@ -113,21 +120,20 @@ def fusible(conv: Any, steps: Steps) -> tuple[int, str | None]:
     for index, (kind, operand) in enumerate(steps):
         if reason is not None:
             break
+        does = {"+"} if kind in SUMS else {kind} - {"skip"}
         if kind == "norm":
             reason, active = _against_norm(operand, len(conv.kernel_size) + 2)
-            taken = {"norm", "act"} if active else {"norm"}
+            does |= {"act"} if active else set()
         elif kind == "act":
-            reason, taken = _against_act(operand), {"act"}
-        elif kind in SUMS:
-            taken = {"+"}
-        else:
-            reason, taken = _against_skip(operand), set()
-        if reason is None and kind in ("act", *SUMS) and "norm" not in done:
+            reason = _against_act(operand)
+        elif kind == "skip":
+            reason = _against_skip(operand)
+        if reason is None and does and kind != "norm" and "norm" not in done:
             reason = "no batch norm in front of it"
-        if reason is None and done & taken:
+        if reason is None and done & does:
             second = {"norm": "batch norm", "act": f"activation, {type(operand).__name__}"}
             reason = f"a second {second.get(kind, 'addition')}"
-        done |= taken
+        done |= does
         if reason is None and "norm" in done:
             end = index + 1
     return end, reason
@@ -144,13 +150,21 @@ def interference(module: torch.nn.Module) -> str | None:
     return None
 
 
+def _unwrapped(operand: Any) -> Any:
+    """What torch.export has a stand-in with a class of its own for: a module that has several names."""
+    from torch.fx.experimental.proxy_tensor import _AttrProxy
+
+    return operand.get_base() if isinstance(operand, _AttrProxy) else operand  # type: ignore[attr-defined]
+
+
 def _intercepted(x: Tensor) -> bool:
     """Whether a tensor subclass or a mode of somebody's is to see each of torch's functions on ``x``."""
     if not has_torch_function_unary(x):
         return False
+    if type(x) is not Tensor and type(x).__torch_function__ is not _disabled_torch_function_impl:
+        return True
     # torch's own modes, as of torch.export and torch.set_default_device, change nothing of a convolution.
-    theirs = (type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())
-    return type(x).__torch_function__ is not Tensor.__torch_function__ or not all(theirs)
+    return not all(type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())
 
 
 def _against_norm(norm: Any, axes: int) -> tuple[str | None, bool]:
@@ -201,14 +215,15 @@ def _adds_as_it_is(x: Tensor, residual: Any, conv: Any, dtype: torch.dtype) -> b
         return False
     if residual.dim() != x.dim() or residual.shape[0] != x.shape[0] or residual.shape[1] != conv.out_channels:
         return False
-    for axis, (stride, dilation, filter_size) in enumerate(
-        zip(conv.stride, conv.dilation, conv.kernel_size, strict=True)
-    ):
-        size = x.shape[axis + 2]
-        if conv.padding != "same":
-            sides = 0 if conv.padding == "valid" else 2 * conv.padding[axis]
-            size = (size + sides - dilation * (filter_size - 1) - 1) // stride + 1
-        if residual.shape[axis + 2] != size:
+    sizes = zip(x.shape[2:], residual.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    for axis, (size, added, filter_size, stride, dilation) in enumerate(sizes):
+        # Of the filter, less what is padded.
+        reach = dilation * (filter_size - 1) - (0 if isinstance(conv.padding, str) else 2 * conv.padding[axis])
+        if conv.transposed:
+            size = (size - 1) * stride + reach + conv.output_padding[axis] + 1
+        elif conv.padding != "same":
+            size = (size - reach - 1) // stride + 1
+        if added != size:
             return False
     return True
 
@@ -240,6 +255,7 @@ def _fused(x: Tensor, conv: Any, steps: Steps) -> Tensor:
         *((mean, var, norm.weight, norm.bias), batch, momentum, norm.eps),
         *(act, residual, residual_after),
         *(conv.stride, padding, conv.dilation, conv.groups, _group(norm)),
+        conv.output_padding if conv.transposed else None,
     )
     if training and count is not None:
         count.add_(1)
