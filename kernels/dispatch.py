@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
+from typing import Any
 
 import torch
 
@@ -20,9 +22,11 @@ from fastconv.kernels.conv_gather import conv_gather
 from fastconv.kernels.conv_wgrad import conv_wgrad
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch, decided
-from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem
-from fastconv.kernels.tiles import gather_tile, wgrad_tile
+from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_strides
+from fastconv.kernels.pool_gradient import pool_backward
+from fastconv.kernels.pool_window import pool_forward
+from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
+from fastconv.kernels.tiles import gather_tile, pool_tile, wgrad_tile
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Layout:
     other: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
     bias: bool = False
     epilogue: Epilogue = PLAIN
-    channels_last: bool = True  # of dw
+    channels_last: bool = True  # of dw; of a pool's tensors, else source holds the strides of planes
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Plan:
     """How one call is served; ``family`` is "pytorch" where no kernel is, and ``reasons`` says why each one is not."""
 
     direction: str
-    problem: ConvProblem
+    problem: ConvProblem | PoolProblem
     family: str
     choice: Choice | None
     launches: tuple[Launch, ...]
@@ -51,15 +55,22 @@ class Plan:
 @dataclass(frozen=True)
 class Family:
     name: str
-    unsupported: Callable[[str, ConvProblem, Gpu], str | None]  # a reason, or None
-    plan: Callable[[str, ConvProblem, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
+    unsupported: Callable[[str, Any, Gpu], str | None]  # of a problem a reason, or None
+    plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
+
+
+def _unserved(dtype: torch.dtype, gpu: Gpu) -> str | None:
+    if dtype not in POINTER_TYPES:
+        return f"{dtype} is not one of float32, float16, bfloat16"
+    if not gpu.interpreted and gpu.arch < 80:
+        return f"compute capability {gpu.arch / 10:.1f} is below 8.0"
+    return None
 
 
 def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
-    if problem.dtype not in POINTER_TYPES:
-        return f"{problem.dtype} is not one of float32, float16, bfloat16"
-    if not gpu.interpreted and gpu.arch < 80:
-        return f"compute capability {gpu.arch / 10:.1f} is below 8.0"
+    unserved = _unserved(problem.dtype, gpu)
+    if unserved is not None:
+        return unserved
     if problem.groups > 65535:
         return f"{problem.groups} groups are more than a grid's second axis holds"
     # Pixels are numbered in 32 bits, with room for the last tile.
@@ -82,11 +93,37 @@ def _plan_gather(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout)
     return choice, (launch,)
 
 
+def _pool_unsupported(direction: str, problem: PoolProblem, gpu: Gpu) -> str | None:
+    # Rows are numbered in 32 bits, with room for the last tile: pixels, or the lines of planes.
+    lines = problem.batch * problem.channels * max(prod(problem.input_size[:-1]), prod(problem.output_size[:-1]))
+    if max(problem.input_pixels, problem.output_pixels, lines) > INT32_MAX - 2**16:
+        return "more than 2^31 pixels"
+    # Where a share begins is worked out in 32 bits.
+    if problem.adaptive and any(
+        (h + 1) * (p + 1) > INT32_MAX for h, p in zip(problem.input_size, problem.output_size, strict=True)
+    ):
+        return "an adaptive axis whose sizes multiply to more than 2^31"
+    return _unserved(problem.dtype, gpu)
+
+
+def _plan_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    choice = pool_tile(direction, problem, layout.channels_last, gpu)
+    size = problem.input_size if direction == "forward" else problem.output_size
+    strides = layout.source or dense_strides((problem.batch, problem.channels, *(1,) * (3 - problem.rank), *size))
+    if direction == "forward":
+        return choice, pool_forward(problem, choice.config, layout.channels_last, strides)
+    return choice, (pool_backward(problem, choice.config, layout.channels_last, strides),)
+
+
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
-FAMILIES: dict[str, tuple[Family, ...]] = dict.fromkeys(DIRECTIONS, (GATHER,))
+POOL = Family("pool", _pool_unsupported, _plan_pool)
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    **dict.fromkeys(DIRECTIONS, (GATHER,)),
+    **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
+}
 
 
-def plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = Layout()) -> Plan:
+def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: Layout = Layout()) -> Plan:
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
     for family in FAMILIES[direction]:

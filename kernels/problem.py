@@ -2,7 +2,7 @@
 
 A convolution is described by its forward direction, whichever direction is asked for: input ``[N, C, *input_size]``,
 weight ``[K, C/groups, *filter_size]``, output ``[N, K, *output_size]``. A transposed convolution is the dgrad of the
-convolution that maps its output to its input.
+convolution that maps its output to its input. A pool is described likewise, by its forward direction.
 """
 
 from __future__ import annotations
@@ -109,19 +109,8 @@ class ConvProblem:
 
     def describe(self) -> str:
         """One line for a person: ``N32 C64 56x56 -> K128 3x3 stride 2 padding 1 bfloat16``."""
-
-        def axes(values: Sequence[int]) -> str:
-            return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
-
-        words = [f"N{self.batch} C{self.in_channels} {'x'.join(map(str, self.input_size))} -> K{self.out_channels}"]
-        words.append("x".join(map(str, self.filter_size)))
-        for name, values, default in (
-            ("stride", self.stride, 1),
-            ("padding", self.padding, 0),
-            ("dilation", self.dilation, 1),
-        ):
-            if any(value != default for value in values):
-                words.append(f"{name} {axes(values)}")
+        words = [f"N{self.batch} C{self.in_channels} {_by(self.input_size)} -> K{self.out_channels}"]
+        words += [_by(self.filter_size), *_settings(self.stride, self.padding, self.dilation)]
         if self.groups > 1:
             words.append(f"groups {self.groups}")
         words.append(str(self.dtype).removeprefix("torch."))
@@ -278,3 +267,153 @@ def check_arguments(
             f"Given weight of size {list(weight_shape)}, expected bias to be 1-dimensional with {channels} elements, "
             f"but got bias of size {list(bias_shape)} instead"
         )
+
+
+POOL_DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class PoolProblem:
+    """One pool: input ``[N, C, *input_size]``, output ``[N, C, *output_size]``, in both directions.
+
+    Adaptive windows are the output's nearly equal shares of the input; ``window`` is the largest one's size then, and
+    stride, padding and dilation say nothing.
+    """
+
+    kind: str  # "max" or "average"
+    batch: int
+    channels: int
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    dtype: torch.dtype
+    adaptive: bool = False
+    index: torch.dtype | None = None  # max: of the taps that are kept for the backward pass
+    divisor: int = 0  # average: of every window; 0: each has its own number of pixels
+    include_padding: bool = True  # average: in those numbers
+
+    @property
+    def rank(self) -> int:
+        return len(self.input_size)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.window)
+
+    @property
+    def input_pixels(self) -> int:
+        return self.batch * math.prod(self.input_size)
+
+    @property
+    def output_pixels(self) -> int:
+        return self.batch * math.prod(self.output_size)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.channels, *self.input_size)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.channels, *self.output_size)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move when input, output and index are read or written once; the same in each direction."""
+        index = 0 if self.index is None else self.index.itemsize
+        return self.channels * (
+            self.input_pixels * self.dtype.itemsize + self.output_pixels * (self.dtype.itemsize + index)
+        )
+
+    @cached_property
+    def lifted(self) -> PoolProblem:
+        """The same pool of rank 3, leading axes of size one added."""
+        ones, zeros = (1,) * (3 - self.rank), (0,) * (3 - self.rank)
+        return replace(
+            self,
+            input_size=ones + self.input_size,
+            output_size=ones + self.output_size,
+            window=ones + self.window,
+            stride=ones + self.stride,
+            padding=zeros + self.padding,
+            dilation=ones + self.dilation,
+        )
+
+    @property
+    def planes(self) -> PoolProblem:
+        """The same pool with every channel an image of its own: what a tensor [N, C, H, W] is in memory."""
+        return replace(self, batch=self.batch * self.channels, channels=1)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a tap of a window can fall outside the input, or outside an adaptive window smaller than others."""
+        if self.adaptive:
+            return any(h % p for h, p in zip(self.input_size, self.output_size, strict=True))
+        return any(self.padding) or any(
+            (p - 1) * stride + (r - 1) * dilation >= size
+            for p, stride, r, dilation, size in zip(
+                self.output_size, self.stride, self.window, self.dilation, self.input_size, strict=True
+            )
+        )
+
+    @property
+    def uniform_divisor(self) -> int:
+        """What every sum is divided by; 0 where windows differ."""
+        if self.kind == "max":
+            return 1
+        if self.divisor:
+            return self.divisor
+        if self.adaptive:
+            return 0 if self.bounded else self.taps
+        padding = self.padding if self.include_padding else (0,) * self.rank
+        whole = all(
+            (p - 1) * stride + r <= size + 2 * pad
+            for p, stride, r, size, pad in zip(
+                self.output_size, self.stride, self.window, self.input_size, padding, strict=True
+            )
+        )
+        return self.taps if whole and (self.include_padding or not self.bounded) else 0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The most windows along each axis that may hold one pixel of the input; dilated, one of each tap."""
+        if self.adaptive:
+            return tuple(map(largest_share, self.output_size, self.input_size))
+        if any(d > 1 for d in self.dilation):
+            return self.window
+        return tuple(-(-r // stride) for r, stride in zip(self.window, self.stride, strict=True))
+
+    def describe(self) -> str:
+        """One line for a person: ``max N32 C64 112x112 -> 56x56 3x3 stride 2 padding 1 bfloat16``."""
+        sizes = [f"N{self.batch} C{self.channels}", _by(self.input_size), "->", _by(self.output_size)]
+        words = [f"adaptive {self.kind}" if self.adaptive else self.kind, *sizes]
+        if not self.adaptive:
+            words.append(_by(self.window))
+            words += _settings(self.stride, self.padding, self.dilation)
+        words.append(str(self.dtype).removeprefix("torch."))
+        return " ".join(words)
+
+
+def largest_share(size: int, parts: int) -> int:
+    """The largest of the shares [floor(i * size / parts), ceil((i + 1) * size / parts)) of ``size`` pixels."""
+    return (size + 2 * parts - 1 - math.gcd(size, parts)) // parts
+
+
+def index_type(taps: int) -> torch.dtype:
+    """The smallest type of a tap's number: one byte to 255 taps."""
+    return torch.uint8 if taps <= 255 else torch.int16 if taps <= 2**15 else torch.int32
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _settings(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[str]:
+    """Each that is not its default, by name, as one number where all axes share it."""
+    return [
+        f"{name} {values[0] if len(set(values)) == 1 else _by(values)}"
+        for name, values, default in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+        if any(value != default for value in values)
+    ]

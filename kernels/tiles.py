@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -11,7 +12,10 @@ from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.launch import decided
 from fastconv.kernels.layout import vector
-from fastconv.kernels.problem import ConvProblem
+from fastconv.kernels.pool_gradient import blocks_of
+from fastconv.kernels.pool_window import UNROLLED
+from fastconv.kernels.pool_window import tile as pool_blocks
+from fastconv.kernels.problem import ConvProblem, PoolProblem
 
 # Largest tensor that Triton allows, in elements.
 MAX_ELEMENTS = 1 << 20
@@ -68,6 +72,18 @@ PIXELS_SPLIT = Space(
     "pixels_split",
     {**PIXELS.ranges, "SPLITS": tuple(2**i for i in range(11))},
 )
+# A small window is unrolled, for LINES outputs at once; of a large one LANES rows and SPLITS programs may take a part.
+POOL = Space(
+    "pool",
+    {"BLOCK": (512, 1024), "LINES": (4, 1), "LANES": (1,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (1,)},
+)
+POOL_SINGLE = Space("pool_single", {**POOL.ranges, "LINES": (1,)})
+POOL_SPLIT = Space(
+    "pool_split",
+    {**POOL_SINGLE.ranges, "LANES": (1, 16), "SPLITS": tuple(2**i for i in range(11))},
+)
+# Planes whose outputs are few: neighbouring threads read neighbours only as lanes of one window.
+POOL_PLANES = Space("pool_planes", {**POOL_SPLIT.ranges, "LANES": (32,)})
 # In the interpreter a step costs much the same whatever its size, so tiles are as large as the problem.
 INTERPRETED = {
     "conv_gather": Space(
@@ -93,6 +109,10 @@ INTERPRETED = {
         },
         _fits_interpreter,
     ),
+    **{
+        name: Space(name, {**POOL_SINGLE.ranges, "BLOCK": tuple(2**i for i in range(6, 19, 2))})
+        for name in ("pool", "pool_single", "pool_split", "pool_planes")
+    },
     "pixels": Space(
         "pixels",
         {
@@ -254,5 +274,47 @@ def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool
     return _choose(PIXELS_SPLIT if split else PIXELS, (pixels, channels, element, moved), work, gpu)
 
 
-def _choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
-    return decided(choose(INTERPRETED[space.name] if gpu.interpreted else space, features, work, gpu))
+def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gpu) -> Choice:
+    """The tile of a pool, forward or backward, and into how many parts its windows are split."""
+    view = problem.lifted if channels_last else problem.lifted.planes
+    size, taps = (view.output_size, view.taps) if direction == "forward" else (blocks_of(problem), prod(view.windows))
+    space = POOL_SINGLE
+    if direction == "forward" and taps > UNROLLED:
+        space = POOL_SPLIT if channels_last or size[2] >= 16 else POOL_PLANES
+    elif direction == "forward" and taps <= 9 and view.dilation[1] == 1 and not problem.adaptive and size[1] > 1:
+        space = POOL
+    element, outputs = problem.dtype.itemsize, view.output_pixels * view.channels
+
+    def work(config: Config) -> Work:
+        block, splits = config["BLOCK"], config["SPLITS"]
+        partial = 4 if problem.index is None else 8
+        return Work(
+            programs=pool_blocks(view, size, channels_last, config)[0] * splits,
+            steps=_cdiv(taps, config["LANES"] * splits) * config["LINES"],
+            step_flops=8 * block,
+            step_elements=block,
+            step_bytes=block * element,
+            dram_bytes=problem.bytes,
+            shared_memory=0,
+            registers=64,
+            warps=config["num_warps"],
+            stages=9,  # as many loads under way as are unrolled, and the one in use
+            matrix_share=0.0,
+            extra_bytes=2 * splits * outputs * partial if splits > 1 else 0,
+        )
+
+    # One load of 16 bytes a thread; where each element is a load of its own, half as many.
+    vectors = channels_last and problem.channels * element % 16 == 0
+    width = {} if gpu.interpreted else {"BLOCK": 2048 // element if vectors else 512}
+    return _choose(space, (direction, problem, channels_last), work, gpu, width)
+
+
+def _choose(
+    space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, width: Mapping[str, int] = {}
+) -> Choice:
+    """``width``: what a parameter must cover, and with its smallest value that does."""
+    space = INTERPRETED[space.name] if gpu.interpreted else space
+    if width:
+        fitted = {name: (min(v for v in space.ranges[name] if v >= least),) for name, least in width.items()}
+        space = replace(space, ranges={**space.ranges, **fitted})
+    return decided(choose(space, features, work, gpu))

@@ -1,0 +1,240 @@
+"""Pools on tensors, both directions: view, plan, allocate, launch. No autograd.
+
+A geometry is (window, stride, padding, dilation), each of ``rank`` entries; an adaptive pool's is four empty tuples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fastconv.autotune import Gpu
+from fastconv.kernels import dispatch
+from fastconv.kernels.call import Operands, Sizes, prepared
+from fastconv.kernels.conv import Uncovered
+from fastconv.kernels.dispatch import Layout
+from fastconv.kernels.launch import Launch, run
+from fastconv.kernels.layout import Strides, contiguous_channels, is_channels_last, pixel_strides, strides_like
+from fastconv.kernels.pool_window import pool_gather
+from fastconv.kernels.problem import PoolProblem, index_type, largest_share
+
+Geometry = tuple[Sizes, Sizes, Sizes, Sizes]
+ADAPTIVE: Geometry = ((), (), (), ())
+
+
+@dataclass(frozen=True)
+class PoolCall:
+    """A prepared call: how operands are laid out for it, what is launched, how results lie."""
+
+    copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
+    launches: tuple[Launch, ...]  # none: the result is empty
+    shape: Sizes
+    strides: Sizes  # of all results
+
+
+def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dtype | None) -> tuple[Tensor, ...]:
+    """(y, taps) [N, C, *output_size] of x [N, C, spatial]: the maxima, and in ``index`` which tap each is of.
+
+    The last NaN of a window wins, else its first maximum. y alone where ``index`` is None. Channels_last where x is,
+    else contiguous. Raises Uncovered where no kernel serves them.
+    """
+    call = prepared(_prepare_forward, (x,), ("max", output_size, geometry, index, True, 0))
+    types = (x.dtype,) if index is None else (x.dtype, index)
+    outputs = tuple(x.new_empty_strided(call.shape, call.strides, dtype=dtype) for dtype in types)
+    if call.launches:
+        (x,) = _laid_out(call, (x,))
+        y, taps = outputs if index is not None else (*outputs, None)
+        if len(call.launches) == 1:
+            run(call.launches[0], x, y, taps)
+        else:
+            size = call.launches[0].grid[1] * y.numel()
+            partial = x.new_empty(size, dtype=torch.float32)
+            partial_taps = None if taps is None else x.new_empty(size, dtype=torch.int32)
+            run(call.launches[0], x, partial, partial_taps)
+            run(call.launches[1], partial, partial_taps, y, taps)
+    return outputs
+
+
+def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padding: bool, divisor: int) -> Tensor:
+    """The averages [N, C, *output_size] of x [N, C, spatial], summed in fp32. ``divisor`` 0: the pixels of each window,
+    with or without its padding. Formats and errors as `max_pool`."""
+    call = prepared(_prepare_forward, (x,), ("average", output_size, geometry, None, include_padding, divisor))
+    y = x.new_empty_strided(call.shape, call.strides)
+    if call.launches:
+        (x,) = _laid_out(call, (x,))
+        if len(call.launches) == 1:
+            run(call.launches[0], x, y, None)
+        else:
+            partial = x.new_empty(call.launches[0].grid[1] * y.numel(), dtype=torch.float32)
+            run(call.launches[0], x, partial, None)
+            run(call.launches[1], partial, y)
+    return y
+
+
+def max_pool_backward(
+    dy: Tensor, taps: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool
+) -> Tensor:  # fmt: skip
+    """The input's gradient [N, C, *input_size] from the output's and the taps that `max_pool` kept, summed in fp32.
+
+    ``channels_last``: whether the input was, and the result is. Raises Uncovered where no kernel serves them.
+    """
+    call = prepared(_prepare_backward, (dy, taps), ("max", input_size, geometry, channels_last, True, 0))
+    return _execute(call, (dy, taps), dy.dtype)
+
+
+def average_pool_backward(
+    dy: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool, include_padding: bool, divisor: int
+) -> Tensor:
+    """The input's gradient [N, C, *input_size] from the output's; arguments as `average_pool` and
+    `max_pool_backward` have them."""
+    arguments = ("average", input_size, geometry, channels_last, include_padding, divisor)
+    return _execute(prepared(_prepare_backward, (dy, None), arguments), (dy, None), dy.dtype)
+
+
+def max_pool_gather(taps: Tensor, x: Tensor, geometry: Geometry, channels_last: bool) -> Tensor:
+    """x [N, C, spatial] where each window of the input had its maximum, laid out as ``taps`` [N, C, output]."""
+    arguments = (tuple(x.shape[2:]), x.dtype, geometry, channels_last)
+    return _execute(prepared(_prepare_gather, (taps, x), arguments), (taps, x), x.dtype)
+
+
+def max_pool_indices(taps: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool) -> Tensor:
+    """PyTorch's indices, int64: where in an image of ``input_size`` each window had its maximum."""
+    arguments = (input_size, torch.float32, geometry, channels_last)
+    return _execute(prepared(_prepare_gather, (taps, None), arguments), (taps, None), torch.int64)
+
+
+def tap_type(input_size: Sizes, output_size: Sizes, window: Sizes) -> torch.dtype:
+    """The type that `max_pool` is to keep taps in. Never narrower than needed, whatever adaptive windows' sizes."""
+    if window:
+        return index_type(prod(window))
+    # (Not the largest share itself: its greatest common divisor would become a guard on every size.)
+    return index_type(prod((h - 2) // p + 2 for h, p in zip(input_size, output_size, strict=True)))
+
+
+def _problem(
+    kind: str, shape: Sizes, output_size: Sizes, geometry: Geometry, dtype: torch.dtype, index: torch.dtype | None,
+    include_padding: bool = True, divisor: int = 0,
+) -> PoolProblem:  # fmt: skip
+    adaptive = geometry == ADAPTIVE
+    if adaptive:
+        rank = len(output_size)
+        window = tuple(map(largest_share, shape[2:], output_size))
+        geometry = window, (1,) * rank, (0,) * rank, (1,) * rank
+    return PoolProblem(
+        kind, shape[0], shape[1], tuple(shape[2:]), output_size, *geometry, dtype, adaptive, index, divisor,
+        include_padding,
+    )  # fmt: skip
+
+
+def _view(shape: Sizes, strides: Sizes, channels_last: bool) -> tuple[Sizes | None, Strides]:
+    """(strides to copy a tensor [N, C, spatial] to, or None; strides of its pixels, or of its planes' pixels)."""
+    if channels_last:
+        copy = contiguous_channels(shape, strides)
+        return copy, pixel_strides(shape, copy or strides)
+    # Planes lie at one distance, or cannot be numbered.
+    even = shape[0] == 1 or shape[1] == 1 or strides[0] == strides[1] * shape[1]
+    copy = None if even else strides_like(shape, False)
+    n, c, *spatial = copy or strides
+    plane = n if shape[1] == 1 else c
+    return copy, pixel_strides((shape[0] * shape[1], 1, *shape[2:]), (plane, 1, *spatial))
+
+
+def _prepare_forward(
+    gpu: Gpu,
+    operands: Operands,
+    kind: str,
+    output_size: Sizes,
+    geometry: Geometry,
+    index: torch.dtype | None,
+    include_padding: bool,
+    divisor: int,
+) -> PoolCall:
+    (x,) = operands
+    assert x is not None
+    problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, include_padding, divisor)
+    channels_last = is_channels_last(x.shape, x.stride())
+    shape = problem.output_shape
+    strides = strides_like(shape, channels_last)
+    if not prod(shape):
+        return PoolCall((None,), (), shape, strides)
+    copy, source = _view(x.shape, x.stride(), channels_last)
+    return PoolCall((copy,), _plan("forward", problem, gpu, source, channels_last), shape, strides)
+
+
+def _prepare_backward(
+    gpu: Gpu,
+    operands: Operands,
+    kind: str,
+    input_size: Sizes,
+    geometry: Geometry,
+    channels_last: bool,
+    include_padding: bool,
+    divisor: int,
+) -> PoolCall:
+    dy, taps = operands
+    assert dy is not None
+    shape = (*dy.shape[:2], *input_size)
+    index = None if taps is None else taps.dtype
+    problem = _problem(kind, shape, tuple(dy.shape[2:]), geometry, dy.dtype, index, include_padding, divisor)
+    strides = strides_like(shape, channels_last)
+    if not prod(shape):
+        return PoolCall((None, None), (), shape, strides)
+    copy, source = _view(dy.shape, dy.stride(), channels_last)
+    launches = _plan("backward", problem, gpu, source, channels_last)
+    return PoolCall((copy, _dense(taps, channels_last)), launches, shape, strides)
+
+
+def _prepare_gather(
+    gpu: Gpu, operands: Operands, input_size: Sizes, dtype: torch.dtype, geometry: Geometry, channels_last: bool
+) -> PoolCall:
+    taps, x = operands
+    assert taps is not None
+    shape = tuple(taps.shape)
+    problem = _problem("max", (*shape[:2], *input_size), shape[2:], geometry, dtype, taps.dtype)
+    strides = strides_like(shape, channels_last)
+    if not prod(shape):
+        return PoolCall((None, None), (), shape, strides)
+    copy, source = (None, None) if x is None else _view(x.shape, x.stride(), channels_last)
+    # The tiles of a pass over the output.
+    plan = dispatch.plan("forward", problem, gpu, Layout(channels_last=channels_last))
+    if plan.choice is None:
+        raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
+    launch = pool_gather(problem, {**plan.choice.config, "LANES": 1}, channels_last, source)
+    return PoolCall((_dense(taps, channels_last), copy), (launch,), shape, strides)
+
+
+def _dense(taps: Tensor | None, channels_last: bool) -> Sizes | None:
+    """None where taps lie as `max_pool` wrote them, else the strides to copy them to."""
+    if taps is None:
+        return None
+    strides = strides_like(taps.shape, channels_last)
+    same = all(size == 1 or a == b for size, a, b in zip(taps.shape, taps.stride(), strides, strict=True))
+    return None if same else strides
+
+
+def _plan(
+    direction: str, problem: PoolProblem, gpu: Gpu, source: Strides, channels_last: bool
+) -> tuple[Launch, ...]:  # fmt: skip
+    plan = dispatch.plan(direction, problem, gpu, Layout(source=source, channels_last=channels_last))
+    if plan.choice is None:
+        raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
+    return plan.launches
+
+
+def _laid_out(call: PoolCall, operands: Operands) -> Operands:
+    return tuple(
+        t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
+        for t, strides in zip(operands, call.copies, strict=True)
+    )
+
+
+def _execute(call: PoolCall, operands: Operands, dtype: torch.dtype) -> Tensor:
+    first = operands[0]
+    assert first is not None
+    out = first.new_empty_strided(call.shape, call.strides, dtype=dtype)
+    if call.launches:
+        run(call.launches[0], *_laid_out(call, operands), out)
+    return out

@@ -1,0 +1,518 @@
+"""Pools as walks over windows: forward, and what lies where a window has its maximum.
+
+A tile is rows by columns. In channels_last rows are pixels and columns channels, 16 bytes a thread. In the plain format
+rows are (image, channel, p) and columns q, so that neighbouring threads read neighbours there too and neither format is
+transposed first. All that is known of a row or a column alone is computed for it alone.
+
+    y[p, q] = over (r, s): x[p * stride - padding + r * dilation, ...]; adaptive: x[floor(p * H / P) + r, ...]
+
+A small window is unrolled, and a thread has LINES outputs below each other: a line of the input that is in several of
+their windows is loaded and reduced once. Of a large window LANES rows of the tile take a part each, and splits of the
+grid, which one ordered step adds up: a few global windows fill the GPU. No atomics: the same bits from run to run.
+
+Bytes: x once (lines that tiles share meet in L1 and L2: programs follow memory), y and the index once.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: RUF005 - Triton knows no unpacking into a tuple.
+import torch
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import INT32_MAX, Strides, linear_stride, pointer_type, vector, wide
+from fastconv.kernels.pixels import advance, in_elements, unravel
+from fastconv.kernels.problem import PoolProblem
+from fastconv.kernels.reduce import split_sum
+
+# Windows of at most so many taps are unrolled, so that all their loads are under way at once.
+UNROLLED = 27
+INDEX_TYPES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
+
+
+@triton.jit
+def place(row, column, O, P, Q, PLANES: tl.constexpr, RANK: tl.constexpr):
+    """Rows and columns of an [N, O, P, Q, C] tensor -> (n, o, p, q, c)."""
+    if PLANES:
+        q = column
+        c = column * 0
+        n = row // P
+        p = row % P
+        o = 0
+        if RANK == 3:
+            o = n % O
+            n = n // O
+    else:
+        c = column
+        n, o, p, q = unravel(row, O, P, Q, RANK)
+    return n, o, p, q, c
+
+
+@triton.jit
+def line_of(n, o, p, O, P, RANK: tl.constexpr):
+    """The number of a line of an [N, O, P, Q, C] tensor."""
+    if RANK == 3:
+        return (n * O + o) * P + p
+    else:
+        return n * P + p
+
+
+@triton.jit
+def span(p, size, outputs, stride, padding, ADAPTIVE: tl.constexpr):
+    """Where the window ``p`` of an axis begins, and what it must not reach."""
+    if ADAPTIVE:
+        return p * size // outputs, ((p + 1) * size + outputs - 1) // outputs
+    else:
+        return p * stride - padding, size
+
+
+@triton.jit
+def extent(
+    p, size, outputs, stride, padding, window, ADAPTIVE: tl.constexpr, INCLUDE_PADDING: tl.constexpr
+):  # fmt: skip
+    """The pixels of an axis that the window ``p`` of an average counts."""
+    first, last = span(p, size, outputs, stride, padding, ADAPTIVE)
+    if not ADAPTIVE:
+        last = first + window
+        if INCLUDE_PADDING:
+            last = tl.minimum(last, size + padding)
+        else:
+            first, last = tl.maximum(first, 0), tl.minimum(last, size)
+    return last - first
+
+
+@triton.jit
+def first_inside(start, dilation):
+    """The first tap of an axis that is not in front of the input: the winner where nothing is above -inf."""
+    return (tl.maximum(-start, 0) + dilation - 1) // dilation
+
+
+@triton.jit
+def take(acc, best, x, tap, MAX: tl.constexpr, INDEXED: tl.constexpr):
+    """One more tap: the last NaN wins, else the first maximum, as in PyTorch's CPU op."""
+    if not MAX:
+        acc += x
+    elif INDEXED:
+        wins = (x > acc) | (x != x)
+        acc = tl.where(wins, x, acc)
+        best = tl.where(wins, tap, best)
+    else:
+        acc = tl.maximum(acc, x, propagate_nan=tl.PropagateNan.ALL)
+    return acc, best
+
+
+@triton.jit
+def winner_of(acc, best):
+    """The same over the lanes of [rows, lanes, columns], whose taps are interleaved."""
+    nan = tl.max(tl.where(acc != acc, best, -1), axis=1)
+    acc = tl.where(acc == acc, acc, float("-inf"))
+    highest = tl.max(acc, axis=1)
+    first = tl.min(tl.where(acc == highest[:, None, :], best, 2**31 - 1), axis=1)
+    return tl.where(nan >= 0, float("nan"), highest), tl.where(nan >= 0, nan, first)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("M", "C", "D", "H", "W", "O", "P", "Q", "x_n", "x_d", "x_h", "x_w", "taps_d", "taps_h", "taps_w"),
+        *("stride_d", "stride_h", "stride_w", "pad_d", "pad_h", "pad_w", "dilation_d", "dilation_h", "dilation_w"),
+        *("splits", "scale"),
+    ]
+)
+def pool_kernel(
+    x_ptr,  # [N, D, H, W, C] by its strides
+    y_ptr,  # [splits, N, O, P, Q, C]
+    index_ptr,  # as y: the winner's tap
+    M,  # rows
+    C,  # in units of VEC
+    D, H, W, O, P, Q,
+    x_n, x_d, x_h, x_w,  # in units of VEC
+    taps_d, taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
+    splits,
+    scale,  # of a sum, where all windows share it; of a maximum 1
+    MAX: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    BOUNDED: tl.constexpr,  # a tap may be outside
+    UNIFORM: tl.constexpr,
+    INCLUDE_PADDING: tl.constexpr,
+    LINEAR: tl.constexpr,  # the window is the whole image, x_w elements from pixel to pixel
+    PLANES: tl.constexpr,
+    RANK: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,  # the window where it is unrolled, else 0
+    LINES: tl.constexpr,  # outputs below each other, STEP lines of the input apart
+    STEP: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Max or average over windows; see the module."""
+    INDEXED: tl.constexpr = index_ptr is not None
+    OUTSIDE: tl.constexpr = float("-inf") if MAX else 0.0
+    C *= VEC
+    x_n, x_d, x_h, x_w = in_elements(x_n, x_d, x_h, x_w, VEC, WIDE)
+    columns = C
+    if PLANES:
+        columns = Q
+    blocks = tl.cdiv(columns, BLOCK_C)
+    program = tl.program_id(0)
+    tile = tl.arange(0, BLOCK_M * LANES)[:, None]
+    row = program // blocks * BLOCK_M + tile // LANES
+    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    n, o, p, q, c = place(row, column, O, tl.cdiv(P, LINES), Q, PLANES, RANK)
+    p *= LINES
+    mask = (row < M) & (column < columns)
+    w0, w1 = span(q, W, Q, stride_w, pad_w, ADAPTIVE)
+    h0, h1 = span(p, H, P, stride_h, pad_h, ADAPTIVE)
+    d0, d1 = 0, 1
+    if RANK == 3:
+        d0, d1 = span(o, D, O, stride_d, pad_d, ADAPTIVE)
+    images = x_ptr + n * x_n + c
+    line = line_of(n, o, p, O, P, RANK)
+    count = 1
+    if not UNIFORM:
+        count = extent(q, W, Q, stride_w, pad_w, taps_w, ADAPTIVE, INCLUDE_PADDING)
+        if RANK == 3:
+            count *= extent(o, D, O, stride_d, pad_d, taps_d, ADAPTIVE, INCLUDE_PADDING)
+    if T > 0:
+        accs, bests = (), ()
+        for i in tl.static_range(LINES):
+            acc = tl.full((BLOCK_M, BLOCK_C), OUTSIDE, dtype=tl.float32)
+            best = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+            if INDEXED and BOUNDED and not ADAPTIVE:
+                first = first_inside(h0 + i * STEP, dilation_h) * S + first_inside(w0, dilation_w)
+                if RANK == 3:
+                    first += first_inside(d0, dilation_d) * (R * S)
+                best += first
+            accs, bests = accs + (acc,), bests + (best,)
+        for t in tl.static_range(T):
+            d = d0 + t * dilation_d
+            volumes, mask_d = images, mask
+            if RANK == 3:
+                volumes = images + d * x_d
+                if BOUNDED:
+                    mask_d = mask & (d >= 0) & (d < d1)
+            for j in tl.static_range((LINES - 1) * STEP + R):
+                if j % STEP < R:
+                    h = h0 + j * dilation_h
+                    lines, mask_h = volumes + h * x_h, mask_d
+                    if BOUNDED:
+                        mask_h = mask_d & (h >= 0) & (h < h1)
+                    acc = tl.full((BLOCK_M, BLOCK_C), OUTSIDE, dtype=tl.float32)
+                    best = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+                    for s in tl.static_range(S):
+                        w = w0 + s * dilation_w
+                        inside = mask_h
+                        if BOUNDED:
+                            inside = mask_h & (w >= 0) & (w < w1)
+                        x = tl.load(lines + w * x_w, mask=inside, other=OUTSIDE).to(tl.float32)
+                        if INDEXED:
+                            # By a one that the compiler does not know: else it compares bf16 two at a time, runs out
+                            # of predicates and moves each of them (a 3x3 window on sm_90: 70 registers, not 44).
+                            x *= scale
+                        if s == 0:
+                            acc = x
+                        else:
+                            acc, best = take(acc, best, x, s, MAX, INDEXED)
+                    all_accs, all_bests = accs, bests
+                    accs, bests = (), ()
+                    for i in tl.static_range(LINES):
+                        kept, winner = all_accs[i], all_bests[i]
+                        if j >= i * STEP and j < i * STEP + R:
+                            tap = best + (t * R + j - i * STEP) * S
+                            kept, winner = take(kept, winner, acc, tap, MAX, INDEXED)
+                        accs, bests = accs + (kept,), bests + (winner,)
+        for i in tl.static_range(LINES):
+            acc = accs[i]
+            if not MAX:
+                acc *= scale_of(count, p + i, H, P, stride_h, pad_h, taps_h, scale, ADAPTIVE, UNIFORM, INCLUDE_PADDING)
+            put(y_ptr, index_ptr, acc, bests[i], line + i, q, c, Q, C, mask & (p + i < P), WIDE)
+    else:
+        best = tl.zeros((BLOCK_M * LANES, BLOCK_C), dtype=tl.int32)
+        if INDEXED and BOUNDED and not ADAPTIVE:
+            first = first_inside(h0, dilation_h) * taps_w + first_inside(w0, dilation_w)
+            if RANK == 3:
+                first += first_inside(d0, dilation_d) * taps_h * taps_w
+            best += first
+        acc = tl.full((BLOCK_M * LANES, BLOCK_C), OUTSIDE, dtype=tl.float32)
+        taps = taps_d * taps_h * taps_w
+        lanes = splits * LANES
+        tap = tl.program_id(1) * LANES + tile % LANES
+        z, t, r, s = unravel(tap, taps_d, taps_h, taps_w, 3)
+        z_step, t_step, r_step, s_step = unravel(lanes, taps_d, taps_h, taps_w, 3)
+        for _ in tl.range(0, tl.cdiv(taps, lanes), loop_unroll_factor=8):
+            inside = mask & (tap < taps)
+            if LINEAR:
+                offset = tap * x_w
+            else:
+                h, w = h0 + r * dilation_h, w0 + s * dilation_w
+                offset = h * x_h + w * x_w
+                if BOUNDED:
+                    inside = inside & (h >= 0) & (h < h1) & (w >= 0) & (w < w1)
+                if RANK == 3:
+                    d = d0 + t * dilation_d
+                    offset += d * x_d
+                    if BOUNDED:
+                        inside = inside & (d >= 0) & (d < d1)
+                z, t, r, s = advance(z, t, r, s, z_step, t_step, r_step, s_step, taps_d, taps_h, taps_w, 3)
+            x = tl.load(images + offset, mask=inside, other=OUTSIDE).to(tl.float32)
+            acc, best = take(acc, best, x, tap, MAX, INDEXED)
+            tap += lanes
+        if not MAX:
+            acc *= scale_of(count, p, H, P, stride_h, pad_h, taps_h, scale, ADAPTIVE, UNIFORM, INCLUDE_PADDING)
+        if LANES > 1:
+            acc = tl.reshape(acc, (BLOCK_M, LANES, BLOCK_C))
+            if MAX:
+                acc, best = winner_of(acc, tl.reshape(best, (BLOCK_M, LANES, BLOCK_C)))
+            else:
+                acc = tl.sum(acc, axis=1)
+            row = program // blocks * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+            n, o, p, q, c = place(row, column, O, P, Q, PLANES, RANK)
+            mask = (row < M) & (column < columns)
+            line = line_of(n, o, p, O, P, RANK)
+        # Behind the splits before this one.
+        line += tl.program_id(1) * (M if PLANES else M // Q)
+        put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE)
+
+
+@triton.jit
+def scale_of(
+    count, p, H, P, stride, padding, taps, scale,
+    ADAPTIVE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    INCLUDE_PADDING: tl.constexpr,
+):  # fmt: skip
+    """What the sum of window ``p`` is multiplied by; ``count``: its pixels along the other axes."""
+    if UNIFORM:
+        return scale
+    else:
+        # At least one: rows past the last have windows that hold none.
+        count *= extent(p, H, P, stride, padding, taps, ADAPTIVE, INCLUDE_PADDING)
+        return 1.0 / tl.maximum(count, 1).to(tl.float32)
+
+
+@triton.jit
+def put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE: tl.constexpr):
+    """Store one output of each row, of an [N, O, P, Q, C] tensor without gaps whose ``line`` is (n, o, p)."""
+    if WIDE:
+        line = line.to(tl.int64)
+    out = (line * Q + q) * C + c
+    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if index_ptr is not None:
+        tl.store(index_ptr + out, best.to(index_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits", "size"])
+def pool_combine_kernel(
+    partial_ptr,  # [splits, size], fp32
+    partial_index_ptr,
+    y_ptr,  # [size]
+    index_ptr,
+    splits, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The maximum over the splits of windows, whose taps are interleaved; the index is absent in inference."""
+    INDEXED: tl.constexpr = index_ptr is not None
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    acc = tl.load(partial_ptr + element, mask=mask, other=0.0)
+    if INDEXED:
+        best = tl.load(partial_index_ptr + element, mask=mask, other=0)
+    for split in range(1, splits):
+        x = tl.load(partial_ptr + split * size + element, mask=mask, other=0.0)
+        if INDEXED:
+            tap = tl.load(partial_index_ptr + split * size + element, mask=mask, other=0)
+            earlier = (x > acc) | ((x == acc) & (tap < best))
+            wins = ((x != x) & ((acc == acc) | (tap > best))) | earlier
+            acc = tl.where(wins, x, acc)
+            best = tl.where(wins, tap, best)
+        else:
+            acc = tl.maximum(acc, x, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + element, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if INDEXED:
+        tl.store(index_ptr + element, best.to(index_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("M", "C", "D", "H", "W", "O", "P", "Q", "x_n", "x_d", "x_h", "x_w", "taps_h", "taps_w"),
+        *("stride_d", "stride_h", "stride_w", "pad_d", "pad_h", "pad_w", "dilation_d", "dilation_h", "dilation_w"),
+    ]
+)
+def pool_gather_kernel(
+    index_ptr,  # [N, O, P, Q, C]: the winner's tap
+    x_ptr,  # [N, D, H, W, C] by its strides; absent: y is the winner's number in its D x H x W
+    y_ptr,  # as index
+    M,  # rows
+    C,  # in units of VEC
+    D, H, W, O, P, Q,
+    x_n, x_d, x_h, x_w,  # in units of VEC
+    taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
+    ADAPTIVE: tl.constexpr,
+    PLANES: tl.constexpr,
+    RANK: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What lies where each window has its maximum: the gradient's gradient, or PyTorch's index."""
+    C *= VEC
+    x_n, x_d, x_h, x_w = in_elements(x_n, x_d, x_h, x_w, VEC, WIDE)
+    columns = C
+    if PLANES:
+        columns = Q
+    blocks = tl.cdiv(columns, BLOCK_C)
+    program = tl.program_id(0)
+    row = (program // blocks * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mask = (row < M) & (column < columns)
+    n, o, p, q, c = place(row, column, O, P, Q, PLANES, RANK)
+    if WIDE:
+        row = row.to(tl.int64)
+    tap = tl.load(index_ptr + row * columns + column, mask=mask, other=0).to(tl.int32)
+    r = tap // taps_w
+    w = span(q, W, Q, stride_w, pad_w, ADAPTIVE)[0] + tap % taps_w * dilation_w
+    h = span(p, H, P, stride_h, pad_h, ADAPTIVE)[0] + r % taps_h * dilation_h
+    d = 0
+    if RANK == 3:
+        d = span(o, D, O, stride_d, pad_d, ADAPTIVE)[0] + r // taps_h * dilation_d
+    if x_ptr is None:
+        y = (d * H + h).to(tl.int64) * W + w
+    else:
+        inside = mask & (d < D) & (h < H) & (w < W)
+        y = tl.load(x_ptr + n * x_n + d * x_d + h * x_h + w * x_w + c, mask=inside, other=0.0)
+    tl.store(y_ptr + row * columns + column, y, mask=mask)
+
+
+def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides) -> tuple[Launch, ...]:
+    """x -> y, index (absent unless ``problem.index``); of split windows x -> partial sums, or partial maxima and their
+    taps, and from these. ``strides``: of x's pixels, in elements; of the planes' unless channels_last."""
+    view = problem.lifted if channels_last else problem.lifted.planes
+    splits, lanes = config["SPLITS"], config["LANES"]
+    unroll = problem.taps <= UNROLLED
+    assert not unroll or splits == lanes == 1
+    maximum, divisor = problem.kind == "max", problem.uniform_divisor
+    linear = None if unroll else whole_image(view, strides)
+    if linear is not None:
+        strides = (*strides[:3], linear)
+    vec = vector(problem.dtype, view.channels, *strides)
+    programs, rows, blocks = tile(view, view.output_size, channels_last, config)
+    element, kept = pointer_type(problem.dtype), None if problem.index is None else INDEX_TYPES[problem.index]
+    size = view.output_pixels * view.channels
+    first = Launch(
+        kernel=pool_kernel,
+        grid=(programs, splits, 1),
+        pointers=(
+            element,
+            element if splits == 1 else "*fp32",
+            kept if splits == 1 or kept is None else "*i32",
+        ),
+        scalars=(
+            rows,
+            view.channels // vec,
+            *view.input_size,
+            *view.output_size,
+            *(stride // vec for stride in strides),
+            *view.window,
+            *view.stride,
+            *view.padding,
+            *view.dilation,
+            splits,
+            1.0 / divisor if divisor else 1.0,
+        ),
+        constants={
+            "MAX": maximum,
+            "ADAPTIVE": problem.adaptive,
+            "BOUNDED": problem.bounded,
+            "UNIFORM": divisor > 0,
+            "INCLUDE_PADDING": problem.include_padding,
+            "LINEAR": linear is not None,
+            "PLANES": not channels_last,
+            "RANK": max(2, problem.rank),
+            **dict(zip("TRS", view.window if unroll else (0, 0, 0), strict=True)),
+            "VEC": vec,
+            "WIDE": wide((view.input_shape, strides))
+            or max(view.input_pixels * view.channels, splits * size) > INT32_MAX,
+            "LINES": config["LINES"],
+            "STEP": view.stride[1] if config["LINES"] > 1 else 1,
+            "LANES": lanes,
+            **blocks,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    if splits == 1:
+        return (first,)
+    if not maximum:
+        return first, split_sum(splits, 1, 1, size, problem.dtype)
+    block = 256
+    combine = Launch(
+        kernel=pool_combine_kernel,
+        grid=(triton.cdiv(size, block), 1, 1),
+        pointers=("*fp32", None if kept is None else "*i32", element, kept),
+        scalars=(splits, size),
+        constants={"BLOCK": block},
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return first, combine
+
+
+def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides | None) -> Launch:
+    """index, x -> y; without x's ``strides``: index, None -> PyTorch's index, in int64."""
+    view = problem.lifted if channels_last else problem.lifted.planes
+    assert problem.index is not None
+    flat = strides is None
+    steps = strides or (0, 0, 0, 0)
+    vec = vector(problem.dtype, view.channels, *steps)
+    programs, rows, blocks = tile(view, view.output_size, channels_last, {"BLOCK": config["BLOCK"]})
+    element = pointer_type(problem.dtype)
+    return Launch(
+        kernel=pool_gather_kernel,
+        grid=(programs, 1, 1),
+        pointers=(INDEX_TYPES[problem.index], None if flat else element, "*i64" if flat else element),
+        scalars=(
+            rows,
+            view.channels // vec,
+            *view.input_size,
+            *view.output_size,
+            *(stride // vec for stride in steps),
+            *view.window[1:],
+            *view.stride,
+            *view.padding,
+            *view.dilation,
+        ),
+        constants={
+            "ADAPTIVE": problem.adaptive,
+            "PLANES": not channels_last,
+            "RANK": max(2, problem.rank),
+            "VEC": vec,
+            "WIDE": wide((view.input_shape, steps))
+            or max(view.input_pixels, view.output_pixels) * view.channels > INT32_MAX,
+            **blocks,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def whole_image(view: PoolProblem, strides: Strides) -> int | None:
+    """The distance between neighbouring pixels where one window is all of an image; None where it is not."""
+    if any(size > 1 for size in view.output_size) or view.window != view.input_size or any(view.padding):
+        return None
+    return linear_stride((1, 1, *view.input_size), (0, *strides[1:]))
+
+
+def tile(
+    view: PoolProblem, size: tuple[int, ...], channels_last: bool, config: Config
+) -> tuple[int, int, dict[str, int]]:
+    """(programs, rows, block sizes) of a tile over [N, C, *size]: columns along what is dense, the rest of it rows."""
+    d, h, w = size
+    columns = view.channels if channels_last else w
+    rows = view.batch * view.channels * d * triton.cdiv(h, config.get("LINES", 1)) * w // columns
+    block_c = min(triton.next_power_of_2(columns), 64 if channels_last else 128, config["BLOCK"])
+    block_m = max(1, config["BLOCK"] // (block_c * config.get("LANES", 1)))
+    return triton.cdiv(rows, block_m) * triton.cdiv(columns, block_c), rows, {"BLOCK_M": block_m, "BLOCK_C": block_c}
