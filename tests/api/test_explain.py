@@ -71,7 +71,7 @@ def test_what_is_planned_is_what_runs(name: str) -> None:
 
 
 def block(**options: Any) -> torch.nn.Module:
-    return nn.ConvBNAct2d(3, 5, 3, padding=1, **options).to(DEVICE)
+    return nn.ConvBNAct2d(3, 5, 3, padding=1, **options)
 
 
 def frozen(model: torch.nn.Module) -> torch.nn.Module:
@@ -118,6 +118,7 @@ FORMS: dict[str, tuple[torch.nn.Module, str, list[str]]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_how_a_chain_is_computed(name: str) -> None:
     model, form, passes = FORMS[name]
+    model.to(DEVICE)
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
     explanation = fastconv.explain(model, x)
     (run,) = explanation.layers[0].runs
@@ -167,7 +168,7 @@ def test_a_plain_model_is_explained_as_convert_would_make_it() -> None:
 
 def test_autocast_around_a_batch_norm_in_fp32() -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
-        explanation = fastconv.explain(block(), torch.randn(2, 3, 6, 6, device=DEVICE))
+        explanation = fastconv.explain(block().to(DEVICE), torch.randn(2, 3, 6, 6, device=DEVICE))
     form = "statistics from the convolution, one pass, batch norm in float32 around a convolution in bfloat16"
     assert [run.form for layer in explanation.layers for run in layer.runs] == [form]
 
@@ -186,7 +187,7 @@ def test_statistics_of_other_processes_are_not_waited_for() -> None:
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(block(), Unanswered())
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(block(), Unanswered()).to(DEVICE)
         (layer,) = fastconv.explain(model, torch.randn(2, 3, 6, 6, device=DEVICE)).layers
     finally:
         torch.distributed.destroy_process_group()
