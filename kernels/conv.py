@@ -16,14 +16,18 @@ from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import Epilogue, check_operands
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import (
+    PACKED,
     contiguous_channels,
     dense_channels_last,
     even_pixels,
     is_channels_last,
     linear_stride,
+    packed_taps,
     pixel_strides,
     pointer_type,
     strides_like,
+    weight_format,
+    weight_strides,
 )
 from fastconv.kernels.problem import ConvProblem, check_arguments, conv_problem
 from fastconv.kernels.tiles import pixel_tile
@@ -186,7 +190,6 @@ def _prepare_gather(
     strides = strides_like(shape, channels_last or not direct)
     copies: list[Sizes | None] = [None] * len(operands)
     copies[0] = contiguous_channels(source.shape, source.stride())
-    copies[1] = dense_channels_last(weight.shape, weight.stride())
     if residual is not None and residual.stride() != strides:
         copies[-1] = strides
     returned = None if direct else strides_like(shape, False)
@@ -198,11 +201,15 @@ def _prepare_gather(
         bias=bias is not None,
         epilogue=epilogue,
     )
-    config, launches = _plan(direction, problem, gpu, layout)
+    family, config, launches = _plan(direction, problem, gpu, layout)
+    if family == "depthwise":
+        copies[1] = None if weight_format(weight.shape, weight.stride()) == PACKED else packed_taps(weight.shape)
+    else:
+        copies[1] = dense_channels_last(weight.shape, weight.stride())
     partials = None
     if statistics:
-        k_tiles = -(-shape[1] // problem.groups // config["BLOCK_K"])
-        partials = (launches[0].grid[0] // k_tiles, shape[1])
+        tiles, groups, _ = launches[0].grid
+        partials = (tiles // -(-shape[1] // groups // config["BLOCK_K"]), shape[1])
     return Call(tuple(copies), launches, shape, strides, returned, partials=partials)
 
 
@@ -214,13 +221,13 @@ def conv_wgrad(
     padding: Sizes,
     dilation: Sizes,
     groups: int,
-    channels_last: bool,
+    format: int,
 ) -> Tensor:
-    """The weight's gradient [K, C/groups, *filter_size]; ``padding`` is the leading sides'.
+    """The weight's gradient [K, C/groups, *filter_size], of a `weight_format`; ``padding`` is the leading sides'.
 
     Raises Uncovered where no kernel serves the call.
     """
-    arguments = (filter_size, stride, padding, dilation, groups, channels_last)
+    arguments = (filter_size, stride, padding, dilation, groups, format)
     return execute(prepared(_prepare_wgrad, (x, dy), arguments), (x, dy))[0]
 
 
@@ -232,24 +239,27 @@ def _prepare_wgrad(
     padding: Sizes,
     dilation: Sizes,
     groups: int,
-    channels_last: bool,
+    format: int,
 ) -> Call:
     x, dy = operands
     assert x is not None and dy is not None
     check_same_kind(x, dy)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     problem = _gradient_problem(dy, tuple(x.shape[1:]), shape, stride, padding, dilation, groups)
-    strides = strides_like(shape, channels_last)
+    strides = weight_strides(shape, format)
     copies = (contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride()))
     if not problem.batch:
         return Call(copies, (), shape, strides)
     layout = Layout(
         source=pixel_strides(x.shape, copies[0] or x.stride()),
         other=pixel_strides(dy.shape, copies[1] or dy.stride()),
-        channels_last=channels_last,
+        channels_last=format == 1,
+        packed=format == PACKED,
     )
-    config, launches = _plan("wgrad", problem, gpu, layout)
+    family, config, launches = _plan("wgrad", problem, gpu, layout)
     workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
+    if format == PACKED and family != "depthwise":
+        return Call(copies, launches, shape, strides_like(shape, False), strides, workspace=workspace)
     return Call(copies, launches, shape, strides, workspace=workspace)
 
 
@@ -273,11 +283,11 @@ def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
     return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Config, tuple[Launch, ...]]:
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[str, Config, tuple[Launch, ...]]:
     plan = dispatch.plan(direction, problem, gpu, layout)
     if plan.choice is None:
         raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    return plan.choice.config, plan.launches
+    return plan.family, plan.choice.config, plan.launches
 
 
 def _gradient_problem(

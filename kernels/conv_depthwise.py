@@ -13,8 +13,6 @@ the other axes taps are a loop, as in ``conv_gather``, whose phases dgrad shares
 The weight is read as [taps, K]: from a parameter that has these strides (`layout.packed_taps`) as it is.
 """
 
-# ruff: noqa: RUF005 - Triton knows no unpacking into a tuple.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -36,6 +34,8 @@ from fastconv.kernels.reduce import split_sum
 # Taps of a filter's row that are unrolled; in wgrad, whose accumulators they are, a program takes fewer at once.
 MAX_ROW = 31
 WGRAD_ROW = 8
+# In dgrad a thread's outputs are a multiple of the stride.
+MAX_STRIDE = 8
 # Neighbours along a row that a program of a tall block takes before it goes on to the next row.
 STRIP = 4
 
@@ -446,20 +446,18 @@ def conv_depthwise(
         for d, s, g in zip(lifted.dilation[:2], lifted.stride[:2], gcds, strict=True)
     )
     outputs = outputs_of(direction, problem, config)
-    plan = schedule(
-        outputs, problem.filter_size[-1], problem.stride[-1], problem.padding[-1], problem.dilation[-1], dgrad
-    )
+    plan = row_schedule(direction, problem, outputs)
     phases = tuple(map(min, lifted.stride[:2], y_size[:2])) if dgrad else (1, 1)
     # Phases differ by at most one pixel along an axis; the largest sets the grid.
     sizes = tuple(map(triton.cdiv, y_size[:2], lifted.stride[:2] if dgrad else phases))
-    groups = triton.cdiv(y_size[2], outputs)
-    strip = min(groups, STRIP)
-    blocks_m = problem.batch * prod(sizes) * triton.cdiv(groups, strip) * strip
+    strip, groups = strips(y_size[2], outputs)
     element = pointer_type(problem.dtype)
     return Launch(
         kernel=conv_depthwise_kernel,
         grid=(
-            triton.cdiv(blocks_m, config["BLOCK_M"]) * prod(phases) * triton.cdiv(k, config["BLOCK_K"]),
+            triton.cdiv(problem.batch * prod(sizes) * groups, config["BLOCK_M"])
+            * prod(phases)
+            * triton.cdiv(k, config["BLOCK_K"]),
             1,
             1,
         ),
@@ -505,6 +503,19 @@ def conv_depthwise(
     )
 
 
+def row_schedule(direction: str, problem: ConvProblem, outputs: int) -> Schedule:
+    """How ``outputs`` neighbours meet the filter's row, in wgrad as much of it as a program takes."""
+    taps = min(problem.filter_size[-1], WGRAD_ROW) if direction == "wgrad" else problem.filter_size[-1]
+    return schedule(outputs, taps, problem.stride[-1], problem.padding[-1], problem.dilation[-1], direction == "dgrad")
+
+
+def strips(size: int, outputs: int) -> tuple[int, int]:
+    """(groups side by side before the next row, groups a row in whole strips) of a row of ``size`` outputs."""
+    groups = triton.cdiv(size, outputs)
+    strip = min(groups, STRIP)
+    return strip, triton.cdiv(groups, strip) * strip
+
+
 def outputs_of(direction: str, problem: ConvProblem, config: Config) -> int:
     """Neighbouring outputs of a thread: those of ``config``, in dgrad a multiple of the stride."""
     stride = problem.stride[-1] if direction == "dgrad" else 1
@@ -529,10 +540,9 @@ def conv_depthwise_wgrad(
     dy_strides = dy_strides or dense_strides(lifted.output_shape)
     multiplier = problem.out_channels // problem.in_channels
     vec = vector(problem.dtype, k, *x_strides, *dy_strides) if multiplier == 1 else 1
-    row = min(problem.filter_size[-1], WGRAD_ROW)
     outputs = config["OUTPUTS"]
-    plan = schedule(outputs, row, problem.stride[-1], problem.padding[-1], problem.dilation[-1], False)
-    strip = min(triton.cdiv(dy_size[2], outputs), STRIP)
+    plan = row_schedule("wgrad", problem, outputs)
+    strip, _ = strips(dy_size[2], outputs)
     splits = config["SPLITS"]
     element = pointer_type(problem.dtype)
     first = Launch(
@@ -562,7 +572,7 @@ def conv_depthwise_wgrad(
             "COLUMNS": plan.columns,
             "ADVANCE": plan.advance,
             "MET": plan.outputs,
-            "ROW": row,
+            "ROW": len(plan.outputs[0]),
             "ROWS": config["ROWS"],
             "OUTPUTS": outputs,
             "BLOCK_M": config["BLOCK_M"],

@@ -24,7 +24,7 @@ import triton.language as tl
 from fastconv.autotune import Config
 from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue, activate, normalise, statistics
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
+from fastconv.kernels.layout import Strides, common, dense_strides, pointer_type, vector, wide
 from fastconv.kernels.pixels import in_elements
 from fastconv.kernels.problem import ConvProblem
 
@@ -102,7 +102,7 @@ def finish(
 
 @triton.jit(
     do_not_specialize=[
-        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "T", "R", "S",
+        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "CG", "KG", "T", "R", "S",
         "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "y_stride_n", "y_stride_d", "y_stride_h", "y_stride_w",
         "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
         "dilation_d", "dilation_h", "dilation_w", "gcd_d", "gcd_h", "gcd_w", "inverse_d", "inverse_h", "inverse_w",
@@ -120,9 +120,10 @@ def conv_gather_kernel(
     tile_count_ptr,  # [tiles of BLOCK_M pixels]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, groups * K]
     N, D, H, W,
-    C,  # reduced channels of a group, in units of VEC_C
+    C,  # reduced channels of a tile's groups, in units of VEC_C
     O, P, Q,
-    K,  # produced channels of a group, in units of VEC_K
+    K,  # produced channels of a tile's groups, in units of VEC_K
+    CG, KG,  # of them, those of one group, in units of VEC_G
     T, R, S,
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
     y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC_K
@@ -135,6 +136,9 @@ def conv_gather_kernel(
     a, b,  # of the activation
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
+    VEC_G: tl.constexpr,
+    PACKED: tl.constexpr,  # several groups share a tile: their weights are the blocks on its diagonal
+    CACHE: tl.constexpr,  # modifier of x's loads
     RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
     DGRAD: tl.constexpr,
     POINTWISE: tl.constexpr,  # one tap, never outside x
@@ -150,6 +154,12 @@ def conv_gather_kernel(
 ):  # fmt: skip
     C *= VEC_C
     K *= VEC_K
+    if PACKED:
+        CG *= VEC_G
+        KG *= VEC_G
+    else:
+        CG = C
+        KG = K
     x_stride_n, x_stride_d, x_stride_h, x_stride_w = in_elements(
         x_stride_n, x_stride_d, x_stride_h, x_stride_w, VEC_C, WIDE
     )
@@ -157,12 +167,13 @@ def conv_gather_kernel(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC_K, WIDE
     )
 
-    # Channel tiles fastest, so that x comes from DRAM once; then phases, which share their source pixels.
-    pid = tl.program_id(0)
-    group = tl.program_id(1)
+    # Channel tiles fastest, then groups, so that x comes from DRAM once and whole pixels at a time; then phases, which
+    # share their source pixels.
+    pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     k_tiles = tl.cdiv(K, BLOCK_K)
     pid_k = pid % k_tiles
-    tile = pid // k_tiles
+    group = pid // k_tiles % tl.num_programs(1)
+    tile = pid // k_tiles // tl.num_programs(1)
     pid_m = tile
     phase_d, phase_h, phase_w = 0, 0, 0
     if DGRAD:
@@ -213,17 +224,21 @@ def conv_gather_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_k = offs_k < K
     x_tile = x_ptr + group * C + x_row[:, None]
+    # Reduced channels of other groups are blocks beside the diagonal, of which nothing is read.
     if DGRAD:
-        w_stride_c = T * R * S * K
-        w_stride_tap = K
-        w_row = group * C * w_stride_c + offs_k
+        w_stride_c = T * R * S * KG
+        w_stride_tap = KG
+        w_row = group * C * w_stride_c + (offs_k % KG if PACKED else offs_k)
     else:
         w_stride_c = 1
-        w_stride_tap = C
-        w_row = (group * K + offs_k) * (T * R * S * C)
+        w_stride_tap = CG
+        w_row = (group * K + offs_k) * (T * R * S * CG)
     if not FLAT:
         x_tile += offs_c[None, :]
-        w_tile = w_ptr + (offs_c * w_stride_c)[:, None] + w_row[None, :]
+        w_c = offs_c % CG if PACKED and not DGRAD else offs_c
+        w_tile = w_ptr + (w_c * w_stride_c)[:, None] + w_row[None, :]
+        if PACKED:
+            mask_w = (offs_c < C)[:, None] & mask_k[None, :] & ((offs_c // CG)[:, None] == (offs_k // KG)[None, :])
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     if FLAT:
@@ -255,10 +270,13 @@ def conv_gather_kernel(
                     d = x_d[:, None] + (t_j * hop_d)[None, :]
                     mask = mask & (d >= 0) & (d < D)
                 x_step = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
-                w_offs = index * w_stride_tap + channel * w_stride_c
-                w_step = tl.load(
-                    w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0
-                )
+                mask_w = mask_c[:, None] & mask_k[None, :]
+                w_c = channel
+                if PACKED:
+                    mask_w = mask_w & ((channel // CG)[:, None] == (offs_k // KG)[None, :])
+                    w_c = channel if DGRAD else channel % CG
+                w_offs = index * w_stride_tap + w_c * w_stride_c
+                w_step = tl.load(w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_w, other=0.0)
                 c += BLOCK_C
             else:
                 mask_row = mask_m
@@ -276,10 +294,12 @@ def conv_gather_kernel(
                         delta += t * hop_d * x_stride_d
                         index += (tap_d + t * skip_d) * (R * S)
                 mask_c = c + offs_c < C
-                x_step = tl.load(x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0)
-                w_step = tl.load(
-                    w_tile + index * w_stride_tap + c * w_stride_c, mask=mask_c[:, None] & mask_k[None, :], other=0.0
+                if not PACKED:
+                    mask_w = mask_c[:, None] & mask_k[None, :]
+                x_step = tl.load(
+                    x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0, cache_modifier=CACHE
                 )
+                w_step = tl.load(w_tile + index * w_stride_tap + c * w_stride_c, mask=mask_w, other=0.0)
                 # Carried counters: a division a step costs more than the step's other arithmetic.
                 c += BLOCK_C
                 if not POINTWISE:
@@ -313,10 +333,12 @@ def conv_gather(
     y_strides: Strides | None = None,
     bias: bool = False,
     epilogue: Epilogue = PLAIN,
+    pack: int = 1,
 ) -> Launch:
     """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
-    Its operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares.
+    ``pack`` groups share a tile (`packed_groups`), whose BLOCK_C then covers all of their reduced channels. Operands:
+    source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares.
     """
     lifted = problem.lifted
     dgrad = direction == "dgrad"
@@ -324,8 +346,10 @@ def conv_gather(
     (_, x_channels, *x_size), (_, y_channels, *y_size) = operands
     x_strides = x_strides or dense_strides(operands[0])
     y_strides = y_strides or dense_strides(operands[1])
-    c, k = x_channels // problem.groups, y_channels // problem.groups
+    groups = problem.groups // pack
+    c, k = x_channels // groups, y_channels // groups
     vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, *y_strides)
+    vec_g = common(problem.dtype, c // pack, k // pack) if pack > 1 else 1
     gcds = tuple(map(gcd, lifted.dilation, lifted.stride))
     inverses = tuple(
         pow(d // g, -1, s // g) if s > g else 0 for d, s, g in zip(lifted.dilation, lifted.stride, gcds, strict=True)
@@ -335,13 +359,10 @@ def conv_gather(
     pixels = problem.batch * prod(map(triton.cdiv, y_size, lifted.stride if dgrad else phases))
     element = pointer_type(problem.dtype)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
+    assert pack == 1 or tile["BLOCK_C"] >= c or flat(problem.taps, c)
     return Launch(
         kernel=conv_gather_kernel,
-        grid=(
-            triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]),
-            problem.groups,
-            1,
-        ),
+        grid=(triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]), groups, 1),
         pointers=(
             *(element, element, element if bias else None, *epilogue.pointers),
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
@@ -352,6 +373,8 @@ def conv_gather(
             c // vec_c,
             *y_size,
             k // vec_k,
+            c // pack // vec_g,
+            k // pack // vec_g,
             *lifted.filter_size,
             *(stride // vec_c for stride in x_strides),
             *(stride // vec_k for stride in y_strides),
@@ -365,6 +388,9 @@ def conv_gather(
         constants={
             "VEC_C": vec_c,
             "VEC_K": vec_k,
+            "VEC_G": vec_g,
+            "PACKED": pack > 1,
+            "CACHE": reread(problem.taps, pack),
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
             "POINTWISE": problem.taps == 1 and not problem.padded(direction),
@@ -384,3 +410,22 @@ def conv_gather(
 def flat(taps: int, channels: int) -> bool:
     """Whether one step covers several taps: under 16 channels a tensor-core tile of one tap would be mostly zeros."""
     return taps > 1 and channels < 16
+
+
+def packed_groups(direction: str, problem: ConvProblem) -> int:
+    """How many neighbouring groups share a tensor-core tile, which alone they would leave nearly empty; 1: none.
+
+    A product with so many groups' channels does as many times its work, nearly all of it with zeros. With 32 channels
+    a 3x3 filter then does 144 FLOP for each byte of bf16 that it must move, just under what today's GPUs have to give
+    (A100 153, H200 206, B200 281), with 64 twice that. wgrad's tiles have at least 64 rows, filled or not.
+    """
+    width = max(problem.in_channels, problem.out_channels) // problem.groups
+    limit = 64 if direction == "wgrad" or problem.taps <= 4 else 32
+    return max((d for d in range(2, limit // width + 1) if problem.groups % d == 0), default=1)
+
+
+def reread(taps: int, pack: int) -> str:
+    """The cache modifier of x's loads. 16-byte copies to shared memory pass by L1 unless told not to (Triton 3.9 tells
+    the compiler, earlier ones do not): each tap of a packed tile, little arithmetic as it has, would wait for L2 anew.
+    """
+    return ".ca" if pack > 1 and taps > 1 else ""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config
-from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.conv_gather import flat, reread
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, linear_stride, pointer_type, vector, wide
 from fastconv.kernels.pixels import advance, in_elements, unravel
@@ -23,7 +23,7 @@ from fastconv.kernels.reduce import split_sum
 
 @triton.jit(
     do_not_specialize=[
-        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "T", "R", "S",
+        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "CG", "KG", "T", "R", "S",
         "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "dy_stride",
         "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
         "dilation_d", "dilation_h", "dilation_w", "splits",
@@ -32,11 +32,12 @@ from fastconv.kernels.reduce import split_sum
 def conv_wgrad_kernel(
     x_ptr,  # [N, D, H, W, groups * C]
     dy_ptr,  # [N, O, P, Q, groups * K]
-    dw_ptr,  # [splits, groups * K, T, R, S, C], or [splits, groups * K, C, T, R, S] unless CHANNELS_LAST
+    dw_ptr,  # [splits, groups * K, T, R, S, CG], or [splits, groups * K, CG, T, R, S] unless CHANNELS_LAST
     N, D, H, W,
-    C,  # input channels of a group, in units of VEC_C
+    C,  # input channels of a tile's groups, in units of VEC_C
     O, P, Q,
-    K,  # output channels of a group, in units of VEC_K
+    K,  # output channels of a tile's groups, in units of VEC_K
+    CG, KG,  # of them, those of one group
     T, R, S,
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
     dy_stride,  # of its pixels, which lie at even distances, in units of VEC_K
@@ -46,6 +47,8 @@ def conv_wgrad_kernel(
     splits,
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
+    PACKED: tl.constexpr,  # several groups share a tile: of it the blocks on the diagonal are stored
+    CACHE: tl.constexpr,  # modifier of x's loads
     RANK: tl.constexpr,
     LINEAR: tl.constexpr,  # one tap, which meets the pixels of x in order and at even distances
     FLAT: tl.constexpr,  # few channels: a tile's columns are (tap, channel) pairs, not channels of one tap
@@ -65,15 +68,16 @@ def conv_wgrad_kernel(
     if WIDE:
         dy_stride = dy_stride.to(tl.int64)
 
-    # Tiles of one split are neighbours: they read the same pixels.
+    # Tiles of one split are neighbours, whatever their group: they read the same pixels.
     taps = T * R * S
     k_tiles = tl.cdiv(K, BLOCK_K)
     c_tiles = tl.cdiv(taps * C, BLOCK_C) if FLAT else taps * tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    group = tl.program_id(1)
+    pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     pid_k = pid % k_tiles
     pid_c = pid // k_tiles % c_tiles
-    split = pid // k_tiles // c_tiles
+    pid = pid // k_tiles // c_tiles
+    group = pid % tl.num_programs(1)
+    split = pid // tl.num_programs(1)
 
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
@@ -141,7 +145,7 @@ def conv_wgrad_kernel(
                         d = x_d + tap_d
                         mask_row = mask_row & (d >= 0) & (d < D)
                     mask = mask_row[:, None] & mask_c[None, :]
-                x_step = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
+                x_step = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0, cache_modifier=CACHE)
                 n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
             dy_step = tl.load(dy_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
             acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
@@ -149,13 +153,19 @@ def conv_wgrad_kernel(
             dy_tile += BLOCK_M * dy_stride
 
     k = group * K + offs_k
+    mask = mask_k[:, None] & mask_c[None, :]
+    if PACKED:
+        mask = mask & ((offs_k // KG)[:, None] == (offs_c // CG)[None, :])
+        offs_c = offs_c % CG
+    else:
+        CG = C
     if CHANNELS_LAST:
-        column = tap * C + offs_c
+        column = tap * CG + offs_c
     else:
         column = offs_c * taps + tap
-    out = dw_ptr + split.to(tl.int64) * (tl.num_programs(1) * K * taps * C)
-    out += (k * (taps * C))[:, None] + column[None, :]
-    tl.store(out, acc.to(dw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_c[None, :])
+    out = dw_ptr + split.to(tl.int64) * (tl.num_programs(1) * K * taps * CG)
+    out += (k * (taps * CG))[:, None] + column[None, :]
+    tl.store(out, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 def conv_wgrad(
@@ -165,11 +175,12 @@ def conv_wgrad(
     x_strides: Strides | None = None,
     dy_strides: Strides | None = None,
     channels_last: bool = True,
+    pack: int = 1,
 ) -> tuple[Launch, ...]:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
     Strides in elements, channels_last-dense unless given; those of dy must be even (`linear_stride`). ``channels_last``
-    is the layout of dw, which is dense.
+    is the layout of dw, which is dense. ``pack`` groups share a tile (`packed_groups`).
     """
     lifted = problem.lifted
     _, _, *x_size = lifted.input_shape
@@ -185,9 +196,10 @@ def conv_wgrad(
         x_stride = linear_stride(lifted.input_shape, x_strides)
     if x_stride is not None:
         x_strides = (0, 0, 0, x_stride)
-    c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    groups = problem.groups // pack
+    c, k = problem.in_channels // groups, problem.out_channels // groups
     vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, dy_stride)
-    pairs = flat(problem.taps, c)
+    pairs = wgrad_flat(problem.taps, c, pack)
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     columns = (
         triton.cdiv(problem.taps * c, tile["BLOCK_C"]) if pairs else problem.taps * triton.cdiv(c, tile["BLOCK_C"])
@@ -196,7 +208,7 @@ def conv_wgrad(
     element = pointer_type(problem.dtype)
     product = Launch(
         kernel=conv_wgrad_kernel,
-        grid=(triton.cdiv(k, tile["BLOCK_K"]) * columns * splits, problem.groups, 1),
+        grid=(triton.cdiv(k, tile["BLOCK_K"]) * columns * splits, groups, 1),
         pointers=(element, element, element if splits == 1 else "*fp32"),
         scalars=(
             problem.batch,
@@ -204,6 +216,8 @@ def conv_wgrad(
             c // vec_c,
             *dy_size,
             k // vec_k,
+            c // pack,
+            k // pack,
             *lifted.filter_size,
             *(stride // vec_c for stride in x_strides),
             dy_stride // vec_k,
@@ -215,6 +229,8 @@ def conv_wgrad(
         constants={
             "VEC_C": vec_c,
             "VEC_K": vec_k,
+            "PACKED": pack > 1,
+            "CACHE": reread(problem.taps, pack),
             "RANK": max(problem.rank, 2),
             "LINEAR": x_stride is not None,
             "FLAT": pairs,
@@ -228,4 +244,9 @@ def conv_wgrad(
     )
     if splits == 1:
         return (product,)
-    return product, split_sum(splits, problem.out_channels, problem.taps, c, problem.dtype, channels_last)
+    return product, split_sum(splits, problem.out_channels, problem.taps, c // pack, problem.dtype, channels_last)
+
+
+def wgrad_flat(taps: int, channels: int, pack: int) -> bool:
+    """Whether a tile's columns are pairs of tap and channel, as `flat`; packed groups' too, so that taps share dy."""
+    return flat(taps, channels) or (pack > 1 and taps > 1)

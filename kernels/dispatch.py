@@ -18,7 +18,8 @@ import torch
 from fastconv.autotune import Choice, Gpu, gpu_named
 from fastconv.autotune import gpus as gpu_table
 from fastconv.kernels import mend
-from fastconv.kernels.conv_gather import conv_gather
+from fastconv.kernels.conv_depthwise import MAX_ROW, MAX_STRIDE, conv_depthwise, conv_depthwise_wgrad
+from fastconv.kernels.conv_gather import conv_gather, packed_groups
 from fastconv.kernels.conv_wgrad import conv_wgrad
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch, decided
@@ -26,7 +27,7 @@ from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_str
 from fastconv.kernels.pool_gradient import pool_backward
 from fastconv.kernels.pool_window import pool_forward
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
-from fastconv.kernels.tiles import gather_tile, pool_tile, wgrad_tile
+from fastconv.kernels.tiles import depthwise_tile, depthwise_wgrad_tile, gather_tile, pool_tile, wgrad_tile
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Layout:
     bias: bool = False
     epilogue: Epilogue = PLAIN
     channels_last: bool = True  # of dw; of a pool's tensors, else source holds the strides of planes
+    packed: bool = False  # dw is [taps, K]
 
 
 @dataclass(frozen=True)
@@ -67,29 +69,51 @@ def _unserved(dtype: torch.dtype, gpu: Gpu) -> str | None:
     return None
 
 
-def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
-    unserved = _unserved(problem.dtype, gpu)
-    if unserved is not None:
-        return unserved
-    if problem.groups > 65535:
-        return f"{problem.groups} groups are more than a grid's second axis holds"
+def _convolution_unserved(problem: ConvProblem, gpu: Gpu) -> str | None:
     # Pixels are numbered in 32 bits, with room for the last tile.
     if max(problem.input_pixels, problem.output_pixels) > INT32_MAX - 2**16:
         return "more than 2^31 pixels"
     if problem.out_channels * (problem.in_channels // problem.groups) * problem.taps > INT32_MAX:
         return "a weight of more than 2^31 elements"
-    return None
+    return _unserved(problem.dtype, gpu)
+
+
+def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+    if problem.groups > 65535:
+        return f"{problem.groups} groups are more than a grid's second axis holds"
+    return _convolution_unserved(problem, gpu)
+
+
+def _grouped_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+    if problem.groups == 1:
+        return "one group"
+    if problem.in_channels == problem.groups:
+        return "one channel a group"
+    if packed_groups(direction, problem) == 1:
+        widths = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+        return f"{problem.groups} groups of {widths[0]} to {widths[1]} channels: no two share a tile"
+    return _gather_unsupported(direction, problem, gpu)
 
 
 def _plan_gather(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    return _plan_packed(direction, problem, gpu, layout, 1)
+
+
+def _plan_grouped(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    return _plan_packed(direction, problem, gpu, layout, packed_groups(direction, problem))
+
+
+def _plan_packed(
+    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout, pack: int
+) -> tuple[Choice, tuple[Launch, ...]]:
     precision = fp32_precision(problem.dtype)
+    source, other = layout.source, layout.other
     if direction == "wgrad":
-        choice = wgrad_tile(problem, precision, gpu)
-        return choice, conv_wgrad(problem, choice.config, precision, layout.source, layout.other, layout.channels_last)
-    choice = gather_tile(direction, problem, precision, gpu)
-    launch = conv_gather(
-        direction, problem, choice.config, precision, layout.source, layout.other, layout.bias, layout.epilogue
-    )
+        choice = wgrad_tile(problem, precision, gpu, pack)
+        return choice, conv_wgrad(problem, choice.config, precision, source, other, layout.channels_last, pack)
+    choice = gather_tile(direction, problem, precision, gpu, pack)
+    config = choice.config
+    launch = conv_gather(direction, problem, config, precision, source, other, layout.bias, layout.epilogue, pack)
     return choice, (launch,)
 
 
@@ -115,10 +139,35 @@ def _plan_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -
     return choice, (pool_backward(problem, choice.config, layout.channels_last, strides),)
 
 
+def _depthwise_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+    if problem.groups == 1 or problem.in_channels != problem.groups:
+        return f"{problem.in_channels // problem.groups} input channels a group"
+    if problem.filter_size[-1] > MAX_ROW:
+        return f"a filter of more than {MAX_ROW} columns"
+    if direction == "dgrad" and problem.stride[-1] > MAX_STRIDE:
+        return f"a stride of more than {MAX_STRIDE} columns"
+    return _convolution_unserved(problem, gpu)
+
+
+def _plan_depthwise(
+    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout
+) -> tuple[Choice, tuple[Launch, ...]]:
+    if direction == "wgrad":
+        choice = depthwise_wgrad_tile(problem, gpu)
+        return choice, conv_depthwise_wgrad(problem, choice.config, layout.source, layout.other, layout.packed)
+    choice = depthwise_tile(direction, problem, gpu)
+    launch = conv_depthwise(
+        direction, problem, choice.config, layout.source, layout.other, layout.bias, layout.epilogue
+    )
+    return choice, (launch,)
+
+
+DEPTHWISE = Family("depthwise", _depthwise_unsupported, _plan_depthwise)
+GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
-    **dict.fromkeys(DIRECTIONS, (GATHER,)),
+    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, GATHER)),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 
@@ -10,6 +11,7 @@ import torch
 Strides = tuple[int, int, int, int]
 
 INT32_MAX = 2**31 - 1
+PACKED = 2
 POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -67,8 +69,36 @@ def contiguous_channels(shape: Sequence[int], strides: Sequence[int]) -> tuple[i
 def dense_channels_last(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
     """None where the tensor is channels_last without gaps, else the strides of such a copy."""
     dense = strides_like(shape, True)
-    same = all(size == 1 or have == want for size, have, want in zip(shape, strides, dense, strict=True))
-    return None if same else dense
+    return None if _laid_out(shape, strides, dense) else dense
+
+
+def _laid_out(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor's elements lie as with the strides ``wanted``."""
+    return all(size == 1 or have == want for size, have, want in zip(shape, strides, wanted, strict=True))
+
+
+def packed_taps(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a depthwise weight [K, 1, filter] whose taps are outermost: 16 bytes hold eight channels of one.
+
+    To PyTorch they are dense strides like any, so that a parameter may have them.
+    """
+    strides = [1]
+    for size in (shape[0], *reversed(shape[2:])):
+        strides.append(strides[-1] * size)
+    return 1, *reversed(strides[1:])
+
+
+def weight_format(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """PACKED where a depthwise weight's taps are outermost, else whether PyTorch takes it for channels_last."""
+    if is_channels_last(shape, strides):
+        return 1
+    many = shape[1] == 1 and shape[0] > 1 and max(shape[2:]) > 1
+    return PACKED if many and _laid_out(shape, strides, packed_taps(shape)) else 0
+
+
+def weight_strides(shape: Sequence[int], format: int) -> tuple[int, ...]:
+    """The strides of a weight, or of its gradient, of a `weight_format`."""
+    return packed_taps(shape) if format == PACKED else strides_like(shape, bool(format))
 
 
 def linear_stride(shape: Sequence[int], strides: Strides) -> int | None:
@@ -98,6 +128,11 @@ def vector(dtype: torch.dtype, channels: int, *strides: int) -> int:
     """The elements of a 16-byte load where channels and strides are multiples of it, else 1: two binaries, no more."""
     width = 16 // dtype.itemsize
     return width if all(value % width == 0 for value in (channels, *strides)) else 1
+
+
+def common(dtype: torch.dtype, *lengths: int) -> int:
+    """The elements, a power of two and 16 bytes at most, that all lengths are multiples of."""
+    return gcd(16 // dtype.itemsize, *lengths)
 
 
 def wide(*operands: tuple[Sequence[int], Strides]) -> bool:

@@ -9,9 +9,11 @@ from math import prod
 import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
+from fastconv.kernels.conv_depthwise import filter_parts, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.conv_wgrad import wgrad_flat
 from fastconv.kernels.launch import decided
-from fastconv.kernels.layout import vector
+from fastconv.kernels.layout import common, vector
 from fastconv.kernels.pool_gradient import blocks_of
 from fastconv.kernels.pool_window import UNROLLED
 from fastconv.kernels.pool_window import tile as pool_blocks
@@ -84,57 +86,67 @@ POOL_SPLIT = Space(
 )
 # Planes whose outputs are few: neighbouring threads read neighbours only as lanes of one window.
 POOL_PLANES = Space("pool_planes", {**POOL_SPLIT.ranges, "LANES": (32,)})
+
+
+def _depthwise_block(*accumulators: int) -> Callable[[Config], str | None]:
+    """A block of a stencil, of so many elements for each accumulator of a thread."""
+
+    def valid(config: Config) -> str | None:
+        elements = config["BLOCK_M"] * config["BLOCK_K"] // (32 * config["num_warps"])
+        return None if elements in accumulators else f"{elements} elements a thread"
+
+    return valid
+
+
+# Seven neighbours divide the rows of most networks' maps. A thread has the eight channels of a 16-byte load.
+DEPTHWISE = Space(
+    "conv_depthwise",
+    {
+        "OUTPUTS": (7, 4, 2),
+        "BLOCK_M": (16, 32, 64),
+        "BLOCK_K": (64, 32, 16),
+        "num_warps": (4, 8),
+        "num_stages": (1,),
+    },
+    _depthwise_block(8),
+)
+# Or four, where with eight the sums of many taps would not fit, and every row of a filter had each pixel come from L2.
+DEPTHWISE_WGRAD = Space(
+    "conv_depthwise_wgrad",
+    {
+        "OUTPUTS": (4,),
+        "ROWS": (3, 1, 2, 4, 5),
+        "BLOCK_M": (16, 32, 64, 8),
+        "BLOCK_K": (64, 32, 16),
+        "SPLITS": tuple(2**i for i in range(11)),
+        "num_warps": (4,),
+        "num_stages": (1,),
+    },
+    _depthwise_block(8, 4),
+)
 # In the interpreter a step costs much the same whatever its size, so tiles are as large as the problem.
+_PASS = {
+    "BLOCK_M": tuple(2**i for i in range(4, 15)),
+    "BLOCK_K": (16, 64, 256),
+    "SPLITS": (1,),
+    "num_warps": (4,),
+    "num_stages": (1,),
+}
+_PRODUCT = {**_PASS, "BLOCK_C": (16, 64, 256, 1024)}
+_STENCIL = {name: _PASS[name] for name in ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages")}
 INTERPRETED = {
-    "conv_gather": Space(
-        "conv_gather",
-        {
-            "BLOCK_M": tuple(2**i for i in range(4, 15)),
-            "BLOCK_K": (16, 64, 256),
-            "BLOCK_C": (16, 64, 256, 1024),
-            "num_warps": (4,),
-            "num_stages": (1,),
-        },
-        _fits_interpreter,
-    ),
-    "conv_wgrad": Space(
-        "conv_wgrad",
-        {
-            "BLOCK_K": (16, 64, 256),
-            "BLOCK_C": (16, 64, 256, 1024),
-            "BLOCK_M": tuple(2**i for i in range(4, 15)),
-            "SPLITS": (1, 2),
-            "num_warps": (4,),
-            "num_stages": (1,),
-        },
-        _fits_interpreter,
-    ),
+    "conv_gather": Space("conv_gather", _PRODUCT, _fits_interpreter),
+    "conv_wgrad": Space("conv_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
     **{
         name: Space(name, {**POOL_SINGLE.ranges, "BLOCK": tuple(2**i for i in range(6, 19, 2))})
         for name in ("pool", "pool_single", "pool_split", "pool_planes")
     },
-    "pixels": Space(
-        "pixels",
-        {
-            "BLOCK_M": tuple(2**i for i in range(4, 13)),
-            "BLOCK_K": (16, 64, 256),
-            "SPLITS": (1,),
-            "num_warps": (4,),
-            "num_stages": (1,),
-        },
-        _fits_interpreter,
+    "conv_depthwise": Space("conv_depthwise", {**_STENCIL, "OUTPUTS": (1,)}, _fits_interpreter),
+    "conv_depthwise_wgrad": Space(
+        "conv_depthwise_wgrad", {**_STENCIL, "OUTPUTS": (1,), "ROWS": (1, 3), "SPLITS": (1, 2)}, _fits_interpreter
     ),
-    "pixels_split": Space(
-        "pixels_split",
-        {
-            "BLOCK_M": tuple(2**i for i in range(4, 13)),
-            "BLOCK_K": (16, 64, 256),
-            "SPLITS": (1, 2),
-            "num_warps": (4,),
-            "num_stages": (1,),
-        },
-        _fits_interpreter,
-    ),
+    "pixels": Space("pixels", _PASS, _fits_interpreter),
+    "pixels_split": Space("pixels_split", {**_PASS, "SPLITS": (1, 2)}, _fits_interpreter),
 }
 
 
@@ -154,7 +166,7 @@ def _registers(
     rows: str,
     columns: str,
     depth: str,
-    single: tuple[int, int, int],
+    single: tuple[float, float, float],
     fma: bool,
     gpu: Gpu,
 ) -> int:
@@ -167,15 +179,21 @@ def _registers(
     threads = 32 * config["num_warps"]
     m, n, k = config[rows], config[columns], config[depth]
     registers = 36 + m * n // threads
-    registers += single[2] * m * n // threads
+    registers += int(single[2] * m * n / threads)
     for side, wide, each in ((m, 6, single[0]), (n, 3, single[1])):
-        registers += each * side * k // threads if each else wide * side * k // (8 * threads)
+        registers += int((each or wide / 8) * side * k / threads)
     if fma:
         # Above 16 accumulators a thread or 32 of depth one or the other version of the compiler spills.
         registers += 3 * m * n // threads + 2 * k if m * n // threads <= 16 and k <= 32 else 256
     elif gpu.arch < 90:
         registers += (m + 2 * n) * k // 256
     return registers
+
+
+def _packed(problem: ConvProblem) -> float:
+    """Registers for an element of the packed weight, which is read by the runs that one group has."""
+    run = common(problem.dtype, problem.in_channels // problem.groups, problem.out_channels // problem.groups)
+    return 3 / run if run * problem.dtype.itemsize >= 4 else 5
 
 
 def _single(problem: ConvProblem, channels: int) -> int:
@@ -186,9 +204,10 @@ def _single(problem: ConvProblem, channels: int) -> int:
     return 5 if problem.dtype.itemsize < 4 and vector(problem.dtype, channels) == 1 else 0
 
 
-def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
-    """The tile of fprop or dgrad."""
-    k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
+def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
+    """The tile of fprop or dgrad; ``pack`` groups share one."""
+    groups = problem.groups // pack
+    k, c = problem.out_channels // groups, problem.in_channels // groups
     pixels, phases = problem.output_pixels, 1
     if direction == "dgrad":
         k, c = c, k
@@ -198,13 +217,14 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
     # (Tap, channel) pairs have coordinates of their own as well.
     source = (8 if problem.rank == 3 else 5) if flat(problem.taps, c) else _single(problem, c)
     result = 6 if _single(problem, k) else 0
-    single = source, _single(problem, k) if direction == "dgrad" else source, result
+    weight = _packed(problem) if pack > 1 else _single(problem, k) if direction == "dgrad" else source
+    single = source, weight, result
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
         steps = _cdiv(problem.taps * c, depth) if flat(problem.taps, c) else problem.taps * _cdiv(c, depth)
         return Work(
-            programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * problem.groups,
+            programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * groups,
             steps=max(1, steps // phases),
             step_flops=2 * m * n * depth,
             step_elements=(m + n) * depth,
@@ -217,23 +237,28 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
             matrix_share=share,
         )
 
-    return _choose(GATHER, (direction, problem, precision), work, gpu)
+    width = {} if pack == 1 else {"BLOCK_K": k} if flat(problem.taps, c) else {"BLOCK_K": k, "BLOCK_C": c}
+    return _choose(GATHER, (direction, problem, precision, pack), work, gpu, width)
 
 
-def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
-    """The tile of wgrad, and into how many parts its pixels are split."""
-    k, c = problem.out_channels // problem.groups, problem.in_channels // problem.groups
+def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
+    """The tile of wgrad, and into how many parts its pixels are split; ``pack`` groups share one."""
+    groups = problem.groups // pack
+    k, c = problem.out_channels // groups, problem.in_channels // groups
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    single = 8 if flat(problem.taps, c) else _single(problem, c), _single(problem, k), 0
+    pairs = wgrad_flat(problem.taps, c, pack)
+    # A pair has coordinates of its own, or a run of them has where channels are read by 16 bytes.
+    source = _single(problem, c) if not pairs else 8 if vector(problem.dtype, c) == 1 else 2
+    single = source, _single(problem, k), 0
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
         splits = config["SPLITS"]
-        columns = _cdiv(problem.taps * c, n) if flat(problem.taps, c) else problem.taps * _cdiv(c, n)
+        columns = _cdiv(problem.taps * c, n) if pairs else problem.taps * _cdiv(c, n)
         steps = _cdiv(problem.output_pixels, depth)
-        workspace = 2 * splits * problem.out_channels * problem.taps * c * 4 if splits > 1 else 0
+        workspace = 2 * splits * prod(problem.weight_shape) * 4 if splits > 1 else 0
         return Work(
-            programs=_cdiv(k, m) * columns * problem.groups * splits,
+            programs=_cdiv(k, m) * columns * groups * splits,
             steps=_cdiv(steps, splits),
             step_flops=2 * m * n * depth,
             step_elements=(m + n) * depth,
@@ -247,7 +272,77 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
             extra_bytes=workspace,
         )
 
-    return _choose(WGRAD, (problem, precision), work, gpu)
+    return _choose(WGRAD, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
+
+
+def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
+    """The tile of a depthwise fprop or dgrad."""
+    dgrad = direction == "dgrad"
+    lifted = problem.lifted
+    _, k, *sizes = lifted.input_shape if dgrad else lifted.output_shape
+    stride = lifted.stride if dgrad else (1, 1, 1)
+    phases = prod(map(min, stride[:2], sizes[:2]))
+    lines = problem.batch * prod(map(_cdiv, sizes[:2], stride[:2]))
+    rows = _cdiv(prod(lifted.filter_size[:2]) * (problem.out_channels // k if dgrad else 1), phases)
+
+    def work(config: Config) -> Work:
+        m, n, warps = config["BLOCK_M"], config["BLOCK_K"], config["num_warps"]
+        outputs = outputs_of(direction, problem, config)
+        plan = row_schedule(direction, problem, outputs)
+        products = sum(tap >= 0 for taps in plan.taps for tap in taps)
+        columns = len(plan.columns)
+        strip, groups = strips(sizes[2], outputs)
+        height = max(1, m // strip)
+        step = 1 if dgrad else lifted.stride[1]
+        # The rows and columns of x that a block covers, each from L2 once.
+        covered = ((height - 1) * step + rows) * ((strip - 1) * plan.advance + columns)
+        return Work(
+            programs=_cdiv(lines * groups, m) * phases * _cdiv(k, n),
+            steps=rows,
+            # A product, an operand widened and its share of a load and its mask, a weight widened.
+            step_flops=2 * m * n * products + 4 * m * n * columns + 2 * m * n * len(plan.first),
+            step_elements=columns * m * n,
+            step_bytes=_cdiv((covered + m * outputs) * n * problem.dtype.itemsize, rows),
+            dram_bytes=problem.bytes,
+            shared_memory=0,
+            registers=int(36 + (8 * outputs + 5.5 * columns) * m * n / (256 * warps)),
+            warps=warps,
+            stages=config["num_stages"],
+            matrix_share=0.0,
+        )
+
+    return _choose(DEPTHWISE, (direction, problem), work, gpu)
+
+
+def depthwise_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
+    """The tile of a depthwise wgrad, and into how many parts its pixels are split."""
+    lifted = problem.lifted
+    _, k, *sizes = lifted.output_shape
+
+    def work(config: Config) -> Work:
+        m, n, rows, outputs, splits = (config[name] for name in ("BLOCK_M", "BLOCK_K", "ROWS", "OUTPUTS", "SPLITS"))
+        plan = row_schedule("wgrad", problem, outputs)
+        columns, taps = len(plan.columns), len(plan.outputs[0])
+        strip, groups = strips(sizes[2], outputs)
+        tiles = _cdiv(problem.batch * sizes[0] * sizes[1] * groups, m)
+        covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * plan.advance + columns)
+        per_thread = m * n // (32 * config["num_warps"])
+        return Work(
+            programs=_cdiv(k, n) * filter_parts(problem, config) * splits,
+            steps=_cdiv(tiles, splits),
+            step_flops=2 * m * n * rows * taps * outputs + 4 * m * n * (columns * rows + outputs),
+            step_elements=(columns * rows + outputs) * m * n,
+            step_bytes=(covered + m * outputs) * n * problem.dtype.itemsize,
+            dram_bytes=problem.bytes,
+            shared_memory=0,
+            registers=int(32 + per_thread * rows * taps + 8 * (outputs + rows) + 1.5 * columns),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=0.0,
+            extra_bytes=2 * splits * problem.taps * k * 4 if splits > 1 else 0,
+        )
+
+    return _choose(DEPTHWISE_WGRAD, problem, work, gpu)
 
 
 def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:

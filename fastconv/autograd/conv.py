@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.kernels import conv as kernels
-from fastconv.kernels.layout import is_channels_last, strides_like
+from fastconv.kernels.layout import is_channels_last, strides_like, weight_format, weight_strides
 from fastconv.kernels.problem import conv_problem
 from fastconv.settings import settings
 
@@ -147,11 +147,11 @@ def _wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    channels_last: bool,
+    format: int,
 ) -> Tensor:
     try:
         return kernels.conv_wgrad(
-            x, dy, tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
+            x, dy, tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, format
         )
     except kernels.Uncovered as reason:
         _fall_back("conv_wgrad", reason)
@@ -160,7 +160,7 @@ def _wgrad(
         x, _pad_argument(_both_sides((x.shape[2:], dy.shape[2:], filter_size), stride, padding, dilation))
     )
     dw = _pytorch_backward(dy, x, x.new_empty(shape), stride, dilation, groups, 1)
-    return dw.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dw)
+    return dw.new_empty_strided(shape, weight_strides(shape, format)).copy_(dw)
 
 
 def _pytorch_backward(
@@ -172,9 +172,9 @@ def _pytorch_backward(
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *arguments)[wanted]
 
 
-def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, channels_last):
+def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
-    return x.new_empty_strided(shape, strides_like(shape, channels_last))
+    return x.new_empty_strided(shape, weight_strides(shape, format))
 
 
 def _channel_sum_fake(x):
@@ -195,7 +195,7 @@ conv_dgrad = _operator(
 )
 conv_wgrad = _operator(
     "conv_wgrad(Tensor x, Tensor dy, SymInt[] filter_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-    "SymInt groups, bool channels_last) -> Tensor",
+    "SymInt groups, int format) -> Tensor",
     _wgrad,
     _wgrad_fake,
 )
@@ -268,12 +268,12 @@ def weight_gradient(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    channels_last: bool,
+    format: int,
 ) -> Tensor:
     """The weight's gradient [K, C/groups, *filter_size] of the convolution of x [N, C, spatial], differentiable."""
     if _tracked(x, dy):
-        return ConvWeightGradient.apply(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
-    return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
+        return ConvWeightGradient.apply(x, dy, filter_size, stride, padding, dilation, groups, format)
+    return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, format)
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class Conv(Function):
         ctx.sizes = x.shape[2:], weight.shape[2:]
         ctx.arguments = stride, padding[: len(stride)], dilation, groups
         # PyTorch's rule for both gradients' formats: the input's or else the weight's decides.
-        ctx.formats = _is_channels_last(x, weight), _is_channels_last(weight)
+        ctx.formats = _is_channels_last(x, weight), weight_format(weight.shape, weight.stride())
         return conv_fprop(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
@@ -319,7 +319,8 @@ class ConvTranspose(Function):
     def forward(ctx, dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
         need_dy, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(dy if need_weight else None, weight if need_dy else None)
-        ctx.sizes, ctx.format = (input_size, dy.shape[2:], weight.shape[2:]), _is_channels_last(weight)
+        ctx.sizes = input_size, dy.shape[2:], weight.shape[2:]
+        ctx.format = weight_format(weight.shape, weight.stride())
         ctx.arguments = stride, padding, dilation, groups
         return conv_dgrad(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last)
 
@@ -340,12 +341,12 @@ class ConvWeightGradient(Function):
     """wgrad, as a function of the input and the output's gradient; backward is dgrad and fprop."""
 
     @staticmethod
-    def forward(ctx, x, dy, filter_size, stride, padding, dilation, groups, channels_last):
+    def forward(ctx, x, dy, filter_size, stride, padding, dilation, groups, format):
         need_x, need_dy = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_dy else None, dy if need_x else None)
         ctx.sizes, ctx.format = (x.shape[2:], dy.shape[2:], filter_size), _is_channels_last(x)
         ctx.arguments = stride, padding, dilation, groups
-        return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, channels_last)
+        return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, format)
 
     @staticmethod
     def backward(ctx, ddw):

@@ -37,7 +37,7 @@ from fastconv.kernels import batch_norm
 from fastconv.kernels import conv as kernels
 from fastconv.kernels.batch_norm import Activated, as_pixels
 from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.kernels.layout import is_channels_last, strides_like
+from fastconv.kernels.layout import is_channels_last, strides_like, weight_format
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? slope, Tensor? residual"
 _CONV = "SymInt[]? output_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
@@ -324,7 +324,7 @@ class ConvBNAct(Function):
             *(z if from_z else None, residual if active and before and not from_z else None),
         )
         ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
-        ctx.formats = _is_channels_last(x, weight), _is_channels_last(weight)
+        ctx.formats = _is_channels_last(x, weight), weight_format(weight.shape, weight.stride())
         # Where nothing acts on the sum, the residual's gradient is dz.
         ctx.training, ctx.how, ctx.group, ctx.through_act = training, how, group, active and before
         ctx.has_residual = residual is not None

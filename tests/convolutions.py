@@ -1,0 +1,91 @@
+"""Convolution problems with their references, as the tests of every kernel family that serves them use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastconv.kernels import conv, mend
+from fastconv.kernels.layout import strides_like
+from fastconv.kernels.problem import ConvProblem, conv_problem
+
+DEVICE = "cpu" if mend.interpreting() else "cuda"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    n: int
+    c: int
+    k: int
+    size: tuple[int, ...]
+    filter: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    after: tuple[int, ...] | None = None  # trailing padding, where it is not the leading one
+
+    def problem(self, dtype: torch.dtype = torch.float32) -> ConvProblem:
+        rank = len(self.size)
+        before = self.padding or (0,) * rank
+        return conv_problem(
+            (self.n, self.c, *self.size),
+            (self.k, self.c // self.groups, *self.filter),
+            (self.k,),
+            self.stride or (1,) * rank,
+            (*before, *(before if self.after is None else self.after)),
+            self.dilation or (1,) * rank,
+            self.groups,
+            dtype,
+        )
+
+
+def trailing(problem: ConvProblem) -> tuple[int, ...]:
+    """The trailing padding, negative where pixels are left over, that gives exactly the problem's output."""
+    return tuple(
+        (p - 1) * s + d * (r - 1) + 1 - h - before
+        for p, s, d, r, h, before in zip(
+            *(problem.output_size, problem.stride, problem.dilation, problem.filter_size, problem.input_size),
+            problem.padding,
+            strict=True,
+        )
+    )
+
+
+def expected(problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """fprop, dgrad, wgrad and the bias's gradient by PyTorch, in the operands' dtype (fp64)."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    before, after = problem.padding, trailing(problem)
+    sides = [side for axis in reversed(range(problem.rank)) for side in (before[axis], after[axis])]
+    function = (torch.conv1d, torch.conv2d, torch.conv3d)[problem.rank - 1]
+    padded = torch.nn.functional.pad(x, sides)
+    y = function(padded, weight, None, problem.stride, 0, problem.dilation, problem.groups)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    return y.detach(), dx, dw, dy.transpose(0, 1).flatten(1).sum(1)
+
+
+def computed(
+    problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, channels_last: bool = True
+) -> tuple[torch.Tensor, ...]:
+    """The same four by our kernels, from tensors in either memory format."""
+
+    def operand(t: torch.Tensor) -> torch.Tensor:
+        t = t.to(problem.dtype).to(DEVICE)
+        return t.new_empty_strided(t.shape, strides_like(t.shape, channels_last)).copy_(t)
+
+    x, dy, weight = map(operand, (x, dy, weight))
+    _, padding, *rest = arguments = problem.stride, problem.padding, problem.dilation, problem.groups
+    return (
+        conv.conv_fprop(x, weight, None, problem.stride, padding + trailing(problem), *rest),
+        conv.conv_dgrad(dy, weight, None, problem.input_size, *arguments, channels_last),
+        conv.conv_wgrad(x, dy, problem.filter_size, *arguments, channels_last),
+        conv.channel_sum(dy),
+    )
+
+
+def depths(problem: ConvProblem) -> tuple[int, int, int, int]:
+    """Products summed for one element of fprop, dgrad, wgrad and the bias's gradient."""
+    c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    return c * problem.taps, k * problem.taps, problem.output_pixels, problem.output_pixels
