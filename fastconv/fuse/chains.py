@@ -288,12 +288,13 @@ class _Search:
         steps: list[Step] = []
         for node in nodes[1:]:
             called = self._called(node)
-            is_norm = isinstance(called, _BatchNorm)
-            _know(type(called._modules.get("act")))
-            steps.append(Step("norm", str(node.target), str(node.target)) if is_norm else _skip(node))
-            if is_norm:
-                own = called._modules.get("act")
-                done |= {"norm"} if own is None or type(own) is torch.nn.Identity else {"norm", "act"}
+            if isinstance(called, _BatchNorm):
+                steps.append(Step("norm", str(node.target), str(node.target)))
+                own = called._modules.get("act", torch.nn.Identity())
+                _know(type(own))
+                done |= {"norm"} if type(own) is torch.nn.Identity else {"norm", "act"}
+            else:
+                steps.append(_skip(node))
         least = len(nodes)
         ends = None
         while len(nodes[-1].users) == 1:
@@ -354,13 +355,16 @@ class _Search:
 
     def _is_kept_and_written(self, steps: list[Step], last: Node) -> bool:
         """Whether the fused call would keep for backward what is added, and it may be written in place afterwards."""
-        added = [step.operand for step in steps if step.kind in SUMS]
-        if not added or steps[-1].kind != "act":
-            return False
-        act = steps[-1].operand
-        act = self.module.get_submodule(act) if isinstance(act, str) else act
-        later = (user for user in added[0].users if self.order[user] > self.order[last])
-        return not ACTIVATIONS[activation_of(act)[0]].from_output and any(_may_write(u, self.module) for u in later)
+        added = None
+        for step in steps:
+            if step.kind in SUMS:
+                added = step.operand
+            elif step.kind == "act" and added is not None:
+                act = self.module.get_submodule(step.operand) if isinstance(step.operand, str) else step.operand
+                if not ACTIVATIONS[activation_of(act)[0]].from_output:
+                    later = (user for user in added.users if self.order[user] > self.order[last])
+                    return any(_may_write(user, self.module) for user in later)
+        return False
 
 
 def _does(step: Step) -> set[str]:

@@ -1407,12 +1407,12 @@ def test_a_traced_model_is_fused(calls: list[Any]) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiled_whole(training: bool, calls: list[Any]) -> None:
     torch._dynamo.reset()
-    model, plain = pair(nn.Sequential(Block(plain_block), Block(twice)))
+    model, plain = pair(nn.Sequential(Block(plain_block), Block(twice), Block(added_to, f=Unit(nn.SiLU()))))
     plain.train(training)
     model.train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(compiled, plain, images(), exact=False)
-    assert len(calls) == 4
+    assert len(calls) == 5 and calls[-1] == ("SiLU", "after")
     # A hook added later is seen.
     seen: list[int] = []
     model[0].bn1.register_forward_hook(lambda *_: seen.append(1))
