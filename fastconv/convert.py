@@ -1,4 +1,4 @@
-"""Swaps a model's convolution layers for fastconv's, fuses batch norms into them, and back, and says what was left.
+"""Swaps a model's convolution layers and pools for fastconv's, fuses batch norms, and back, and says what was left.
 
 A layer is swapped by a change of its ``__class__``: it stays the same object, with its parameters, hooks, names and
 everything that refers to it. So is a module that calls a chain of layers (``fastconv.fuse``).
@@ -7,7 +7,7 @@ everything that refers to it. So is a module that calls a chain of layers (``fas
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,14 +29,16 @@ Rule = str | type[torch.nn.Module]
 
 _OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-_SCRIPTED = {theirs.__name__ for theirs in _OURS}
+_POOLS = tuple(theirs for theirs in _OURS if theirs.__module__ == "torch.nn.modules.pooling")
+_SCRIPTED = {theirs.__name__ for theirs in _OURS if theirs not in _POOLS}
+_SCRIPTED_POOLS = {theirs.__name__ for theirs in _POOLS}
 # Each with the axes of the weights it is for; None: any.
 _FORMATS = {torch.contiguous_format: None, torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution layer of a model.
+    """A convolution layer of a model, or a pool.
 
     ``reason`` says why PyTorch's own op computes it; None: fastconv's kernels do. ``runs``, which ``explain`` fills
     in, hold what runs for each way in which the layer, or the chain that it begins, is called.
@@ -59,15 +61,16 @@ class Report:
 
     layers: tuple[Layer, ...]
     norms: tuple[Norm, ...] = ()  # the model's batch norms
+    pools: tuple[Layer, ...] = field(default=(), kw_only=True)
 
     @property
     def replaced(self) -> list[str]:
-        """The names of the layers that fastconv's kernels compute."""
+        """The names of the convolution layers that fastconv's kernels compute."""
         return [layer.name for layer in self.layers if layer.reason is None]
 
     @property
     def left(self) -> list[tuple[str, str]]:
-        """The name of each layer that PyTorch's own op computes, and why."""
+        """The name of each convolution layer that PyTorch's own op computes, and why."""
         return [(layer.name, layer.reason) for layer in self.layers if layer.reason is not None]
 
     @property
@@ -81,8 +84,8 @@ class Report:
         return [(norm.name, norm.reason or "") for norm in self.norms if norm.chain is None]
 
     def __str__(self) -> str:
-        if not self.layers:
-            return "nothing to convert: the model has no convolution layers"
+        if not self.layers and not self.pools:
+            return "nothing to convert: the model has no convolution layers and no pools"
         rows = [["layer", "kind", "served by", ""]]
         chains = self.chains
         for layer in self.layers:
@@ -90,6 +93,9 @@ class Report:
             reason = layer.reason or (chain.reason if chain else None)
             name = chain.chain if chain else layer.name
             rows.append([name or "(the model)", layer.kind, "PyTorch" if layer.reason else "fastconv", reason or ""])
+        for pool in self.pools:
+            by = "PyTorch" if pool.reason else "fastconv"
+            rows.append([pool.name or "(the model)", pool.kind, by, pool.reason or ""])
         rows += [[norm.name, norm.kind, "PyTorch", norm.reason or ""] for norm in self.norms if norm.chain is None]
         return f"{table(rows)}\n{self.summary}"
 
@@ -100,7 +106,10 @@ class Report:
 
     @property
     def summary(self) -> str:
-        summary = f"{len(self.replaced)} of {len(self.layers)} convolution layers on fastconv's kernels"
+        summary = f"{len(self.replaced)} of {len(self.layers)} convolution layers"
+        if self.pools:
+            summary += f" and {sum(pool.reason is None for pool in self.pools)} of {len(self.pools)} pools"
+        summary += " on fastconv's kernels"
         if self.norms:
             summary += f", {len(self.fused)} of {len(self.norms)} batch norms fused into them"
         return summary
@@ -114,7 +123,8 @@ def convert(
     include: Rule | Iterable[Rule] | None = None,
     exclude: Rule | Iterable[Rule] | None = None,
 ) -> Model:
-    """Make ``model``'s convolution layers fastconv's, in place, and return it; ``report`` tells which are left and why.
+    """Make ``model``'s convolution layers and pools fastconv's, in place, and return it; ``report`` tells which are
+    left and why.
 
     fuse: a convolution whose result only a batch norm reads becomes one call with it, and with the activation and the
     addition behind it, wherever the forward of the module that calls them can be traced. What hooks into one of them,
@@ -136,7 +146,7 @@ def convert(
         raise (ValueError if isinstance(memory_format, torch.memory_format) else TypeError)(
             f"convert: memory_format must be one of {known}, but got {memory_format!r}"
         )
-    layers = [layer for _, layer in convolutions(model) if reason_against(layer) is None]
+    layers = [layer for _, layer in (*convolutions(model), *pools(model)) if reason_against(layer) is None]
     chosen = _chosen(model, include, exclude)
     for layer in layers:
         if layer not in chosen:
@@ -159,22 +169,26 @@ def revert(model: Model) -> Model:
 
     Weights keep their memory format. Layers subclassed or parametrised since stay as they are.
     """
-    for _, layer in convolutions(model):
+    for _, layer in (*convolutions(model), *pools(model)):
         layer.__class__ = _THEIRS.get(type(layer), type(layer))
     unfuse(model)
     return model
 
 
 def report(model: torch.nn.Module) -> Report:
-    """Which convolution layers of ``model`` are fastconv's and which batch norms are fused; which are not, and why.
+    """Which convolution layers and pools of ``model`` are fastconv's and which batch norms are fused; which are not,
+    and why.
 
     Each once, by its first name.
     """
-    layers = (
+    return Report(_layers(convolutions(model)), tuple(norms(model)), pools=_layers(pools(model)))
+
+
+def _layers(found: Iterable[tuple[str, torch.nn.Module]]) -> tuple[Layer, ...]:
+    return tuple(
         Layer(name, kind(layer), reason_against(layer) or ("not converted" if type(layer) in _OURS else None))
-        for name, layer in convolutions(model)
+        for name, layer in found
     )
-    return Report(tuple(layers), tuple(norms(model)))
 
 
 def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -183,6 +197,13 @@ def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
         raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd) or _quantised(module) or kind(module) in _SCRIPTED:
+            yield name, module
+
+
+def pools(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The layers of ``model`` that are pools of torch.nn's that fastconv has too, whoever computes them."""
+    for name, module in model.named_modules():
+        if isinstance(module, _POOLS) or kind(module) in _SCRIPTED_POOLS:
             yield name, module
 
 
@@ -197,7 +218,7 @@ def kind(layer: torch.nn.Module) -> str:
 
 
 def reason_against(layer: torch.nn.Module) -> str | None:
-    """Why ``convert`` leaves a convolution layer alone; None for what is fastconv's or can become so."""
+    """Why ``convert`` leaves a convolution layer or a pool alone; None for what is fastconv's or can become so."""
     if isinstance(layer, torch.jit.ScriptModule):
         return "scripted"
     if _quantised(layer):
@@ -211,7 +232,8 @@ def reason_against(layer: torch.nn.Module) -> str | None:
     if {"forward", "_conv_forward"} & set(vars(layer)):
         return "a forward of its own"
     # What the older weight_norm, spectral_norm and prune leave behind: hooks that set a plain attribute.
-    computed = [name for name in ("weight", "bias") if name not in layer._parameters]
+    weights = ("weight", "bias") if isinstance(layer, _ConvNd) else ()
+    computed = [name for name in weights if name not in layer._parameters]
     if computed:
         hooks = ", ".join(type(hook).__name__ for hook in layer._forward_pre_hooks.values())
         return f"parametrised: {', '.join(computed)}, set before each forward by {hooks}"

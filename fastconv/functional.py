@@ -1,4 +1,4 @@
-"""torch.nn.functional's convolutions on fastconv's kernels: the same names, signatures, formats and errors.
+"""torch.nn.functional's convolutions and pools on fastconv's kernels: the same names, signatures, formats and errors.
 
 Only device, dtype and rank decide here whether a call is ours or PyTorch's own, so that sizes never become guards of a
 compiled model; which kernel serves it is chosen inside the operator.
@@ -14,15 +14,42 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastconv.activations import Act, activation_of
+from fastconv.arguments import Ints, served
+from fastconv.arguments import expand as _expand
 from fastconv.autograd import conv as autograd
 from fastconv.autograd.conv_bn_act import conv_bn_act
-from fastconv.kernels import mend
+from fastconv.functional_pool import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    lp_pool1d,
+    lp_pool2d,
+    lp_pool3d,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+)
 from fastconv.kernels.batch_norm import Activated
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.kernels.layout import POINTER_TYPES, is_channels_last
 from fastconv.kernels.problem import conv_transpose_problem
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
     "conv1d",
     "conv1d_bn_act",
     "conv2d",
@@ -35,27 +62,14 @@ __all__ = [
     "conv_transpose2d_bn_act",
     "conv_transpose3d",
     "conv_transpose3d_bn_act",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
     "served",
 ]
-
-Ints = int | Sequence[int]
-
-_INTERPRETING = mend.interpreting()
-_INTEGERS: Any = (int, torch.SymInt)
-
-
-def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
-    dtype = dtype or x.dtype
-    if dtype not in POINTER_TYPES:
-        return f"{dtype} is not one of float32, float16, bfloat16"
-    if x.layout is not torch.strided:
-        return f"its layout is {x.layout}"
-    if x.device.type == "cuda" and torch.version.cuda is not None:
-        return None
-    if x.device.type == "cpu" and _INTERPRETING:
-        return None
-    return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.device.type == "cpu" else "")
 
 
 def conv1d(
@@ -515,22 +529,6 @@ def _check_ranks(name: str, rank: int, x: Tensor, weight: Tensor) -> None:
         )
     if weight.dim() != rank + 2:
         raise RuntimeError(f"Expected {rank + 2}D weight for {name}, but got weight of size: {list(weight.shape)}")
-
-
-def _expand(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``."""
-    if isinstance(value, _INTEGERS):
-        return (value,) * rank
-    if not isinstance(value, Sequence) or not all(isinstance(item, _INTEGERS) for item in value):
-        raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}")
-    if len(value) == 1:
-        return tuple(value) * rank
-    if len(value) != rank:
-        raise RuntimeError(
-            f"expected {name} to be a single integer value or a list of {rank} values to match the convolution "
-            f"dimensions, but got {name}={list(value)}"
-        )
-    return tuple(value)
 
 
 def _named_padding(

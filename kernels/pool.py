@@ -42,20 +42,17 @@ def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dty
     else contiguous. Raises Uncovered where no kernel serves them.
     """
     call = prepared(_prepare_forward, (x,), ("max", output_size, geometry, index, True, 0))
-    types = (x.dtype,) if index is None else (x.dtype, index)
-    outputs = tuple(x.new_empty_strided(call.shape, call.strides, dtype=dtype) for dtype in types)
-    if call.launches:
-        (x,) = _laid_out(call, (x,))
-        y, taps = outputs if index is not None else (*outputs, None)
-        if len(call.launches) == 1:
-            run(call.launches[0], x, y, taps)
-        else:
-            size = call.launches[0].grid[1] * y.numel()
-            partial = x.new_empty(size, dtype=torch.float32)
-            partial_taps = None if taps is None else x.new_empty(size, dtype=torch.int32)
-            run(call.launches[0], x, partial, partial_taps)
-            run(call.launches[1], partial, partial_taps, y, taps)
-    return outputs
+    y = x.new_empty_strided(call.shape, call.strides)
+    taps = None if index is None else x.new_empty_strided(call.shape, call.strides, dtype=index)
+    if len(call.launches) == 1:
+        run(call.launches[0], *_laid_out(call, (x,)), y, taps)
+    elif call.launches:
+        splits = call.launches[0].grid[1]
+        partial = x.new_empty(splits * y.numel(), dtype=torch.float32)
+        partial_taps = None if taps is None else partial.new_empty(partial.shape, dtype=torch.int32)
+        run(call.launches[0], *_laid_out(call, (x,)), partial, partial_taps)
+        run(call.launches[1], partial, partial_taps, y, taps)
+    return (y,) if taps is None else (y, taps)
 
 
 def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padding: bool, divisor: int) -> Tensor:
@@ -63,14 +60,12 @@ def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padd
     with or without its padding. Formats and errors as `max_pool`."""
     call = prepared(_prepare_forward, (x,), ("average", output_size, geometry, None, include_padding, divisor))
     y = x.new_empty_strided(call.shape, call.strides)
-    if call.launches:
-        (x,) = _laid_out(call, (x,))
-        if len(call.launches) == 1:
-            run(call.launches[0], x, y, None)
-        else:
-            partial = x.new_empty(call.launches[0].grid[1] * y.numel(), dtype=torch.float32)
-            run(call.launches[0], x, partial, None)
-            run(call.launches[1], partial, y)
+    if len(call.launches) == 1:
+        run(call.launches[0], *_laid_out(call, (x,)), y, None)
+    elif call.launches:
+        partial = x.new_empty(call.launches[0].grid[1] * y.numel(), dtype=torch.float32)
+        run(call.launches[0], *_laid_out(call, (x,)), partial, None)
+        run(call.launches[1], partial, y)
     return y
 
 

@@ -11,7 +11,6 @@ Bytes: dy and the index once (windows that blocks share meet in L1), dx once. Ti
 
 from __future__ import annotations
 
-# ruff: noqa: RUF005 - Triton knows no unpacking into a tuple.
 import triton
 import triton.language as tl
 
@@ -270,7 +269,7 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
         pointers=(element, None if problem.index is None else INDEX_TYPES[problem.index], element),
         scalars=scalars,
         constants={
-            "UNIFORM": divisor > 0,
+            "UNIFORM": divisor != 0,
             "INCLUDE_PADDING": problem.include_padding,
             "PLANES": not channels_last,
             "RANK": max(2, problem.rank),

@@ -15,7 +15,6 @@ Bytes: x once (lines that tiles share meet in L1 and L2: programs follow memory)
 
 from __future__ import annotations
 
-# ruff: noqa: RUF005 - Triton knows no unpacking into a tuple.
 import torch
 import triton
 import triton.language as tl
@@ -427,7 +426,7 @@ def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, stri
             "MAX": maximum,
             "ADAPTIVE": problem.adaptive,
             "BOUNDED": problem.bounded,
-            "UNIFORM": divisor > 0,
+            "UNIFORM": divisor != 0,
             "INCLUDE_PADDING": problem.include_padding,
             "LINEAR": linear is not None,
             "PLANES": not channels_last,

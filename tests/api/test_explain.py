@@ -369,7 +369,7 @@ def test_a_compiled_model_and_a_lazy_one() -> None:
 
 def test_nothing_to_explain() -> None:
     explanation = fastconv.explain(torch.nn.Linear(3, 4), torch.randn(1, 3))
-    assert str(explanation) == "nothing to convert: the model has no convolution layers"
+    assert str(explanation) == "nothing to convert: the model has no convolution layers and no pools"
 
 
 def test_the_models_own_error_is_raised() -> None:

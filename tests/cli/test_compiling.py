@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv import functional
+from fastconv import arguments, functional
 from fastconv.autotune import gpu_named
 from fastconv.cli import models, run
 from fastconv.cli.measure import ahead, compiler, layers, lenet, network, results, roads
@@ -120,7 +120,7 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(driver, "_active", Driver(), raising=False)
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(functional, "_INTERPRETING", True)
+    monkeypatch.setattr(arguments, "_INTERPRETING", True)
     gpu = gpu_named("NVIDIA H200")
     assert gpu is not None
     with dispatch.use_target(gpu):

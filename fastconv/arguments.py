@@ -1,0 +1,47 @@
+"""What the functional modules share: whose call it is, and arguments as torch.nn.functional takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv.kernels import mend
+from fastconv.kernels.layout import POINTER_TYPES
+
+Ints = int | Sequence[int]
+
+_INTERPRETING = mend.interpreting()
+_INTEGERS: Any = (int, torch.SymInt)
+
+
+def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
+    dtype = dtype or x.dtype
+    if dtype not in POINTER_TYPES:
+        return f"{dtype} is not one of float32, float16, bfloat16"
+    if x.layout is not torch.strided:
+        return f"its layout is {x.layout}"
+    if x.device.type == "cuda" and torch.version.cuda is not None:
+        return None
+    if x.device.type == "cpu" and _INTERPRETING:
+        return None
+    return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.device.type == "cpu" else "")
+
+
+def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:
+    """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``."""
+    if isinstance(value, _INTEGERS):
+        return (value,) * rank
+    if not isinstance(value, Sequence) or not all(isinstance(item, _INTEGERS) for item in value):
+        raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}")
+    if len(value) == 1:
+        return tuple(value) * rank
+    if len(value) != rank:
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of {rank} values to match {of}, "
+            f"but got {name}={list(value)}"
+        )
+    return tuple(value)

@@ -1,0 +1,359 @@
+"""torch.nn.functional's pools on fastconv's kernels: the same names, signatures, formats and errors.
+
+What `fastconv.functional` says of whose call it is holds here too; it has these functions under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from fastconv.arguments import Ints, expand, served
+from fastconv.autograd import pool as autograd
+from fastconv.kernels.pool import ADAPTIVE
+
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "lp_pool1d",
+    "lp_pool2d",
+    "lp_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+]
+
+
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """As torch.nn.functional.max_pool1d: [N, C, W] or [C, W] -> [N, C, Q], and its int64 indices if asked for.
+
+    The last NaN of a window wins, else its first maximum. Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.max_pool1d
+    return _max_pool(1, theirs, max_pool1d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """As torch.nn.functional.max_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], and its int64 indices if asked for.
+
+    The last NaN of a window wins, else its first maximum. Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.max_pool2d
+    return _max_pool(2, theirs, max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """As torch.nn.functional.max_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], and its int64 indices if
+    asked for.
+
+    The last NaN of a window wins, else its first maximum. Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.max_pool3d
+    return _max_pool(3, theirs, max_pool3d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """As torch.nn.functional.avg_pool1d: [N, C, W] or [C, W] -> [N, C, Q], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.avg_pool1d
+    return _avg_pool(1, theirs, avg_pool1d, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """As torch.nn.functional.avg_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    arguments = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    return _avg_pool(2, torch.nn.functional.avg_pool2d, avg_pool2d, input, *arguments)
+
+
+def avg_pool3d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """As torch.nn.functional.avg_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    arguments = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    return _avg_pool(3, torch.nn.functional.avg_pool3d, avg_pool3d, input, *arguments)
+
+
+def adaptive_max_pool1d(input: Tensor, output_size: Ints, return_indices: bool = False) -> Any:
+    """As torch.nn.functional.adaptive_max_pool1d: [N, C, W] or [C, W] -> [N, C, *output_size], and its int64 indices
+    if asked for. Raises RuntimeError and TypeError as torch's does."""
+    theirs = torch.nn.functional.adaptive_max_pool1d
+    return _adaptive_max_pool(1, theirs, adaptive_max_pool1d, input, output_size, return_indices)
+
+
+def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """As torch.nn.functional.adaptive_max_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, *output_size], and its int64
+    indices if asked for. Raises RuntimeError and TypeError as torch's does."""
+    theirs = torch.nn.functional.adaptive_max_pool2d
+    return _adaptive_max_pool(2, theirs, adaptive_max_pool2d, input, output_size, return_indices)
+
+
+def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """As torch.nn.functional.adaptive_max_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size], and its
+    int64 indices if asked for. Raises RuntimeError and TypeError as torch's does."""
+    theirs = torch.nn.functional.adaptive_max_pool3d
+    return _adaptive_max_pool(3, theirs, adaptive_max_pool3d, input, output_size, return_indices)
+
+
+def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
+    """As torch.nn.functional.adaptive_avg_pool1d: [N, C, W] or [C, W] -> [N, C, *output_size], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    return _adaptive_avg_pool(1, torch.nn.functional.adaptive_avg_pool1d, adaptive_avg_pool1d, input, output_size)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    """As torch.nn.functional.adaptive_avg_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, *output_size], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    return _adaptive_avg_pool(2, torch.nn.functional.adaptive_avg_pool2d, adaptive_avg_pool2d, input, output_size)
+
+
+def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
+    """As torch.nn.functional.adaptive_avg_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size], summed in
+    fp32. Raises RuntimeError and TypeError as torch's does."""
+    return _adaptive_avg_pool(3, torch.nn.functional.adaptive_avg_pool3d, adaptive_avg_pool3d, input, output_size)
+
+
+def lp_pool1d(
+    input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """As torch.nn.functional.lp_pool1d: [N, C, W] or [C, W] -> [N, C, Q]; the average is fastconv's, powers are
+    PyTorch's. Raises RuntimeError and TypeError as torch's does."""
+    return _lp_pool(1, lp_pool1d, max_pool1d, avg_pool1d, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def lp_pool2d(
+    input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """As torch.nn.functional.lp_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q]; the average is fastconv's, powers
+    are PyTorch's. Raises RuntimeError and TypeError as torch's does."""
+    return _lp_pool(2, lp_pool2d, max_pool2d, avg_pool2d, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def lp_pool3d(
+    input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """As torch.nn.functional.lp_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]; the average is fastconv's,
+    powers are PyTorch's. Raises RuntimeError and TypeError as torch's does."""
+    return _lp_pool(3, lp_pool3d, max_pool3d, avg_pool3d, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def _max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, *arguments: Any) -> Any:
+    if has_torch_function_unary(x):
+        return handle_torch_function(ours, (x,), x, *arguments)
+    if not isinstance(x, Tensor) or served(x):
+        return theirs(x, *arguments)
+    kernel_size, stride, padding, dilation, ceil_mode, return_indices = arguments
+    geometry, size = _windows(ours.__name__, rank, x, kernel_size, stride, padding, dilation, ceil_mode)
+    y, indices = autograd.max_pool(_batched(x, rank), size, geometry, bool(return_indices))
+    return _like(x, rank, y, indices)
+
+
+def _avg_pool(
+    rank: int, theirs: Any, ours: Any, x: Tensor, kernel_size: Any, stride: Any, padding: Any, *options: Any
+) -> Tensor:
+    if has_torch_function_unary(x):
+        return handle_torch_function(ours, (x,), x, kernel_size, stride, padding, *options)
+    if not isinstance(x, Tensor) or served(x):
+        # (Of these torch takes no None.)
+        return theirs(x, kernel_size, kernel_size if stride is None else stride, padding, *options)
+    ceil_mode, include_padding, divisor = (*options, None)[:3]
+    if divisor == 0:
+        raise RuntimeError(f"divisor must be not zero, but got divisor_override=0 for input of size: {list(x.shape)}")
+    geometry, size = _windows(ours.__name__, rank, x, kernel_size, stride, padding, 1, ceil_mode)
+    return _like(x, rank, autograd.average_pool(_batched(x, rank), size, geometry, bool(include_padding), divisor or 0))
+
+
+def _adaptive_max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any, return_indices: bool) -> Any:
+    if has_torch_function_unary(x):
+        return handle_torch_function(ours, (x,), x, output_size, return_indices)
+    if not isinstance(x, Tensor) or served(x):
+        return theirs(x, output_size, return_indices)
+    size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[-rank - 1 :])
+    y, indices = autograd.max_pool(_batched(x, rank), size, ADAPTIVE, bool(return_indices))
+    return _like(x, rank, y, indices)
+
+
+def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any) -> Tensor:
+    if has_torch_function_unary(x):
+        return handle_torch_function(ours, (x,), x, output_size)
+    if not isinstance(x, Tensor) or served(x):
+        return theirs(x, output_size)
+    # Of two axes PyTorch takes no channels at all.
+    size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[-rank - (rank == 3) :])
+    return _like(x, rank, autograd.average_pool(_batched(x, rank), size, ADAPTIVE, True, 0))
+
+
+def _lp_pool(
+    rank: int,
+    ours: Any,
+    max_pool: Callable[..., Tensor],
+    avg_pool: Callable[..., Tensor],
+    x: Tensor,
+    norm_type: float,
+    kernel_size: Any,
+    stride: Any,
+    ceil_mode: bool,
+) -> Tensor:
+    if has_torch_function_unary(x):
+        return handle_torch_function(ours, (x,), x, norm_type, kernel_size, stride, ceil_mode)
+    if norm_type == float("inf"):
+        return max_pool(x.abs(), kernel_size, stride, 0, 1, ceil_mode)
+    if norm_type == -float("inf"):
+        return -max_pool(-x.abs(), kernel_size, stride, 0, 1, ceil_mode)
+    y = avg_pool(x.pow(norm_type), kernel_size, stride, 0, ceil_mode)
+    pixels = 1
+    for size in expand("kernel_size", kernel_size, rank, "the pooled dimensions"):
+        pixels *= size
+    return (torch.sign(y) * torch.relu(torch.abs(y))).mul(pixels).pow(1.0 / norm_type)
+
+
+def _windows(
+    name: str, rank: int, x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> tuple[autograd.Geometry, tuple[int, ...]]:
+    """(geometry, output size) of a pool; what torch checks, checked with the shapes in the message."""
+    _check_rank(name, rank, x)
+    of = "the pooled dimensions"
+    window = expand("kernel_size", kernel_size, rank, of)
+    if stride is None or (isinstance(stride, Sequence) and not stride):
+        stride = window
+    stride, padding = expand("stride", stride, rank, of), expand("padding", padding, rank, of)
+    dilation = expand("dilation", dilation, rank, of)
+    where = f"for input of size: {list(x.shape)}"
+    for what, values, least in (
+        ("kernel size", window, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("pad", padding, 0),
+    ):
+        if any(value < least for value in values):
+            bound = "non-negative" if least == 0 else "greater than zero"
+            raise RuntimeError(f"{name}: {what} should be {bound}, but got {list(values)} {where}")
+    if any(2 * pad > size for pad, size in zip(padding, window, strict=True)):
+        raise RuntimeError(
+            f"{name}: pad should be at most half of kernel size, but got pad={list(padding)} and "
+            f"kernel_size={list(window)} {where}"
+        )
+    if any(size == 0 for size in x.shape[-rank - 1 :]):
+        raise RuntimeError(f"{name}: Expected a tensor with optional 0 dim batch size, but got: {list(x.shape)}")
+    if rank == 3 and name.startswith("avg") and any(h < r for h, r in zip(x.shape[-rank:], window, strict=True)):
+        raise RuntimeError(f"{name}: input image smaller than kernel size {list(window)} {where}")
+    size = tuple(map(_output_size, x.shape[-rank:], window, stride, padding, dilation, (bool(ceil_mode),) * rank))
+    if any(p < 1 for p in size):
+        raise RuntimeError(
+            f"{name}: Given input size: {list(x.shape)}. Calculated output size: {list(size)}. Output size is too small"
+        )
+    return (window, stride, padding, dilation), size
+
+
+def _output_size(size: int, window: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """As torch's: with ceil_mode the last window may reach past the input, but not begin there."""
+    reach = size + 2 * padding - dilation * (window - 1) - 1
+    if not ceil_mode:
+        return reach // stride + 1
+    outputs = (reach + stride - 1) // stride + 1
+    return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs
+
+
+def _adaptive_size(
+    name: str, rank: int, x: Tensor, output_size: Any, full: Sequence[int]
+) -> tuple[int, ...]:  # fmt: skip
+    """The output size as a tuple of ``rank``, None taken from the input; ``full``: the axes that must not be empty."""
+    _check_rank(name, rank, x)
+    if rank > 1 and isinstance(output_size, Sequence):
+        sizes = zip(output_size, x.shape[-rank:], strict=False)
+        output_size = [h if p is None else p for p, h in sizes] + list(output_size[rank:])
+        if len(output_size) != rank:
+            raise RuntimeError(f"{name}: output_size must be {rank}, but got {output_size} for input {list(x.shape)}")
+    size = expand("output_size", output_size, rank, "the pooled dimensions")
+    if any(p < 0 for p in size):
+        raise RuntimeError(f"{name}: output_size must not be negative, but got {list(size)} for input {list(x.shape)}")
+    if any(h == 0 for h in full):
+        raise RuntimeError(
+            f"{name}: Expected input to have non-zero size for non-batch dimensions, but got: {list(x.shape)}"
+        )
+    return size
+
+
+def _check_rank(name: str, rank: int, x: Tensor) -> None:
+    if x.dim() not in (rank + 1, rank + 2):
+        raise RuntimeError(
+            f"{name}: Expected {rank + 1}D or {rank + 2}D (batch mode) tensor, but got input of size: {list(x.shape)}"
+        )
+
+
+def _batched(x: Tensor, rank: int) -> Tensor:
+    return x if x.dim() == rank + 2 else x.unsqueeze(0)
+
+
+def _like(x: Tensor, rank: int, y: Tensor, indices: Tensor | None = None) -> Any:
+    """The results with a batch axis where ``x`` has one; the indices, where there are any, behind the values."""
+    if x.dim() == rank + 1:
+        y, indices = y.squeeze(0), None if indices is None else indices.squeeze(0)
+    return y if indices is None else (y, indices)
