@@ -194,6 +194,7 @@ def conv_gather_kernel(
         phase_w, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD
     )
     taps = taps_h * taps_w
+    x_d, hop_d, tap_d, skip_d, taps_d = 0, 0, 0, 0, 1
     if RANK == 3:
         first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = _axis(
             phase_d, O, T, stride_d, padding_d, dilation_d, gcd_d, inverse_d, DGRAD
@@ -233,24 +234,14 @@ def conv_gather_kernel(
         w_stride_c = 1
         w_stride_tap = CG
         w_row = (group * K + offs_k) * (T * R * S * CG)
-    if not FLAT:
-        x_tile += offs_c[None, :]
-        w_c = offs_c % CG if PACKED and not DGRAD else offs_c
-        w_tile = w_ptr + (w_c * w_stride_c)[:, None] + w_row[None, :]
-        if PACKED:
-            mask_w = (offs_c < C)[:, None] & mask_k[None, :] & ((offs_c // CG)[:, None] == (offs_k // KG)[None, :])
 
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     if FLAT:
+        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         steps = tl.cdiv(taps * C, BLOCK_C)
-    else:
-        steps = taps * tl.cdiv(C, BLOCK_C)
-    c, r, s, t = 0, 0, 0, 0
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
-    if steps > 0:
-        for _ in range(steps):
-            if FLAT:
-                pair = c + offs_c
+        pair = offs_c
+        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        if steps > 0:
+            for _ in range(steps):
                 channel = pair % C
                 j = pair // C
                 s_j = j % taps_w
@@ -270,15 +261,25 @@ def conv_gather_kernel(
                     d = x_d[:, None] + (t_j * hop_d)[None, :]
                     mask = mask & (d >= 0) & (d < D)
                 x_step = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
-                mask_w = mask_c[:, None] & mask_k[None, :]
-                w_c = channel
-                if PACKED:
-                    mask_w = mask_w & ((channel // CG)[:, None] == (offs_k // KG)[None, :])
-                    w_c = channel if DGRAD else channel % CG
-                w_offs = index * w_stride_tap + w_c * w_stride_c
-                w_step = tl.load(w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_w, other=0.0)
-                c += BLOCK_C
-            else:
+                w_offs = index * w_stride_tap + channel * w_stride_c
+                w_step = tl.load(
+                    w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0
+                )
+                pair += BLOCK_C
+                acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+    else:
+        w_c = offs_c % CG if PACKED and not DGRAD else offs_c
+        x_tile += offs_c[None, :]
+        w_tile = w_ptr + (w_c * w_stride_c)[:, None] + w_row[None, :]
+        mask_w = mask_k[None, :]
+        if PACKED:
+            mask_w = mask_w & ((offs_c // CG)[:, None] == (offs_k // KG)[None, :])
+        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+        steps = taps * tl.cdiv(C, BLOCK_C)
+        c, r, s, t = 0, 0, 0, 0
+        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        if steps > 0:
+            for _ in range(steps):
                 mask_row = mask_m
                 delta = c
                 index = 0
@@ -294,12 +295,12 @@ def conv_gather_kernel(
                         delta += t * hop_d * x_stride_d
                         index += (tap_d + t * skip_d) * (R * S)
                 mask_c = c + offs_c < C
-                if not PACKED:
-                    mask_w = mask_c[:, None] & mask_k[None, :]
                 x_step = tl.load(
                     x_tile + delta, mask=mask_row[:, None] & mask_c[None, :], other=0.0, cache_modifier=CACHE
                 )
-                w_step = tl.load(w_tile + index * w_stride_tap + c * w_stride_c, mask=mask_w, other=0.0)
+                w_step = tl.load(
+                    w_tile + index * w_stride_tap + c * w_stride_c, mask=mask_c[:, None] & mask_w, other=0.0
+                )
                 # Carried counters: a division a step costs more than the step's other arithmetic.
                 c += BLOCK_C
                 if not POINTWISE:
@@ -313,7 +314,33 @@ def conv_gather_kernel(
                         carry = r >= taps_h
                         r = tl.where(carry, 0, r)
                         t = tl.where(carry, t + 1, t)
-            acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+                acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+        if PACKED:  # noqa: SIM102 (the outer one is the compiler's)
+            # Infinity times the zeros beside the diagonal: then without them, one channel after another.
+            if tl.max((acc != acc).to(tl.int32)) > 0:
+                acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+                for i in range(taps * C):
+                    c = i % C
+                    j = i // C
+                    s = j % taps_w
+                    j = j // taps_w
+                    r = j % taps_h
+                    h = x_h + r * hop_h
+                    w = x_w + s * hop_w
+                    mask_row = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                    delta = c + r * hop_h * x_stride_h + s * hop_w * x_stride_w
+                    index = (tap_h + r * skip_h) * S + tap_w + s * skip_w
+                    if RANK == 3:
+                        t = j // taps_h
+                        d = x_d + t * hop_d
+                        mask_row = mask_row & (d >= 0) & (d < D)
+                        delta += t * hop_d * x_stride_d
+                        index += (tap_d + t * skip_d) * (R * S)
+                    own = mask_k & (offs_k // KG == c // CG)
+                    w_offs = index * w_stride_tap + (c if DGRAD else c % CG) * w_stride_c
+                    x_one = tl.load(x_ptr + group * C + x_row + delta, mask=mask_row, other=0.0).to(tl.float32)
+                    w_one = tl.load(w_ptr + w_offs + w_row, mask=own, other=0.0).to(tl.float32)
+                    acc += tl.where(own[None, :], x_one[:, None] * w_one[None, :], 0.0)
 
     if tile_count_ptr is not None:
         tl.store(tile_count_ptr + tile, tl.sum(mask_m.to(tl.float32), axis=0))
@@ -359,7 +386,7 @@ def conv_gather(
     pixels = problem.batch * prod(map(triton.cdiv, y_size, lifted.stride if dgrad else phases))
     element = pointer_type(problem.dtype)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
-    assert pack == 1 or tile["BLOCK_C"] >= c or flat(problem.taps, c)
+    assert pack == 1 or tile["BLOCK_C"] >= c
     return Launch(
         kernel=conv_gather_kernel,
         grid=(triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]), groups, 1),
@@ -394,7 +421,7 @@ def conv_gather(
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
             "POINTWISE": problem.taps == 1 and not problem.padded(direction),
-            "FLAT": flat(problem.taps, c),
+            "FLAT": flat(problem.taps, c, pack),
             "WIDE": wide((operands[0], x_strides), (operands[1], y_strides)),
             "PRECISION": precision,
             "ACT": ACTIVATIONS[epilogue.act].forward,
@@ -407,20 +434,20 @@ def conv_gather(
     )
 
 
-def flat(taps: int, channels: int) -> bool:
+def flat(taps: int, channels: int, pack: int) -> bool:
     """Whether one step covers several taps: under 16 channels a tensor-core tile of one tap would be mostly zeros."""
-    return taps > 1 and channels < 16
+    return taps > 1 and channels < 16 and pack == 1
 
 
 def packed_groups(direction: str, problem: ConvProblem) -> int:
     """How many neighbouring groups share a tensor-core tile, which alone they would leave nearly empty; 1: none.
 
-    A product with so many groups' channels does as many times its work, nearly all of it with zeros. With 32 channels
-    a 3x3 filter then does 144 FLOP for each byte of bf16 that it must move, just under what today's GPUs have to give
-    (A100 153, H200 206, B200 281), with 64 twice that. wgrad's tiles have at least 64 rows, filled or not.
+    A product of so many groups' channels does as many times its work, nearly all of it with zeros. With 32 channels a
+    3x3 filter then does 144 FLOP for each byte of bf16 that it must move, just under what GPUs have to give (A100 153,
+    H200 206, B200 281), with 64 channels twice that. wgrad's tiles have at least 64 rows, filled or not.
     """
     width = max(problem.in_channels, problem.out_channels) // problem.groups
-    limit = 64 if direction == "wgrad" or problem.taps <= 4 else 32
+    limit = 64 if direction == "wgrad" else 32
     return max((d for d in range(2, limit // width + 1) if problem.groups % d == 0), default=1)
 
 

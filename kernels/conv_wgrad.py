@@ -249,4 +249,4 @@ def conv_wgrad(
 
 def wgrad_flat(taps: int, channels: int, pack: int) -> bool:
     """Whether a tile's columns are pairs of tap and channel, as `flat`; packed groups' too, so that taps share dy."""
-    return flat(taps, channels) or (pack > 1 and taps > 1)
+    return flat(taps, channels, pack) or (pack > 1 and taps > 1)

@@ -193,7 +193,7 @@ def _registers(
 def _packed(problem: ConvProblem) -> float:
     """Registers for an element of the packed weight, which is read by the runs that one group has."""
     run = common(problem.dtype, problem.in_channels // problem.groups, problem.out_channels // problem.groups)
-    return 3 / run if run * problem.dtype.itemsize >= 4 else 5
+    return 3 / run if run * problem.dtype.itemsize >= 4 else 4
 
 
 def _single(problem: ConvProblem, channels: int) -> int:
@@ -215,14 +215,21 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
         pixels = _cdiv(problem.input_pixels, phases)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     # (Tap, channel) pairs have coordinates of their own as well.
-    source = (8 if problem.rank == 3 else 5) if flat(problem.taps, c) else _single(problem, c)
+    pairs = flat(problem.taps, c, pack)
+    source = (8 if problem.rank == 3 else 5) if pairs else _single(problem, c)
     result = 6 if _single(problem, k) else 0
-    weight = _packed(problem) if pack > 1 else _single(problem, k) if direction == "dgrad" else source
+    weight = _single(problem, k) if direction == "dgrad" else source
+    if pack > 1:
+        source, weight = min(source, 4), _packed(problem)
     single = source, weight, result
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
-        steps = _cdiv(problem.taps * c, depth) if flat(problem.taps, c) else problem.taps * _cdiv(c, depth)
+        steps = _cdiv(problem.taps * c, depth) if pairs else problem.taps * _cdiv(c, depth)
+        registers = _registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", single, share == 0, gpu)
+        if pack > 1:
+            # What the walk by single channels takes, whose rows are shared between threads or held by each.
+            registers = max(registers, 128 if m >= 32 * warps else 168)
         return Work(
             programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * groups,
             steps=max(1, steps // phases),
@@ -231,13 +238,13 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", single, share == 0, gpu),
+            registers=registers,
             warps=warps,
             stages=config["num_stages"],
             matrix_share=share,
         )
 
-    width = {} if pack == 1 else {"BLOCK_K": k} if flat(problem.taps, c) else {"BLOCK_K": k, "BLOCK_C": c}
+    width = {"BLOCK_K": k, "BLOCK_C": c} if pack > 1 else {}
     return _choose(GATHER, (direction, problem, precision, pack), work, gpu, width)
 
 

@@ -1,0 +1,141 @@
+"""Grouped and first-layer kernels compiled for GPUs that are not here, at the tiles chosen for real networks.
+
+ResNeXt-50's grouped layers and the first layers of ResNet-50, EfficientNet-B0 and VGG-16, in bf16 at batch 32 and 256.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastconv.autotune import Gpu
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.dispatch import Layout
+from fastconv.kernels.epilogue import Epilogue
+from fastconv.kernels.inspect import GPUS, Compiled, compile_all
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
+]
+
+TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+# Processes of pytest-xdist share the cores.
+JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
+EPILOGUES = {
+    "plain": Epilogue(),
+    "inference": Epilogue(*("*fp32",) * 4, act="relu"),
+    "statistics": Epilogue(statistics=True),
+}
+
+
+def layer(
+    channels: int,
+    filters: int,
+    size: int,
+    taps: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    batch: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    rank: int = 2,
+) -> ConvProblem:
+    return conv_problem(
+        (batch, channels, *(size,) * rank),
+        (filters, channels // groups, *(taps,) * rank),
+        None,
+        *((stride,) * rank, (taps // 2,) * 2 * rank, (1,) * rank),
+        *(groups, dtype),
+    )
+
+
+RESNEXT = [
+    layer(channels, channels, size, stride=stride, groups=32, batch=batch)
+    for batch in (32, 256)
+    for channels, size, stride in ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 28, 2), (512, 14, 1))
+]
+# What else a packed tile's code depends on: runs of 1 to 5 channels, dtype, rank, one tap.
+GROUPS = [
+    layer(64, 64, 28, groups=32),
+    layer(96, 96, 28, groups=32),
+    layer(160, 160, 28, taps=5, stride=2, groups=32),
+    layer(64, 128, 7, groups=16, batch=1),
+    layer(128, 128, 28, groups=32, dtype=torch.float32),
+    layer(64, 64, 14, groups=8, rank=3, dtype=torch.float16),
+    layer(64, 32, 28, taps=1, groups=4),
+]
+
+
+def planned(problems: list[ConvProblem], gpu: Gpu, epilogues: tuple[str, ...] = tuple(EPILOGUES)) -> Iterator:
+    """(problem, direction, epilogue, family, launch) of every distinct product."""
+    seen = set()
+    for problem in problems:
+        for direction in DIRECTIONS:
+            for name in epilogues if direction == "fprop" else ("plain",):
+                plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=EPILOGUES[name]))
+                for launch in plan.launches:
+                    if launch.compile_key not in seen:
+                        seen.add(launch.compile_key)
+                        yield problem, direction, name, plan.family, launch
+
+
+def complaints(found: list[tuple], gpu: Gpu, allowed: int = 0) -> dict[tuple, list[str]]:
+    """What is wrong with any such binary, by its compile key; and the binary."""
+    compiled = compile_all(((launch, gpu) for *_, launch in found), JOBS)
+    wrong: dict[tuple, list[str]] = {}
+    for _, _, _, _, launch in found:
+        binary = compiled[launch.compile_key, gpu.arch]
+        mine = wrong.setdefault(launch.compile_key, [])
+        # Below 255 registers ptxas gives a few to hold one more program; at 255 it has run out of them.
+        if binary.stack > (allowed if binary.registers < 255 else 0):
+            mine.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
+        if "BLOCK_C" in launch.constants and binary.tensor_cores != TENSOR_CORES[gpu.arch]:
+            mine.append(f"tensor cores by {binary.tensor_cores}")
+        if binary.serialised:
+            mine.append("waits for every wgmma")
+    return wrong, compiled
+
+
+def listed(found: list[tuple], wrong: dict[tuple, list[str]]) -> str:
+    """The complaints, a line each."""
+
+    def tile(launch: Launch) -> str:
+        return "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
+
+    return "\n".join(
+        f"{family} {direction} {name} {problem.describe()}, {tile(launch)}, {launch.num_warps} warps: {what}"
+        for problem, direction, name, family, launch in found
+        for what in wrong[launch.compile_key]
+    )
+
+
+@each_gpu
+def test_groups_share_tensor_cores(gpu: Gpu) -> None:
+    """x comes by 16 bytes, asynchronously, and the weight by the runs of a group's channels, of 8 bytes and more."""
+    found = list(planned(RESNEXT, gpu))
+    wrong, compiled = complaints(found, gpu, allowed=8)
+    for problem, direction, _, family, launch in found:
+        binary: Compiled = compiled[launch.compile_key, gpu.arch]
+        if launch.name == "split_sum_kernel":
+            continue
+        asynchronous = binary.global_accesses("LDGSTS")
+        runs = {16} | ({8} if problem.in_channels // problem.groups == 4 and direction != "wgrad" else set())
+        if family != "grouped" or set(asynchronous) != runs or asynchronous[16] < 8:
+            wrong[launch.compile_key].append(f"{family}, asynchronous loads of {asynchronous} bytes")
+        if direction != "wgrad" and not binary.global_accesses("STG").get(16):
+            wrong[launch.compile_key].append(f"stores of {binary.global_accesses('STG')} bytes")
+    assert not any(wrong.values()), listed(found, wrong)
+
+
+@each_gpu
+def test_other_groups_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
+    found = list(planned(GROUPS, gpu, ("plain", "statistics")))
+    wrong, _ = complaints(found, gpu, allowed=32)
+    assert not any(wrong.values()), listed(found, wrong)
