@@ -20,6 +20,7 @@ from fastconv import nn
 from fastconv.fuse import Norm, norms, unfuse
 from fastconv.fuse import fuse as fuse_chains
 from fastconv.kernels.dispatch import Plan
+from fastconv.kernels.layout import packed_taps
 
 if TYPE_CHECKING:
     from fastconv.explain import Run
@@ -135,7 +136,8 @@ def convert(
     converted once and stays shared; one that has several names is taken by any.
 
     memory_format: torch.channels_last converts the weights of the replaced 2-d layers, torch.channels_last_3d those of
-    3-d ones, torch.contiguous_format all; weights that a lazy layer does not have yet stay out.
+    3-d ones, torch.contiguous_format all; weights that a lazy layer does not have yet stay out. Of a depthwise layer's,
+    which have one input channel, either puts the taps outermost: dense strides that its kernels read as they are.
 
     Only instances of exactly torch.nn's classes are taken: subclassed, parametrised, scripted and quantised layers, and
     those with a forward of their own, are left as they are. Raises TypeError and ValueError on arguments like none of
@@ -155,8 +157,12 @@ def convert(
         weight = layer._parameters.get("weight")
         if memory_format is None or weight is None or is_lazy(weight):
             continue
-        if _FORMATS[memory_format] in (None, weight.dim()):
-            weight.data = weight.data.to(memory_format=memory_format)
+        if _FORMATS[memory_format] not in (None, weight.dim()):
+            continue
+        if memory_format is not torch.contiguous_format and weight.shape[1] == 1 < layer.groups:
+            weight.data = weight.data.new_empty_strided(weight.shape, packed_taps(weight.shape)).copy_(weight.data)
+        else:
+            weight.data = weight.data.contiguous(memory_format=memory_format)
     if fuse:
         # A batch norm need not be included, but may be excluded.
         fusible = _chosen(model, None, exclude)

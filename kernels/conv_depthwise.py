@@ -15,7 +15,7 @@ The weight is read as [taps, K]: from a parameter that has these strides (`layou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd, prod
 
@@ -97,7 +97,7 @@ def blocks(m, strip, groups, P):
 
 @triton.jit(
     do_not_specialize=[
-        "N", "D", "H", "W", "O", "P", "Q", "K", "T", "R", "strip",
+        "N", "D", "H", "W", "O", "P", "Q", "K", "T", "R", "w_stride", "strip",
         "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "y_stride_n", "y_stride_d", "y_stride_h", "y_stride_w",
         "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h",
         "gcd_d", "gcd_h", "inverse_d", "inverse_h", "eps", "a", "b",
@@ -117,6 +117,7 @@ def conv_depthwise_kernel(
     O, P, Q,
     K,  # produced channels, in units of VEC
     T, R,
+    w_stride,  # from one tap to the next, in units of VEC; negative: the filter from its end
     strip,
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC
     y_stride_n, y_stride_d, y_stride_h, y_stride_w,
@@ -193,16 +194,17 @@ def conv_depthwise_kernel(
     mask_m = n < N
     x_row += n * x_stride_n
     y_row += n * y_stride_n
+    w_stride *= VEC
+    w_tile = w_ptr + tl.where(w_stride < 0, -w_stride * (T * R * S - 1), 0)
     if DGRAD:
+        # Of the source's channels, which the weight has as well, MULTIPLIER meet one of the result.
         channel = k * MULTIPLIER
-        w_stride = K * MULTIPLIER
+        w_tile += channel
         rows = rows * MULTIPLIER
     else:
         channel = k // MULTIPLIER
-        w_stride = K
+        w_tile += k
     x_tile = x_ptr + x_row[:, None] + channel[None, :]
-    # In dgrad the weight's channel is the source's, which are both MULTIPLIER to one of the result.
-    w_tile = w_ptr + (channel if DGRAD else k)
 
     acc = ()
     for _ in tl.static_range(OUTPUTS):
@@ -291,7 +293,7 @@ def conv_depthwise_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "N", "D", "H", "W", "O", "P", "Q", "K", "T", "R", "S", "strip", "splits",
+        "N", "D", "H", "W", "O", "P", "Q", "K", "T", "R", "S", "dw_stride_tap", "dw_stride_k", "strip", "splits",
         "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w",
         "dy_stride_n", "dy_stride_d", "dy_stride_h", "dy_stride_w",
         "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "dilation_w",
@@ -300,11 +302,12 @@ def conv_depthwise_kernel(
 def conv_depthwise_wgrad_kernel(
     x_ptr,  # [N, D, H, W, K / MULTIPLIER]
     dy_ptr,  # [N, O, P, Q, K]
-    dw_ptr,  # [splits, T, R, S, K], or [splits, K, T, R, S] unless PACKED
+    dw_ptr,  # [splits, T, R, S, K], or its taps innermost
     N, D, H, W,
     O, P, Q,
     K,  # in units of VEC
     T, R, S,
+    dw_stride_tap, dw_stride_k,
     strip,
     splits,
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC
@@ -316,7 +319,6 @@ def conv_depthwise_wgrad_kernel(
     RANK: tl.constexpr,
     WIDE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
-    PACKED: tl.constexpr,
     COLUMNS: tl.constexpr,  # as the next two: see Schedule
     ADVANCE: tl.constexpr,
     MET: tl.constexpr,
@@ -408,10 +410,7 @@ def conv_depthwise_wgrad_kernel(
         for tap in tl.static_range(ROW):
             s = first_s + tap
             index = (first_r + row) * S + s
-            if PACKED:
-                offs = index * K + k
-            else:
-                offs = k * (T * R * S) + index
+            offs = index * dw_stride_tap + k * dw_stride_k
             total = tl.sum(acc[row * ROW + tap], axis=0)
             # The last part of the filter may reach past it.
             channels = tl.where((first_r + row < T * R) & (s < S), K, 0)
@@ -432,6 +431,9 @@ def conv_depthwise(
     Its operands: source, weight [taps, K], bias, those of ``epilogue``, the result, and each tile's count, means and
     squares.
     """
+    w_stride = problem.out_channels
+    if mirrors(direction, problem):
+        direction, problem, w_stride = "fprop", mirrored(problem), -w_stride
     lifted = problem.lifted
     dgrad = direction == "dgrad"
     operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
@@ -471,6 +473,7 @@ def conv_depthwise(
             *y_size,
             k // vec,
             *lifted.filter_size[:2],
+            w_stride // vec,
             strip,
             *(stride // vec for stride in x_strides),
             *(stride // vec for stride in y_strides),
@@ -500,6 +503,24 @@ def conv_depthwise(
         },
         num_warps=config["num_warps"],
         num_stages=1,
+    )
+
+
+def mirrors(direction: str, problem: ConvProblem) -> bool:
+    """Whether a dgrad is run as the fprop that it equals with the filter turned around: one binary for both."""
+    return direction == "dgrad" and set(problem.stride) == {1} and problem.in_channels == problem.out_channels
+
+
+def mirrored(problem: ConvProblem) -> ConvProblem:
+    """The fprop that a dgrad of stride 1 is."""
+    return replace(
+        problem,
+        input_size=problem.output_size,
+        output_size=problem.input_size,
+        padding=tuple(
+            d * (r - 1) - before
+            for d, r, before in zip(problem.dilation, problem.filter_size, problem.padding, strict=True)
+        ),
     )
 
 
@@ -555,6 +576,7 @@ def conv_depthwise_wgrad(
             *dy_size,
             k // vec,
             *lifted.filter_size,
+            *((k, 1) if packed or splits > 1 else (1, problem.taps)),
             strip,
             splits,
             *(stride // vec for stride in x_strides),
@@ -568,7 +590,6 @@ def conv_depthwise_wgrad(
             "RANK": max(problem.rank, 2),
             "WIDE": wide((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
             "MULTIPLIER": multiplier,
-            "PACKED": packed or splits > 1 or problem.taps == 1,
             "COLUMNS": plan.columns,
             "ADVANCE": plan.advance,
             "MET": plan.outputs,

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
-from fastconv.kernels.conv_depthwise import filter_parts, outputs_of, row_schedule, strips
+from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_wgrad import wgrad_flat
 from fastconv.kernels.launch import decided
@@ -88,41 +88,29 @@ POOL_SPLIT = Space(
 POOL_PLANES = Space("pool_planes", {**POOL_SPLIT.ranges, "LANES": (32,)})
 
 
-def _depthwise_block(*accumulators: int) -> Callable[[Config], str | None]:
-    """A block of a stencil, of so many elements for each accumulator of a thread."""
+def _channels_a_thread(count: int) -> Callable[[Config], str | None]:
+    """A block of a stencil, in which a thread has so many channels of one group of neighbours."""
 
     def valid(config: Config) -> str | None:
         elements = config["BLOCK_M"] * config["BLOCK_K"] // (32 * config["num_warps"])
-        return None if elements in accumulators else f"{elements} elements a thread"
+        return None if elements == count else f"{elements} elements a thread"
 
     return valid
 
 
-# Seven neighbours divide the rows of most networks' maps. A thread has the eight channels of a 16-byte load.
+# Seven neighbours divide the rows of most networks' maps. A thread has the channels of a 16-byte load, a program few of
+# them and many pixels: its halo is small, and no lane is idle where channels are a multiple of 32.
 DEPTHWISE = Space(
     "conv_depthwise",
-    {
-        "OUTPUTS": (7, 4, 2),
-        "BLOCK_M": (16, 32, 64),
-        "BLOCK_K": (64, 32, 16),
-        "num_warps": (4, 8),
-        "num_stages": (1,),
-    },
-    _depthwise_block(8),
+    {"OUTPUTS": (7, 4, 2), "BLOCK_M": (32,), "BLOCK_K": (32,), "num_warps": (4,), "num_stages": (1,)},
 )
-# Or four, where with eight the sums of many taps would not fit, and every row of a filter had each pixel come from L2.
 DEPTHWISE_WGRAD = Space(
     "conv_depthwise_wgrad",
-    {
-        "OUTPUTS": (4,),
-        "ROWS": (3, 1, 2, 4, 5),
-        "BLOCK_M": (16, 32, 64, 8),
-        "BLOCK_K": (64, 32, 16),
-        "SPLITS": tuple(2**i for i in range(11)),
-        "num_warps": (4,),
-        "num_stages": (1,),
-    },
-    _depthwise_block(8, 4),
+    {**DEPTHWISE.ranges, "OUTPUTS": (4,), "ROWS": (3, 1), "SPLITS": tuple(2**i for i in range(11))},
+)
+# With eight channels the sums of longer rows would not fit, and each pixel come from L2 for every row of a filter.
+DEPTHWISE_WGRAD_LONG = Space(
+    "conv_depthwise_wgrad_long", {**DEPTHWISE_WGRAD.ranges, "ROWS": (5, 3, 1), "BLOCK_M": (16,)}
 )
 # In the interpreter a step costs much the same whatever its size, so tiles are as large as the problem.
 _PASS = {
@@ -142,9 +130,10 @@ INTERPRETED = {
         for name in ("pool", "pool_single", "pool_split", "pool_planes")
     },
     "conv_depthwise": Space("conv_depthwise", {**_STENCIL, "OUTPUTS": (1,)}, _fits_interpreter),
-    "conv_depthwise_wgrad": Space(
-        "conv_depthwise_wgrad", {**_STENCIL, "OUTPUTS": (1,), "ROWS": (1, 3), "SPLITS": (1, 2)}, _fits_interpreter
-    ),
+    **{
+        name: Space(name, {**_STENCIL, "OUTPUTS": (1,), "ROWS": (1, 3), "SPLITS": (1, 2)}, _fits_interpreter)
+        for name in ("conv_depthwise_wgrad", "conv_depthwise_wgrad_long")
+    },
     "pixels": Space("pixels", _PASS, _fits_interpreter),
     "pixels_split": Space("pixels_split", {**_PASS, "SPLITS": (1, 2)}, _fits_interpreter),
 }
@@ -284,6 +273,8 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) ->
 
 def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
     """The tile of a depthwise fprop or dgrad."""
+    if mirrors(direction, problem):
+        direction, problem = "fprop", mirrored(problem)
     dgrad = direction == "dgrad"
     lifted = problem.lifted
     _, k, *sizes = lifted.input_shape if dgrad else lifted.output_shape
@@ -291,6 +282,8 @@ def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
     phases = prod(map(min, stride[:2], sizes[:2]))
     lines = problem.batch * prod(map(_cdiv, sizes[:2], stride[:2]))
     rows = _cdiv(prod(lifted.filter_size[:2]) * (problem.out_channels // k if dgrad else 1), phases)
+    # Elements that are loaded one by one have addresses of their own.
+    single = 0 if vector(problem.dtype, k) > 1 and problem.in_channels == problem.out_channels else 8
 
     def work(config: Config) -> Work:
         m, n, warps = config["BLOCK_M"], config["BLOCK_K"], config["num_warps"]
@@ -312,7 +305,7 @@ def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
             step_bytes=_cdiv((covered + m * outputs) * n * problem.dtype.itemsize, rows),
             dram_bytes=problem.bytes,
             shared_memory=0,
-            registers=int(36 + (8 * outputs + 5.5 * columns) * m * n / (256 * warps)),
+            registers=int(36 + (8 * outputs + (5.5 + single) * columns) * m * n / (256 * warps)),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=0.0,
@@ -334,6 +327,7 @@ def depthwise_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
         tiles = _cdiv(problem.batch * sizes[0] * sizes[1] * groups, m)
         covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * plan.advance + columns)
         per_thread = m * n // (32 * config["num_warps"])
+        single = 0 if vector(problem.dtype, k) > 1 and k == problem.in_channels else 12 * per_thread
         return Work(
             programs=_cdiv(k, n) * filter_parts(problem, config) * splits,
             steps=_cdiv(tiles, splits),
@@ -342,14 +336,15 @@ def depthwise_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
             step_bytes=(covered + m * outputs) * n * problem.dtype.itemsize,
             dram_bytes=problem.bytes,
             shared_memory=0,
-            registers=int(32 + per_thread * rows * taps + 8 * (outputs + rows) + 1.5 * columns),
+            registers=int(32 + per_thread * rows * taps + 8 * (outputs + rows) + 1.5 * columns) + single,
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=0.0,
             extra_bytes=2 * splits * problem.taps * k * 4 if splits > 1 else 0,
         )
 
-    return _choose(DEPTHWISE_WGRAD, problem, work, gpu)
+    space = DEPTHWISE_WGRAD if problem.filter_size[-1] <= 3 else DEPTHWISE_WGRAD_LONG
+    return _choose(space, problem, work, gpu)
 
 
 def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:

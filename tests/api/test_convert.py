@@ -449,3 +449,26 @@ def test_feature_extractor() -> None:
     assert features.keys() == expected.keys()
     for name, feature in features.items():
         torch.testing.assert_close(feature, expected[name], rtol=2e-2, atol=2e-2)
+
+
+def test_depthwise_weights_are_laid_out_by_taps() -> None:
+    """What its kernels read as it is, its gradient and its optimizer keep, and the state_dict does not show."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=4), torch.nn.ConvTranspose2d(8, 8, 3, groups=8))
+    model = fastconv.convert(copy.deepcopy(plain), memory_format=torch.channels_last).to(DEVICE)
+    for layer in model:
+        k, _, r, s = layer.weight.shape
+        assert layer.weight.stride() == (1, k * r * s, s * k, k)
+    x = torch.randn(2, 4, 6, 6).to(DEVICE)
+    model(x).square().sum().backward()
+    plain.to(DEVICE)(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad.stride() == ours.stride()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).step()
+    plain.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
+    assert [p.stride() for p in twin.parameters()] == [p.stride() for p in model.parameters()]
+    torch.testing.assert_close(plain(x), twin(x), rtol=1e-4, atol=1e-4)
+    fastconv.convert(model, memory_format=torch.contiguous_format)
+    assert all(p.is_contiguous() for p in model.parameters())

@@ -1,0 +1,130 @@
+"""The depthwise kernels compiled for GPUs that are not here, at the tiles chosen for networks that live by them.
+
+What a stencil at memory speed needs: 16-byte loads and stores along the channels, nothing on the stack, registers for
+enough programs at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fastconv.autotune import Gpu
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.dispatch import Layout
+from fastconv.kernels.epilogue import PLAIN, Epilogue
+from fastconv.kernels.inspect import GPUS, Compiled, compile_all
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
+]
+
+NETWORKS = ("mobilenet_v2", "efficientnet_b0", "convnext_tiny")
+BATCHES = (32, 256)
+# Processes of pytest-xdist share the cores.
+JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
+missing = ", ".join(name for name in ("torchvision", "rich", "typer") if find_spec(name) is None)
+needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+
+NORM = ("*fp32",) * 4
+EPILOGUES = {
+    "plain": PLAIN,
+    "inference": Epilogue(*NORM, act="silu"),
+    "statistics": Epilogue(statistics=True),
+}
+
+
+@cache
+def problems() -> tuple[ConvProblem, ...]:
+    """The distinct depthwise convolutions of the networks at 224x224. On the meta device: no weight is drawn."""
+    from fastconv.cli import models
+    from fastconv.cli.measure.layers import distinct_layers
+
+    with torch.device("meta"):
+        subjects = [models.load(name, batch, 224) for name in NETWORKS for batch in BATCHES]
+        found = [layer.problem for subject in subjects for layer in distinct_layers(subject, torch.bfloat16)]
+    return tuple(dict.fromkeys(problem for problem in found if problem.groups > 1))
+
+
+def compiled(found: dict[tuple, tuple[str, Launch]], gpu: Gpu) -> Iterator[tuple[str, Launch, Compiled]]:
+    binaries = compile_all(((launch, gpu) for _, launch in found.values()), JOBS)
+    for key, (name, launch) in found.items():
+        yield name, launch, binaries[key, gpu.arch]
+
+
+def complaint(binary: Compiled, allowed: int = 0) -> list[str]:
+    """About more than ``allowed`` bytes of stack a thread."""
+    if binary.stack <= allowed:
+        return []
+    return [f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers"]
+
+
+@needs_networks
+@each_gpu
+def test_networks_layers(gpu: Gpu) -> None:
+    found: dict[tuple, tuple[str, Launch]] = {}
+    for problem in problems():
+        for direction in DIRECTIONS:
+            for name, epilogue in EPILOGUES.items() if direction == "fprop" else (("", PLAIN),):
+                plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=epilogue, packed=True))
+                assert plan.family == "depthwise"
+                for launch in plan.launches[:1]:
+                    found.setdefault(launch.compile_key, (f"{direction} {name} of {problem.describe()}", launch))
+    wrong = []
+    for name, launch, binary in compiled(found, gpu):
+        complaints = complaint(binary)
+        loads, stores = binary.global_accesses("LDG"), binary.global_accesses("STG")
+        if launch.name == "conv_depthwise_kernel":
+            # Batch norm's vectors are fp32: two loads each.
+            if set(loads) != {16}:
+                complaints.append(f"loads of {loads} bytes")
+            outputs = launch.constants["OUTPUTS"]
+            # Beside them what the tile leaves of statistics: the count, and a mean and a square.
+            if stores.get(16) != outputs or set(stores) - ({16, 4} if launch.pointers[-1] else {16}):
+                complaints.append(f"stores of {stores} bytes")
+        else:
+            # The sums of long rows take four channels a thread: with eight they would not fit.
+            if set(loads) != ({16} if launch.constants["ROW"] <= 3 else {8}):
+                complaints.append(f"loads of {loads} bytes")
+        if binary.occupancy(gpu)[0] * binary.warps < 8:
+            complaints.append(f"{binary.registers} registers: {binary.occupancy(gpu)[0]} programs at once")
+        wrong += [f"{name}, {launch.num_warps} warps: {what}" for what in complaints]
+    assert not wrong, "\n".join(wrong)
+
+
+ODD = (
+    ((32, 33, 20, 20), (33, 1, 3, 3), (1, 1), (1, 1), (1, 1), torch.bfloat16),
+    ((32, 64, 20, 20), (128, 1, 3, 3), (2, 2), (1, 1), (1, 1), torch.bfloat16),
+    ((8, 64, 40, 40), (64, 1, 31, 31), (1, 1), (15, 15), (1, 1), torch.bfloat16),
+    ((32, 64, 20, 20), (64, 1, 7, 7), (1, 1), (9, 9), (3, 3), torch.bfloat16),
+    ((32, 64, 20, 20), (64, 1, 5, 5), (2, 2), (2, 2), (1, 1), torch.float32),
+    ((32, 64, 20, 20), (64, 1, 3, 3), (3, 3), (1, 1), (1, 1), torch.float16),
+    ((8, 64, 8, 20, 20), (64, 1, 3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), torch.bfloat16),
+    ((8, 64, 8, 20, 20), (64, 1, 3, 5, 5), (1, 2, 2), (1, 2, 2), (1, 1, 1), torch.bfloat16),
+    ((32, 64, 4000), (64, 1, 31), (1,), (15,), (1,), torch.bfloat16),
+)
+
+
+@each_gpu
+def test_odd_layers_spill_nothing(gpu: Gpu) -> None:
+    found: dict[tuple, tuple[str, Launch]] = {}
+    for x, weight, stride, padding, dilation, dtype in ODD:
+        problem = conv_problem(x, weight, None, stride, padding * 2, dilation, x[1], dtype)
+        for direction in DIRECTIONS:
+            for launch in dispatch.plan(direction, problem, gpu, Layout(bias=direction == "fprop")).launches[:1]:
+                found.setdefault(launch.compile_key, (f"{direction} of {problem.describe()}", launch))
+    wrong = []
+    for name, _, binary in compiled(found, gpu):
+        # Below 255 registers ptxas keeps a few values on the stack so that one more program fits.
+        complaints = complaint(binary, allowed=32 if binary.registers < 255 else 0)
+        wrong += [f"{name}: {what}" for what in complaints]
+    assert not wrong, "\n".join(wrong)
