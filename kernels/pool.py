@@ -30,7 +30,7 @@ class PoolCall:
     """A prepared call: how operands are laid out for it, what is launched, how results lie."""
 
     copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
-    launches: tuple[Launch, ...]  # none: the result is empty
+    launches: tuple[Launch, ...]  # none: the result is empty, or all zeros
     shape: Sizes
     strides: Sizes  # of all results
 
@@ -106,7 +106,7 @@ def tap_type(input_size: Sizes, output_size: Sizes, window: Sizes) -> torch.dtyp
     if window:
         return index_type(prod(window))
     # (Not the largest share itself: its greatest common divisor would become a guard on every size.)
-    return index_type(prod((h - 2) // p + 2 for h, p in zip(input_size, output_size, strict=True)))
+    return index_type(prod((h - 2) // max(p, 1) + 2 for h, p in zip(input_size, output_size, strict=True)))
 
 
 def _problem(
@@ -149,12 +149,12 @@ def _prepare_forward(
 ) -> PoolCall:
     (x,) = operands
     assert x is not None
-    problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, include_padding, divisor)
     channels_last = is_channels_last(x.shape, x.stride())
-    shape = problem.output_shape
+    shape = (*x.shape[:2], *output_size)
     strides = strides_like(shape, channels_last)
     if not prod(shape):
         return PoolCall((None,), (), shape, strides)
+    problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, include_padding, divisor)
     copy, source = _view(x.shape, x.stride(), channels_last)
     return PoolCall((copy,), _plan("forward", problem, gpu, source, channels_last), shape, strides)
 
@@ -172,11 +172,11 @@ def _prepare_backward(
     dy, taps = operands
     assert dy is not None
     shape = (*dy.shape[:2], *input_size)
+    strides = strides_like(shape, channels_last)
+    if not prod(shape) or not dy.numel():
+        return PoolCall((None, None), (), shape, strides)
     index = None if taps is None else taps.dtype
     problem = _problem(kind, shape, tuple(dy.shape[2:]), geometry, dy.dtype, index, include_padding, divisor)
-    strides = strides_like(shape, channels_last)
-    if not prod(shape):
-        return PoolCall((None, None), (), shape, strides)
     copy, source = _view(dy.shape, dy.stride(), channels_last)
     launches = _plan("backward", problem, gpu, source, channels_last)
     return PoolCall((copy, _dense(taps, channels_last)), launches, shape, strides)
@@ -188,10 +188,10 @@ def _prepare_gather(
     taps, x = operands
     assert taps is not None
     shape = tuple(taps.shape)
-    problem = _problem("max", (*shape[:2], *input_size), shape[2:], geometry, dtype, taps.dtype)
     strides = strides_like(shape, channels_last)
     if not prod(shape):
         return PoolCall((None, None), (), shape, strides)
+    problem = _problem("max", (*shape[:2], *input_size), shape[2:], geometry, dtype, taps.dtype)
     copy, source = (None, None) if x is None else _view(x.shape, x.stride(), channels_last)
     # The tiles of a pass over the output.
     plan = dispatch.plan("forward", problem, gpu, Layout(channels_last=channels_last))
@@ -230,6 +230,7 @@ def _execute(call: PoolCall, operands: Operands, dtype: torch.dtype) -> Tensor:
     first = operands[0]
     assert first is not None
     out = first.new_empty_strided(call.shape, call.strides, dtype=dtype)
-    if call.launches:
-        run(call.launches[0], *_laid_out(call, operands), out)
+    if not call.launches:
+        return out.zero_()
+    run(call.launches[0], *_laid_out(call, operands), out)
     return out

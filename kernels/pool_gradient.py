@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import INT32_MAX, Strides, pointer_type, vector, wide
+from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
 from fastconv.kernels.pixels import advance, in_elements
 from fastconv.kernels.pool_window import INDEX_TYPES, UNROLLED, extent, line_of, place, tile
 from fastconv.kernels.problem import PoolProblem
@@ -246,7 +246,7 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
     view = problem.lifted if channels_last else problem.lifted.planes
     span, blocks, divisor = spans(problem), blocks_of(problem), problem.uniform_divisor
     vec = vector(problem.dtype, view.channels, *strides)
-    programs, rows, sides = tile(view, blocks, channels_last, config)
+    programs, rows, sides = tile(view, blocks, channels_last, {"BLOCK": config["BLOCK"]})
     element = pointer_type(problem.dtype)
     sizes = (rows, view.channels // vec, *view.input_size, *view.output_size)
     steps = tuple(stride // vec for stride in strides)
@@ -274,7 +274,7 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
             "PLANES": not channels_last,
             "RANK": max(2, problem.rank),
             "VEC": vec,
-            "WIDE": wide((view.output_shape, strides)) or view.input_pixels * view.channels > INT32_MAX,
+            "WIDE": wide((view.output_shape, strides), (view.input_shape, dense_strides(view.input_shape))),
             **constants,
             **sides,
         },

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import INT32_MAX, Strides, linear_stride, pointer_type, vector, wide
+from fastconv.kernels.layout import INT32_MAX, Strides, dense_strides, linear_stride, pointer_type, vector, wide
 from fastconv.kernels.pixels import advance, in_elements, unravel
 from fastconv.kernels.problem import PoolProblem
 from fastconv.kernels.reduce import split_sum
@@ -433,8 +433,8 @@ def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, stri
             "RANK": max(2, problem.rank),
             **dict(zip("TRS", view.window if unroll else (0, 0, 0), strict=True)),
             "VEC": vec,
-            "WIDE": wide((view.input_shape, strides))
-            or max(view.input_pixels * view.channels, splits * size) > INT32_MAX,
+            "WIDE": splits * size - 1 > INT32_MAX
+            or wide((view.input_shape, strides), (view.output_shape, dense_strides(view.output_shape))),
             "LINES": config["LINES"],
             "STEP": view.stride[1] if config["LINES"] > 1 else 1,
             "LANES": lanes,
@@ -489,8 +489,7 @@ def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strid
             "PLANES": not channels_last,
             "RANK": max(2, problem.rank),
             "VEC": vec,
-            "WIDE": wide((view.input_shape, steps))
-            or max(view.input_pixels, view.output_pixels) * view.channels > INT32_MAX,
+            "WIDE": wide((view.input_shape, steps), (view.output_shape, dense_strides(view.output_shape))),
             **blocks,
         },
         num_warps=config["num_warps"],

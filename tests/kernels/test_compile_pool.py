@@ -1,0 +1,171 @@
+"""Pooling kernels compiled for GPUs that are not here, at the tiles that dispatch chooses, and the result read.
+
+The pools of ResNet-50, VGG-16 and GoogLeNet in bf16 at two batch sizes are to move 16 bytes a load; a handful of others
+are everything else that a kernel's code depends on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import pytest
+import torch
+
+from fastconv.autotune import Gpu
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.dispatch import Layout
+from fastconv.kernels.inspect import GPUS, Compiled, compile_all
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import dense_strides
+from fastconv.kernels.pool_window import pool_gather
+from fastconv.kernels.problem import POOL_DIRECTIONS, PoolProblem, index_type, largest_share
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
+]
+
+# Processes of pytest-xdist share the cores.
+JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
+
+
+def problem(
+    kind: str,
+    batch: int,
+    channels: int,
+    size: tuple[int, ...],
+    output: tuple[int, ...],
+    window: int = 0,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    training: bool = True,
+    include_padding: bool = True,
+) -> PoolProblem:
+    """Without a window adaptive."""
+    rank, adaptive = len(size), not window
+    windows = tuple(map(largest_share, size, output)) if adaptive else (window,) * rank
+    index = index_type(prod(windows)) if kind == "max" and training else None
+    steps = (stride,) * rank, (padding,) * rank, (dilation,) * rank
+    return PoolProblem(
+        *(kind, batch, channels, size, output, windows, *steps, dtype, adaptive, index, 0, include_padding)
+    )
+
+
+def networks() -> Iterator[PoolProblem]:
+    for batch in (32, 256):
+        for training in (True, False):
+            yield problem("max", batch, 64, (112, 112), (56, 56), 3, 2, 1, training=training)
+            for c, h in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14)):
+                yield problem("max", batch, c, (h, h), (h // 2, h // 2), 2, 2, training=training)
+            for c, h in ((64, 112), (192, 56), (480, 28)):
+                yield problem("max", batch, c, (h, h), (h // 2, h // 2), 3, 2, training=training)
+            for c, h in ((192, 28), (256, 28), (480, 14), (512, 14), (832, 7)):
+                yield problem("max", batch, c, (h, h), (h, h), 3, 1, 1, training=training)
+        yield problem("average", batch, 512, (7, 7), (7, 7))
+        for c in (1024, 2048):
+            yield problem("average", batch, c, (7, 7), (1, 1))
+
+
+OTHERS = (
+    problem("max", 8, 64, (56, 56), (28, 28), 3, 2, 1, dtype=torch.float16),
+    problem("max", 8, 64, (56, 56), (28, 28), 3, 2, 1, dtype=torch.float32),
+    problem("average", 8, 64, (56, 56), (56, 56), 3, 1, 1, dtype=torch.float32, include_padding=False),
+    problem("average", 8, 64, (56, 56), (28, 28), 3, 2, 1, include_padding=False),
+    problem("max", 8, 3, (56, 56), (28, 28), 3, 2, 1),
+    problem("max", 8, 64, (56, 56), (52, 52), 3, 1, dilation=2),
+    problem("max", 8, 64, (60, 60), (20, 20), 3, 3),
+    problem("max", 8, 64, (60, 60), (15, 15), 4, 4),
+    problem("max", 8, 256, (20, 20), (20, 20), 5, 1, 2),
+    problem("max", 8, 256, (20, 20), (20, 20), 13, 1, 6),
+    problem("average", 8, 64, (20, 20), (20, 20), 13, 1, 6, dtype=torch.float32, include_padding=False),
+    problem("max", 8, 64, (1000,), (500,), 3, 2, 1),
+    problem("max", 8, 64, (16, 56, 56), (8, 28, 28), 3, 2, 1),
+    problem("max", 8, 64, (16, 56, 56), (16, 56, 56), 3, 1, 1, dtype=torch.float32),
+    problem("average", 8, 64, (16, 56, 56), (8, 28, 28), 2, 2),
+    problem("average", 8, 64, (16, 56, 56), (8, 28, 28), 3, 2, 1, dtype=torch.float32, include_padding=False),
+    problem("max", 8, 64, (10, 13), (7, 7)),
+    problem("average", 8, 64, (10, 13), (7, 7)),
+    problem("average", 1, 64, (224, 224), (1, 1)),
+    problem("max", 1, 64, (224, 224), (1, 1)),
+    problem("max", 1, 64, (8, 60, 60), (1, 2, 2), dtype=torch.float32),
+    # 64-bit offsets
+    problem("max", 3, 64, (4096, 4096), (2048, 2048), 3, 2, 1),
+    problem("average", 3, 64, (256, 256, 256), (128, 128, 128), 3, 2, 1),
+)
+
+
+def launches(problems: Iterable[PoolProblem], gpu: Gpu, channels_last: bool) -> dict[tuple, tuple[PoolProblem, Launch]]:
+    """Every distinct binary of both directions, and where there are taps of the gather, by the first that has it."""
+    found: dict[tuple, tuple[PoolProblem, Launch]] = {}
+    for pool in problems:
+        view = pool.lifted if channels_last else pool.lifted.planes
+        made: list[Launch] = []
+        for direction, shape in zip(POOL_DIRECTIONS, (view.input_shape, view.output_shape), strict=True):
+            if direction == "backward" and pool.kind == "max" and pool.index is None:
+                continue
+            layout = Layout(source=dense_strides(shape), channels_last=channels_last)
+            plan = dispatch.plan(direction, pool, gpu, layout)
+            assert plan.choice is not None
+            made += plan.launches
+            if direction == "forward" and pool.index is not None:
+                for strides in (layout.source, None):
+                    made.append(pool_gather(pool, plan.choice.config, channels_last, strides))
+        for launch in made:
+            found.setdefault(launch.compile_key, (pool, launch))
+    return found
+
+
+def complaints(found: dict[tuple, tuple[PoolProblem, Launch]], gpu: Gpu, complain) -> str:
+    compiled = compile_all(((launch, gpu) for _, launch in found.values()), JOBS)
+    wrong = []
+    for key, (pool, launch) in found.items():
+        binary = compiled[key, gpu.arch]
+        tile = [launch.constants[name] for name in launch.constants if name.startswith(("BLOCK", "LANES", "LINES"))]
+        wrong += [f"{launch.name} {pool.describe()}, {tile}: {what}" for what in complain(pool, launch, binary)]
+    return "\n".join(wrong)
+
+
+def spilled(pool: PoolProblem, launch: Launch, binary: Compiled) -> list[str]:
+    if not binary.spills and not binary.stack:
+        return []
+    return [f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers"]
+
+
+def narrow(pool: PoolProblem, launch: Launch, binary: Compiled) -> list[str]:
+    """A complaint about anything but 16 bytes of values and 8 of taps a thread."""
+    wrong = spilled(pool, launch, binary)
+    if launch.name == "pool_gather_kernel":
+        return wrong
+    taps = {8} if pool.index is not None else set()
+    loads, stores = binary.load_bytes, binary.global_accesses("STG")
+    forward = launch.name == "pool_kernel"
+    if set(loads) != ({16} if forward else {16} | taps):
+        wrong.append(f"loads of {loads} bytes")
+    # The lanes of a window shared leave their result to a few threads.
+    if set(stores) != ({16} | taps if forward else {16}) and launch.constants.get("LANES", 1) == 1:
+        wrong.append(f"stores of {stores} bytes")
+    return wrong
+
+
+@each_gpu
+def test_networks_move_16_bytes_at_a_time(gpu: Gpu, record_property) -> None:
+    found = launches(networks(), gpu, True)
+    wrong = complaints(found, gpu, narrow)
+    assert not wrong, wrong
+    record_property("line", f"{len(found)} distinct compiles for {gpu.name}: the pools of three networks")
+    assert len(found) <= 24
+
+
+@each_gpu
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "planes"])
+def test_other_variants_do_not_spill(channels_last: bool, gpu: Gpu) -> None:
+    found = launches(OTHERS, gpu, channels_last)
+    assert any(launch.constants.get("WIDE") for _, launch in found.values())
+    assert {"pool_combine_kernel", "pool_pixel_gradient_kernel"} <= {launch.name for _, launch in found.values()}
+    wrong = complaints(found, gpu, spilled)
+    assert not wrong, wrong
