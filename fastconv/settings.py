@@ -42,8 +42,8 @@ class Settings:
 
     ``with settings(...):`` is in force inside the block, for this thread and its asyncio tasks alone; ``settings(...)``
     for the whole process; the variable ``FASTCONV_STRICT``, read once, where neither says anything. A context wins over
-    a call, a call over the variable. Other threads see no context, but for autograd's: a backward that runs in no context
-    of its thread while some other is in a strict one is strict.
+    a call, a call over the variable. Other threads see no context, but for autograd's: a backward that runs in no
+    context of its thread while some other is in a strict one is strict.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:

@@ -121,11 +121,11 @@ def _batch_norm_act_sums_fake(dz, y, *others):
 
 
 def _batch_norm_act_gradient(
-    dz, y, z, mean, var, gamma, beta, slope, residual, sums, share, eps, act, a, b, residual_after, need_residual
+    dz, y, z, mean, var, gamma, beta, slope, residual, sums, count, eps, act, a, b, residual_after, need_residual
 ):
     dz, y, z, residual = _as_pixels(dz, y, z, residual)
     how = Activated(eps, act, a, b, residual_after)
-    norm = mean, var, gamma, beta
+    norm, share = (mean, var, gamma, beta), 1.0 / max(1, count)
     dy, dresidual = batch_norm.batch_norm_act_gradient(dz, y, z, norm, slope, residual, sums, share, how, need_residual)
     return dy, dz.new_empty(0) if dresidual is None else dresidual
 
@@ -153,7 +153,7 @@ batch_norm_act_sums = _operator(
     _batch_norm_act_sums_fake,
 )
 batch_norm_act_gradient = _operator(
-    f"batch_norm_act_gradient(Tensor dz, Tensor? y, Tensor? z, {_NORM}, Tensor? sums, float share, {_HOW}, "
+    f"batch_norm_act_gradient(Tensor dz, Tensor? y, Tensor? z, {_NORM}, Tensor? sums, SymInt count, {_HOW}, "
     "bool need_residual) -> (Tensor, Tensor)",
     _batch_norm_act_gradient,
     _batch_norm_act_gradient_fake,
@@ -350,13 +350,13 @@ class ConvBNAct(Function):
         need_g = need_residual and ctx.through_act
         dresidual = dz if need_residual and not need_g else None
         if need_x or need_weight or need_g:
-            share, of_batch = 0.0, None
+            count, of_batch = 1, None
             if ctx.training and sums is not None:
-                share, of_batch = 1.0 / max(1, dz.numel() // dz.shape[1]), sums
+                count, of_batch = dz.numel() // dz.shape[1], sums
                 if ctx.group is not None:
-                    share, of_batch = 1.0, sums / ctx.total
+                    count, of_batch = 1, sums / ctx.total
                     dist.all_reduce(of_batch, group=ctx.group)
-            dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, share, *how, need_g)
+            dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, count, *how, need_g)
             dresidual = g if need_g else dresidual
             output_size, stride, padding, dilation, groups = ctx.arguments
             (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats

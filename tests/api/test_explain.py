@@ -337,12 +337,12 @@ def test_what_no_kernel_takes_has_its_reason() -> None:
     explanation = fastconv.explain(nn.Conv2d(3, 4, 3, device=DEVICE, dtype=torch.float64), x)
     assert explanation.left == [("", "torch.float64 is not one of float32, float16, bfloat16")]
     assert "torch.float64 is not one of" in str(explanation) and explanation.gpu is None
-    groups = 65536
-    layer = nn.Conv1d(groups, groups, 1, groups=groups, bias=False, device=DEVICE)
+    groups = 65537  # a prime: no two groups share a tile
+    layer = nn.Conv1d(2 * groups, 2 * groups, 1, groups=groups, bias=False, device=DEVICE)
     with fastconv.settings(strict=True):
-        explanation = fastconv.explain(layer, torch.randn(1, groups, 1, device=DEVICE, requires_grad=True))
+        explanation = fastconv.explain(layer, torch.randn(1, 2 * groups, 1, device=DEVICE, requires_grad=True))
     (reason,) = [reason for _, reason in explanation.left]
-    assert "65536 groups are more than a grid's second axis holds" in reason
+    assert "65537 groups are more than a grid's second axis holds" in reason
 
 
 def test_a_cpu_without_the_interpreter_is_pytorchs() -> None:
