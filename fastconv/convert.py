@@ -159,7 +159,7 @@ def convert(
             continue
         if _FORMATS[memory_format] not in (None, weight.dim()):
             continue
-        if memory_format is not torch.contiguous_format and weight.shape[1] == 1 < layer.groups:
+        if memory_format is not torch.contiguous_format and weight.shape[1] == 1 != layer.groups:
             weight.data = weight.data.new_empty_strided(weight.shape, packed_taps(weight.shape)).copy_(weight.data)
         else:
             weight.data = weight.data.contiguous(memory_format=memory_format)

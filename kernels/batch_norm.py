@@ -27,7 +27,7 @@ from fastconv.autotune import Config, Gpu
 from fastconv.kernels.call import Operands, prepared
 from fastconv.kernels.epilogue import ACTIVATIONS, activate, check_operands, normalise
 from fastconv.kernels.launch import Launch, run
-from fastconv.kernels.layout import INT32_MAX, pointer_type, strides_like, vector
+from fastconv.kernels.layout import INT32_MAX, dense_channels_last, pointer_type, vector
 from fastconv.kernels.reduce import split_sum
 from fastconv.kernels.tiles import pixel_tile
 
@@ -433,7 +433,5 @@ def _constants(y: Tensor, how: Activated, config: Config, **functions: Any) -> d
 
 def as_pixels(t: Tensor) -> Tensor:
     """``t`` as these kernels take it, dense channels_last: itself, or a copy."""
-    strides = strides_like(t.shape, True)
-    if all(size == 1 or have == want for size, have, want in zip(t.shape, t.stride(), strides, strict=True)):
-        return t
-    return t.new_empty_strided(t.shape, strides).copy_(t)
+    strides = dense_channels_last(t.shape, t.stride())
+    return t if strides is None else t.new_empty_strided(t.shape, strides).copy_(t)

@@ -228,3 +228,48 @@ def test_statistics_leave_out_what_lies_past_the_row(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(y.cpu().double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean.cpu().double(), true_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.cpu().double(), true_var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize(
+    ("act", "after", "stride"),
+    [("relu", False, 1), ("silu", True, 2), (torch.nn.PReLU(24, init=0.3), False, 1), (None, False, 2)],
+    ids=str,
+)
+def test_fused_layers(act: Any, after: bool, stride: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm, activation and residual on groups of neighbours, the last of a row partly past its end."""
+    name_tile(monkeypatch, TILES[0])
+    generator = torch.Generator().manual_seed(0)
+    # Integers: no sum is rounded, so that no value falls on the other side of a kink.
+    x, weight = integers((2, 24, 5, 9), 4, generator), integers((24, 1, 3, 3), 2, generator)
+    size = (5, 9) if stride == 1 else (3, 5)
+    residual = torch.randn(2, 24, *size, generator=generator, dtype=torch.float64)
+    mean, var, gamma, beta = (torch.rand(24, generator=generator, dtype=torch.float64) + 0.5 for _ in range(4))
+
+    def step(module: Any, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, weight, residual, gamma, beta)]
+        running = [t.to(device, dtype, copy=True) for t in (mean, var)]
+        one = act.to(device, dtype) if isinstance(act, torch.nn.Module) else act
+        z = module(*leaves, *running, one)
+        gradients = torch.autograd.grad(z.square().sum(), leaves)
+        return [t.detach().cpu().double() for t in (z, *gradients, *running)]
+
+    def ours(x, weight, residual, gamma, beta, mean, var, act) -> torch.Tensor:
+        return functional.conv2d_bn_act(
+            *(x, weight, None, gamma, beta, mean, var),
+            **{"training": training, "momentum": 0.3, "eps": 1e-3, "act": act, "residual": residual},
+            **{"residual_after": after, "stride": stride, "padding": 1, "groups": 24},
+        )
+
+    def theirs(x, weight, residual, gamma, beta, mean, var, act) -> torch.Tensor:
+        F = torch.nn.functional
+        y = F.conv2d(x, weight, stride=stride, padding=1, groups=24)
+        z = F.batch_norm(y, mean, var, gamma, beta, training, 0.3, 1e-3)
+        apply = {"relu": F.relu, "silu": F.silu, None: lambda t: t}.get(act, act)
+        return apply(z) + residual if after else apply(z + residual)
+
+    with record() as records:
+        values = step(ours, torch.float32, DEVICE)
+    assert records[0].name == "conv_depthwise_kernel"
+    for value, reference in zip(values, step(theirs, torch.float64, "cpu"), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-4, atol=2e-5 * float(reference.abs().max()))
