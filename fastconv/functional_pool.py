@@ -235,7 +235,7 @@ def _adaptive_max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size
         return handle_torch_function(ours, (x,), x, output_size, return_indices)
     if not isinstance(x, Tensor) or served(x):
         return theirs(x, output_size, return_indices)
-    size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[-rank - 1 :])
+    size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[1:])
     y, indices = autograd.max_pool(_batched(x, rank), size, ADAPTIVE, bool(return_indices))
     return _like(x, rank, y, indices)
 
@@ -245,8 +245,9 @@ def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size
         return handle_torch_function(ours, (x,), x, output_size)
     if not isinstance(x, Tensor) or served(x):
         return theirs(x, output_size)
-    # Of two axes PyTorch takes no channels at all.
-    size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[-rank - (rank == 3) :])
+    # Of one and two axes PyTorch takes no channels at all.
+    full = x.shape[1:] if rank == 3 else x.shape[-rank:]
+    size = _adaptive_size(ours.__name__, rank, x, output_size, full)
     return _like(x, rank, autograd.average_pool(_batched(x, rank), size, ADAPTIVE, True, 0))
 
 
@@ -327,6 +328,11 @@ def _adaptive_size(
     """The output size as a tuple of ``rank``, None taken from the input; ``full``: the axes that must not be empty."""
     _check_rank(name, rank, x)
     if rank > 1 and isinstance(output_size, Sequence):
+        if len(output_size) >= x.dim():
+            raise ValueError(
+                f"{name}: Input dimension should be at least {len(output_size) + 1} for output_size="
+                f"{list(output_size)}, but got input of size: {list(x.shape)}"
+            )
         sizes = zip(output_size, x.shape[-rank:], strict=False)
         output_size = [h if p is None else p for p, h in sizes] + list(output_size[rank:])
         if len(output_size) != rank:
