@@ -229,8 +229,9 @@ def conv_depthwise_kernel(
             for new in tl.static_range(len(FIRST[column])):
                 w = tl.load(w_row + FIRST[column][new] * w_stride, mask=mask_k, other=0.0)
                 weights = weights + (w.to(tl.float32)[None, :],)
-            w = x_w + COLUMNS[column]
-            mask = mask_row & (w >= 0) & (w < W)
+            mask = mask_row & (x_w < W - COLUMNS[column])
+            if COLUMNS[column] < 0:
+                mask = mask & (x_w >= -COLUMNS[column])
             x = tl.load(
                 x_tile + (delta + COLUMNS[column] * x_stride_w), mask=mask[:, None] & mask_k[None, :], other=0.0
             ).to(tl.float32)
