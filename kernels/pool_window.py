@@ -177,15 +177,9 @@ def pool_kernel(
             count *= extent(o, D, O, stride_d, pad_d, taps_d, ADAPTIVE, INCLUDE_PADDING)
     if T > 0:
         accs, bests = (), ()
-        for i in tl.static_range(LINES):
-            acc = tl.full((BLOCK_M, BLOCK_C), OUTSIDE, dtype=tl.float32)
-            best = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
-            if INDEXED and BOUNDED and not ADAPTIVE:
-                first = first_inside(h0 + i * STEP, dilation_h) * S + first_inside(w0, dilation_w)
-                if RANK == 3:
-                    first += first_inside(d0, dilation_d) * (R * S)
-                best += first
-            accs, bests = accs + (acc,), bests + (best,)
+        for _ in tl.static_range(LINES):
+            accs = accs + (tl.full((BLOCK_M, BLOCK_C), OUTSIDE, dtype=tl.float32),)
+            bests = bests + (tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32),)
         for t in tl.static_range(T):
             d = d0 + t * dilation_d
             volumes, mask_d = images, mask
@@ -219,15 +213,23 @@ def pool_kernel(
                     accs, bests = (), ()
                     for i in tl.static_range(LINES):
                         kept, winner = all_accs[i], all_bests[i]
-                        if j >= i * STEP and j < i * STEP + R:
+                        if t == 0 and j == i * STEP:
+                            kept, winner = acc, best
+                        elif j >= i * STEP and j < i * STEP + R:
                             tap = best + (t * R + j - i * STEP) * S
                             kept, winner = take(kept, winner, acc, tap, MAX, INDEXED)
                         accs, bests = accs + (kept,), bests + (winner,)
         for i in tl.static_range(LINES):
-            acc = accs[i]
+            acc, best = accs[i], bests[i]
+            if INDEXED and BOUNDED and not ADAPTIVE:
+                # Nothing is above what lies outside: the winner is the first tap inside.
+                first = first_inside(h0 + i * STEP, dilation_h) * S + first_inside(w0, dilation_w)
+                if RANK == 3:
+                    first += first_inside(d0, dilation_d) * (R * S)
+                best = tl.where(acc == OUTSIDE, first, best)
             if not MAX:
                 acc *= scale_of(count, p + i, H, P, stride_h, pad_h, taps_h, scale, ADAPTIVE, UNIFORM, INCLUDE_PADDING)
-            put(y_ptr, index_ptr, acc, bests[i], line + i, q, c, Q, C, mask & (p + i < P), WIDE)
+            put(y_ptr, index_ptr, acc, best, line + i, q, c, Q, C, mask & (p + i < P), WIDE)
     else:
         best = tl.zeros((BLOCK_M * LANES, BLOCK_C), dtype=tl.int32)
         if INDEXED and BOUNDED and not ADAPTIVE:

@@ -79,6 +79,8 @@ POOL = Space(
     "pool",
     {"BLOCK": (512, 1024), "LINES": (4, 1), "LANES": (1,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (1,)},
 )
+# Without taps to keep, two lines do: four spill on one version of the compiler.
+POOL_MAX = Space("pool_max", {**POOL.ranges, "LINES": (2, 1)})
 POOL_SINGLE = Space("pool_single", {**POOL.ranges, "LINES": (1,)})
 POOL_SPLIT = Space(
     "pool_split",
@@ -127,7 +129,7 @@ INTERPRETED = {
     "conv_wgrad": Space("conv_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
     **{
         name: Space(name, {**POOL_SINGLE.ranges, "BLOCK": tuple(2**i for i in range(6, 19, 2))})
-        for name in ("pool", "pool_single", "pool_split", "pool_planes")
+        for name in ("pool", "pool_max", "pool_single", "pool_split", "pool_planes")
     },
     "conv_depthwise": Space("conv_depthwise", {**_STENCIL, "OUTPUTS": (1,)}, _fits_interpreter),
     **{
@@ -379,7 +381,7 @@ def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gp
     if direction == "forward" and taps > UNROLLED:
         space = POOL_SPLIT if channels_last or size[2] >= 16 else POOL_PLANES
     elif direction == "forward" and taps <= 9 and view.dilation[1] == 1 and not problem.adaptive and size[1] > 1:
-        space = POOL
+        space = POOL_MAX if problem.kind == "max" and problem.index is None else POOL
     element, outputs = problem.dtype.itemsize, view.output_pixels * view.channels
 
     def work(config: Config) -> Work:
