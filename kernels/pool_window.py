@@ -377,13 +377,13 @@ def pool_gather_kernel(
     r = tap // taps_w
     w = span(q, W, Q, stride_w, pad_w, ADAPTIVE)[0] + tap % taps_w * dilation_w
     h = span(p, H, P, stride_h, pad_h, ADAPTIVE)[0] + r % taps_h * dilation_h
-    d = 0
+    d, inside = 0, mask & (h < H) & (w < W)
     if RANK == 3:
         d = span(o, D, O, stride_d, pad_d, ADAPTIVE)[0] + r // taps_h * dilation_d
+        inside = inside & (d < D)
     if x_ptr is None:
         y = (d * H + h).to(tl.int64) * W + w
     else:
-        inside = mask & (d < D) & (h < H) & (w < W)
         y = tl.load(x_ptr + n * x_n + d * x_d + h * x_h + w * x_w + c, mask=inside, other=0.0)
     tl.store(y_ptr + row * columns + column, y, mask=mask)
 

@@ -355,18 +355,21 @@ class NoCopies(TorchDispatchMode):
 def test_strides_are_taken_from_the_tensors() -> None:
     """Crops of either format and gradients that are slices are read where they lie."""
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randint(-9, 10, (2, 8, 10, 24), generator=generator).float()
-    nhwc, nchw = whole[:, 1:, ::2, 4:20].permute(0, 3, 1, 2), whole.permute(0, 1, 3, 2)[:, :, 3:12, 2:]
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-9, 10, shape, generator=generator).float().to(DEVICE)
+
     geometry = (3, 3), (2, 2), (1, 1), (1, 1)
+    nhwc, nchw = integers(2, 8, 10, 24)[:, 1:, ::2, 4:20].permute(0, 3, 1, 2), integers(2, 8, 24, 10)[:, :, 3:12, 2:]
     for x, last in ((nhwc, True), (nchw, False)):
-        y, indices = torch.nn.functional.max_pool2d(x, *geometry, return_indices=True)
-        shape = (*y.shape[2:], 2 * y.shape[1]) if last else (y.shape[1], y.shape[2] + 1, y.shape[3])
-        dy = torch.randint(-9, 10, (y.shape[0], *shape), generator=generator).float()
-        dy = dy.permute(0, 3, 1, 2)[:, 1 : y.shape[1] + 1] if last else dy[:, :, 1:]
-        x, dy = x.to(DEVICE), dy.to(DEVICE)
-        assert not x.is_contiguous() and not dy.is_contiguous()
+        y, indices = torch.nn.functional.max_pool2d(x.cpu(), *geometry, return_indices=True)
+        n, c, p, q = y.shape
+        dy = (
+            integers(n, p, q, 2 * c)[..., 4 : c + 4].permute(0, 3, 1, 2) if last else integers(n, c, p + 1, q)[:, :, 1:]
+        )
+        assert x.shape[1] == c and not x.is_contiguous() and not dy.is_contiguous()
         with NoCopies():
-            value, taps = pool.max_pool(x, tuple(y.shape[2:]), geometry, torch.uint8)
+            value, taps = pool.max_pool(x, (p, q), geometry, torch.uint8)
             dx = pool.max_pool_backward(dy, taps, tuple(x.shape[2:]), geometry, last)
         same(value, y, "maxima of a crop")
         assert_equal(dx, scattered(dy.cpu().double(), indices, tuple(x.shape[2:])), "gradient from a slice")
@@ -374,12 +377,11 @@ def test_strides_are_taken_from_the_tensors() -> None:
 
 def test_what_has_no_such_strides_is_copied() -> None:
     """Expanded gradients, every other channel, channels of several images of planes."""
-    x = torch.randint(-9, 10, (2, 6, 5, 5), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randint(-9, 10, (2, 6, 5, 5), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
     geometry = (2, 2), (1, 1), (0, 0), (1, 1)
     for view in (x[:, ::2], x[:, 1:4], x.contiguous(memory_format=torch.channels_last)[:, ::2], x.transpose(2, 3)):
-        expected = torch.nn.functional.avg_pool2d(view.double(), 2, 1)
-        y = pool.average_pool(view.to(DEVICE), (4, 4), geometry, True, 0)
-        assert_equal(y, expected, "average of a view")
+        y = pool.average_pool(view, (4, 4), geometry, True, 0)
+        assert_equal(y, torch.nn.functional.avg_pool2d(view.cpu().double(), 2, 1), "average of a view")
         assert is_channels_last(y.shape, y.stride()) == is_channels_last(view.shape, view.stride())
     dx = pool.average_pool_backward(torch.ones((), device=DEVICE).expand(2, 6, 4, 4), (5, 5), geometry, True, True, 0)
     assert dx.cpu().sum() == 2 * 6 * 16
