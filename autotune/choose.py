@@ -10,7 +10,7 @@ from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.space import Config, Space
 
 # What the cost model cannot tell apart: within it the space's earlier config wins, so that problems share binaries.
-RESOLUTION = 0.2
+RESOLUTION = 0.35
 
 
 @dataclass(frozen=True)

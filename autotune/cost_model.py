@@ -75,7 +75,7 @@ def predict(work: Work, gpu: Gpu) -> Prediction | None:
     if dram > seconds:
         seconds, bound = dram, "DRAM"
     if work.extra_bytes:
-        seconds += LAUNCH + work.extra_bytes / (gpu.bandwidth * DRAM_EFFICIENCY)
+        seconds += LAUNCH + PROGRAM_LATENCY + work.extra_bytes / (gpu.bandwidth * DRAM_EFFICIENCY)
     if work.registers > MAX_REGISTERS:
         seconds *= SPILLING * work.registers / MAX_REGISTERS
     return Prediction(seconds + LAUNCH, bound, occupancy)

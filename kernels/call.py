@@ -66,18 +66,23 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
             t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
             for t, strides in zip(operands, call.copies, strict=True)
         )
+    launch = call.launches[-1]
     if call.workspace:
         workspace = first.new_empty(call.workspace, dtype=torch.float32)
-        run(call.launches[0], *operands, workspace)
-        run(call.launches[1], workspace, out)
-    elif len(call.launches[0].pointers) == len(operands) + 1:
-        run(call.launches[0], *operands, out)
+        before = call.launches[0]
+        # An epilogue's operands are the second launch's.
+        taken = sum(pointer is not None for pointer in before.pointers) - 1
+        given = iter((*operands[:taken], workspace))
+        run(before, *(None if pointer is None else next(given) for pointer in before.pointers))
+        operands = (workspace, *operands[taken:])
+    if len(launch.pointers) == len(operands) + 1:
+        run(launch, *operands, out)
     elif call.partials is None:
-        run(call.launches[0], *operands, out, None, None, None)
+        run(launch, *operands, out, None, None, None)
     else:
         shapes = call.partials[:1], call.partials, call.partials
         partials = tuple(first.new_empty(shape, dtype=torch.float32) for shape in shapes)
-        run(call.launches[0], *operands, out, *partials)
+        run(launch, *operands, out, *partials)
         return out, *partials
     if call.returned is not None:
         out = out.new_empty_strided(call.shape, call.returned).copy_(out)

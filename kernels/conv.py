@@ -208,9 +208,10 @@ def _prepare_gather(
         copies[1] = dense_channels_last(weight.shape, weight.stride())
     partials = None
     if statistics:
-        tiles, groups, _ = launches[0].grid
-        partials = (tiles // -(-shape[1] // groups // config["BLOCK_K"]), shape[1])
-    return Call(tuple(copies), launches, shape, strides, returned, partials=partials)
+        tiles, groups, _ = launches[-1].grid
+        partials = (tiles // -(-shape[1] // groups // launches[-1].constants["BLOCK_K"]), shape[1])
+    workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
+    return Call(tuple(copies), launches, shape, strides, returned, workspace, partials)
 
 
 def conv_wgrad(

@@ -24,12 +24,14 @@ import triton.language as tl
 from fastconv.autotune import Config
 from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue, activate, normalise, statistics
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import Strides, common, dense_strides, pointer_type, vector, wide
+from fastconv.kernels.layout import INT32_MAX, Strides, common, dense_strides, pointer_type, vector, wide
 from fastconv.kernels.pixels import in_elements
 from fastconv.kernels.problem import ConvProblem
 
 # Columns of an epilogue that does more than store: with 32 a thread needs no more registers than for the product.
 PART_K = 32
+# A program's block where the reduction was split: the results are few.
+FINISH_M, FINISH_K = 16, 64
 
 
 @triton.jit
@@ -102,7 +104,7 @@ def finish(
 
 @triton.jit(
     do_not_specialize=[
-        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "CG", "KG", "T", "R", "S",
+        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "CG", "KG", "T", "R", "S", "splits",
         "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w", "y_stride_n", "y_stride_d", "y_stride_h", "y_stride_w",
         "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
         "dilation_d", "dilation_h", "dilation_w", "gcd_d", "gcd_h", "gcd_w", "inverse_d", "inverse_h", "inverse_w",
@@ -116,7 +118,7 @@ def conv_gather_kernel(
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
     residual_ptr,  # as y
-    y_ptr,  # [N, O, P, Q, groups * K]
+    y_ptr,  # [N, O, P, Q, groups * K], or so for each split, in fp32
     tile_count_ptr,  # [tiles of BLOCK_M pixels]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, groups * K]
     N, D, H, W,
@@ -125,6 +127,7 @@ def conv_gather_kernel(
     K,  # produced channels of a tile's groups, in units of VEC_K
     CG, KG,  # of them, those of one group, in units of VEC_G
     T, R, S,
+    splits,  # of the reduction
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
     y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC_K
     stride_d, stride_h, stride_w,
@@ -142,6 +145,7 @@ def conv_gather_kernel(
     RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
     DGRAD: tl.constexpr,
     POINTWISE: tl.constexpr,  # one tap, never outside x
+    SPLIT: tl.constexpr,
     FLAT: tl.constexpr,  # few channels: a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
@@ -174,6 +178,10 @@ def conv_gather_kernel(
     pid_k = pid % k_tiles
     group = pid // k_tiles % tl.num_programs(1)
     tile = pid // k_tiles // tl.num_programs(1)
+    split = 0
+    if SPLIT:
+        split = tile % splits
+        tile = tile // splits
     pid_m = tile
     phase_d, phase_h, phase_w = 0, 0, 0
     if DGRAD:
@@ -239,6 +247,10 @@ def conv_gather_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         steps = tl.cdiv(taps * C, BLOCK_C)
         pair = offs_c
+        if SPLIT:
+            share = tl.cdiv(steps, splits)
+            pair += split * share * BLOCK_C
+            steps = tl.minimum(split * share + share, steps) - split * share
         # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
         if steps > 0:
             for _ in range(steps):
@@ -277,6 +289,19 @@ def conv_gather_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         steps = taps * tl.cdiv(C, BLOCK_C)
         c, r, s, t = 0, 0, 0, 0
+        if SPLIT:
+            share = tl.cdiv(steps, splits)
+            first = split * share
+            steps = tl.minimum(first + share, steps) - first
+            c_blocks = tl.cdiv(C, BLOCK_C)
+            c = first % c_blocks * BLOCK_C
+            if not POINTWISE:
+                # A phase may have no tap.
+                j = first // c_blocks
+                s = j % tl.maximum(taps_w, 1)
+                j = j // tl.maximum(taps_w, 1)
+                r = j % tl.maximum(taps_h, 1)
+                t = j // tl.maximum(taps_h, 1)
         # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
         if steps > 0:
             for _ in range(steps):
@@ -344,10 +369,56 @@ def conv_gather_kernel(
 
     if tile_count_ptr is not None:
         tl.store(tile_count_ptr + tile, tl.sum(mask_m.to(tl.float32), axis=0))
+    if SPLIT:
+        y_ptr += split.to(tl.int64) * N * O * P * Q * tl.num_programs(1) * K
     finish(
         acc, pid_k * BLOCK_K, mask_m, y_row, tile, group, K,
         bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
         eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M, BLOCK_K, PART_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "K", "splits", "eps", "a", "b"])
+def conv_finish_kernel(
+    partial_ptr,  # [splits, M, K], fp32
+    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
+    residual_ptr,  # as y
+    y_ptr,  # [M, K]
+    tile_count_ptr,  # [tiles of BLOCK_M pixels]
+    tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
+    M,
+    K,  # in units of VEC
+    splits,
+    eps,
+    a, b,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a product whose reduction was split: the splits' sums are added in their order."""
+    K *= VEC
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    pid_k = tl.program_id(0) % k_tiles
+    tile = tl.program_id(0) // k_tiles
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = m < M
+    if WIDE:
+        m = m.to(tl.int64)
+    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    source = partial_ptr + (m * K)[:, None] + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for _ in range(splits):
+        acc += tl.load(source, mask=mask_m[:, None] & (k < K)[None, :], other=0.0)
+        source += M.to(tl.int64) * K
+    if tile_count_ptr is not None:
+        tl.store(tile_count_ptr + tile, tl.sum(mask_m.to(tl.float32), axis=0))
+    finish(
+        acc, pid_k * BLOCK_K, mask_m, m * K, tile, 0, K,
+        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
+        eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M, BLOCK_K, BLOCK_K,
     )  # fmt: skip
 
 
@@ -361,11 +432,12 @@ def conv_gather(
     bias: bool = False,
     epilogue: Epilogue = PLAIN,
     pack: int = 1,
-) -> Launch:
-    """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
+) -> tuple[Launch, ...]:
+    """The launches of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
-    ``pack`` groups share a tile (`packed_groups`), whose BLOCK_C then covers all of their reduced channels. Operands:
-    source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares.
+    Operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares; where
+    ``config["SPLITS"]`` splits the reduction source, weight, workspace, then workspace and the others, y dense.
+    ``pack`` groups share a tile (`packed_groups`), whose BLOCK_C then covers all of their reduced channels.
     """
     lifted = problem.lifted
     dgrad = direction == "dgrad"
@@ -387,12 +459,20 @@ def conv_gather(
     element = pointer_type(problem.dtype)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     assert pack == 1 or tile["BLOCK_C"] >= c
-    return Launch(
+    splits, finishing = config["SPLITS"], epilogue
+    assert splits == 1 or pack == 1, "the walk by single channels of a packed tile is that of its whole reduction"
+    if splits > 1:
+        epilogue = PLAIN
+    product = Launch(
         kernel=conv_gather_kernel,
-        grid=(triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]), groups, 1),
+        grid=(
+            triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]) * splits,
+            groups,
+            1,
+        ),
         pointers=(
-            *(element, element, element if bias else None, *epilogue.pointers),
-            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element, element, element if bias and splits == 1 else None, *epilogue.pointers),
+            *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
             problem.batch,
@@ -403,6 +483,7 @@ def conv_gather(
             c // pack // vec_g,
             k // pack // vec_g,
             *lifted.filter_size,
+            splits,
             *(stride // vec_c for stride in x_strides),
             *(stride // vec_k for stride in y_strides),
             *lifted.stride,
@@ -421,6 +502,7 @@ def conv_gather(
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
             "POINTWISE": problem.taps == 1 and not problem.padded(direction),
+            "SPLIT": splits > 1,
             "FLAT": flat(problem.taps, c, pack),
             "WIDE": wide((operands[0], x_strides), (operands[1], y_strides)),
             "PRECISION": precision,
@@ -431,6 +513,29 @@ def conv_gather(
         },
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+    )
+    if splits == 1:
+        return (product,)
+    pixels = problem.batch * prod(y_size)
+    vec = vector(problem.dtype, y_channels)
+    return product, Launch(
+        kernel=conv_finish_kernel,
+        grid=(triton.cdiv(pixels, FINISH_M) * triton.cdiv(y_channels, FINISH_K), 1, 1),
+        pointers=(
+            *("*fp32", element if bias else None, *finishing.pointers),
+            *(element, *("*fp32" if finishing.statistics else None,) * 3),
+        ),
+        scalars=(pixels, y_channels // vec, splits, *finishing.scalars),
+        constants={
+            "VEC": vec,
+            "WIDE": pixels * y_channels > INT32_MAX,
+            "ACT": ACTIVATIONS[finishing.act].forward,
+            "RESIDUAL_AFTER": finishing.residual_after,
+            "BLOCK_M": FINISH_M,
+            "BLOCK_K": FINISH_K,
+        },
+        num_warps=4,
+        num_stages=1,
     )
 
 

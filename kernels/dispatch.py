@@ -113,8 +113,8 @@ def _plan_packed(
         return choice, conv_wgrad(problem, choice.config, precision, source, other, layout.channels_last, pack)
     choice = gather_tile(direction, problem, precision, gpu, pack)
     config = choice.config
-    launch = conv_gather(direction, problem, config, precision, source, other, layout.bias, layout.epilogue, pack)
-    return choice, (launch,)
+    bias, epilogue = layout.bias, layout.epilogue
+    return choice, conv_gather(direction, problem, config, precision, source, other, bias, epilogue, pack)
 
 
 def _pool_unsupported(direction: str, problem: PoolProblem, gpu: Gpu) -> str | None:

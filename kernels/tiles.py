@@ -46,6 +46,7 @@ def _fits_interpreter(config: Config) -> str | None:
 GATHER = Space(
     "conv_gather",
     {
+        "SPLITS": (1,),
         "BLOCK_M": (128, 64),
         "BLOCK_K": (128, 64, 32, 256),
         "BLOCK_C": (64, 32),
@@ -54,6 +55,16 @@ GATHER = Space(
     },
     _matrix_tile("BLOCK_M", "BLOCK_K", "BLOCK_C"),
 )
+
+
+def _split_tile(config: Config) -> str | None:
+    """Where tiles are too few for the GPU, several programs share the reduction of one: of one small tile."""
+    if config["SPLITS"] > 1 and (config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]) != (64, 64, 64):
+        return "a split reduction of another tile than 64x64x64"
+    return GATHER.valid(config)
+
+
+GATHER_SPLIT = Space("conv_gather_split", {**GATHER.ranges, "SPLITS": (1, 2, 4, 8, 16)}, _split_tile)
 WGRAD = Space(
     "conv_wgrad",
     {
@@ -125,7 +136,10 @@ _PASS = {
 _PRODUCT = {**_PASS, "BLOCK_C": (16, 64, 256, 1024)}
 _STENCIL = {name: _PASS[name] for name in ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages")}
 INTERPRETED = {
-    "conv_gather": Space("conv_gather", _PRODUCT, _fits_interpreter),
+    **{
+        name: Space(name, {**_PRODUCT, "SPLITS": (1,)}, _fits_interpreter)
+        for name in ("conv_gather", "conv_gather_split")
+    },
     "conv_wgrad": Space("conv_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
     **{
         name: Space(name, {**POOL_SINGLE.ranges, "BLOCK": tuple(2**i for i in range(6, 19, 2))})
@@ -216,14 +230,15 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
+        splits = config["SPLITS"]
         steps = _cdiv(problem.taps * c, depth) if pairs else problem.taps * _cdiv(c, depth)
         registers = _registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", single, share == 0, gpu)
         if pack > 1:
             # What the walk by single channels takes, whose rows are shared between threads or held by each.
             registers = max(registers, 128 if m >= 32 * warps else 168)
         return Work(
-            programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * groups,
-            steps=max(1, steps // phases),
+            programs=_cdiv(pixels, m) * phases * _cdiv(k, n) * groups * splits,
+            steps=max(1, _cdiv(steps, phases * splits)),
             step_flops=2 * m * n * depth,
             step_elements=(m + n) * depth,
             step_bytes=(m + n) * depth * element,
@@ -233,10 +248,11 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
             warps=warps,
             stages=config["num_stages"],
             matrix_share=share,
+            extra_bytes=(2 * splits * 4 + element) * pixels * phases * k * groups if splits > 1 else 0,
         )
 
     width = {"BLOCK_K": k, "BLOCK_C": c} if pack > 1 else {}
-    return _choose(GATHER, (direction, problem, precision, pack), work, gpu, width)
+    return _choose(GATHER if pack > 1 else GATHER_SPLIT, (direction, problem, precision, pack), work, gpu, width)
 
 
 def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:

@@ -289,7 +289,7 @@ def test_tails_of_the_batch_stay_out_of_the_statistics(batch: int, weight: tuple
 def test_a_mean_far_from_zero(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean 1000, variance 1e-3. A filter that copies keeps the convolution's own roundings out of it."""
     # A tile of a GPU's size: the interpreter adds up a column one by one, and its own tiles are longer.
-    tile = {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_C": 16, "num_warps": 4, "num_stages": 1}
+    tile = {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_C": 16, "SPLITS": 1, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(dispatch, "gather_tile", lambda *a: Choice(tile, "this test", 0.0, "nothing"))
     monkeypatch.setattr(call, "_calls", {})
     draw = torch.Generator().manual_seed(0)

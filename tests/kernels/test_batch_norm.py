@@ -140,7 +140,7 @@ def test_statistics_from_the_accumulator(
     shape: tuple[int, ...], outputs: int, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the fp32 result, before it is rounded; rows past the last pixel, where a bias would count, are left out."""
-    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16)
+    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=1)
     x = torch.randn(shape, generator=generator()).to(dtype)
     weight = torch.randn(outputs, shape[1] // groups, 1, 1, generator=generator()).to(dtype)
     bias = torch.full((outputs,), 7.0, dtype=dtype)
@@ -155,7 +155,7 @@ def test_statistics_from_the_accumulator(
 
 def test_statistics_of_a_mean_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean 1000, variance 1e-3. A filter that copies keeps the convolution's own roundings out of it."""
-    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16)
+    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=1)
     x = (1000 + torch.randn(9, 6, 5, 3, generator=generator()) * 1e-3**0.5).to(DEVICE)
     weight = torch.eye(6).view(6, 6, 1, 1).to(DEVICE)
     y, *found = conv.conv_statistics(x, weight, None, None, (1, 1), (0,) * 4, (1, 1), 1)
@@ -418,3 +418,31 @@ def test_operands_that_do_not_fit_are_named() -> None:
         with record() as records, pytest.raises(RuntimeError, match=match):
             batch_norm.batch_norm_act(y, vectors, slope, residual, how)
         assert not records
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_a_split_reduction_ends_in_the_same_epilogue(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias, statistics, batch norm, activation and residual on sums that several programs have made."""
+    x, weight = torch.randn(3, 20, 5, 4, generator=generator()), torch.randn(20, 20, 3, 3, generator=generator()) / 9
+    bias, mean, beta = torch.randn(3, 20, generator=generator())
+    var, gamma = torch.rand(2, 20, generator=generator()) + 0.5
+    residual = torch.randn(3, 20, 5, 4, generator=generator())
+    function, output_size = torch.conv2d, None
+    padding = (1, 1, 1, 1)
+    if transposed:
+        function, output_size, padding = torch.conv_transpose2d, (5, 4), (1, 1)
+    y = function(x.double(), weight.double(), bias.double(), padding=1)
+    by_channel = [t.double().view(-1, 1, 1) for t in (mean, var, gamma, beta)]
+    z = torch.relu((y - by_channel[0]) / (by_channel[1] + 1e-3).sqrt() * by_channel[2] + by_channel[3] + residual)
+    ours = [t.to(DEVICE) for t in (x, weight, bias)]
+    norm = tuple(t.to(DEVICE) for t in (mean, var, gamma, beta))
+    convolution = output_size, (1, 1), padding, (1, 1), 1
+    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=4)
+    with record() as records:
+        out = conv.conv_act(*ours, norm, None, residual.to(DEVICE), *convolution, 1e-3, "relu", 0.0, 0.0, False)
+        raw, *found = conv.conv_statistics(*ours, *convolution)
+    kernels = ["conv_gather_kernel", "conv_finish_kernel"]
+    assert [r.name for r in records] == [*kernels, *kernels, "combine_statistics_kernel"]
+    within(out, z, 1e-4, "the activation")
+    within(raw, y, 1e-4, "the convolution")
+    assert_statistics(*found, raw.cpu().double().transpose(0, 1).flatten(1).T, "the convolution")

@@ -161,6 +161,23 @@ OTHERS = (
 )
 
 
+# Of a network at batch 1, whose tiles are too few for a GPU.
+FEW = (
+    problem(512, 512, (7, 7), batch=1),
+    problem(256, 256, (14, 14), batch=1),
+    problem(2048, 512, (7, 7), (1, 1), batch=1),
+)
+
+
+@each_gpu
+def test_split_reductions_use_the_hardware(gpu: Gpu) -> None:
+    launches = distinct([(p, False) for p in FEW], gpu)
+    assert {"conv_gather_kernel", "conv_finish_kernel"} <= {launch.name for _, _, launch in launches.values()}
+    assert any(launch.constants.get("SPLIT") for _, _, launch in launches.values())
+    wrong = complaints(launches, gpu, dense_complaints)
+    assert not wrong, wrong
+
+
 @each_gpu
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_other_variants_do_not_spill(gpu: Gpu, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,8 +140,8 @@ TILES = {
 def test_tile_edges(tile: dict[str, int], channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Case("", 2, 32, 48, (5, 6), (3, 2), (2, 1), (1, 1), groups=8).problem()
     config = {**tile, "num_warps": 4, "num_stages": 1}
-    for name in ("gather_tile", "wgrad_tile"):
-        monkeypatch.setattr(dispatch, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
+    for name, named in (("gather_tile", {**config, "SPLITS": 1}), ("wgrad_tile", config)):
+        monkeypatch.setattr(dispatch, name, lambda *a, _named=named: Choice(_named, "this test", 0.0, "nothing"))
     monkeypatch.setattr(call, "_calls", {})
     generator = torch.Generator().manual_seed(0)
     operands = [
