@@ -16,7 +16,12 @@ def bench(
     size: Annotated[int | None, typer.Option(min=1, help="Side of an image. The model's own, or 224.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. On a GPU: bfloat16.")] = None,
     train: Annotated[bool | None, typer.Option("--train/--infer", help="One of the two; both if not told.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="The dense convolutions one by one, against cuDNN.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Convolutions and pools of real networks one by one.")
+    ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="With --layers: pool, depthwise, grouped, first-layer or dense; several.")
+    ] = None,
     blocks: Annotated[bool, typer.Option("--blocks", help="Blocks of real networks alone, with the bytes.")] = False,
     seconds: Annotated[float | None, typer.Option(min=1, help="Time limit on a GPU. 100, with --quick 40.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first look.")] = False,
@@ -33,7 +38,7 @@ def bench(
     code 1 when a number is wrong.
     """
     from fastconv.cli import BadUsage
-    from fastconv.cli.measure import roads
+    from fastconv.cli.measure import operators, roads
     from fastconv.cli.measure.results import read
     from fastconv.cli.measure.screen import console
 
@@ -44,5 +49,11 @@ def bench(
     for option, value in (("--layers", layers), ("--model", model)):
         if blocks and value:
             raise BadUsage(f"{option} and --blocks exclude each other: blocks are of networks of their own")
-    wishes = roads.Wishes(model, batch, size, dtype, train, layers, blocks, seconds, quick, dry_run)
+    kinds, known = tuple(kind or ()), [known.name for known in operators.KINDS]
+    if kinds and not layers:
+        raise BadUsage("--kind says which of --layers")
+    for name in kinds:
+        if name not in known:
+            raise BadUsage(f"--kind {name!r} is not one of {', '.join(known)}")
+    wishes = roads.Wishes(model, batch, size, dtype, train, layers, kinds, blocks, seconds, quick, dry_run)
     return 1 if roads.choose(wishes)(wishes, out, screen).wrong else 0

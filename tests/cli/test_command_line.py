@@ -42,6 +42,8 @@ def test_help_lists_the_commands_without_torch() -> None:
         ("bench --show missing.json", "No such file"),
         ("bench --layers", "GPU"),
         ("bench --blocks", "GPU"),
+        ("bench --kind pool", "--kind says which of --layers"),
+        ("bench --layers --kind cubic", "pool, depthwise, grouped, first-layer, dense"),
         ("bench --blocks --layers", "--layers and --blocks exclude each other"),
         ("bench --blocks --model resnet18", "--model and --blocks exclude each other"),
         ("bench --seconds 5", "GPU"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import torch
 from fastconv import arguments, functional
 from fastconv.autotune import gpu_named
 from fastconv.cli import models, run
-from fastconv.cli.measure import ahead, compiler, layers, lenet, network, results, roads
+from fastconv.cli.measure import ahead, compiler, lenet, network, operators, results, roads
 from fastconv.cli.measure.compiler import Compilation
 from fastconv.kernels import dispatch, launch, mend
 
@@ -172,9 +173,17 @@ def test_nothing_is_compiled_ahead_under_the_interpreter() -> None:
 
 
 @interpreted
-def test_every_dense_layer_of_ours_is_called_for_compiling_ahead() -> None:
-    subject = models.load("tests.cli.tiny:network", 2, 5)
+def test_what_operators_launch_is_found_without_data() -> None:
+    subject = models.load("tests.cli.tiny:every_kind", 2, 9)
+    kinds = [dataclasses.replace(kind, networks=("tiny",)) for kind in operators.KINDS]
+    tasks = operators.tasks_of(kinds, lambda name: subject, torch.bfloat16)
     with launch.record() as records:
-        layers.call_each(subject, torch.bfloat16, CPU)
-    assert Counter(record.name for record in records)["conv_gather_kernel"] == 3
-    assert Counter(record.name for record in records)["conv_wgrad_kernel"] == 2
+        operators.plan_each(tasks, torch.bfloat16, CPU)
+    launched = Counter(record.name for record in records)
+    for task in tasks:
+        for row in task.rows:
+            assert row["status"] == "ok", row["reason"]
+            with launch.record() as records:
+                operators._is_right(row, task.operator, operators._drawn(task.operator, torch.bfloat16, CPU))
+            launched -= Counter(record.name for record in records)
+    assert not launched

@@ -56,15 +56,28 @@ PARTS = {
             {"provider": "torch.compile", "status": "skipped", "reason": "no time left"},
         ],
     ),
-    "layers": part(
-        "layers",
-        target=0.5,
+    "operators": part(
+        "operators",
+        dtype="bfloat16",
+        copy_bandwidth=4.0e12,
+        speed_target=2.0,
+        rivals=["eager channels_last"],
+        share_target=0.85,
         rows=[
-            {"layer": "N64 C64 56x56 -> K64 3x3", "direction": "fprop", "count": 3, "status": "ok", "reason": None}
-            | {"fastconv_ms": TIMES, "cudnn_ms": TIMES, "speed": 0.4, "noise": 0.01, "tflops": 300.0}
-            | {"flops": 10**9, "bytes": 10**6, "tile": {"BLOCK_M": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 3}},
-            {"layer": "N64 C64 56x56 -> K64 3x3", "direction": "wgrad", "count": 3, "status": "wrong"}
-            | {"reason": "too far from the reference", "flops": 10**9, "bytes": 10**6},
+            {"operator": "N64 C64 56x56 -> K64 3x3 bfloat16", "direction": "fprop", "networks": {"a": 3, "b": 1}}
+            | {"bytes": 10**6, "flops": 10**9, "large": True, "family": "depthwise", "status": "ok", "reason": None}
+            | {"tile": {"BLOCK_M": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 3}, "noise": 0.01}
+            | {"speed": 0.4, "speed_over_rivals": 0.4, "gb_per_s": 2222.0, "share": 0.56, "tflops": 30.0}
+            | {"missed": ["speed", "bandwidth"]}
+            | {
+                "providers": [
+                    {"provider": "eager channels_last", "status": "ok", "reason": None, "ms": TIMES},
+                    {"provider": "fastconv", "status": "ok", "reason": None, "ms": {**TIMES, "median": 5.0}},
+                    {"provider": "torch.compile channels_last", "status": "skipped", "reason": "no time left"},
+                ]
+            },
+            {"operator": "N64 C64 56x56 -> K64 3x3 bfloat16", "direction": "wgrad", "networks": {}, "status": "wrong"}
+            | {"reason": "too far from the reference", "bytes": 10**6, "large": False, "providers": []},
         ],
     ),
     "blocks": part(
@@ -176,7 +189,25 @@ def test_every_kind_of_part_has_a_table() -> None:
         ("block", ["bfloat16, norm", "WRONG", "none"]),
         ("check", ["worst 6 of 9", "2 of 2 convolution layers", "9 x conv_wgrad_kernel"]),
         ("time", ["1,234", "3.00", "42", "OutOfMemoryError", "no time left", "1.2%"]),
-        ("layers", ["M128 /8 w4 s3", "0.40", "too far", "fprop: 0 of 1 distinct layers reach 0.5"]),
+        (
+            "operators",
+            [
+                "depthwise M128 /8 w4 s3",
+                "0.40",
+                "too far",
+                "LOSS",
+                "2,222",
+                "56%",
+                "5000.0",
+                "2000.0",
+                "bandwidth under",
+            ]
+            + [
+                "0 of 1 reach 2.0 of the speed of eager channels_last; 1 are slower",
+                "0 of 1 with tensors",
+                "4,000 GB/s",
+            ],
+        ),
         ("blocks", ["64x256x56x56", "1.50", "2,000", "4,321", "2.0%", "no time left", "too far off", "4,800 GB/s"]),
         ("host", ["fastconv, no gradient", "2.0", "RuntimeError: no", "under 30"]),
         ("compile", ["22 distinct kernels on 16 threads in 3.5 s"]),
@@ -201,7 +232,7 @@ def test_plots_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
         results.put(content)
     results.put({**PARTS["time"], "id": "nothing-timed", "rows": PARTS["time"]["rows"][1:]})
     drawn = plots.draw(read(results.path), tmp_path)
-    assert [path.name for path in drawn] == ["training.png", "time.png", "layers.png", "blocks.png"]
+    assert [path.name for path in drawn] == ["training.png", "time.png", "operators.png", "blocks.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 

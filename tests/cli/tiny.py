@@ -14,6 +14,14 @@ def network() -> nn.Module:
     )
 
 
+def every_kind() -> nn.Module:
+    """A call of each kind that operators are measured by, and no other."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        *(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 1), nn.MaxPool2d(2)),
+    )
+
+
 def large() -> nn.Module:
     """For images of five pixels and more."""
     return nn.Sequential(nn.Conv2d(3, 4, 5))

@@ -29,7 +29,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _has_content(part: Part) -> bool:
-    timed = {"time": "step_ms", "layers": "speed", "blocks": "noise"}.get(part["kind"])
+    timed = {"time": "step_ms", "operators": "speed", "blocks": "noise"}.get(part["kind"])
     return timed is None or any(row.get(timed) is not None for row in part["rows"])
 
 
@@ -58,16 +58,19 @@ def _times(figure: Figure, part: Part) -> None:
     axes.set(xlabel="milliseconds a step (median, whiskers from the 20th to the 80th percentile)")
 
 
-def _layers(figure: Figure, part: Part) -> None:
-    axes = figure.subplots()
-    for direction, marker in (("fprop", "o"), ("dgrad", "s"), ("wgrad", "^")):
-        rows = [row for row in part["rows"] if row["direction"] == direction and "speed" in row]
-        intensity = [row["flops"] / row["bytes"] for row in rows]
-        axes.plot(intensity, [row["speed"] for row in rows], marker, label=direction)
-    axes.axhline(1, color="gray", linewidth=0.5)
-    axes.axhline(part["target"], color="red", linewidth=0.5)
-    axes.set(xscale="log", xlabel="FLOP per byte", ylabel="speed relative to cuDNN (red: the target)", ylim=(0, None))
-    axes.legend()
+def _operators(figure: Figure, part: Part) -> None:
+    speeds, shares = figure.subplots(1, 2)
+    for direction in dict.fromkeys(row["direction"] for row in part["rows"]):
+        rows = [row for row in part["rows"] if row["direction"] == direction and row.get("speed")]
+        moved = [row["bytes"] / 1e6 for row in rows]
+        speeds.plot(moved, [row["speed"] for row in rows], "o", label=direction, alpha=0.7)
+        shares.plot(moved, [row["share"] for row in rows], "o", label=direction, alpha=0.7)
+    speeds.axhline(1, color="gray", linewidth=0.5)
+    if part["share_target"]:
+        shares.axhline(part["share_target"], color="red", linewidth=0.5)
+    speeds.set(xscale="log", xlabel="MB", ylabel="speed relative to PyTorch's fastest", ylim=(0, None))
+    shares.set(xscale="log", xlabel="MB", ylabel="share of a copy's bandwidth (red: the target)", ylim=(0, None))
+    speeds.legend()
 
 
 def _blocks(figure: Figure, part: Part) -> None:
@@ -94,6 +97,6 @@ def _blocks(figure: Figure, part: Part) -> None:
 PLOTS: dict[str, Callable[[Figure, Part], None]] = {
     "training": _training,
     "time": _times,
-    "layers": _layers,
+    "operators": _operators,
     "blocks": _blocks,
 }

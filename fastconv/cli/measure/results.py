@@ -1,6 +1,6 @@
 """The result file: one JSON document, rewritten as each part ends, that tables and plots are rendered from.
 
-``{"schema": "fastconv-bench/2", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
+``{"schema": "fastconv-bench/3", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
 is ``{"id", "kind", "title", "verdict", "reason", ...}`` and the rest depends on its kind. Times are milliseconds,
 memory is bytes, errors are relative unless a name says otherwise.
 """
@@ -20,14 +20,14 @@ from typing import Any
 
 from fastconv.cli import BadUsage
 
-SCHEMA = "fastconv-bench/2"
-# The kinds of part and what each holds besides. Version 2 brought the kind "blocks".
+SCHEMA = "fastconv-bench/3"
+# The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers".
 KINDS = {
     "training": {"losses", "accuracy", "held_out", "loss_difference", "tolerance", "launches"},
     "block": {"rows", "launches"},
     "check": {"rows", "launches"},
     "time": {"rows", "noise"},
-    "layers": {"rows", "target"},
+    "operators": {"rows", "copy_bandwidth", "speed_target", "rivals", "share_target"},
     "blocks": {"rows", "bandwidth"},
     "host": {"rows", "target_us"},
     "compile": {"kernels"},

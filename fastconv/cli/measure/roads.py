@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fastconv.cli import BadUsage, options
-from fastconv.cli.measure import ahead, block_times, layers, network, tables
+from fastconv.cli.measure import ahead, block_times, host, network, operators, tables
 from fastconv.cli.measure.clock import Clock, CudaClock, HostClock
 from fastconv.cli.measure.results import Part, Results
 from fastconv.cli.measure.screen import Progress
@@ -24,6 +24,7 @@ from fastconv.kernels import mend
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)
 DRY = ("fastconv.cli.measure.lenet:LeNet5", 4, 12)
+OPERATORS, DRY_OPERATORS = (64, None, None), (1, 32, 1)  # batch, size, how many of a kind at most
 INTERPRETED_BATCH, INTERPRETED_SIZE = 2, 64  # of a network that the user names
 QUICK_STEPS = 20
 UNMEASURED = (
@@ -42,6 +43,7 @@ class Wishes:
     dtype: str | None = None
     train: bool | None = None
     layers: bool = False
+    kinds: tuple[str, ...] = ()
     blocks: bool = False
     seconds: float | None = None
     quick: bool = False
@@ -115,8 +117,7 @@ def choose(wishes: Wishes) -> Road:
 
 
 def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
-    """A network on the GPU, whole or layer by layer, or the blocks of several. ``wishes.dry_run``: the same on the CPU,
-    with tiny ones."""
+    """A network on the GPU, or operators or blocks of several. ``wishes.dry_run``: tiny ones, on the CPU."""
     started = time.monotonic()
     device = torch.device("cpu" if wishes.dry_run else "cuda")
     clock = HostClock() if wishes.dry_run else CudaClock()
@@ -164,10 +165,20 @@ def _network(it: Measuring) -> None:
 
 
 def _layers(it: Measuring) -> None:
-    subject = _subject(it.wishes)
-    it.compile(lambda: layers.call_each(subject, it.dtype, it.device))
-    it.output.put(layers.host_time(it.device, it.deadline))
-    it.output.put(layers.measure(subject, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save))
+    wishes = it.wishes
+    batch, size, most = DRY_OPERATORS if wishes.dry_run else OPERATORS
+    batch, size = wishes.batch or batch, wishes.size or size
+    kinds = [kind for kind in operators.KINDS if kind.name in wishes.kinds or not wishes.kinds]
+    subjects = operators.networks_on_meta(batch, size)
+    if wishes.model is not None:
+        subject, most = load(wishes.model, batch, wishes.size), None
+        kinds, subjects = [replace(kind, networks=(wishes.model,)) for kind in kinds], lambda _: subject
+    tasks = operators.tasks_of(kinds, subjects, it.dtype, most)
+    it.compile(lambda: operators.plan_each(tasks, it.dtype, it.device))
+    it.output.put(host.host_time(it.device, it.deadline))
+    arguments = (tasks, batch, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
+    for part in operators.measure(*arguments):
+        it.output.put(part)
 
 
 def _blocks(it: Measuring) -> None:

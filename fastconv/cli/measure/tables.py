@@ -91,35 +91,43 @@ def _times(part: Part) -> list[RenderableType]:
     return [table, f"Speed is relative to the first row; one provider measured twice differs by {noise}."]
 
 
-def _layers(part: Part) -> list[RenderableType]:
-    table = _table(
-        "", "direction", "times", "speed", "fastconv us", "cuDNN us", "p20-p80", "noise", "TFLOP/s", "tile", ""
-    )
+def _operators(part: Part) -> list[RenderableType]:
+    columns = ("", "times", "us", "eager", "contiguous", "compiled", "speed", "GB/s", "of copy", "family, tile", "")
+    table = _table(*columns)
     for row in part["rows"]:
-        ours, cudnn = row.get("fastconv_ms"), row.get("cudnn_ms")
+        providers = (_provider(row, start) for start in ("fastconv", *("eager ch", "eager co", "torch.compile")))
+        times = [provider.get("ms") for provider in providers]
+        why = [row["reason"], "LOSS" if _lost(row) else None]
+        why += [f"{what} under target" for what in row.get("missed", ())]
         table.add_row(
-            row["layer"],
-            row["direction"],
-            str(row["count"]),
+            f"{row['operator'].removesuffix(' ' + part['dtype'])}, {row['direction']}",
+            str(sum(row["networks"].values()) or ""),
+            *(_number(time and time["median"] * 1e3, ".1f") for time in times),
             _number(row.get("speed"), ".2f"),
-            _number(ours and ours["median"] * 1e3, ".1f"),
-            _number(cudnn and cudnn["median"] * 1e3, ".1f"),
-            f"{ours['p20'] * 1e3:.1f}-{ours['p80'] * 1e3:.1f}" if ours else "",
-            _number(row.get("noise"), ".1%"),
-            _number(row.get("tflops"), ".0f"),
-            _tile(row.get("tile") or {}),
-            row["reason"] or "",
+            _number(row.get("gb_per_s"), ",.0f"),
+            _number(row.get("share"), ".0%"),
+            f"{row.get('family', '')} {_tile(row.get('tile') or {})}",
+            "; ".join(filter(None, why)),
         )
     lines: list[RenderableType] = [table]
-    for direction in dict.fromkeys(row["direction"] for row in part["rows"]):
-        speeds = [row["speed"] for row in part["rows"] if row["direction"] == direction and "speed" in row]
-        if speeds:
-            reached = sum(speed >= part["target"] for speed in speeds)
-            lines.append(
-                f"{direction}: {reached} of {len(speeds)} distinct layers reach {part['target']} of cuDNN's speed, "
-                f"the slowest {min(speeds):.2f}"
-            )
+    timed = [row for row in part["rows"] if row.get("speed")]
+    if timed:
+        reached = sum("speed" not in row["missed"] for row in timed)
+        rivals = " and ".join(part["rivals"])
+        lines.append(
+            f"{reached} of {len(timed)} reach {part['speed_target']} of the speed of {rivals}; "
+            f"{sum(map(_lost, timed))} are slower than PyTorch's fastest."
+        )
+    large = [row for row in timed if row["large"]] if part["share_target"] else []
+    if large:
+        reached = sum("bandwidth" not in row["missed"] for row in large)
+        owed = f"{part['share_target']:.0%} of a copy's {part['copy_bandwidth'] / 1e9:,.0f} GB/s"
+        lines.append(f"{reached} of {len(large)} with tensors that no cache holds reach {owed}.")
     return lines
+
+
+def _lost(row: dict[str, Any]) -> bool:
+    return (row.get("speed") or 1.0) < 1.0
 
 
 def _blocks(part: Part) -> list[RenderableType]:
@@ -209,7 +217,7 @@ TABLES: dict[str, Callable[[Part], list[RenderableType]]] = {
     "block": _block,
     "check": _errors,
     "time": _times,
-    "layers": _layers,
+    "operators": _operators,
     "blocks": _blocks,
     "host": _host,
     "compile": _compile,
@@ -225,9 +233,9 @@ def _table(*columns: str) -> Table:
 
 
 def _tile(config: dict[str, int]) -> str:
-    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into."""
+    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into. None of one."""
     short = {"num_warps": "w", "num_stages": "s", "SPLITS": "/"}
-    named = ((short.get(name, name.removeprefix("BLOCK_")), value) for name, value in config.items())
+    named = ((short.get(name, name.removeprefix("BLOCK_")), value) for name, value in config.items() if value > 1)
     return " ".join(f"{name}{value}" for name, value in named)
 
 

@@ -1,0 +1,61 @@
+"""A call's host time, beside PyTorch's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+import fastconv.functional
+from fastconv.cli.measure.clock import Call, Sample, interleave, spread, synchronize
+from fastconv.cli.measure.results import Part
+
+HOST_CALLS = 200  # few enough for the driver's queue, so that the host never waits for the GPU
+HOST_TARGET_US = 30.0
+
+
+def host_time(device: torch.device, deadline: float) -> Part:
+    """Microseconds of the host for one small ``conv2d``, without and with a graph for backward: ours and PyTorch's."""
+    x = torch.randn(1, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(16, 16, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    functions: dict[str, Callable[..., torch.Tensor]] = {"fastconv": fastconv.functional.conv2d, "PyTorch": F.conv2d}
+    rows = []
+    for gradient in (False, True):
+        calls = {name: _called(conv, x, w, gradient) for name, conv in functions.items()}
+        for call in calls.values():
+            call()
+        rounds = interleave(calls, lambda call: _host_sample(call, device), deadline=deadline, most=20)
+        for name, samples in rounds.samples.items():
+            times = {"host_us": spread([sample.host * 1e3 for sample in samples])} if samples else {}
+            rows.append({"function": name, "gradient": gradient, "reason": rounds.failures.get(name), **times})
+    failed = [row["reason"] for row in rows if row["reason"]]
+    return {
+        "id": "host",
+        "kind": "host",
+        "title": "Host time of one conv2d call, 1x16x8x8, 3x3",
+        "verdict": "failed" if failed else "right",
+        "reason": failed[0] if failed else None,
+        "target_us": HOST_TARGET_US,
+        "rows": rows,
+    }
+
+
+def _called(conv: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor, gradient: bool) -> Call:
+    def call() -> None:
+        with torch.set_grad_enabled(gradient):
+            conv(x, w, padding=1)
+
+    return call
+
+
+def _host_sample(call: Call, device: torch.device) -> Sample:
+    calls = HOST_CALLS if device.type == "cuda" else 1  # interpreted, a call takes ten thousand times as long
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    host = (time.perf_counter() - started) * 1e3 / calls
+    synchronize(device)
+    return Sample(float("nan"), host)
