@@ -15,10 +15,12 @@ import fastconv
 import fastconv.functional
 from fastconv.activations import activation_of
 from fastconv.cli import checks, models, run
-from fastconv.cli.checks import conv, conv_bn_act
+from fastconv.cli.checks import conv, conv_bn_act, pool
 from fastconv.cli.checks.operator import compare, poisoned_memory
 from fastconv.cli.measure import accuracy, blocks, lenet, network
 from fastconv.kernels import epilogue, mend
+from fastconv.kernels.dispatch import Plan
+from fastconv.kernels.launch import decisions
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
@@ -194,7 +196,25 @@ def test_each_operator_is_right_on_its_first_problem(operator: checks.Operator) 
     assert bool(gradients) == (operator.gradients != "none")
     if operator.gradients == "apart":
         assert all(set(row["launches"]) - {"split_sum_kernel"} for row in rows)
-        assert len(gradients) == 3
+        assert len(gradients) == (1 if "pool" in operator.name else 3)
+
+
+def test_every_pool_is_checked_in_each_rank_and_layout() -> None:
+    cases = [case for operator in (pool.MAX_POOL, pool.AVERAGE_POOL, pool.LP_POOL) for case in operator.cases]
+    functions = {name for name in fastconv.functional.__all__ if "_pool" in name}
+    assert {case.function for case in cases} == functions and len(functions) == 15
+    for kind in ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d"):
+        assert {"channels_last", "contiguous"} <= {case.layout for case in cases if case.function == kind}
+
+
+@pytest.mark.parametrize("operator", [conv.DEPTHWISE, conv.GROUPED], ids=lambda operator: operator.name)
+def test_what_is_checked_by_name_is_what_runs(operator: checks.Operator) -> None:
+    for case in operator.cases:
+        # Groups as wide as a tile have tiles of their own.
+        family = operator.name.partition(" ")[0] if case.weight[1] < 32 else "gather"
+        with decisions() as decided:
+            operator.ours(case, operator.operands(case, torch.bfloat16, CPU))
+        assert [found.family for found in decided if isinstance(found, Plan)] == [family], case.name
 
 
 def test_a_fused_layer_in_training_is_checked_in_every_result() -> None:

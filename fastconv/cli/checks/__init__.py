@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from fastconv.cli.checks import conv, conv_bn_act
+from fastconv.cli.checks import conv, conv_bn_act, pool
 from fastconv.cli.checks.operator import Operator as Operator
 
 OPERATORS: tuple[Operator, ...] = (
     conv.CONVOLUTION,
+    conv.DEPTHWISE,
+    conv.GROUPED,
+    conv.FIRST_LAYER,
     conv.TRANSPOSED,
     conv_bn_act.INFERENCE,
     conv_bn_act.TRAINING,
     conv_bn_act.FROZEN,
+    pool.MAX_POOL,
+    pool.AVERAGE_POOL,
+    pool.LP_POOL,
 )

@@ -86,6 +86,38 @@ CONVOLUTIONS = (
     problem("3d, stride 2", (1, 4, 5, 6, 7), (6, 4, 3, 3, 3), stride=2, padding=1, quick=True),
     problem("3d, asymmetric", (1, 5, 4, 7, 6), (7, 5, 1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1), quick=True),
 )
+DEPTHWISE_CONVOLUTIONS = (
+    problem("3x3, padding 1", (2, 16, 9, 10), (16, 1, 3, 3), padding=1, groups=16, quick=True),
+    problem(
+        "5x5, stride 2, 3 outputs a channel", (2, 7, 9, 8), (21, 1, 5, 5), padding=2, stride=2, groups=7, quick=True
+    ),
+    problem("2 outputs a channel, dilation", (1, 6, 9, 10), (12, 1, 3, 3), padding=2, dilation=2, groups=6),
+    problem("stride 3, asymmetric", (2, 5, 11, 9), (5, 1, 2, 4), stride=(3, 2), padding=(1, 0), groups=5),
+    problem("31 columns", (1, 3, 4, 33), (3, 1, 3, 31), padding=(1, 15), groups=3),
+    problem("31 rows", (1, 2, 9, 10), (2, 1, 31, 2), padding=(15, 0), groups=2),
+    problem("contiguous (NCHW) input", (2, 6, 7, 7), (6, 1, 3, 3), "contiguous", padding=1, groups=6),
+    problem("1d, stride 2", (2, 6, 23), (6, 1, 5), padding=2, stride=2, groups=6, quick=True),
+    problem("3d", (1, 4, 4, 5, 6), (8, 1, 3, 3, 3), padding=1, groups=4),
+)
+GROUPED_CONVOLUTIONS = (
+    problem("4 channels a group", (2, 32, 6, 7), (32, 4, 3, 3), padding=1, groups=8, quick=True),
+    problem("8 channels a group, stride 2", (1, 64, 7, 6), (64, 8, 3, 3), padding=1, stride=2, groups=8),
+    problem("16 channels a group", (1, 64, 5, 5), (64, 16, 3, 3), padding=1, groups=4),
+    problem("32 channels a group", (1, 64, 5, 5), (64, 32, 3, 3), padding=1, groups=2),
+    problem("2 channels to 3, dilation", (2, 10, 8, 7), (15, 2, 3, 3), padding=2, dilation=2, groups=5, quick=True),
+    problem("1d", (2, 12, 19), (12, 4, 3), padding=1, groups=3),
+    problem("3d", (1, 8, 4, 4, 5), (8, 2, 3, 3, 3), padding=1, groups=4),
+)
+FIRST_LAYERS = (
+    problem("3 channels, 7x7, stride 2", (2, 3, 18, 17), (16, 3, 7, 7), padding=3, stride=2, quick=True),
+    problem("3 channels, 3x3", (2, 3, 10, 9), (24, 3, 3, 3), padding=1, quick=True),
+    problem("1 channel, 5x5", (3, 1, 12, 11), (6, 1, 5, 5)),
+    problem("2 channels, dilation", (2, 2, 11, 12), (8, 2, 3, 3), padding=2, dilation=2),
+    problem("4 channels, 4x4, stride 4", (2, 4, 13, 12), (20, 4, 4, 4), stride=4),
+    problem("3 channels, contiguous (NCHW)", (2, 3, 11, 9), (8, 3, 3, 3), "contiguous", padding=1, stride=2),
+    problem("1d, 1 channel", (2, 1, 37), (8, 1, 9), padding=4, stride=2),
+    problem("3d, 3 channels", (1, 3, 4, 8, 9), (8, 3, 3, 5, 5), padding=(1, 2, 2), stride=(1, 2, 2)),
+)
 TRANSPOSED_CONVOLUTIONS = (
     transposed("1d", (2, 6, 9), (6, 4, 4), stride=3, padding=1, output_padding=2),
     transposed("2d", (2, 9, 5, 6), (9, 7, 4, 4), stride=2, padding=1),
@@ -123,10 +155,13 @@ def depths(case: ConvCase, output: torch.Tensor) -> dict[str, int]:
     }
 
 
-CONVOLUTION, TRANSPOSED = (
+CONVOLUTION, DEPTHWISE, GROUPED, FIRST_LAYER, TRANSPOSED = (
     Operator(name=name, cases=cases, operands=operands, ours=by_us, theirs=by_pytorch, depths=depths)
     for name, cases in (
         ("convolution", CONVOLUTIONS),
+        ("depthwise convolution", DEPTHWISE_CONVOLUTIONS),
+        ("grouped convolution", GROUPED_CONVOLUTIONS),
+        ("first layer", FIRST_LAYERS),
         ("transposed convolution", TRANSPOSED_CONVOLUTIONS),
     )
 )
