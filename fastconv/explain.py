@@ -1,4 +1,5 @@
-"""What runs for each convolution of a model, or the chain it is fused into, found by running its shapes through it."""
+"""What runs for each convolution of a model, or the chain it is fused into, and for each pool, found by running its
+shapes through it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastconv import functional
-from fastconv.convert import Layer, Report, convert, convolutions, is_converted, kind, reason_against, revert, table
+from fastconv.convert import (
+    Layer,
+    Report,
+    convert,
+    convolutions,
+    is_converted,
+    kind,
+    pools,
+    reason_against,
+    revert,
+    table,
+)
 from fastconv.fuse import norms
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Plan
@@ -29,6 +41,7 @@ from fastconv.settings import settings
 from fastconv.traffic import Pass, Traffic
 
 log = logging.getLogger("fastconv")
+COLUMNS = ("", "pass", "family", "kernel", "tile", "tile from", "MB", "predicted", "no other family, since")
 
 
 @dataclass(frozen=True)
@@ -98,19 +111,19 @@ class Explanation(Report):
         return self._sum(lambda run: run.pytorch)
 
     def _sum(self, step: Callable[[Run], Step]) -> Moved:
-        counted = [(run.times, step(run).moved) for layer in self.layers for run in layer.runs]
+        counted = [(run.times, step(run).moved) for layer in (*self.layers, *self.pools) for run in layer.runs]
         return Moved(
             sum(times * moved.forward for times, moved in counted),
             sum(times * moved.backward for times, moved in counted),
         )
 
     def __str__(self) -> str:
-        if not self.layers:
+        if not self.layers and not self.pools:
             return super().__str__()
         # Lines of their own, and the rows of one table.
-        lines: list[str | list[str]] = [["", "pass", "kernel", "tile", "tile from", "MB", "predicted"]]
+        lines: list[str | list[str]] = [[*COLUMNS]]
         chains = self.chains
-        for layer in self.layers:
+        for layer in (*self.layers, *self.pools):
             chain = chains.get(layer.name)
             head = f"{(chain.chain if chain else layer.name) or '(the model)'}  {layer.kind}"
             if not layer.runs:
@@ -131,8 +144,8 @@ class Explanation(Report):
 
 
 def explain(model: Module, *inputs: Any) -> Explanation:
-    """What runs for each convolution layer of ``model(*inputs)``, or for the chain that it is fused into: kernels,
-    tiles, where these are from, bytes; and why PyTorch's own operators do the rest.
+    """What runs for each convolution layer of ``model(*inputs)``, or for the chain that it is fused into, and for each
+    pool: kernels and their family, tiles, where these are from, bytes; and why PyTorch's own operators do the rest.
 
     A model without any of fastconv's layers is explained as ``convert(model)`` would make it. Of any other, chains are
     explained as they are, and layers that ``convert`` would still take as taken.
@@ -146,7 +159,7 @@ def explain(model: Module, *inputs: Any) -> Explanation:
 
     Raises what the model raises.
     """
-    found = list(convolutions(model))
+    found = [[*convolutions(model)], [*pools(model)]]
     mode = FakeTensorMode()
     with settings(strict=False):
         watch = _run_without_data(model, inputs, mode)
@@ -154,20 +167,22 @@ def explain(model: Module, *inputs: Any) -> Explanation:
             watch = _Watch(copy.deepcopy(model, _shared(model)), mode)
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 watch.run(inputs)
-    layers = []
-    for name, layer in found:
-        runs = tuple(watch.runs.get(name, {}).values())
-        reason = reason_against(layer)
-        if runs and all(run.reason for run in runs):
-            reason = runs[0].reason
-        layers.append(Layer(name, kind(layer), reason, runs))
     fused = []
     for norm in watch.norms:
         runs = tuple(watch.runs.get(norm.conv or "", {}).values()) if norm.chain else ()
         if runs and not any(run.fused for run in runs):
             norm = replace(norm, chain=None, reason=runs[0].form)
         fused.append(norm)
-    return Explanation(tuple(layers), tuple(fused), watch.gpu)
+    layers, pooling = (tuple(_explained(*layer, watch) for layer in kinds) for kinds in found)
+    return Explanation(layers, tuple(fused), watch.gpu, pools=pooling)
+
+
+def _explained(name: str, layer: Module, watch: _Watch) -> Layer:
+    runs = tuple(watch.runs.get(name, {}).values())
+    reason = reason_against(layer)
+    if runs and all(run.reason for run in runs):
+        reason = runs[0].reason
+    return Layer(name, kind(layer), reason, runs)
 
 
 def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMode) -> _Watch | None:
@@ -206,8 +221,8 @@ class _Watch:
         self._hooks: set[int] = set()
         self._in_chain = False
         self._thread = get_ident()
-        for name, layer in convolutions(model):
-            if isinstance(layer, _ConvNd) and not reason_against(layer):
+        for name, layer in (*convolutions(model), *pools(model)):
+            if not reason_against(layer):
                 revert(layer)
                 handle = layer.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
                 self._hooks.add(handle.id)
@@ -270,7 +285,7 @@ class _Watch:
             ours = _counted(conv, args, kwargs, our_steps, end)
         if any(found.choice for found in ours.passes):
             self.gpu = dispatch.target(x.device).name
-        reason = functional.served(x, functional._autocast_dtype(x))
+        reason = functional.served(x, functional._autocast_dtype(x) if isinstance(layer, _ConvNd) else None)
         plans = [found.plan for found in ours.passes if found.plan is not None]
         if plans and all(plan.choice is None for plan in plans):
             reason = "; ".join(reason for _, reason in plans[0].reasons)
@@ -339,6 +354,7 @@ def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps:
     kept = torch.autograd._unsafe_preserve_version_counter(tuple(buffers))
     with saved_tensors_hooks(Tensor.detach, Tensor.detach), kept, Traffic() as forward:
         z = call_chain(args[0], conv, steps, end) if steps else conv(*args, **kwargs)
+    z = z[0] if isinstance(z, tuple) else z  # without a pool's indices
     with torch.autograd.set_multithreading_enabled(False), Traffic() as backward:
         if z.requires_grad:
             torch.autograd.grad(z, wanted, torch.empty_like(z), allow_unused=True)
@@ -410,28 +426,27 @@ def _lines(run: Run) -> Iterator[str | list[str]]:
             yield _row(found, moved.total)
         others = _named(rest, moved.total)
         if others:
-            yield ["", "", "PyTorch's " + ", ".join(others), "", "", _mb(rest.total()), ""]
+            yield ["", "", "", "PyTorch's " + ", ".join(others), "", "", _mb(rest.total()), "", ""]
 
 
 def _row(found: Pass, total: int) -> list[str]:
-    """Pass, kernels, tile, its origin, bytes and prediction."""
+    """The cells of `COLUMNS`."""
     kernels = [launched.name.removesuffix("_kernel") for launched in found.launches]
     kernels += [f"PyTorch's {name}" for name in _named(found.operators, total)]
-    cells = ["", found.name, ", ".join(dict.fromkeys(kernels))]
+    served = found.plan is not None and found.plan.choice is not None
+    cells = ["", found.name, found.plan.family if found.plan and served else "", ", ".join(dict.fromkeys(kernels))]
+    others = "; ".join(f"{family}: {reason}" for family, reason in (found.plan.reasons if found.plan else ()))
     if found.choice is None:
-        reasons = found.plan.reasons if found.plan else ()
-        return [*cells, "", "", _mb(found.bytes), "; ".join(reason for _, reason in reasons)]
-    config = found.choice.config
-    blocks = [f"{name.removeprefix('BLOCK_')}{value}" for name, value in config.items() if name.startswith("BLOCK_")]
-    rest = [
-        f"{name.removeprefix('num_').lower()} {value}"
-        for name, value in config.items()
-        if not name.startswith("BLOCK_")
-    ]
+        return [*cells, "", "", _mb(found.bytes), "", others]
+    # Of what there is one of nothing is said.
+    config = {name: value for name, value in found.choice.config.items() if value > 1}
+    blocks = " ".join(f"{name.removeprefix('BLOCK_')}{n}" for name, n in config.items() if name.startswith("BLOCK_"))
+    rest = [f"{name.removeprefix('num_').lower()} {n}" for name, n in config.items() if not name.startswith("BLOCK_")]
+    tile = ", ".join(filter(None, (blocks, *rest)))
     predicted = f"{found.choice.seconds * 1e6:.1f} us, bound by {found.choice.bound}"
     if found.choice.bound == "interpreter":
         predicted = "interpreted"
-    return [*cells, ", ".join([" ".join(blocks), *rest]), found.choice.source, _mb(found.bytes), predicted]
+    return [*cells, tile, found.choice.source, _mb(found.bytes), predicted, others]
 
 
 def _named(operators: Counter[str], total: int) -> list[str]:

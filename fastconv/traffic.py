@@ -20,12 +20,13 @@ from fastconv.autotune import Choice
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import Record, decisions, record
 
-# What the operators do around a convolution's three directions; any other goes by its own name.
+# What the operators do around a convolution's three directions and a pool's two; any other goes by its own name.
 _NAMES = {
     "batch_norm_act": "apply",
     "batch_norm_act_sums": "sums",
     "batch_norm_act_gradient": "gradient",
     "channel_sum": "bias",
+    "max_pool_indices": "indices",
 }
 # Batch norm, with the argument that says whether its statistics are the batch's, and its backward.
 _NORMS = {
@@ -46,15 +47,16 @@ class Pass:
     """One call of an operator of fastconv's: what was decided for it, what it launched, what else ran inside."""
 
     operator: str  # "conv_fprop"
-    plan: Plan | None  # of a convolution
+    plan: Plan | None  # of a convolution or a pool
     choice: Choice | None  # the tile; None where PyTorch's own operators do it
     launches: tuple[Record, ...]
     operators: Counter[str]  # PyTorch's: copies to another memory format, or all of it where no kernel serves the call
 
     @property
     def name(self) -> str:
-        """fprop, dgrad, wgrad, the same with statistics, apply, sums, gradient, bias."""
-        if self.plan is None:
+        """fprop, dgrad, wgrad, the same with statistics, apply, sums, gradient, bias; of a pool forward, backward and
+        indices."""
+        if self.plan is None or self.operator in _NAMES:
             return _NAMES.get(self.operator, self.operator)
         return self.plan.direction + (", statistics" if self.operator == "conv_statistics" else "")
 
@@ -130,6 +132,8 @@ def _further_reads(name: str, args: Any) -> dict[int, int]:
     """How often an operator reads which of its arguments beside once; -1: not at all."""
     if name in _WRITES:
         return {0: -1}
+    if "pool" in name and "_backward" in name:
+        return {1: -1}  # the input, of which they take the shape
     if name in _NORMS:
         return {0: 1} if args[_NORMS[name]] else {}
     if name == "aten::_batch_norm_with_update":

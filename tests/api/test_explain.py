@@ -232,6 +232,68 @@ def test_bytes_of_a_layer_and_of_pytorchs() -> None:
         assert fastconv.explain(layer, x).moved == Moved(each, 0)
 
 
+POOLS: dict[str, tuple[torch.nn.Module, tuple[int, ...], list[str]]] = {
+    "maximum": (nn.MaxPool2d(3, 2, 1), (2, 8, 9, 7), ["forward", "backward"]),
+    "with indices": (nn.MaxPool2d(2, return_indices=True), (2, 8, 9, 7), ["forward", "indices", "backward"]),
+    "average, 1-d": (nn.AvgPool1d(3), (2, 8, 9), ["forward", "backward"]),
+    "global": (nn.AdaptiveAvgPool2d(1), (2, 8, 5, 6), ["forward", "backward"]),
+    "adaptive, 3-d": (nn.AdaptiveMaxPool3d(2), (2, 3, 4, 3, 5), ["forward", "backward"]),
+    "power": (nn.LPPool2d(2, 2), (2, 8, 6, 6), ["forward", "backward"]),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pools(name: str) -> None:
+    pool, shape, passes = POOLS[name]
+    x = torch.rand(shape, device=DEVICE, requires_grad=True)
+    explanation = fastconv.explain(pool, x)
+    ((found,), layers) = explanation.pools, explanation.layers
+    assert (found.kind, found.reason, layers) == (type(pool).__name__, None, ())
+    (run,) = found.runs
+    assert [each.name for each in run.ours.passes] == passes
+    assert {plan.family for plan in found.plans} == {"pool"}
+    assert "1 of 1 pools on fastconv's kernels" in str(explanation)
+    with record() as launches:
+        y = pool(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))
+    named = [launched for each in run.ours.passes for launched in each.launches]
+    assert [(r.name, r.launch.grid, r.shapes) for r in named] == [(r.name, r.launch.grid, r.shapes) for r in launches]
+
+
+def test_bytes_of_a_pool_and_of_pytorchs() -> None:
+    pool = torch.nn.MaxPool2d(2)
+    x = torch.randn(2, 8, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (found,) = fastconv.explain(pool, x).pools
+    (run,) = found.runs
+    assert type(pool) is torch.nn.MaxPool2d
+    # x is 256 floats and y 64; one byte a maximum is kept, PyTorch keeps eight.
+    assert run.ours.forward.bytes == 4 * 320 + 64
+    assert run.pytorch.moved == Moved(4 * 320 + 8 * 64, 4 * 320 + 8 * 64)
+    with torch.inference_mode():
+        assert fastconv.explain(pool, x).moved == Moved(4 * 320, 0)
+    doubles = torch.zeros(2, 8, 4, 4, dtype=torch.float64, device=DEVICE)
+    (left,) = fastconv.explain(pool, doubles).pools
+    assert left.reason == "torch.float64 is not one of float32, float16, bfloat16"
+
+
+def test_pools_beside_convolutions_and_the_families_of_these() -> None:
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.MaxPool2d(2), torch.nn.Conv2d(8, 8, 3, groups=2)),
+        torch.nn.AdaptiveAvgPool2d(1),
+    ).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        explanation = fastconv.explain(model, torch.randn(2, 8, 12, 12, device=DEVICE))
+    families = [{plan.family for plan in layer.plans} for layer in (*explanation.layers, *explanation.pools)]
+    assert families == [{"depthwise"}, {"grouped"}, {"pool"}, {"pool"}]
+    text = str(explanation)
+    assert "2 of 2 convolution layers and 2 of 2 pools on fastconv's kernels" in text
+    assert "1  MaxPool2d  max N2 C8 10x10 -> 5x5 2x2 stride 2 bfloat16" in text
+    assert "depthwise: 4 input channels a group" in text
+    counted = sum(run.ours.moved.total for layer in (*explanation.layers, *explanation.pools) for run in layer.runs)
+    assert explanation.moved.total == counted
+
+
 class Net(torch.nn.Module):
     """Batch norm in training, a layer called with two sizes, one never called, one that stays PyTorch's."""
 
@@ -321,11 +383,13 @@ def test_table_for_a_gpu(gpu) -> None:
         explanation = fastconv.explain(model.bfloat16().to(DEVICE), torch.randn(32, 64, 56, 56).bfloat16().to(DEVICE))
     assert explanation.gpu == gpu.name
     lines = str(explanation).splitlines()
-    assert lines[0].split() == ["pass", "kernel", "tile", "tile", "from", "MB", "predicted"]
+    assert lines[0].split()[:5] == ["pass", "family", "kernel", "tile", "tile"]
     assert lines[1] == "0  Conv2d  N32 C64 56x56 -> K128 3x3 padding 1 bfloat16"
     assert " MB (" in lines[2] and "PyTorch's own operators" in lines[2]
-    assert lines[3].split()[0] == "fprop" and " conv_gather" in lines[3] and " cost model " in lines[3]
-    assert " us, bound by " in lines[3]
+    assert lines[3].split()[:2] == ["fprop", "gather"] and " conv_gather" in lines[3] and " cost model " in lines[3]
+    assert " us, bound by " in lines[3] and lines[3].endswith(
+        "depthwise: 64 input channels a group; grouped: one group"
+    )
     wgrad = next(line for line in lines if line.split()[0] == "wgrad")
     assert " conv_wgrad" in wgrad
     assert lines[-3:-1] == [f"planned for the {gpu.name}", "1 of 1 convolution layers on fastconv's kernels"]

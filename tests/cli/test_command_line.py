@@ -170,12 +170,12 @@ def test_explain_says_what_is_fused_and_what_moves(train: bool, capsys: pytest.C
     assert lines[2].startswith(f"  {form}: ")
     passes = [line.split()[0] for line in lines if line.startswith("  ") and " cost model " in line]
     assert passes == (
-        ["fprop,", "apply", "sums", "gradient", "wgrad", "fprop", "dgrad", "wgrad", "bias"]
+        ["fprop,", "apply", "sums", "gradient", "wgrad", "fprop", "dgrad", "wgrad", "bias", "forward", "backward"]
         if train
-        else ["fprop", "fprop"]
+        else ["fprop", "fprop", "forward"]
     )
     assert lines[-3:-1] == [
         "planned for the NVIDIA H200",
-        "2 of 2 convolution layers on fastconv's kernels, 1 of 1 batch norms fused into them",
+        "2 of 2 convolution layers and 1 of 1 pools on fastconv's kernels, 1 of 1 batch norms fused into them",
     ]
     assert (" backward)" in lines[-1]) == train
