@@ -80,6 +80,13 @@ def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.C
 
 
 @interpreted
+def test_a_model_without_operators_of_a_kind_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "bench --dry-run --layers --kind pool --kind grouped --size 5 --model tests.cli.tiny:large --out"
+    assert run([*line.split(), str(tmp_path)]) == 2
+    assert "tests.cli.tiny:large calls no pool and no grouped operator" in capsys.readouterr().err
+
+
+@interpreted
 def test_an_out_that_is_a_file_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert run(["bench", "--dry-run", "--out", str(tmp_path / "file")]) == 2

@@ -179,11 +179,11 @@ def test_what_operators_launch_is_found_without_data() -> None:
     tasks = operators.tasks_of(kinds, lambda name: subject, torch.bfloat16)
     with launch.record() as records:
         operators.plan_each(tasks, torch.bfloat16, CPU)
-    launched = Counter(record.name for record in records)
+    found = Counter(record.launch.compile_key for record in records)
     for task in tasks:
         for row in task.rows:
             assert row["status"] == "ok", row["reason"]
             with launch.record() as records:
                 operators._is_right(row, task.operator, operators._drawn(task.operator, torch.bfloat16, CPU))
-            launched -= Counter(record.name for record in records)
-    assert not launched
+            found -= Counter(record.launch.compile_key for record in records)
+    assert not found

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastconv.cli import checks, models
 from fastconv.cli.checks.operator import compare
-from fastconv.cli.measure import ahead, block_times, network
+from fastconv.cli.measure import ahead, block_times, network, operators
 from fastconv.cli.measure.clock import CudaClock
 from fastconv.cli.measure.screen import Progress
 
@@ -47,6 +47,24 @@ def test_a_block_is_replayed_from_cuda_graphs(progress: Progress, monkeypatch: p
         for provider in (eager, ours):
             assert provider["reason"] is None and provider["graph"]
             assert provider["ms"]["median"] > 0 and provider["gb_per_s"] > 0 and provider["peak_bytes"] > 0
+
+
+def test_an_operator_of_each_kind_is_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "COMPILE_SECONDS", math.inf)
+    tasks = operators.tasks_of(operators.KINDS, operators.networks_on_meta(4, None), torch.bfloat16, most=1)
+    compiled = ahead.compile_kernels(lambda: operators.plan_each(tasks, torch.bfloat16, GPU))
+    assert (compiled["verdict"], compiled["reason"]) == ("right", None) and compiled["kernels"] > 0
+    parts = operators.measure(tasks, 4, torch.bfloat16, GPU, CudaClock(), 1e12, progress, lambda part: None)
+    assert [part["id"] for part in parts] == [f"operators-{kind.name}" for kind in operators.KINDS]
+    for part in parts:
+        assert part["verdict"] == "right", part["reason"]
+        for row in part["rows"]:
+            statuses = {provider["provider"]: provider["status"] for provider in row["providers"]}
+            assert statuses == dict.fromkeys(operators.ANY, "ok") | {
+                operators.OURS: "ok",
+                operators.COMPILED: "skipped",
+            }
+            assert row["speed"] > 0 and row["share"] > 0
 
 
 @pytest.mark.parametrize("mode", network.MODES)

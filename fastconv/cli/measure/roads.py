@@ -174,6 +174,8 @@ def _layers(it: Measuring) -> None:
         subject, most = load(wishes.model, batch, wishes.size), None
         kinds, subjects = [replace(kind, networks=(wishes.model,)) for kind in kinds], lambda _: subject
     tasks = operators.tasks_of(kinds, subjects, it.dtype, most)
+    if not tasks:
+        raise BadUsage(f"{wishes.model} calls no {' and no '.join(kind.name for kind in kinds)} operator")
     it.compile(lambda: operators.plan_each(tasks, it.dtype, it.device))
     it.output.put(host.host_time(it.device, it.deadline))
     arguments = (tasks, batch, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -110,13 +111,14 @@ def _operators(part: Part) -> list[RenderableType]:
             "; ".join(filter(None, why)),
         )
     lines: list[RenderableType] = [table]
-    timed = [row for row in part["rows"] if row.get("speed")]
+    timed = [row for row in part["rows"] if row.get("speed") and "noise" in row]
     if timed:
         reached = sum("speed" not in row["missed"] for row in timed)
         rivals = " and ".join(part["rivals"])
         lines.append(
             f"{reached} of {len(timed)} reach {part['speed_target']} of the speed of {rivals}; "
-            f"{sum(map(_lost, timed))} are slower than PyTorch's fastest."
+            f"{sum(map(_lost, timed))} are slower than PyTorch's fastest. One provider measured twice differs by "
+            f"{statistics.median(row['noise'] for row in timed):.1%}, the median of all rows."
         )
     large = [row for row in timed if row["large"]] if part["share_target"] else []
     if large:
