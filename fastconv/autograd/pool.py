@@ -282,11 +282,15 @@ class MaxPool(Function):
         y, taps = max_pool_op(x, output_size, *geometry, True)
         ctx.save_for_backward(taps)
         ctx.mark_non_differentiable(taps)
+        # Else autograd makes a gradient of zeros for the taps.
+        ctx.set_materialize_grads(False)
         ctx.arguments = x.shape[2:], geometry, is_channels_last(x.shape, x.stride())
         return y, taps
 
     @staticmethod
     def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None
         (taps,) = ctx.saved_tensors
         if _tracked(dy):
             return MaxPoolBackward.apply(dy, taps, *ctx.arguments), None, None
