@@ -29,6 +29,7 @@ class Call:
     returned: Sizes | None = None  # strides of the copy that is returned; None: as written
     workspace: int = 0  # fp32 elements between a first and a second launch
     partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
+    packed: int = 0  # elements of the second operand as the first launch lays it out for the second
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
@@ -67,6 +68,10 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
             for t, strides in zip(operands, call.copies, strict=True)
         )
     launch = call.launches[-1]
+    if call.packed:
+        packed = first.new_empty(call.packed)
+        run(call.launches[0], operands[1], packed)
+        operands = (operands[0], packed, *operands[2:])
     if call.workspace:
         workspace = first.new_empty(call.workspace, dtype=torch.float32)
         before = call.launches[0]

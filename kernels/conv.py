@@ -210,6 +210,9 @@ def _prepare_gather(
     if statistics:
         tiles, groups, _ = launches[-1].grid
         partials = (tiles // -(-shape[1] // groups // launches[-1].constants["BLOCK_K"]), shape[1])
+    if family == "rows":
+        packed = int(launches[0].scalars[-1])
+        return Call(tuple(copies), launches, shape, strides, returned, partials=partials, packed=packed)
     workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
     return Call(tuple(copies), launches, shape, strides, returned, workspace, partials)
 
@@ -258,7 +261,9 @@ def _prepare_wgrad(
         packed=format == PACKED,
     )
     family, config, launches = _plan("wgrad", problem, gpu, layout)
-    workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
+    # Where neighbouring outputs share a run, the gradients of each lie apart.
+    columns = launches[0].constants["COLUMNS"] if family == "rows" else 1
+    workspace = config["SPLITS"] * columns * prod(shape) if len(launches) > 1 else 0
     if format == PACKED and family != "depthwise":
         return Call(copies, launches, shape, strides_like(shape, False), strides, workspace=workspace)
     return Call(copies, launches, shape, strides, workspace=workspace)

@@ -202,7 +202,6 @@ def conv_gather_kernel(
         phase_w, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD
     )
     taps = taps_h * taps_w
-    x_d, hop_d, tap_d, skip_d, taps_d = 0, 0, 0, 0, 1
     if RANK == 3:
         first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = _axis(
             phase_d, O, T, stride_d, padding_d, dilation_d, gcd_d, inverse_d, DGRAD

@@ -20,6 +20,7 @@ from fastconv.autotune import gpus as gpu_table
 from fastconv.kernels import mend
 from fastconv.kernels.conv_depthwise import MAX_ROW, MAX_STRIDE, conv_depthwise, conv_depthwise_wgrad
 from fastconv.kernels.conv_gather import conv_gather, packed_groups
+from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
 from fastconv.kernels.conv_wgrad import conv_wgrad
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch, decided
@@ -27,7 +28,15 @@ from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_str
 from fastconv.kernels.pool_gradient import pool_backward
 from fastconv.kernels.pool_window import pool_forward
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
-from fastconv.kernels.tiles import depthwise_tile, depthwise_wgrad_tile, gather_tile, pool_tile, wgrad_tile
+from fastconv.kernels.tiles import (
+    depthwise_tile,
+    depthwise_wgrad_tile,
+    gather_tile,
+    pool_tile,
+    rows_tile,
+    rows_wgrad_tile,
+    wgrad_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Plan:
 @dataclass(frozen=True)
 class Family:
     name: str
-    unsupported: Callable[[str, Any, Gpu], str | None]  # of a problem a reason, or None
+    unsupported: Callable[[str, Any, Gpu, Layout], str | None]  # of a problem a reason, or None
     plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
 
 
@@ -78,13 +87,13 @@ def _convolution_unserved(problem: ConvProblem, gpu: Gpu) -> str | None:
     return _unserved(problem.dtype, gpu)
 
 
-def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     if problem.groups > 65535:
         return f"{problem.groups} groups are more than a grid's second axis holds"
     return _convolution_unserved(problem, gpu)
 
 
-def _grouped_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+def _grouped_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     if problem.groups == 1:
         return "one group"
     if problem.in_channels == problem.groups:
@@ -92,7 +101,7 @@ def _grouped_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str 
     if packed_groups(direction, problem) == 1:
         widths = problem.in_channels // problem.groups, problem.out_channels // problem.groups
         return f"{problem.groups} groups of {widths[0]} to {widths[1]} channels: no two share a tile"
-    return _gather_unsupported(direction, problem, gpu)
+    return _gather_unsupported(direction, problem, gpu, layout)
 
 
 def _plan_gather(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
@@ -117,7 +126,27 @@ def _plan_packed(
     return choice, conv_gather(direction, problem, config, precision, source, other, bias, epilogue, pack)
 
 
-def _pool_unsupported(direction: str, problem: PoolProblem, gpu: Gpu) -> str | None:
+def _rows_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    form = row_form(problem, layout.source)
+    if isinstance(form, str):
+        return form
+    if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
+        return "fp32 products outside the tensor cores"
+    return _gather_unsupported(direction, problem, gpu, layout)
+
+
+def _plan_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    form = row_form(problem, source)
+    assert isinstance(form, Rows)
+    if direction == "wgrad":
+        choice = rows_wgrad_tile(problem, form, precision, gpu)
+        return choice, conv_rows_wgrad(problem, form, choice.config, precision, source, other, layout.channels_last)
+    choice = rows_tile(problem, form, precision, gpu)
+    return choice, conv_rows(problem, form, choice.config, precision, source, other, layout.bias, layout.epilogue)
+
+
+def _pool_unsupported(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> str | None:
     # Rows are numbered in 32 bits, with room for the last tile: pixels, or the lines of planes.
     lines = problem.batch * problem.channels * max(prod(problem.input_size[:-1]), prod(problem.output_size[:-1]))
     if max(problem.input_pixels, problem.output_pixels, lines) > INT32_MAX - 2**16:
@@ -139,7 +168,7 @@ def _plan_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -
     return choice, (pool_backward(problem, choice.config, layout.channels_last, strides),)
 
 
-def _depthwise_unsupported(direction: str, problem: ConvProblem, gpu: Gpu) -> str | None:
+def _depthwise_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     if problem.groups == 1 or problem.in_channels != problem.groups:
         return f"{problem.in_channels // problem.groups} input channels a group"
     if problem.filter_size[-1] > MAX_ROW:
@@ -164,10 +193,13 @@ def _plan_depthwise(
 
 DEPTHWISE = Family("depthwise", _depthwise_unsupported, _plan_depthwise)
 GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
+ROWS = Family("rows", _rows_unsupported, _plan_rows)
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
-    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, GATHER)),
+    # An image's gradient is hardly ever asked for.
+    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GATHER)),
+    "dgrad": (DEPTHWISE, GROUPED, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }
 
@@ -176,7 +208,7 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
     for family in FAMILIES[direction]:
-        reason = family.unsupported(direction, problem, gpu)
+        reason = family.unsupported(direction, problem, gpu, layout)
         if reason is None:
             choice, launches = family.plan(direction, problem, gpu, layout)
             return decided(Plan(direction, problem, family.name, choice, launches, tuple(reasons)))

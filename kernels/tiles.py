@@ -11,6 +11,7 @@ import torch
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_wgrad import wgrad_flat
 from fastconv.kernels.launch import decided
 from fastconv.kernels.layout import common, vector
@@ -77,6 +78,18 @@ WGRAD = Space(
     },
     _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
+# As many runs as threads: then a NaN's tile is walked in few registers.
+ROWS = Space(
+    "conv_rows",
+    {"BLOCK_M": (256, 128), "BLOCK_K": (32, 16), "BLOCK_C": (32, 64), "num_warps": (8, 4), "num_stages": (4, 3)},
+    lambda config: (
+        None
+        if config["BLOCK_M"] == 32 * config["num_warps"]
+        and config["num_stages"] == (3 if config["BLOCK_C"] > 32 else 4)
+        else "other warps or copies in flight than its sides ask for"
+    ),
+)
+ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, WGRAD.valid)
 PIXELS = Space(
     "pixels",
     {"BLOCK_M": (32,), "BLOCK_K": (64,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (3,)},
@@ -141,6 +154,8 @@ INTERPRETED = {
         for name in ("conv_gather", "conv_gather_split")
     },
     "conv_wgrad": Space("conv_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
+    "conv_rows": Space("conv_rows", {**_PRODUCT, "BLOCK_M": (16, 64, 256, 1024, 4096), "BLOCK_K": (16, 64)}),
+    "conv_rows_wgrad": Space("conv_rows_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
     **{
         name: Space(name, {**POOL_SINGLE.ranges, "BLOCK": tuple(2**i for i in range(6, 19, 2))})
         for name in ("pool", "pool_max", "pool_single", "pool_split", "pool_planes")
@@ -223,7 +238,7 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
     pairs = flat(problem.taps, c, pack)
     source = (8 if problem.rank == 3 else 5) if pairs else _single(problem, c)
     result = 6 if _single(problem, k) else 0
-    weight = _single(problem, k) if direction == "dgrad" else source
+    weight: float = _single(problem, k) if direction == "dgrad" else source
     if pack > 1:
         source, weight = min(source, 4), _packed(problem)
     single = source, weight, result
@@ -363,6 +378,68 @@ def depthwise_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
 
     space = DEPTHWISE_WGRAD if problem.filter_size[-1] <= 3 else DEPTHWISE_WGRAD_LONG
     return _choose(space, problem, work, gpu)
+
+
+def rows_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Choice:
+    """The tile of fprop by rows."""
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    runs = problem.output_pixels // problem.output_size[-1] * _cdiv(problem.output_size[-1], form.columns)
+
+    def work(config: Config) -> Work:
+        m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
+        columns = form.columns * n
+        threads = 32 * warps
+        registers = 40 + m * columns // threads + 5 * m * depth // (form.vec * threads)
+        if _single(problem, problem.out_channels):
+            registers += 3 * m * columns // threads
+        if gpu.arch < 90:
+            registers += (m + 2 * columns) * depth // 256
+        return Work(
+            programs=_cdiv(runs, m) * _cdiv(problem.out_channels, n),
+            steps=_cdiv(rows_of(problem) * form.run, depth),
+            step_flops=2 * m * columns * depth,
+            step_elements=(m + columns) * depth,
+            # Of a run its neighbour's part comes from L1.
+            step_bytes=(m * depth // 2 + columns * depth) * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + columns) * depth * element,
+            registers=registers,
+            warps=warps,
+            stages=config["num_stages"],
+            matrix_share=share,
+        )
+
+    return _choose(ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)})
+
+
+def rows_wgrad_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Choice:
+    """The tile of wgrad by rows, and into how many parts its pixels are split."""
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    runs = problem.output_pixels // problem.output_size[-1] * _cdiv(problem.output_size[-1], form.columns)
+    rows, columns = form.columns * problem.out_channels, rows_of(problem) * form.run
+    single = 8 / form.vec, _single(problem, problem.out_channels), 0
+
+    def work(config: Config) -> Work:
+        m, n, depth, splits = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["SPLITS"]
+        partials = splits * form.columns
+        return Work(
+            programs=_cdiv(rows, m) * _cdiv(columns, n) * splits,
+            steps=_cdiv(_cdiv(runs, depth), splits),
+            step_flops=2 * m * n * depth,
+            step_elements=(m + n) * depth,
+            step_bytes=(m + n) * depth * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + n) * depth * element,
+            registers=_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", single, share == 0, gpu),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=share,
+            extra_bytes=2 * partials * prod(problem.weight_shape) * 4 if partials > 1 else 0,
+        )
+
+    # All rows of a filter in one program where registers allow, so that dy is read once.
+    width = {"BLOCK_K": min(128, rows), "BLOCK_C": min(128, columns)}
+    return _choose(ROWS_WGRAD, (problem, form, precision), work, gpu, width)
 
 
 def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from fastconv.kernels import conv, mend
+from fastconv.kernels.launch import Record
 from fastconv.kernels.layout import strides_like
 from fastconv.kernels.problem import ConvProblem, conv_problem
 
@@ -89,3 +91,15 @@ def depths(problem: ConvProblem) -> tuple[int, int, int, int]:
     """Products summed for one element of fprop, dgrad, wgrad and the bias's gradient."""
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
     return c * problem.taps, k * problem.taps, problem.output_pixels, problem.output_pixels
+
+
+_FAMILIES = ("conv_rows", "conv_depthwise")
+
+
+def products_of(records: Iterable[Record]) -> list[str]:
+    """The kernels launched, a convolution's by the gather's name whichever family served it, its weight's packing left
+    out."""
+    names = [record.name for record in records if record.name != "conv_rows_pack_kernel"]
+    for family in _FAMILIES:
+        names = [name.replace(f"{family}_wgrad", "conv_wgrad").replace(family, "conv_gather") for name in names]
+    return names

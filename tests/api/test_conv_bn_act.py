@@ -22,6 +22,7 @@ import torch.nn.functional as theirs
 from torch import Tensor, nn
 
 import fastconv.functional as ours
+from convolutions import products_of
 from fastconv import settings
 from fastconv.autograd import conv_bn_act as autograd
 from fastconv.autotune import Choice
@@ -251,17 +252,14 @@ def check(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_torch(case: Case, training: bool) -> None:
     forward, backward = check(case, training)
-    names = [r.name for r in forward]
-    conv, wgrad = "conv_gather_kernel", "conv_wgrad_kernel"
-    if case.name.startswith("depthwise"):
-        conv, wgrad = "conv_depthwise_kernel", "conv_depthwise_wgrad_kernel"
+    names = products_of(forward)
     if training:
-        assert names == [conv, "combine_statistics_kernel", "batch_norm_act_kernel"]
+        assert names == ["conv_gather_kernel", "combine_statistics_kernel", "batch_norm_act_kernel"]
     else:
-        assert names[0] == conv and names[1:] in ([], ["batch_norm_act_kernel"])
-    names = [r.name for r in backward if r.name != "split_sum_kernel"]
+        assert names[0] == "conv_gather_kernel" and names[1:] in ([], ["batch_norm_act_kernel"])
+    names = [name for name in products_of(backward) if name != "split_sum_kernel"]
     sums = ["batch_norm_act_sums_kernel"] * (training or case.affine or case.bias or "prelu" in case.name)
-    assert names == [*sums, "batch_norm_act_gradient_kernel", conv, wgrad]
+    assert names == [*sums, "batch_norm_act_gradient_kernel", "conv_gather_kernel", "conv_wgrad_kernel"]
 
 
 @each_mode

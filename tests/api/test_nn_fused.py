@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastconv
+from convolutions import products_of
 from fastconv import nn
 from fastconv.kernels import mend
 from fastconv.kernels.launch import record
@@ -83,7 +84,7 @@ def test_training_and_inference(name: str) -> None:
     with torch.no_grad(), record() as launches:
         z = layer(*ours)
         close(z, plain(*theirs), "z in inference")
-    assert [launch.name for launch in launches] == ["conv_gather_kernel"]
+    assert products_of(launches) == ["conv_gather_kernel"]
 
 
 @pytest.mark.parametrize("name", ["1d", "2d", "3d"])

@@ -71,6 +71,23 @@ GROUPS = [
     layer(64, 32, 28, taps=1, groups=4),
 ]
 
+FIRST = [
+    layer(3, filters, 224, taps, stride, batch=batch)
+    for batch in (32, 256)
+    for filters, taps, stride in ((64, 7, 2), (32, 3, 2), (64, 3, 1))
+]
+# What else a row's code depends on: 1 to 4 channels, dtype, rank, filter, a single row.
+ROWS = [
+    layer(1, 6, 28, taps=5),
+    layer(2, 24, 64, stride=2),
+    layer(4, 64, 224, taps=7, stride=2),
+    layer(3, 96, 224, taps=11, stride=4, dtype=torch.float16),
+    layer(3, 64, 224, taps=7, stride=2, dtype=torch.float32),
+    layer(3, 64, 112, taps=7, stride=2, rank=3),
+    layer(1, 16, 16384, taps=9, stride=2, rank=1),
+    layer(3, 33, 224, stride=2, batch=1),
+]
+
 
 def planned(problems: list[ConvProblem], gpu: Gpu, epilogues: tuple[str, ...] = tuple(EPILOGUES)) -> Iterator:
     """(problem, direction, epilogue, family, launch) of every distinct product."""
@@ -138,4 +155,38 @@ def test_other_groups_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
     found = list(planned(GROUPS, gpu, ("plain", "statistics")))
     wrong, _ = complaints(found, gpu, allowed=32)
+    assert not any(wrong.values()), listed(found, wrong)
+
+
+@each_gpu
+def test_first_layers_read_rows(gpu: Gpu) -> None:
+    """No load of x waits, nor does one hold a channel alone; the packed weight comes by 16 bytes."""
+    found = [entry for entry in planned(FIRST, gpu) if entry[1] != "dgrad"]
+    wrong, compiled = complaints(found, gpu, allowed=8)
+    for _, direction, name, family, launch in found:
+        if launch.name not in ("conv_rows_kernel", "conv_rows_wgrad_kernel"):
+            continue
+        binary: Compiled = compiled[launch.compile_key, gpu.arch]
+        mine = wrong[launch.compile_key]
+        if binary.global_accesses("LDGSTS").keys() != {launch.constants["VEC"] * 2, 16}:
+            mine.append(f"{family}, asynchronous loads of {binary.global_accesses('LDGSTS')} bytes")
+        # A NaN's tile is walked by one element of x and one of the weight at a time.
+        singly = sum(count for width, count in binary.global_accesses("LDG").items() if width < 4)
+        if singly > (2 if direction == "fprop" else 0):
+            mine.append(f"{name}: loads of {binary.global_accesses('LDG')} bytes")
+        if direction == "fprop" and not binary.global_accesses("STG").get(16):
+            mine.append(f"stores of {binary.global_accesses('STG')} bytes")
+        # A gather of (tap, channel) pairs takes 235.
+        if name == "plain" and binary.registers > (232 if gpu.arch == 80 else 200):
+            mine.append(f"{binary.registers} registers")
+    assert {entry[3] for entry in found} == {"rows"}
+    assert not any(wrong.values()), listed(found, wrong)
+
+
+@each_gpu
+def test_other_first_layers_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
+    found = [entry for entry in planned(ROWS, gpu, ("plain", "statistics")) if entry[1] != "dgrad"]
+    wrong, _ = complaints(found, gpu, allowed=32)
+    assert {entry[3] for entry in found} == {"rows"}
     assert not any(wrong.values()), listed(found, wrong)

@@ -158,7 +158,7 @@ def test_each_direction_has_fifty_problems() -> None:
     ("case", "direction", "reason"),
     [
         (Case("", 1, 8, 8, (9, 9), (3, 3)), "fprop", "8 input channels a group"),
-        (Case("", 1, 1, 8, (9, 9), (3, 3)), "fprop", "1 input channels a group"),
+        (Case("", 1, 1, 8, (9, 9), (3, 3)), "dgrad", "1 input channels a group"),
         (depthwise("", 8, (9, 40), (3, 32)), "fprop", "a filter of more than 31 columns"),
         (depthwise("", 8, (9, 40), (3, 3), (1, 9)), "dgrad", "a stride of more than 8 columns"),
     ],

@@ -1,0 +1,227 @@
+"""Convolution of few input channels by the rows of its filter, against fp64; dgrad goes by the gather beside it.
+
+Runs begin before the window and end after it: what lies there, infinities included, must stay out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from convolutions import DEVICE, Case, computed, depths, expected
+from fastconv.autotune import Choice, gpus
+from fastconv.kernels import call, conv, dispatch, mend
+from fastconv.kernels.conv_rows import Rows, row_form
+from fastconv.kernels.launch import record
+from fastconv.kernels.problem import DIRECTIONS
+from reference import assert_close, assert_equal, exact_limit, integers
+
+pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RESULTS = (*DIRECTIONS, "bias gradient")
+
+
+def _few_channels() -> Iterator[Case]:
+    """Every number of channels with every stride, filter and padding: each alignment of a run."""
+    for c in (1, 2, 3, 4):
+        for stride in (1, 2, 3):
+            for s, padding in ((2, 0), (3, 1), (5, 1), (7, 3)):
+                index = c + stride + s
+                yield Case(
+                    f"{c} channels stride {stride} filter {s} padding {padding}",
+                    *(1 + index % 2, c, 5 + 3 * (index % 4), (4 + index % 3, 8 + 2 * (index % 3)), (1 + s % 3, s)),
+                    *((1 + index % 2, stride), (index % 2, padding), (1 + index % 2, 1)),
+                )
+
+
+CASES = (
+    *_few_channels(),
+    Case("ResNet", 2, 3, 16, (14, 16), (7, 7), (2, 2), (3, 3)),
+    Case("odd outputs", 2, 3, 8, (5, 14), (3, 3), (2, 2), (0, 0)),
+    Case("one column of outputs", 2, 3, 8, (5, 4), (3, 4)),
+    Case("1d", 2, 1, 3, (40,), (9,), (2,), (4,)),
+    Case("1d, 3 channels", 3, 3, 20, (22,), (4,), (2,), (1,)),
+    Case("3d", 1, 1, 4, (6, 5, 8), (3, 2, 3), (2, 1, 2), (1, 0, 2), (1, 2, 1)),
+    Case("3d, 3 channels", 1, 3, 8, (3, 5, 6), (3, 3, 3), (1, 2, 2), (1, 1, 1)),
+    Case("uneven padding", 1, 3, 16, (5, 6), (4, 2), (2, 2), (1, 0), after=(2, 1)),
+    Case("filter larger than the image", 2, 3, 8, (2, 4), (5, 5), (1, 1), (2, 2)),
+    Case("padding larger than the filter", 1, 2, 8, (3, 4), (2, 2), (1, 1), (3, 4)),
+    Case("stride larger than the filter", 2, 3, 8, (9, 8), (2, 1), (4, 3)),
+    Case("11x11 stride 4", 1, 3, 8, (12, 16), (11, 11), (4, 4), (2, 2)),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exact_on_integers(case: Case, record_property) -> None:
+    index = CASES.index(case)
+    problem = case.problem(DTYPES[index % 3])
+    limit = exact_limit(problem.dtype, max(depths(problem)))
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    # Every other case in the plain format, whose edges are copies.
+    values = computed(problem, *operands, channels_last=index % 2 == 0)
+    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
+        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    for direction in DIRECTIONS:
+        family = dispatch.plan(direction, problem, dispatch.target(values[0].device)).family
+        record_property("problem", (family, direction, case.name))
+
+
+@pytest.mark.parametrize("case", CASES[::5], ids=lambda case: case.name)
+def test_random_values_within_rounding(case: Case) -> None:
+    dtype = DTYPES[CASES.index(case) % 3]
+    problem = case.problem(dtype)
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        torch.randn(shape, generator=generator).to(dtype).double()
+        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    magnitudes = expected(problem, *(operand.abs() for operand in operands))
+    for name, value, reference, magnitude, depth in zip(
+        RESULTS, computed(problem, *operands), expected(problem, *operands), magnitudes, depths(problem), strict=True
+    ):
+        tf32 = 2.0**-10 if dtype is torch.float32 and DEVICE == "cuda" and name in DIRECTIONS else 0.0
+        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)
+
+
+@pytest.mark.parametrize("direction", ["fprop", "wgrad"])
+def test_each_direction_has_fifty_problems(direction: str) -> None:
+    plans = [dispatch.plan(direction, case.problem(dtype), gpus.H200) for case in CASES for dtype in DTYPES]
+    assert sum(plan.family == "rows" for plan in plans) >= 50
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        (Case("", 8, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3)), Rows(columns=2, vec=4, shift=3, used=30, run=32)),
+        (Case("", 8, 3, 32, (224, 224), (3, 3), (2, 2), (1, 1)), Rows(columns=2, vec=4, shift=1, used=16, run=16)),
+        (Case("", 8, 3, 64, (224, 224), (3, 3), (1, 1), (1, 1)), Rows(columns=2, vec=2, shift=1, used=13, run=16)),
+        (Case("", 8, 4, 64, (224, 224), (7, 7), (2, 2), (3, 3)), Rows(columns=1, vec=8, shift=4, used=32, run=32)),
+        (Case("", 8, 1, 6, (28, 28), (5, 5), (1, 1), (2, 2)), Rows(columns=2, vec=2, shift=0, used=6, run=8)),
+    ],
+    ids=["ResNet", "EfficientNet", "VGG", "4 channels", "LeNet"],
+)
+def test_the_run_of_a_row(case: Case, form: Rows) -> None:
+    assert row_form(case.problem(torch.bfloat16)) == form
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("", 8, 5, 8, (9, 8), (3, 3)), "5 input channels"),
+        (Case("", 8, 3, 8, (9, 8), (1, 1)), "one tap"),
+        (Case("", 8, 96, 96, (9, 8), (3, 3), groups=2), "2 groups"),
+        (Case("", 8, 3, 8, (9, 8), (3, 3), dilation=(1, 2)), "a dilated row is no run"),
+        (Case("", 8, 3, 8, (9, 9), (3, 3)), "rows of 27 elements of 2 bytes: no copy of 4 bytes begins each run"),
+        (Case("", 8, 4, 8, (9, 64), (3, 17)), "68 elements a row of the filter, more than 64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_it_does_not_serve(case: Case, reason: str) -> None:
+    for direction in ("fprop", "wgrad"):
+        assert ("rows", reason) in dispatch.plan(direction, case.problem(torch.bfloat16), gpus.H200).reasons
+
+
+def name_tile(monkeypatch: pytest.MonkeyPatch, **tile: int) -> None:
+    config = {**tile, "num_warps": 4, "num_stages": 1}
+    for name in ("rows_tile", "rows_wgrad_tile"):
+        monkeypatch.setattr(dispatch, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
+    monkeypatch.setattr(call, "_calls", {})
+
+
+@pytest.mark.parametrize("splits", [1, 3, 40])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tails of runs, channels, rows of a step, and of splits that have no step."""
+    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=32, BLOCK_C=64, SPLITS=splits)
+    problem = Case("", 2, channels, 40, (9, 14), (5, 3), (2, 2), (2, 1)).problem(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        integers(shape, 3, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    with record() as records:
+        values = computed(problem, *operands, channels_last)
+    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
+        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    names = [r.name for r in records]
+    assert {"conv_rows_pack_kernel", "conv_rows_kernel", "conv_rows_wgrad_kernel"} <= set(names)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
+def test_infinity_beside_the_window_stays_out(channels: int, value: float) -> None:
+    problem = Case("", 1, channels, 8, (6, 20), (3, 3), (1, 2), (1, 1)).problem()
+    generator = torch.Generator().manual_seed(0)
+    x, dy, weight = (
+        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    )
+    for column in (0, 7, 14, 19):
+        x[0, column % channels, 2, column] = value
+    values = computed(problem, x, dy, weight)
+    for name, result, reference in zip(RESULTS, values, expected(problem, x, dy, weight), strict=True):
+        result = result.double().cpu()
+        assert torch.equal(result.isnan(), reference.isnan()), name
+        assert torch.equal(result.nan_to_num(), reference.float().double().nan_to_num()), name
+
+
+def test_epilogue_and_statistics() -> None:
+    """An odd number of outputs a row: the last run's second is no pixel, and is not counted."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 3, 6, 16, generator=generator), torch.randn(40, 3, 3, 3, generator=generator)
+    bias, mean, gamma, beta = torch.randn(4, 40, generator=generator).unbind()
+    var = torch.rand(40, generator=generator) + 0.5
+    arguments = (2, 2), (1, 0, 1, 0), (1, 1), 1
+    on = [t.to(DEVICE) for t in (x, weight, bias, mean, var, gamma, beta)]
+    with record() as records:
+        y, found_mean, found_var = conv.conv_statistics(*on[:3], None, *arguments)
+    assert records[1].launch.constants["COLUMNS"] == 2
+    exact = torch.conv2d(x.double(), weight.double(), bias.double(), 2, (1, 0))
+    assert exact.shape[-1] == 7
+    true_var, true_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 3e-2}
+    for value, reference in ((y, exact), (found_mean, true_mean), (found_var, true_var)):
+        torch.testing.assert_close(value.cpu().double(), reference, **tolerance)
+    z = conv.conv_act(
+        *(*on[:3], tuple(on[3:]), None, on[0].new_ones(exact.shape), None),
+        *(*arguments, 1e-5, "relu", 0.0, 0.0, False),
+    )
+    normal = torch.batch_norm(exact, *(t.double() for t in (gamma, beta, mean, var)), False, 0.1, 1e-5, False)
+    torch.testing.assert_close(z.cpu().double(), (normal + 1).relu(), **tolerance)
+
+
+def test_rows_apart_are_read_where_they_lie() -> None:
+    """A crop of rows and images has runs; one of columns too; pixels of a wider tensor have none and are gathered."""
+    generator = torch.Generator().manual_seed(0)
+    whole = integers((3, 8, 20, 4), 9, generator).float().to(DEVICE)
+    weight = integers((16, 4, 3, 3), 9, generator).float().to(DEVICE)
+    for x, channels, family in (
+        (whole[1:, 1:7:2], 4, "conv_rows_kernel"),
+        (whole[:, :, 3:17], 4, "conv_rows_kernel"),
+        (whole[..., :3], 3, "conv_gather_kernel"),
+    ):
+        x = x.permute(0, 3, 1, 2)
+        with record() as records:
+            y = conv.conv_fprop(x, weight[:, :channels], None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+        reference = torch.conv2d(x.double().cpu(), weight[:, :channels].double().cpu(), padding=1)
+        assert_equal(y, reference, "fprop of a slice")
+        assert records[-1].name == family
+
+
+@pytest.mark.parametrize("direction", ["fprop", "wgrad"])
+def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Case("", 2, 3, 16, (5, 8), (3, 3), (2, 1), (1, 1)).problem()
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    ]
+    monkeypatch.setitem(dispatch.conv_rows.__globals__, "wide", lambda *operands: True)
+    monkeypatch.setattr(call, "_calls", {})
+    index = DIRECTIONS.index(direction)
+    assert_equal(computed(problem, *operands)[index], expected(problem, *operands)[index], direction)
