@@ -369,7 +369,7 @@ def conv_gather_kernel(
     if tile_count_ptr is not None:
         tl.store(tile_count_ptr + tile, tl.sum(mask_m.to(tl.float32), axis=0))
     if SPLIT:
-        y_ptr += split.to(tl.int64) * N * O * P * Q * tl.num_programs(1) * K
+        y_ptr += tl.cast(split, tl.int64) * N * O * P * Q * tl.num_programs(1) * K
     finish(
         acc, pid_k * BLOCK_K, mask_m, y_row, tile, group, K,
         bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
