@@ -58,14 +58,24 @@ GATHER = Space(
 )
 
 
-def _split_tile(config: Config) -> str | None:
+def _dense_tile(config: Config) -> str | None:
     """Where tiles are too few for the GPU, several programs share the reduction of one: of one small tile."""
+    if config["BLOCK_K"] <= 64 and config["BLOCK_C"] == 32:
+        return "binaries that few layers would share, and that spill on one version of the compiler"
     if config["SPLITS"] > 1 and (config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]) != (64, 64, 64):
         return "a split reduction of another tile than 64x64x64"
     return GATHER.valid(config)
 
 
-GATHER_SPLIT = Space("conv_gather_split", {**GATHER.ranges, "SPLITS": (1, 2, 4, 8, 16)}, _split_tile)
+GATHER_SPLIT = Space("conv_gather_split", {**GATHER.ranges, "SPLITS": (1, 2, 4, 8, 16)}, _dense_tile)
+
+
+def _wgrad_tile(config: Config) -> str | None:
+    if (config["BLOCK_K"], config["BLOCK_C"]) in ((64, 64), (128, 32)):
+        return "binaries that few layers would share, and that spill on one version of the compiler"
+    return _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M")(config)
+
+
 WGRAD = Space(
     "conv_wgrad",
     {
@@ -76,7 +86,7 @@ WGRAD = Space(
         "num_warps": (4, 8),
         "num_stages": (3, 4),
     },
-    _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
+    _wgrad_tile,
 )
 # As many runs as threads: then a NaN's tile is walked in few registers.
 ROWS = Space(
@@ -89,7 +99,7 @@ ROWS = Space(
         else "other warps or copies in flight than its sides ask for"
     ),
 )
-ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, WGRAD.valid)
+ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"))
 PIXELS = Space(
     "pixels",
     {"BLOCK_M": (32,), "BLOCK_K": (64,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (3,)},
@@ -317,6 +327,7 @@ def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
     rows = _cdiv(prod(lifted.filter_size[:2]) * (problem.out_channels // k if dgrad else 1), phases)
     # Elements that are loaded one by one have addresses of their own.
     single = 0 if vector(problem.dtype, k) > 1 and problem.in_channels == problem.out_channels else 8
+    taps = problem.filter_size[-1]
 
     def work(config: Config) -> Work:
         m, n, warps = config["BLOCK_M"], config["BLOCK_K"], config["num_warps"]
@@ -338,7 +349,9 @@ def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
             step_bytes=_cdiv((covered + m * outputs) * n * problem.dtype.itemsize, rows),
             dram_bytes=problem.bytes,
             shared_memory=0,
-            registers=int(36 + (8 * outputs + (5.5 + single) * columns) * m * n / (256 * warps)),
+            # (With rows of seven taps one or the other version of the compiler spills seven outputs.)
+            registers=int(36 + (8 * outputs + (5.5 + single) * columns) * m * n / (256 * warps))
+            + 128 * (outputs > 4 and taps > 6),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=0.0,
