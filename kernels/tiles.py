@@ -73,7 +73,7 @@ GATHER_SPLIT = Space("conv_gather_split", {**GATHER.ranges, "SPLITS": (1, 2, 4, 
 def _wgrad_tile(config: Config) -> str | None:
     if (config["BLOCK_K"], config["BLOCK_C"]) in ((64, 64), (128, 32)):
         return "binaries that few layers would share, and that spill on one version of the compiler"
-    return _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M")(config)
+    return WGRAD.valid(config)
 
 
 WGRAD = Space(
@@ -86,8 +86,9 @@ WGRAD = Space(
         "num_warps": (4, 8),
         "num_stages": (3, 4),
     },
-    _wgrad_tile,
+    _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
+WGRAD_DENSE = Space("conv_wgrad_dense", WGRAD.ranges, _wgrad_tile)
 # As many runs as threads: then a NaN's tile is walked in few registers.
 ROWS = Space(
     "conv_rows",
@@ -99,7 +100,7 @@ ROWS = Space(
         else "other warps or copies in flight than its sides ask for"
     ),
 )
-ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"))
+ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, WGRAD.valid)
 PIXELS = Space(
     "pixels",
     {"BLOCK_M": (32,), "BLOCK_K": (64,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (3,)},
@@ -163,7 +164,10 @@ INTERPRETED = {
         name: Space(name, {**_PRODUCT, "SPLITS": (1,)}, _fits_interpreter)
         for name in ("conv_gather", "conv_gather_split")
     },
-    "conv_wgrad": Space("conv_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
+    **{
+        name: Space(name, {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter)
+        for name in ("conv_wgrad", "conv_wgrad_dense")
+    },
     "conv_rows": Space("conv_rows", {**_PRODUCT, "BLOCK_M": (16, 64, 256, 1024, 4096), "BLOCK_K": (16, 64)}),
     "conv_rows_wgrad": Space("conv_rows_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
     **{
@@ -277,7 +281,8 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
         )
 
     width = {"BLOCK_K": k, "BLOCK_C": c} if pack > 1 else {}
-    return _choose(GATHER if pack > 1 else GATHER_SPLIT, (direction, problem, precision, pack), work, gpu, width)
+    space = GATHER_SPLIT if pack == 1 and share and not _single(problem, c) and not _single(problem, k) else GATHER
+    return _choose(space, (direction, problem, precision, pack), work, gpu, width)
 
 
 def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
@@ -311,7 +316,8 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) ->
             extra_bytes=workspace,
         )
 
-    return _choose(WGRAD, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
+    space = WGRAD_DENSE if pack == 1 and share and not _single(problem, c) and not _single(problem, k) else WGRAD
+    return _choose(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
 
 
 def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
