@@ -507,7 +507,9 @@ def conv_gather(
             "PRECISION": precision,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
-            "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K),
+            "PART_K": tile["BLOCK_K"]
+            if epilogue == PLAIN
+            else min(tile["BLOCK_K"], PART_K if pack == 1 else PART_K // 2),
             **tile,
         },
         num_warps=config["num_warps"],

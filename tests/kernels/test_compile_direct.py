@@ -136,7 +136,7 @@ def listed(found: list[tuple], wrong: dict[tuple, list[str]]) -> str:
 def test_groups_share_tensor_cores(gpu: Gpu) -> None:
     """x comes by 16 bytes, asynchronously, and the weight by the runs of a group's channels, of 8 bytes and more."""
     found = list(planned(RESNEXT, gpu))
-    wrong, compiled = complaints(found, gpu, allowed=8)
+    wrong, compiled = complaints(found, gpu)
     for problem, direction, _, family, launch in found:
         binary: Compiled = compiled[launch.compile_key, gpu.arch]
         if launch.name == "split_sum_kernel":
@@ -162,7 +162,7 @@ def test_other_groups_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
 def test_first_layers_read_rows(gpu: Gpu) -> None:
     """No load of x waits, nor does one hold a channel alone; the packed weight comes by 16 bytes."""
     found = [entry for entry in planned(FIRST, gpu) if entry[1] != "dgrad"]
-    wrong, compiled = complaints(found, gpu, allowed=8)
+    wrong, compiled = complaints(found, gpu)
     for _, direction, name, family, launch in found:
         if launch.name not in ("conv_rows_kernel", "conv_rows_wgrad_kernel"):
             continue
