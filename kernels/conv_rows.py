@@ -435,7 +435,7 @@ def conv_rows(
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             # A run's outputs together are as many rows; with half of the columns no compiler spills any.
-            "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K // (2 * form.columns)),
+            "PART_K": min(tile["BLOCK_K"], PART_K // (2 * form.columns)),
             **tile,
         },
         num_warps=config["num_warps"],
