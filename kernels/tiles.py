@@ -262,6 +262,8 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
         splits = config["SPLITS"]
         steps = _cdiv(problem.taps * c, depth) if pairs else problem.taps * _cdiv(c, depth)
         registers = _registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", single, share == 0, gpu)
+        if pairs and share == 0 and n > 32:
+            registers += 256  # as Triton 3.9 compiles it
         if pack > 1:
             # What the walk by single channels takes, whose rows are shared between threads or held by each.
             registers = max(registers, 128 if m >= 32 * warps else 168)
