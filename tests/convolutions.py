@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fastconv.kernels import conv, mend
-from fastconv.kernels.launch import Record
+from fastconv.kernels import conv, dispatch, mend
+from fastconv.kernels.launch import Record, record
 from fastconv.kernels.layout import strides_like
-from fastconv.kernels.problem import ConvProblem, conv_problem
+from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+from reference import assert_close, assert_equal, exact_limit, integers
 
 DEVICE = "cpu" if mend.interpreting() else "cuda"
+# What `expected` and `computed` give.
+RESULTS = (*DIRECTIONS, "bias gradient")
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,33 @@ def products_of(records: Iterable[Record]) -> list[str]:
     for family in _FAMILIES:
         names = [name.replace(f"{family}_wgrad", "conv_wgrad").replace(family, "conv_gather") for name in names]
     return names
+
+
+def check_exact(problem: ConvProblem, channels_last: bool) -> list[Record]:
+    """All four on integers, bit for bit; the launches that they took."""
+    limit = exact_limit(problem.dtype, max(depths(problem)))
+    generator = torch.Generator().manual_seed(0)
+    shapes = problem.input_shape, problem.output_shape, problem.weight_shape
+    operands = [integers(shape, limit, generator) for shape in shapes]
+    with record() as records:
+        values = computed(problem, *operands, channels_last)
+    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
+        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    return records
+
+
+def check_random(problem: ConvProblem) -> None:
+    """All four on random values, within the roundings of their sums."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = problem.input_shape, problem.output_shape, problem.weight_shape
+    operands = [torch.randn(shape, generator=generator).to(problem.dtype).double() for shape in shapes]
+    magnitudes = expected(problem, *(operand.abs() for operand in operands))
+    for name, value, reference, magnitude, depth in zip(
+        RESULTS, computed(problem, *operands), expected(problem, *operands), magnitudes, depths(problem), strict=True
+    ):
+        # The GPU's default for fp32 is TF32, as PyTorch's is: operands of a matrix product keep 10 bits of fraction.
+        tf32 = 0.0
+        if problem.dtype is torch.float32 and DEVICE == "cuda" and name in DIRECTIONS:
+            family = dispatch.plan(name, problem, dispatch.target(value.device)).family
+            tf32 = 0.0 if family == "depthwise" else 2.0**-10
+        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)

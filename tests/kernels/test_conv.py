@@ -12,12 +12,12 @@ from math import prod
 import pytest
 import torch
 
-from convolutions import DEVICE, Case, computed, depths, expected
+from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, depths, expected
 from fastconv.autotune import Choice, gpus
 from fastconv.kernels import call, conv, dispatch, mend
 from fastconv.kernels.launch import Launch, record
 from fastconv.kernels.problem import DIRECTIONS
-from reference import assert_close, assert_equal, exact_limit, integers
+from reference import assert_equal, exact_limit, integers
 
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,38 +89,16 @@ CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the launchers allocate with NaN, so that an element which no program writes fails."""
-    for name in ("new_empty", "new_empty_strided"):
-        allocate = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda *a, _allocate=allocate, **options: _allocate(*a, **options).fill_(torch.nan)
-        )
-
-
-RESULTS = (*DIRECTIONS, "bias gradient")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_exact_on_integers(case: Case, dtype: torch.dtype, record_property) -> None:
     problem = case.problem(dtype)
-    limit = exact_limit(dtype, max(depths(problem)))
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
     # Every other case in the plain format, whose edges are copies.
-    channels_last = CASES.index(case) % 2 == 0
-    with record() as records:
-        values = computed(problem, *operands, channels_last)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    records = check_exact(problem, channels_last=CASES.index(case) % 2 == 0)
     names = {record.name for record in records}
     assert "channel_sum_kernel" in names
     for direction in DIRECTIONS:
-        plan = dispatch.plan(direction, problem, dispatch.target(values[0].device))
+        plan = dispatch.plan(direction, problem, dispatch.target(torch.device(DEVICE)))
         assert {launch.name for launch in plan.launches} <= names
         record_property("problem", (plan.family, direction, case.name))
 
@@ -128,21 +106,7 @@ def test_exact_on_integers(case: Case, dtype: torch.dtype, record_property) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
 def test_random_values_within_rounding(case: Case, dtype: torch.dtype) -> None:
-    problem = case.problem(dtype)
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        torch.randn(shape, generator=generator).to(dtype).double()
-        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    values = computed(problem, *operands)
-    references = expected(problem, *operands)
-    magnitudes = expected(problem, *(operand.abs() for operand in operands))
-    for name, value, reference, magnitude, depth in zip(
-        RESULTS, values, references, magnitudes, depths(problem), strict=True
-    ):
-        # The GPU's default for fp32 is TF32, as PyTorch's is: operands keep 10 bits of their fraction.
-        tf32 = 2.0**-10 if dtype is torch.float32 and DEVICE == "cuda" and name in DIRECTIONS else 0.0
-        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)
+    check_random(case.problem(dtype))
 
 
 def test_each_direction_has_fifty_problems() -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from convolutions import DEVICE, Case, computed, depths, expected
+from convolutions import DEVICE, Case, check_exact, check_random
 from fastconv import functional
 from fastconv.autotune import Choice, gpus
 from fastconv.kernels import call, conv, conv_depthwise, dispatch, mend
 from fastconv.kernels.launch import record
 from fastconv.kernels.layout import PACKED, packed_taps, weight_format
 from fastconv.kernels.problem import DIRECTIONS
-from reference import assert_close, assert_equal, exact_limit, integers
+from reference import integers
 
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,34 +93,13 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, tile: dict[str, int]) -> None:
     monkeypatch.setattr(call, "_calls", {})
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the launchers allocate with NaN, so that an element which no program writes fails."""
-    for name in ("new_empty", "new_empty_strided"):
-        allocate = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda *a, _allocate=allocate, **options: _allocate(*a, **options).fill_(torch.nan)
-        )
-
-
-RESULTS = (*DIRECTIONS, "bias gradient")
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dtypes, tiles and formats in turn: each meets each."""
     number = CASES.index(case)
     problem = case.problem(DTYPES[number % 3])
     name_tile(monkeypatch, TILES[number // 3 % 3])
-    generator = torch.Generator().manual_seed(0)
-    limit = exact_limit(problem.dtype, max(depths(problem)))
-    operands = [
-        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    with record() as records:
-        values = computed(problem, *operands, channels_last=number % 2 == 0)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    records = check_exact(problem, channels_last=number % 2 == 0)
     names = [record.name for record in records]
     assert names[:2] == ["conv_depthwise_kernel"] * 2 and names[2] == "conv_depthwise_wgrad_kernel"
     assert not {"conv_gather_kernel", "conv_wgrad_kernel"} & set(names)
@@ -131,20 +110,9 @@ def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[:29:4], ids=lambda case: case.name)
 def test_random_values_within_rounding(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = case.problem(dtype)
-    # Products are fp32's on every device, never TF32's.
     if DEVICE == "cpu":
         name_tile(monkeypatch, TILES[0])
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        torch.randn(shape, generator=generator).to(dtype).double()
-        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    magnitudes = expected(problem, *(operand.abs() for operand in operands))
-    for name, value, reference, magnitude, depth in zip(
-        RESULTS, computed(problem, *operands), expected(problem, *operands), magnitudes, depths(problem), strict=True
-    ):
-        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}")
+    check_random(case.problem(dtype))
 
 
 def test_each_direction_has_fifty_problems() -> None:

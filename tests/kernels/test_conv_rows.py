@@ -11,17 +11,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from convolutions import DEVICE, Case, computed, depths, expected
+from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, expected
 from fastconv.autotune import Choice, gpus
 from fastconv.kernels import call, conv, dispatch, mend
 from fastconv.kernels.conv_rows import Rows, row_form
 from fastconv.kernels.launch import record
 from fastconv.kernels.problem import DIRECTIONS
-from reference import assert_close, assert_equal, exact_limit, integers
+from reference import assert_equal, integers
 
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-RESULTS = (*DIRECTIONS, "bias gradient")
 
 
 def _few_channels() -> Iterator[Case]:
@@ -58,35 +57,16 @@ CASES = (
 def test_exact_on_integers(case: Case, record_property) -> None:
     index = CASES.index(case)
     problem = case.problem(DTYPES[index % 3])
-    limit = exact_limit(problem.dtype, max(depths(problem)))
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
     # Every other case in the plain format, whose edges are copies.
-    values = computed(problem, *operands, channels_last=index % 2 == 0)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    check_exact(problem, channels_last=index % 2 == 0)
     for direction in DIRECTIONS:
-        family = dispatch.plan(direction, problem, dispatch.target(values[0].device)).family
+        family = dispatch.plan(direction, problem, dispatch.target(torch.device(DEVICE))).family
         record_property("problem", (family, direction, case.name))
 
 
 @pytest.mark.parametrize("case", CASES[::5], ids=lambda case: case.name)
 def test_random_values_within_rounding(case: Case) -> None:
-    dtype = DTYPES[CASES.index(case) % 3]
-    problem = case.problem(dtype)
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        torch.randn(shape, generator=generator).to(dtype).double()
-        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    magnitudes = expected(problem, *(operand.abs() for operand in operands))
-    for name, value, reference, magnitude, depth in zip(
-        RESULTS, computed(problem, *operands), expected(problem, *operands), magnitudes, depths(problem), strict=True
-    ):
-        tf32 = 2.0**-10 if dtype is torch.float32 and DEVICE == "cuda" and name in DIRECTIONS else 0.0
-        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)
+    check_random(case.problem(DTYPES[CASES.index(case) % 3]))
 
 
 @pytest.mark.parametrize("direction", ["fprop", "wgrad"])

@@ -110,19 +110,6 @@ ADAPTIVE = {
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the launchers allocate with NaN, or a tap that no window here has."""
-    for name in ("new_empty", "new_empty_strided"):
-        allocate = getattr(Tensor, name)
-
-        def poisoned(*a: Any, _allocate: Any = allocate, **options: Any) -> Tensor:
-            t = _allocate(*a, **options)
-            return t.fill_(torch.nan if t.is_floating_point() else 251)
-
-        monkeypatch.setattr(Tensor, name, poisoned)
-
-
 def laid_out(t: Tensor, channels_last: bool) -> Tensor:
     t = t.to(DEVICE)
     return torch.empty_strided(t.shape, strides_like(t.shape, channels_last), dtype=t.dtype, device=DEVICE).copy_(t)
