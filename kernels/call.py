@@ -46,7 +46,7 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
         return prepare(gpu, operands, *arguments)
     precision = dispatch.fp32_precision(first.dtype)
     kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
-    key = (prepare, gpu.name, precision, kinds, arguments)
+    key = (prepare, gpu.name, dispatch.single_family(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:
         if len(_calls) >= MAX_CALLS:

@@ -207,7 +207,10 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: Layout = Layout()) -> Plan:
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
+    only = single_family()
     for family in FAMILIES[direction]:
+        if only not in (None, family.name):
+            continue
         reason = family.unsupported(direction, problem, gpu, layout)
         if reason is None:
             choice, launches = family.plan(direction, problem, gpu, layout)
@@ -250,6 +253,27 @@ def _device_gpu(index: int) -> Gpu:
         properties.L2_cache_size,
         None,
     )
+
+
+_single: list[str] = []
+
+
+def single_family() -> str | None:
+    """The one family that may serve a call; None: any."""
+    return _single[-1] if _single else None
+
+
+@contextlib.contextmanager
+def only_family(name: str) -> Iterator[None]:
+    """Let no other family serve a call inside the block, on any thread: to measure or to test one by itself."""
+    known = sorted({family.name for families in FAMILIES.values() for family in families})
+    if name not in known:
+        raise ValueError(f"no family {name!r} among {', '.join(known)}")
+    _single.append(name)
+    try:
+        yield
+    finally:
+        _single.pop()
 
 
 @contextlib.contextmanager
