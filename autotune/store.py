@@ -1,0 +1,285 @@
+"""This user's measurements: append-only lines of JSON, a file (shard) of its own for each process that writes.
+
+A measurement is one ``write`` of one whole line to a file opened for appending, then ``fsync``: what the kernel has
+taken outlives the process, so a kill loses the line being written and no other, while publishing each by ``os.replace``
+would write everything again each time. ``os.replace`` publishes what is rewritten: merged shards, tables, lock files.
+No file is locked for reading and no two processes write to one, so network file systems serve as well.
+
+A store that cannot be written or read costs one warning, never an exception: measurements are a convenience.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import socket
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from fastconv.autotune.records import KINDS, SCHEMA, Record, from_line
+from fastconv.autotune.schema import NewerSchema, SchemaError
+
+# What a file may hold: far more than years of tuning write, far less than fills a memory.
+MAX_SHARD = 1 << 28
+MAX_LINE = 1 << 16
+
+log = logging.getLogger("fastconv")
+
+
+def cache_dir() -> Path:
+    """``FASTCONV_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastconv``, else ``~/.cache/fastconv``; it need not exist."""
+    named = os.environ.get("FASTCONV_CACHE_DIR")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
+
+
+class Store:
+    """The shards of one folder (default: ``tune`` in ``cache_dir()``). Threads may share one; it makes no file until
+    something is appended."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = cache_dir() / "tune" if folder is None else folder
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._path: Path | None = None
+        self._owner = 0  # process that opened it: a fork gets a shard of its own
+        self._torn = False
+        self._warned: set[str] = set()
+
+    def append(self, record: Record, durable: bool = True) -> bool:
+        """Whether it was written; ``durable``: to the disk, before this returns. Warns once instead of raising."""
+        line = record.line.encode() + b"\n"
+        with self._lock:
+            try:
+                self._write(line, durable)
+            except OSError as error:
+                message = f"{self.folder}: cannot be written ({error}); measurements are kept in memory alone"
+                self._warn(message, "cannot be written")
+                return False
+        return True
+
+    def _write(self, line: bytes, durable: bool) -> None:
+        file = self._shard()
+        if self._torn:
+            line = b"\n" + line
+        before = os.fstat(file).st_size
+        written = os.write(file, line)
+        if written < len(line):
+            self._torn = True
+            os.ftruncate(file, before)
+            self._torn = False
+            raise OSError(f"{written} of {len(line)} bytes written")
+        self._torn = False
+        if durable:
+            os.fsync(file)
+
+    def _shard(self) -> int:
+        if self._file is not None and self._owner == os.getpid():
+            if os.fstat(self._file).st_nlink:
+                return self._file
+            os.close(self._file)  # cleared by another process
+        self._file, self._path, self._torn, self._owner = None, None, False, os.getpid()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = self.folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            # Held for the life of the process: a shard in use is not merged away.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink:
+                self._file, self._path = file, path
+                return file
+            os.close(file)
+
+    def read(self, kinds: Collection[str] = KINDS) -> list[Record]:
+        """The records of these kinds, in the order of their shards; a line that cannot be read costs itself and one
+        warning for its shard."""
+        records: list[Record] = []
+        for path, data in self._shards():
+            problems: list[str] = []
+            newer: NewerSchema | None = None
+            for where, line in _lines(path.name, data):
+                if _other_kind(line, kinds):
+                    continue
+                try:
+                    record = from_line(line, where)
+                except NewerSchema as error:
+                    newer = newer or error
+                except SchemaError as error:
+                    problems.append(str(error))
+                else:
+                    if record.kind in kinds:
+                        records.append(record)
+            if newer is not None:
+                self._warn(f"{self.folder}: {newer}; such lines are left out")
+            if problems:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                self._warn(f"{self.folder}: a damaged line is left out{more}: {problems[0]}")
+        return records
+
+    def problems(self) -> list[str]:
+        """One line for everything in the store that cannot be read; none: it is sound."""
+        found: list[str] = []
+        for path, data in self._shards():
+            for where, line in _lines(path.name, data):
+                try:
+                    from_line(line, where)
+                except SchemaError as error:
+                    found.append(str(error))
+        return found
+
+    def merge(self) -> int:
+        """Put the shards of ended processes of this machine into one; how many it was made of (0: nothing to do).
+
+        Repeated lines and damaged ones go; a shard with lines of a newer schema stays as it is. Raises OSError.
+        """
+        files: list[tuple[Path, int]] = []
+        try:
+            lines: dict[bytes, None] = {}
+            for path in self._paths():
+                if not path.name.startswith(f"{_host()}-") or path == self._path:
+                    continue
+                try:
+                    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue  # another process merges too
+                files.append((path, file))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lines.update(dict.fromkeys(_sound(path)))
+                except (OSError, NewerSchema):
+                    files.pop()
+                    os.close(file)
+            if len(files) < 2:
+                return 0
+            name = f"{_host()}-merged-{secrets.token_hex(4)}.jsonl"
+            publish(self.folder / name, b"".join(line + b"\n" for line in lines))
+            for path, _ in files:
+                path.unlink(missing_ok=True)
+            return len(files)
+        finally:
+            for _, file in files:
+                os.close(file)
+
+    def clear(self) -> int:
+        """Remove every shard; how many there were. Raises OSError."""
+        paths = self._paths()
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return len(paths)
+
+    def export(self, path: Path) -> int:
+        """Write every sound record to one file of lines, published at once; how many. Raises OSError."""
+        lines = dict.fromkeys(record.line.encode() for record in self.read())
+        publish(path, b"".join(line + b"\n" for line in lines))
+        return len(lines)
+
+    def add(self, records: Iterable[Record]) -> int:
+        """Append what the store lacks; how many were new. Raises OSError where it cannot be written."""
+        known = {record.line for record in self.read()}
+        new = [record for record in records if record.line not in known]
+        for record in new:
+            with self._lock:
+                self._write(record.line.encode() + b"\n", durable=record is new[-1])
+        return len(new)
+
+    def _paths(self) -> list[Path]:
+        try:
+            return sorted(path for path in self.folder.iterdir() if path.suffix == ".jsonl")
+        except FileNotFoundError:
+            return []
+
+    def _shards(self) -> Iterator[tuple[Path, bytes]]:
+        """Each shard's content; listed again where one was merged away meanwhile, so that nothing is missed."""
+        seen: set[Path] = set()
+        for _ in range(5):
+            try:
+                paths = self._paths()
+            except OSError as error:
+                return self._warn(f"{self.folder}: cannot be read ({error})")
+            vanished = False
+            for path in paths:
+                if path in seen:
+                    continue
+                try:
+                    if path.stat().st_size > MAX_SHARD:
+                        self._warn(f"{path}: over {MAX_SHARD >> 20} MiB, left out")
+                        data = b""
+                    else:
+                        data = path.read_bytes()
+                except FileNotFoundError:
+                    vanished = True
+                    continue
+                except OSError as error:
+                    self._warn(f"{path}: cannot be read ({error})")
+                    data = b""
+                seen.add(path)
+                yield path, data
+            if not vanished:
+                return
+
+    def _warn(self, message: str, kind: str | None = None) -> None:
+        """Once for each message, or for each kind of them."""
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
+            log.warning("%s", message)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of an exported file. Raises SchemaError naming the line and field, OSError."""
+    if path.stat().st_size > MAX_SHARD:
+        raise SchemaError(f"{path}: over {MAX_SHARD >> 20} MiB")
+    return [from_line(line, where) for where, line in _lines(str(path), path.read_bytes())]
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write a file that others see as a whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _lines(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield f"{name} line {number}", line if len(line) <= MAX_LINE else b""
+
+
+def _sound(path: Path) -> Iterator[bytes]:
+    """The lines of a shard that can be read. Raises NewerSchema."""
+    for where, line in _lines(path.name, path.read_bytes()):
+        try:
+            from_line(line, where)
+        except NewerSchema:
+            raise
+        except SchemaError:
+            continue
+        yield line
+
+
+_PREFIXES = {kind: f'{{"schema":{SCHEMA},"record":"{kind}",'.encode() for kind in KINDS}
+
+
+def _other_kind(line: bytes, kinds: Collection[str]) -> bool:
+    """Whether a line says, before all else and whole, that it is of a kind not asked for: most are, and are skipped."""
+    return line.endswith(b"}") and any(
+        line.startswith(prefix) for kind, prefix in _PREFIXES.items() if kind not in kinds
+    )
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname()) or "host"
