@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastconv.kernels import dispatch
+from fastconv.kernels.descriptor import aligned
 from fastconv.kernels.launch import Launch, deciding, run
 
 Sizes = tuple[int, ...]
@@ -45,7 +46,7 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     if deciding():
         return prepare(gpu, operands, *arguments)
     precision = dispatch.fp32_precision(first.dtype)
-    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands])
+    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, aligned(t)) for t in operands])
     key = (prepare, gpu.name, dispatch.single_family(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:

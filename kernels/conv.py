@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastconv.autotune import Config, Gpu
 from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.batch_norm import combine_statistics
 from fastconv.kernels.call import Call, Operands, Sizes, execute, prepared
+from fastconv.kernels.descriptor import aligned
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import Epilogue, check_operands
 from fastconv.kernels.launch import Launch
@@ -200,6 +202,7 @@ def _prepare_gather(
         other=pixel_strides(shape, strides),
         bias=bias is not None,
         epilogue=epilogue,
+        aligned=_aligned(operands, copies),
     )
     family, config, launches = _plan(direction, problem, gpu, layout)
     if family == "depthwise":
@@ -259,6 +262,7 @@ def _prepare_wgrad(
         other=pixel_strides(dy.shape, copies[1] or dy.stride()),
         channels_last=format == 1,
         packed=format == PACKED,
+        aligned=_aligned(operands, copies),
     )
     family, config, launches = _plan("wgrad", problem, gpu, layout)
     # Where neighbouring outputs share a run, the gradients of each lie apart.
@@ -294,6 +298,11 @@ def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tup
     if plan.choice is None:
         raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
     return plan.family, plan.choice.config, plan.launches
+
+
+def _aligned(operands: Operands, copies: Sequence[Sizes | None]) -> bool:
+    """Whether bulk copies may read all operands; what is copied first is."""
+    return all(t is None or copy is not None or aligned(t) for t, copy in zip(operands, copies, strict=True))
 
 
 def _gradient_problem(

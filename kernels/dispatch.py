@@ -49,6 +49,7 @@ class Layout:
     epilogue: Epilogue = PLAIN
     channels_last: bool = True  # of dw; of a pool's tensors, else source holds the strides of planes
     packed: bool = False  # dw is [taps, K]
+    aligned: bool = True  # every operand starts where a bulk copy may
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,11 @@ def fp32_precision(dtype: torch.dtype) -> str:
 
 
 _forced: list[Gpu] = []
+
+
+def is_forced() -> bool:
+    """Whether plans are made for a GPU that was named, whatever the device."""
+    return bool(_forced)
 
 
 def target(device: torch.device) -> Gpu:

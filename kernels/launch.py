@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastconv.kernels import mend
+from fastconv.kernels.descriptor import Descriptor
 
 if mend.interpreting():
     mend.apply()
@@ -26,7 +27,7 @@ class Launch:
 
     kernel: Any  # a triton.jit function
     grid: tuple[int, int, int]
-    pointers: tuple[str | None, ...]  # "*bf16"; None where the operand is absent
+    pointers: tuple[str | Descriptor | None, ...]  # "*bf16"; None where the operand is absent
     scalars: tuple[int | float, ...]
     constants: Mapping[str, Any]
     num_warps: int
@@ -47,7 +48,17 @@ class Launch:
         """What decides the binary: two launches with equal keys share one compilation."""
         widths = tuple(isinstance(value, float) or -(2**31) <= value < 2**31 for value in self.scalars)
         constants = tuple((name, getattr(value, "__name__", value)) for name, value in self.constants.items())
-        return (self.name, self.pointers, widths, constants, self.num_warps, self.num_stages)
+        return (self.name, self.pointer_types, widths, constants, self.num_warps, self.num_stages)
+
+    @property
+    def pointer_types(self) -> tuple[str | None, ...]:
+        """What the compiler knows of the operands."""
+        return tuple(None if pointer is None else str(pointer) for pointer in self.pointers)
+
+    @cached_property
+    def described(self) -> tuple[tuple[int, Descriptor], ...]:
+        """The operands that are moved by bulk copies, by their index."""
+        return tuple((i, pointer) for i, pointer in enumerate(self.pointers) if isinstance(pointer, Descriptor))
 
 
 @dataclass(frozen=True)
@@ -123,12 +134,17 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
         )
     if isinstance(tensors[0], FakeTensor):
         return
+    device = next(t for t in tensors if t is not None).device
+    if launch.described:
+        operands: list[Any] = list(tensors)
+        for index, descriptor in launch.described:
+            operands[index] = descriptor.of(operands[index])
+        tensors = tuple(operands)
     if mend.interpreting():
         # It copies operands with PyTorch's operators, which are not the computation's.
         with mend.LOCK, _disable_current_modes():
             launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
         return
-    device = next(t for t in tensors if t is not None).device
     if device.index == torch.cuda.current_device():
         launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
     else:

@@ -1,0 +1,91 @@
+"""Operands as bulk tensor copies see them, and the host's side of it: a small cache, since each one takes Python time.
+
+Built directly, not through ``TensorDescriptor.from_tensor`` and views, which take twice the time of a small launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastconv.kernels import mend
+from fastconv.kernels.layout import pointer_type
+
+# What a bulk copy can start at and step by, in bytes.
+ALIGNMENT = 16
+MAX_BOX = 256
+# Outputs are allocated anew in each call, most of them where an earlier one lay.
+MAX_DESCRIPTORS = 2048
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A view of an operand, in elements, and the box of it that one copy moves.
+
+    At most five axes, the last of stride 1; the other strides and the view's start are multiples of `ALIGNMENT`, the
+    box's sides powers of two up to `MAX_BOX`. What a box has outside the view is read as 0 and is not written.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    start: int = 0  # of the view in its operand
+
+    def __post_init__(self) -> None:
+        assert len(self.shape) == len(self.strides) == len(self.box) <= 5, self
+        assert self.strides[-1] == 1 and min(self.shape) > 0, self
+        assert all(step * self.dtype.itemsize % ALIGNMENT == 0 for step in (*self.strides[:-1], self.start)), self
+        assert all(side & (side - 1) == 0 and 0 < side <= MAX_BOX for side in self.box), self
+
+    def __str__(self) -> str:
+        """Triton's name for its type, which is all that a binary knows of it."""
+        return f"tensordesc<{pointer_type(self.dtype)[1:]}[{','.join(map(str, self.box))}]>"
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dtype, self.shape, self.strides, self.box, self.start))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def of(self, t: torch.Tensor) -> TensorDescriptor:
+        """What a launch takes in place of ``t``; kept by address, without keeping ``t`` alive."""
+        if mend.interpreting():
+            reach = sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True)) + 1
+            view = t.as_strided((reach,), (1,), t.storage_offset() + self.start)
+            return TensorDescriptor(view, list(self.shape), list(self.strides), list(self.box))
+        key = (t.data_ptr(), self)
+        descriptor = _descriptors.get(key)
+        if descriptor is None:
+            if len(_descriptors) >= MAX_DESCRIPTORS:
+                _descriptors.clear()
+            address = _Address(t.data_ptr() + self.start * t.itemsize, self.dtype)
+            descriptor = TensorDescriptor(address, list(self.shape), list(self.strides), list(self.box))
+            _descriptors[key] = descriptor
+        return descriptor
+
+
+class _Address:
+    """What Triton asks of a descriptor's tensor."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+_descriptors: dict[tuple[int, Descriptor], TensorDescriptor] = {}
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Whether bulk copies may start where ``t`` does; of a tensor without data, as torch's allocator would place it."""
+    start = t.storage_offset() * t.itemsize if isinstance(t, FakeTensor) else t.data_ptr()
+    return start % ALIGNMENT == 0
