@@ -209,10 +209,7 @@ def _prepare_gather(
         copies[1] = None if weight_format(weight.shape, weight.stride()) == PACKED else packed_taps(weight.shape)
     else:
         copies[1] = dense_channels_last(weight.shape, weight.stride())
-    partials = None
-    if statistics:
-        tiles, groups, _ = launches[-1].grid
-        partials = (tiles // -(-shape[1] // groups // launches[-1].constants["BLOCK_K"]), shape[1])
+    partials = (launches[-1].tiles, shape[1]) if statistics else None
     if family == "rows":
         packed = int(launches[0].scalars[-1])
         return Call(tuple(copies), launches, shape, strides, returned, partials=partials, packed=packed)

@@ -462,13 +462,10 @@ def conv_gather(
     assert splits == 1 or pack == 1, "the walk by single channels of a packed tile is that of its whole reduction"
     if splits > 1:
         epilogue = PLAIN
+    tiles = triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases)
     product = Launch(
         kernel=conv_gather_kernel,
-        grid=(
-            triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases) * triton.cdiv(k, tile["BLOCK_K"]) * splits,
-            groups,
-            1,
-        ),
+        grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]) * splits, groups, 1),
         pointers=(
             *(element, element, element if bias and splits == 1 else None, *epilogue.pointers),
             *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
@@ -514,14 +511,16 @@ def conv_gather(
         },
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        tiles=tiles,
     )
     if splits == 1:
         return (product,)
     pixels = problem.batch * prod(y_size)
     vec = vector(problem.dtype, y_channels)
+    tiles = triton.cdiv(pixels, FINISH_M)
     return product, Launch(
         kernel=conv_finish_kernel,
-        grid=(triton.cdiv(pixels, FINISH_M) * triton.cdiv(y_channels, FINISH_K), 1, 1),
+        grid=(tiles * triton.cdiv(y_channels, FINISH_K), 1, 1),
         pointers=(
             *("*fp32", element if bias else None, *finishing.pointers),
             *(element, *("*fp32" if finishing.statistics else None,) * 3),
@@ -537,6 +536,7 @@ def conv_gather(
         },
         num_warps=4,
         num_stages=1,
+        tiles=tiles,
     )
 
 

@@ -409,9 +409,10 @@ def conv_rows(
         num_warps=4,
         num_stages=1,
     )
+    tiles = triton.cdiv(runs, tile["BLOCK_M"])
     product = Launch(
         kernel=conv_rows_kernel,
-        grid=(triton.cdiv(runs, tile["BLOCK_M"]) * triton.cdiv(k, tile["BLOCK_K"]), 1, 1),
+        grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]), 1, 1),
         pointers=(
             *(element, element, element if bias else None, *epilogue.pointers),
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
@@ -440,6 +441,7 @@ def conv_rows(
         },
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        tiles=tiles,
     )
     return pack, product
 

@@ -32,6 +32,7 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    tiles: int = 0  # whose statistics it writes, where it takes any
     arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
