@@ -455,15 +455,10 @@ def conv_depthwise(
     sizes = tuple(map(triton.cdiv, y_size[:2], lifted.stride[:2] if dgrad else phases))
     strip, groups = strips(y_size[2], outputs)
     element = pointer_type(problem.dtype)
+    tiles = triton.cdiv(problem.batch * prod(sizes) * groups, config["BLOCK_M"]) * prod(phases)
     return Launch(
         kernel=conv_depthwise_kernel,
-        grid=(
-            triton.cdiv(problem.batch * prod(sizes) * groups, config["BLOCK_M"])
-            * prod(phases)
-            * triton.cdiv(k, config["BLOCK_K"]),
-            1,
-            1,
-        ),
+        grid=(tiles * triton.cdiv(k, config["BLOCK_K"]), 1, 1),
         pointers=(
             *(element, element, element if bias else None, *epilogue.pointers),
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
@@ -504,6 +499,7 @@ def conv_depthwise(
         },
         num_warps=config["num_warps"],
         num_stages=1,
+        tiles=tiles,
     )
 
 
