@@ -183,25 +183,34 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
 def lp_pool1d(
     input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
 ) -> Tensor:
-    """As torch.nn.functional.lp_pool1d: [N, C, W] or [C, W] -> [N, C, Q]; the average is fastconv's, powers are
-    PyTorch's. Raises RuntimeError and TypeError as torch's does."""
-    return _lp_pool(1, lp_pool1d, max_pool1d, avg_pool1d, input, norm_type, kernel_size, stride, ceil_mode)
+    """As torch.nn.functional.lp_pool1d: [N, C, W] or [C, W] -> [N, C, Q], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.lp_pool1d
+    return _lp_pool(1, theirs, lp_pool1d, max_pool1d, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def lp_pool2d(
     input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
 ) -> Tensor:
-    """As torch.nn.functional.lp_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q]; the average is fastconv's, powers
-    are PyTorch's. Raises RuntimeError and TypeError as torch's does."""
-    return _lp_pool(2, lp_pool2d, max_pool2d, avg_pool2d, input, norm_type, kernel_size, stride, ceil_mode)
+    """As torch.nn.functional.lp_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.lp_pool2d
+    return _lp_pool(2, theirs, lp_pool2d, max_pool2d, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def lp_pool3d(
     input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
 ) -> Tensor:
-    """As torch.nn.functional.lp_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]; the average is fastconv's,
-    powers are PyTorch's. Raises RuntimeError and TypeError as torch's does."""
-    return _lp_pool(3, lp_pool3d, max_pool3d, avg_pool3d, input, norm_type, kernel_size, stride, ceil_mode)
+    """As torch.nn.functional.lp_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], summed in fp32.
+
+    Raises RuntimeError and TypeError as torch's does.
+    """
+    theirs = torch.nn.functional.lp_pool3d
+    return _lp_pool(3, theirs, lp_pool3d, max_pool3d, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def _max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, *arguments: Any) -> Any:
@@ -253,9 +262,9 @@ def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size
 
 def _lp_pool(
     rank: int,
+    theirs: Any,
     ours: Any,
     max_pool: Callable[..., Tensor],
-    avg_pool: Callable[..., Tensor],
     x: Tensor,
     norm_type: float,
     kernel_size: Any,
@@ -264,15 +273,19 @@ def _lp_pool(
 ) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, norm_type, kernel_size, stride, ceil_mode)
+    # (A tensor may be a norm as well, and be differentiated by.)
+    if not isinstance(x, Tensor) or isinstance(norm_type, Tensor) or served(x):
+        return theirs(x, norm_type, kernel_size, stride, ceil_mode)
     if norm_type == float("inf"):
         return max_pool(x.abs(), kernel_size, stride, 0, 1, ceil_mode)
     if norm_type == -float("inf"):
         return -max_pool(-x.abs(), kernel_size, stride, 0, 1, ceil_mode)
-    y = avg_pool(x.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-    pixels = 1
-    for size in expand("kernel_size", kernel_size, rank, "the pooled dimensions"):
-        pixels *= size
-    return (torch.sign(y) * torch.relu(torch.abs(y))).mul(pixels).pow(1.0 / norm_type)
+    if norm_type == 0:
+        raise ZeroDivisionError(f"{ours.__name__}: norm_type must not be zero, for input of size: {list(x.shape)}")
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as autocast has powers
+    (window, stride, *_), size = _windows(ours.__name__, rank, x, kernel_size, stride, 0, 1, ceil_mode)
+    return _like(x, rank, autograd.lp_pool(_batched(x, rank), size, window, stride, float(norm_type)))
 
 
 def _windows(
@@ -303,7 +316,7 @@ def _windows(
         )
     if any(size == 0 for size in x.shape[-rank - 1 :]):
         raise RuntimeError(f"{name}: Expected a tensor with optional 0 dim batch size, but got: {list(x.shape)}")
-    if rank == 3 and name.startswith("avg") and any(h < r for h, r in zip(x.shape[-rank:], window, strict=True)):
+    if rank == 3 and not name.startswith("max") and any(h < r for h, r in zip(x.shape[-rank:], window, strict=True)):
         raise RuntimeError(f"{name}: input image smaller than kernel size {list(window)} {where}")
     size = tuple(map(_output_size, x.shape[-rank:], window, stride, padding, dilation, (bool(ceil_mode),) * rank))
     if any(p < 1 for p in size):

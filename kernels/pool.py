@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dty
     The last NaN of a window wins, else its first maximum. y alone where ``index`` is None. Channels_last where x is,
     else contiguous. Raises Uncovered where no kernel serves them.
     """
-    call = prepared(_prepare_forward, (x,), ("max", output_size, geometry, index, True, 0))
+    call = prepared(_prepare_forward, (x,), ("max", output_size, geometry, index))
     y = x.new_empty_strided(call.shape, call.strides)
     taps = None if index is None else x.new_empty_strided(call.shape, call.strides, dtype=index)
     if len(call.launches) == 1:
@@ -69,6 +70,18 @@ def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padd
     return y
 
 
+def lp_pool(x: Tensor, output_size: Sizes, geometry: Geometry, norm: float) -> Tensor:
+    """The norms [N, C, *output_size] of x [N, C, spatial]: (sum of x ** norm) ** (1 / norm) of each window, in fp32.
+
+    A window over the edge is taken for as many times its part inside. Formats and errors as `max_pool`.
+    """
+    call = prepared(_prepare_forward, (x,), ("lp", output_size, geometry, None, True, 0, norm))
+    y = x.new_empty_strided(call.shape, call.strides)
+    if call.launches:
+        run(call.launches[0], *_laid_out(call, (x,)), y, None)
+    return y
+
+
 def max_pool_backward(
     dy: Tensor, taps: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool
 ) -> Tensor:  # fmt: skip
@@ -76,8 +89,8 @@ def max_pool_backward(
 
     ``channels_last``: whether the input was, and the result is. Raises Uncovered where no kernel serves them.
     """
-    call = prepared(_prepare_backward, (dy, taps), ("max", input_size, geometry, channels_last, True, 0))
-    return _execute(call, (dy, taps), dy.dtype)
+    call = prepared(_prepare_backward, (dy, taps, None, None), ("max", input_size, geometry, channels_last))
+    return _execute(call, (dy, taps, None, None), dy.dtype)
 
 
 def average_pool_backward(
@@ -86,7 +99,18 @@ def average_pool_backward(
     """The input's gradient [N, C, *input_size] from the output's; arguments as `average_pool` and
     `max_pool_backward` have them."""
     arguments = ("average", input_size, geometry, channels_last, include_padding, divisor)
-    return _execute(prepared(_prepare_backward, (dy, None), arguments), (dy, None), dy.dtype)
+    operands = (dy, None, None, None)
+    return _execute(prepared(_prepare_backward, operands, arguments), operands, dy.dtype)
+
+
+def lp_pool_backward(
+    dy: Tensor, y: Tensor, x: Tensor, geometry: Geometry, channels_last: bool, norm: float
+) -> Tensor:  # fmt: skip
+    """The input's gradient, as x [N, C, spatial], from the output's and both operands of `lp_pool`; arguments as it and
+    `max_pool_backward` have them."""
+    operands = (dy, None, y, None if norm == 1 else x)
+    arguments = ("lp", tuple(x.shape[2:]), geometry, channels_last, True, 0, norm)
+    return _execute(prepared(_prepare_backward, operands, arguments), operands, dy.dtype)
 
 
 def max_pool_gather(taps: Tensor, x: Tensor, geometry: Geometry, channels_last: bool) -> Tensor:
@@ -111,7 +135,7 @@ def tap_type(input_size: Sizes, output_size: Sizes, window: Sizes) -> torch.dtyp
 
 def _problem(
     kind: str, shape: Sizes, output_size: Sizes, geometry: Geometry, dtype: torch.dtype, index: torch.dtype | None,
-    include_padding: bool = True, divisor: int = 0,
+    include_padding: bool = True, divisor: int = 0, norm: float = 0.0,
 ) -> PoolProblem:  # fmt: skip
     adaptive = geometry == ADAPTIVE
     if adaptive:
@@ -120,7 +144,7 @@ def _problem(
         geometry = window, (1,) * rank, (0,) * rank, (1,) * rank
     return PoolProblem(
         kind, shape[0], shape[1], tuple(shape[2:]), output_size, *geometry, dtype, adaptive, index, divisor,
-        include_padding,
+        include_padding, norm,
     )  # fmt: skip
 
 
@@ -144,8 +168,7 @@ def _prepare_forward(
     output_size: Sizes,
     geometry: Geometry,
     index: torch.dtype | None,
-    include_padding: bool,
-    divisor: int,
+    *sums: Any,
 ) -> PoolCall:
     (x,) = operands
     assert x is not None
@@ -154,7 +177,7 @@ def _prepare_forward(
     strides = strides_like(shape, channels_last)
     if not prod(shape):
         return PoolCall((None,), (), shape, strides)
-    problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, include_padding, divisor)
+    problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, *sums)
     copy, source = _view(x.shape, x.stride(), channels_last)
     return PoolCall((copy,), _plan("forward", problem, gpu, source, channels_last), shape, strides)
 
@@ -166,20 +189,19 @@ def _prepare_backward(
     input_size: Sizes,
     geometry: Geometry,
     channels_last: bool,
-    include_padding: bool,
-    divisor: int,
+    *sums: Any,
 ) -> PoolCall:
-    dy, taps = operands
+    dy, *kept = operands
     assert dy is not None
     shape = (*dy.shape[:2], *input_size)
     strides = strides_like(shape, channels_last)
     if not prod(shape) or not dy.numel():
-        return PoolCall((None, None), (), shape, strides)
-    index = None if taps is None else taps.dtype
-    problem = _problem(kind, shape, tuple(dy.shape[2:]), geometry, dy.dtype, index, include_padding, divisor)
+        return PoolCall((None,) * 4, (), shape, strides)
+    index = None if kept[0] is None else kept[0].dtype
+    problem = _problem(kind, shape, tuple(dy.shape[2:]), geometry, dy.dtype, index, *sums)
     copy, source = _view(dy.shape, dy.stride(), channels_last)
     launches = _plan("backward", problem, gpu, source, channels_last)
-    return PoolCall((copy, _dense(taps, channels_last)), launches, shape, strides)
+    return PoolCall((copy, *(_dense(t, channels_last) for t in kept)), launches, shape, strides)
 
 
 def _prepare_gather(
@@ -201,12 +223,12 @@ def _prepare_gather(
     return PoolCall((_dense(taps, channels_last), copy), (launch,), shape, strides)
 
 
-def _dense(taps: Tensor | None, channels_last: bool) -> Sizes | None:
-    """None where taps lie as `max_pool` wrote them, else the strides to copy them to."""
-    if taps is None:
+def _dense(t: Tensor | None, channels_last: bool) -> Sizes | None:
+    """None where a tensor lies as pools write theirs, else the strides to copy it to."""
+    if t is None:
         return None
-    strides = strides_like(taps.shape, channels_last)
-    same = all(size == 1 or a == b for size, a, b in zip(taps.shape, taps.stride(), strides, strict=True))
+    strides = strides_like(t.shape, channels_last)
+    same = all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
     return None if same else strides
 
 

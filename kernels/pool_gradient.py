@@ -6,7 +6,8 @@ is. A thread has such a block: it loads each window's gradient and index once an
 whether its tap, a constant, is the one kept. (A 3x3 window of stride 2, block 2x2: 4 loads, 9 questions for 4 pixels.)
 Dilated, adaptive and large windows take one pixel a thread and find its windows one by one.
 
-Bytes: dy and the index once (windows that blocks share meet in L1), dx once. Tiles as in `pool_window`.
+Bytes: dy and the index once (windows that blocks share meet in L1), dx once; of an lp norm dy, y and x. Tiles as in
+`pool_window`.
 """
 
 from __future__ import annotations
@@ -18,22 +19,55 @@ from fastconv.autotune import Config
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
 from fastconv.kernels.pixels import advance, in_elements
-from fastconv.kernels.pool_window import INDEX_TYPES, UNROLLED, extent, line_of, place, tile
+from fastconv.kernels.pool_window import (
+    INDEX_TYPES,
+    UNROLLED,
+    exponents,
+    extent,
+    line_of,
+    norm_form,
+    place,
+    power,
+    tile,
+)
 from fastconv.kernels.problem import PoolProblem
 
 # More sums than this a thread would not stay in registers.
 MAX_SPAN = 9
 
 
+# y = (sum of x ** p) ** (1 / p), so that dy / dx = x ** (p - 1) * y ** (1 - p): the windows' part, and the pixel's.
+@triton.jit
+def slope_of(y, exponent, sign, NORM: tl.constexpr):
+    """y ** (1 - p), ``exponent`` being p - 1. 0 where PyTorch's is: of a zero, and with p = 1 of a NaN."""
+    if NORM == 1:
+        slope = tl.where(tl.abs(y) > 0, 1.0, 0.0)
+    elif NORM == 2:
+        slope = tl.where(y == 0, 0.0, 1.0 / y)
+    else:
+        slope = tl.where(y == 0, 0.0, power(y, -exponent, sign))
+    return slope
+
+
+@triton.jit
+def derivative_of(x, exponent, sign, NORM: tl.constexpr):
+    """x ** (p - 1)."""
+    if NORM != 2:
+        x = power(x, exponent, sign)
+    return x
+
+
 @triton.jit(
     do_not_specialize=[
         *("M", "C", "D", "H", "W", "O", "P", "Q", "blocks_d", "blocks_h", "blocks_w", "dy_n", "dy_d", "dy_h", "dy_w"),
-        *("pad_d", "pad_h", "pad_w", "scale"),
+        *("pad_d", "pad_h", "pad_w", "scale", "exponent", "sign"),
     ]
 )
 def pool_gradient_kernel(
     dy_ptr,  # [N, O, P, Q, C] by its strides
-    index_ptr,  # [N, O, P, Q, C]: the winner's tap; absent: average
+    index_ptr,  # [N, O, P, Q, C]: a maximum's tap; else absent
+    y_ptr,  # [N, O, P, Q, C]: the lp norms; else absent
+    x_ptr,  # as dx: of an lp norm other than 1; else absent
     dx_ptr,  # [N, D, H, W, C]
     M,  # rows
     C,  # in units of VEC
@@ -41,8 +75,10 @@ def pool_gradient_kernel(
     blocks_d, blocks_h, blocks_w,  # of pixels
     dy_n, dy_d, dy_h, dy_w,  # in units of VEC
     pad_d, pad_h, pad_w,
-    scale,  # of a gradient, where all windows share it
+    scale,  # of a gradient, or where UNIFORM is false of its share
+    exponent, sign,  # of an lp norm's derivative: see `power`
     UNIFORM: tl.constexpr,
+    NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
     INCLUDE_PADDING: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,  # the window
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -61,15 +97,7 @@ def pool_gradient_kernel(
     BEFORE_W: tl.constexpr = (S - 1) // STRIDE_W
     C *= VEC
     dy_n, dy_d, dy_h, dy_w = in_elements(dy_n, dy_d, dy_h, dy_w, VEC, WIDE)
-    columns = C
-    if PLANES:
-        columns = blocks_w
-    blocks = tl.cdiv(columns, BLOCK_C)
-    program = tl.program_id(0)
-    row = (program // blocks * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    n, d, h, w, c = place(row, column, blocks_d, blocks_h, blocks_w, PLANES, RANK)
-    mask = (row < M) & (column < columns)
+    mask, n, d, h, w, c = place(M, C, blocks_d, blocks_h, blocks_w, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
     images = dy_ptr + n * dy_n + c
     if WIDE:
         n = n.to(tl.int64)
@@ -97,7 +125,10 @@ def pool_gradient_kernel(
                     best = tl.load(index_ptr + (line * Q + q) * C + c, mask=held, other=0).to(tl.int32)
                 elif not UNIFORM:
                     count = count_h * extent(q, W, Q, STRIDE_W, pad_w, S, False, INCLUDE_PADDING)
-                    dy *= 1.0 / tl.maximum(count, 1).to(tl.float32)
+                    dy *= scale / tl.maximum(count, 1).to(tl.float32)
+                if y_ptr is not None:
+                    y = tl.load(y_ptr + (line * Q + q) * C + c, mask=held, other=1.0).to(tl.float32)
+                    dy *= slope_of(y, exponent, sign, NORM)
                 before = accs
                 accs = ()
                 for f in tl.static_range(SPAN_D * SPAN_H * SPAN_W):
@@ -122,6 +153,8 @@ def pool_gradient_kernel(
         if index_ptr is None and UNIFORM:
             acc *= scale
         out = (line_of(n, z, y, D, H, RANK) * W + x) * C + c
+        if x_ptr is not None:
+            acc *= derivative_of(tl.load(x_ptr + out, mask=inside, other=1.0).to(tl.float32), exponent, sign, NORM)
         tl.store(dx_ptr + out, acc.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -150,12 +183,14 @@ def window_of(
     do_not_specialize=[
         *("M", "C", "D", "H", "W", "O", "P", "Q", "dy_n", "dy_d", "dy_h", "dy_w", "taps_d", "taps_h", "taps_w"),
         *("stride_d", "stride_h", "stride_w", "pad_d", "pad_h", "pad_w", "dilation_d", "dilation_h", "dilation_w"),
-        *("windows_d", "windows_h", "windows_w", "scale"),
+        *("windows_d", "windows_h", "windows_w", "scale", "exponent", "sign"),
     ]
 )
 def pool_pixel_gradient_kernel(
     dy_ptr,  # [N, O, P, Q, C] by its strides
-    index_ptr,  # [N, O, P, Q, C]: the winner's tap; absent: average
+    index_ptr,  # [N, O, P, Q, C]: a maximum's tap; else absent
+    y_ptr,  # [N, O, P, Q, C]: the lp norms; else absent
+    x_ptr,  # as dx: of an lp norm other than 1; else absent
     dx_ptr,  # [N, D, H, W, C]
     M,  # rows
     C,  # in units of VEC
@@ -163,10 +198,12 @@ def pool_pixel_gradient_kernel(
     dy_n, dy_d, dy_h, dy_w,  # in units of VEC
     taps_d, taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
     windows_d, windows_h, windows_w,  # that may hold one pixel
-    scale,  # of a gradient, where all windows share it
+    scale,  # of a gradient, or where UNIFORM is false of its share
+    exponent, sign,  # of an lp norm's derivative: see `power`
     ADAPTIVE: tl.constexpr,
     DILATED: tl.constexpr,
     UNIFORM: tl.constexpr,
+    NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
     INCLUDE_PADDING: tl.constexpr,
     PLANES: tl.constexpr,
     RANK: tl.constexpr,
@@ -178,15 +215,7 @@ def pool_pixel_gradient_kernel(
     """dx, one pixel a thread, whatever its windows are."""
     C *= VEC
     dy_n, dy_d, dy_h, dy_w = in_elements(dy_n, dy_d, dy_h, dy_w, VEC, WIDE)
-    columns = C
-    if PLANES:
-        columns = W
-    blocks = tl.cdiv(columns, BLOCK_C)
-    program = tl.program_id(0)
-    row = (program // blocks * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    n, d, h, w, c = place(row, column, D, H, W, PLANES, RANK)
-    mask = (row < M) & (column < columns)
+    mask, n, d, h, w, c = place(M, C, D, H, W, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
     images = dy_ptr + n * dy_n + c
     if WIDE:
         n = n.to(tl.int64)
@@ -202,21 +231,26 @@ def pool_pixel_gradient_kernel(
             o, t, held_d = window_of(d, jt, D, O, stride_d, pad_d, dilation_d, taps_d, ADAPTIVE, DILATED)
             held, tap, dy = held & held_d, t * taps_h + r, dy + o * dy_d
         gradient = tl.load(dy, mask=held, other=0.0).to(tl.float32)
+        out = (line_of(n, o, p, O, P, RANK) * Q + q) * C + c
+        if y_ptr is not None:
+            y = tl.load(y_ptr + out, mask=held, other=1.0).to(tl.float32)
+            gradient *= slope_of(y, exponent, sign, NORM)
         if index_ptr is not None:
-            pixel = line_of(n, o, p, O, P, RANK) * Q + q
-            best = tl.load(index_ptr + pixel * C + c, mask=held, other=0).to(tl.int32)
+            best = tl.load(index_ptr + out, mask=held, other=0).to(tl.int32)
             gradient = tl.where(best == tap * taps_w + s, gradient, 0.0)
         elif not UNIFORM:
             count = extent(q, W, Q, stride_w, pad_w, taps_w, ADAPTIVE, INCLUDE_PADDING)
             count *= extent(p, H, P, stride_h, pad_h, taps_h, ADAPTIVE, INCLUDE_PADDING)
             if RANK == 3:
                 count *= extent(o, D, O, stride_d, pad_d, taps_d, ADAPTIVE, INCLUDE_PADDING)
-            gradient *= 1.0 / tl.maximum(count, 1).to(tl.float32)
+            gradient *= scale / tl.maximum(count, 1).to(tl.float32)
         acc += gradient
         _, jt, jr, js = advance(0, jt, jr, js, 0, 0, 0, 1, windows_d, windows_h, windows_w, 3)
     if UNIFORM:
         acc *= scale
     out = (line_of(n, d, h, D, H, RANK) * W + w) * C + c
+    if x_ptr is not None:
+        acc *= derivative_of(tl.load(x_ptr + out, mask=mask, other=1.0).to(tl.float32), exponent, sign, NORM)
     tl.store(dx_ptr + out, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -241,19 +275,21 @@ def blocks_of(problem: PoolProblem) -> tuple[int, ...]:
 
 
 def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides) -> Launch:
-    """dy, index (absent unless ``problem.index``) -> dx. ``strides``: of dy's pixels, in elements; of the planes'
-    unless channels_last."""
+    """dy, index (absent unless ``problem.index``), y and x (absent but of lp norms) -> dx. ``strides``: of dy's pixels,
+    in elements; of the planes' unless channels_last."""
     view = problem.lifted if channels_last else problem.lifted.planes
-    span, blocks, divisor = spans(problem), blocks_of(problem), problem.uniform_divisor
+    span, blocks = spans(problem), blocks_of(problem)
     vec = vector(problem.dtype, view.channels, *strides)
     programs, rows, sides = tile(view, blocks, channels_last, {"BLOCK": config["BLOCK"]})
     element = pointer_type(problem.dtype)
     sizes = (rows, view.channels // vec, *view.input_size, *view.output_size)
     steps = tuple(stride // vec for stride in strides)
-    scale = 1.0 / divisor if divisor else 1.0
+    # Of a norm of 1 they are 0, and x is not read.
+    norm = norm_form(problem.norm)
+    last = (problem.scale, *exponents(problem.norm - 1.0))
     scalars: tuple[int | float, ...]
     if span is not None:
-        scalars = (*sizes, *blocks, *steps, *view.padding, scale)
+        scalars = (*sizes, *blocks, *steps, *view.padding, *last)
         constants = {
             **dict(zip("TRS", view.window, strict=True)),
             **{f"STRIDE_{axis}": value for axis, value in zip("DHW", view.stride, strict=True)},
@@ -261,15 +297,22 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
         }
     else:
         geometry = (*view.window, *view.stride, *view.padding, *view.dilation)
-        scalars = (*sizes, *steps, *geometry, *view.windows, scale)
+        scalars = (*sizes, *steps, *geometry, *view.windows, *last)
         constants = {"ADAPTIVE": problem.adaptive, "DILATED": any(d > 1 for d in view.dilation)}
     return Launch(
         kernel=pool_pixel_gradient_kernel if span is None else pool_gradient_kernel,
         grid=(programs, 1, 1),
-        pointers=(element, None if problem.index is None else INDEX_TYPES[problem.index], element),
+        pointers=(
+            element,
+            None if problem.index is None else INDEX_TYPES[problem.index],
+            element if norm > 0 else None,
+            element if norm > 1 else None,
+            element,
+        ),
         scalars=scalars,
         constants={
-            "UNIFORM": divisor != 0,
+            "UNIFORM": problem.uniform_divisor != 0,
+            "NORM": norm,
             "INCLUDE_PADDING": problem.include_padding,
             "PLANES": not channels_last,
             "RANK": max(2, problem.rank),

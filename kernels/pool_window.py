@@ -6,6 +6,8 @@ transposed first. All that is known of a row or a column alone is computed for i
 
     y[p, q] = over (r, s): x[p * stride - padding + r * dilation, ...]; adaptive: x[floor(p * H / P) + r, ...]
 
+An lp norm is an average whose elements are raised to a power as they are loaded, and whose sum to its inverse.
+
 A small window is unrolled, and a thread has LINES outputs below each other: a line of the input that is in several of
 their windows is loaded and reduced once. Of a large window LANES rows of the tile take a part each, and splits of the
 grid, which one ordered step adds up: a few global windows fill the GPU. No atomics: the same bits from run to run.
@@ -14,6 +16,8 @@ Bytes: x once (lines that tiles share meet in L1 and L2: programs follow memory)
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -32,8 +36,24 @@ INDEX_TYPES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
 
 
 @triton.jit
-def place(row, column, O, P, Q, PLANES: tl.constexpr, RANK: tl.constexpr):
-    """Rows and columns of an [N, O, P, Q, C] tensor -> (n, o, p, q, c)."""
+def place(
+    M, C, O, P, Q,
+    PLANES: tl.constexpr,
+    RANK: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What this program's tile has of an [N, O, P, Q, C] tensor of M rows, each LANES times: (which of it there is, n,
+    o, p, q, c)."""
+    columns = C
+    if PLANES:
+        columns = Q
+    blocks = tl.cdiv(columns, BLOCK_C)
+    program = tl.program_id(0)
+    row = (program // blocks * BLOCK_M + tl.arange(0, BLOCK_M * LANES) // LANES)[:, None]
+    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mask = (row < M) & (column < columns)
     if PLANES:
         q = column
         c = column * 0
@@ -46,7 +66,7 @@ def place(row, column, O, P, Q, PLANES: tl.constexpr, RANK: tl.constexpr):
     else:
         c = column
         n, o, p, q = unravel(row, O, P, Q, RANK)
-    return n, o, p, q, c
+    return mask, n, o, p, q, c
 
 
 @triton.jit
@@ -89,6 +109,13 @@ def first_inside(start, dilation):
 
 
 @triton.jit
+def power(x, exponent, sign):
+    """x to an exponent; ``sign``: what -1 to it is, NaN where that is no real number."""
+    y = tl.exp2(exponent * tl.log2(tl.abs(x)))
+    return tl.where(x < 0, sign * y, y)
+
+
+@triton.jit
 def take(acc, best, x, tap, MAX: tl.constexpr, INDEXED: tl.constexpr):
     """One more tap: the last NaN wins, else the first maximum, as in PyTorch's CPU op."""
     if not MAX:
@@ -116,7 +143,7 @@ def winner_of(acc, best):
     do_not_specialize=[
         *("M", "C", "D", "H", "W", "O", "P", "Q", "x_n", "x_d", "x_h", "x_w", "taps_d", "taps_h", "taps_w"),
         *("stride_d", "stride_h", "stride_w", "pad_d", "pad_h", "pad_w", "dilation_d", "dilation_h", "dilation_w"),
-        *("splits", "scale"),
+        *("splits", "scale", "exponent", "sign", "root", "root_sign"),
     ]
 )
 def pool_kernel(
@@ -129,8 +156,10 @@ def pool_kernel(
     x_n, x_d, x_h, x_w,  # in units of VEC
     taps_d, taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
     splits,
-    scale,  # of a sum, where all windows share it; of a maximum 1
+    scale,  # of a sum, or of its average where UNIFORM is false; of a maximum 1
+    exponent, sign, root, root_sign,  # of an lp norm and of its inverse: see `power`
     MAX: tl.constexpr,
+    NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
     ADAPTIVE: tl.constexpr,
     BOUNDED: tl.constexpr,  # a tap may be outside
     UNIFORM: tl.constexpr,
@@ -152,17 +181,10 @@ def pool_kernel(
     OUTSIDE: tl.constexpr = float("-inf") if MAX else 0.0
     C *= VEC
     x_n, x_d, x_h, x_w = in_elements(x_n, x_d, x_h, x_w, VEC, WIDE)
-    columns = C
-    if PLANES:
-        columns = Q
-    blocks = tl.cdiv(columns, BLOCK_C)
-    program = tl.program_id(0)
-    tile = tl.arange(0, BLOCK_M * LANES)[:, None]
-    row = program // blocks * BLOCK_M + tile // LANES
-    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    n, o, p, q, c = place(row, column, O, tl.cdiv(P, LINES), Q, PLANES, RANK)
-    p *= LINES
-    mask = (row < M) & (column < columns)
+    mask, n, o, p, q, c = place(M, C, O, tl.cdiv(P, LINES), Q, PLANES, RANK, LANES, BLOCK_M, BLOCK_C)
+    if LINES > 1:
+        # The last outputs of a column are two threads' rather than some be none's: no line past the image is read.
+        p = tl.minimum(p * LINES, P - LINES)
     w0, w1 = span(q, W, Q, stride_w, pad_w, ADAPTIVE)
     h0, h1 = span(p, H, P, stride_h, pad_h, ADAPTIVE)
     d0, d1 = 0, 1
@@ -205,6 +227,7 @@ def pool_kernel(
                             # By a one that the compiler does not know: else it compares bf16 two at a time, runs out
                             # of predicates and moves each of them (a 3x3 window on sm_90: 70 registers, not 44).
                             x *= scale
+                        x = raised(x, inside, exponent, sign, NORM)
                         if s == 0:
                             acc = x
                         else:
@@ -229,7 +252,8 @@ def pool_kernel(
                 best = tl.where(acc == OUTSIDE, first, best)
             if not MAX:
                 acc *= scale_of(count, p + i, H, P, stride_h, pad_h, taps_h, scale, ADAPTIVE, UNIFORM, INCLUDE_PADDING)
-            put(y_ptr, index_ptr, acc, best, line + i, q, c, Q, C, mask & (p + i < P), WIDE)
+                acc = root_of(acc, root, root_sign, NORM)
+            put(y_ptr, index_ptr, acc, best, line + i, q, c, Q, C, mask, WIDE)
     else:
         best = tl.zeros((BLOCK_M * LANES, BLOCK_C), dtype=tl.int32)
         if INDEXED and BOUNDED and not ADAPTIVE:
@@ -240,7 +264,7 @@ def pool_kernel(
         acc = tl.full((BLOCK_M * LANES, BLOCK_C), OUTSIDE, dtype=tl.float32)
         taps = taps_d * taps_h * taps_w
         lanes = splits * LANES
-        tap = tl.program_id(1) * LANES + tile % LANES
+        tap = tl.program_id(1) * LANES + tl.arange(0, BLOCK_M * LANES)[:, None] % LANES
         z, t, r, s = unravel(tap, taps_d, taps_h, taps_w, 3)
         z_step, t_step, r_step, s_step = unravel(lanes, taps_d, taps_h, taps_w, 3)
         for _ in tl.range(0, tl.cdiv(taps, lanes), loop_unroll_factor=8):
@@ -259,6 +283,7 @@ def pool_kernel(
                         inside = inside & (d >= 0) & (d < d1)
                 z, t, r, s = advance(z, t, r, s, z_step, t_step, r_step, s_step, taps_d, taps_h, taps_w, 3)
             x = tl.load(images + offset, mask=inside, other=OUTSIDE).to(tl.float32)
+            x = raised(x, inside, exponent, sign, NORM)
             acc, best = take(acc, best, x, tap, MAX, INDEXED)
             tap += lanes
         if not MAX:
@@ -269,13 +294,32 @@ def pool_kernel(
                 acc, best = winner_of(acc, tl.reshape(best, (BLOCK_M, LANES, BLOCK_C)))
             else:
                 acc = tl.sum(acc, axis=1)
-            row = program // blocks * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-            n, o, p, q, c = place(row, column, O, P, Q, PLANES, RANK)
-            mask = (row < M) & (column < columns)
+            mask, n, o, p, q, c = place(M, C, O, P, Q, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
             line = line_of(n, o, p, O, P, RANK)
+        acc = root_of(acc, root, root_sign, NORM)
         # Behind the splits before this one.
         line += tl.program_id(1) * (M if PLANES else M // Q)
         put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE)
+
+
+@triton.jit
+def raised(x, inside, exponent, sign, NORM: tl.constexpr):
+    """What an lp norm sums of x, 0 outside; any other sum x itself."""
+    if NORM == 2:
+        x *= x
+    elif NORM == 3:
+        x = tl.where(inside, power(x, exponent, sign), 0.0)
+    return x
+
+
+@triton.jit
+def root_of(acc, root, root_sign, NORM: tl.constexpr):
+    """The lp norm of such a sum."""
+    if NORM == 2:
+        acc = tl.sqrt_rn(acc)
+    elif NORM == 3:
+        acc = power(acc, root, root_sign)
+    return acc
 
 
 @triton.jit
@@ -291,7 +335,7 @@ def scale_of(
     else:
         # At least one: rows past the last have windows that hold none.
         count *= extent(p, H, P, stride, padding, taps, ADAPTIVE, INCLUDE_PADDING)
-        return 1.0 / tl.maximum(count, 1).to(tl.float32)
+        return scale / tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
@@ -362,18 +406,12 @@ def pool_gather_kernel(
     """What lies where each window has its maximum: the gradient's gradient, or PyTorch's index."""
     C *= VEC
     x_n, x_d, x_h, x_w = in_elements(x_n, x_d, x_h, x_w, VEC, WIDE)
-    columns = C
-    if PLANES:
-        columns = Q
-    blocks = tl.cdiv(columns, BLOCK_C)
-    program = tl.program_id(0)
-    row = (program // blocks * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    column = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    mask = (row < M) & (column < columns)
-    n, o, p, q, c = place(row, column, O, P, Q, PLANES, RANK)
+    mask, n, o, p, q, c = place(M, C, O, P, Q, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
+    line = line_of(n, o, p, O, P, RANK)
     if WIDE:
-        row = row.to(tl.int64)
-    tap = tl.load(index_ptr + row * columns + column, mask=mask, other=0).to(tl.int32)
+        line = line.to(tl.int64)
+    out = (line * Q + q) * C + c
+    tap = tl.load(index_ptr + out, mask=mask, other=0).to(tl.int32)
     r = tap // taps_w
     w = span(q, W, Q, stride_w, pad_w, ADAPTIVE)[0] + tap % taps_w * dilation_w
     h = span(p, H, P, stride_h, pad_h, ADAPTIVE)[0] + r % taps_h * dilation_h
@@ -385,7 +423,7 @@ def pool_gather_kernel(
         y = (d * H + h).to(tl.int64) * W + w
     else:
         y = tl.load(x_ptr + n * x_n + d * x_d + h * x_h + w * x_w + c, mask=inside, other=0.0)
-    tl.store(y_ptr + row * columns + column, y, mask=mask)
+    tl.store(y_ptr + out, y, mask=mask)
 
 
 def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides) -> tuple[Launch, ...]:
@@ -395,7 +433,10 @@ def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, stri
     splits, lanes = config["SPLITS"], config["LANES"]
     unroll = problem.taps <= UNROLLED
     assert not unroll or splits == lanes == 1
-    maximum, divisor = problem.kind == "max", problem.uniform_divisor
+    assert view.output_size[1] >= config["LINES"]
+    # (Of partial sums no root is taken.)
+    assert splits == 1 or problem.kind != "lp"
+    maximum = problem.kind == "max"
     linear = None if unroll else whole_image(view, strides)
     if linear is not None:
         strides = (*strides[:3], linear)
@@ -422,13 +463,16 @@ def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, stri
             *view.padding,
             *view.dilation,
             splits,
-            1.0 / divisor if divisor else 1.0,
+            problem.scale,
+            *exponents(problem.norm),
+            *exponents(1.0 / problem.norm if problem.norm else 0.0),
         ),
         constants={
             "MAX": maximum,
+            "NORM": norm_form(problem.norm),
             "ADAPTIVE": problem.adaptive,
             "BOUNDED": problem.bounded,
-            "UNIFORM": divisor != 0,
+            "UNIFORM": problem.uniform_divisor != 0,
             "INCLUDE_PADDING": problem.include_padding,
             "LINEAR": linear is not None,
             "PLANES": not channels_last,
@@ -497,6 +541,16 @@ def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strid
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
+
+
+def norm_form(norm: float) -> int:
+    """The kernels' NORM."""
+    return int(norm) if norm in (0, 1, 2) else 3
+
+
+def exponents(exponent: float) -> tuple[float, float]:
+    """(the exponent, what -1 to it is): the arguments of `power`."""
+    return exponent, (-1.0) ** (exponent % 2) if exponent.is_integer() else math.nan
 
 
 def whole_image(view: PoolProblem, strides: Strides) -> int | None:

@@ -280,7 +280,7 @@ class PoolProblem:
     stride, padding and dilation say nothing.
     """
 
-    kind: str  # "max" or "average"
+    kind: str  # "max", "average" or "lp"
     batch: int
     channels: int
     input_size: tuple[int, ...]
@@ -294,6 +294,7 @@ class PoolProblem:
     index: torch.dtype | None = None  # max: of the taps that are kept for the backward pass
     divisor: int = 0  # average: of every window; 0: each has its own number of pixels
     include_padding: bool = True  # average: in those numbers
+    norm: float = 0.0  # lp: its p, finite and not 0
 
     @property
     def rank(self) -> int:
@@ -321,7 +322,8 @@ class PoolProblem:
 
     @property
     def bytes(self) -> int:
-        """Bytes that must move when input, output and index are read or written once; the same in each direction."""
+        """Bytes that must move when input, output and index are read or written once; the same in each direction, but
+        twice as many in the backward one of an lp norm."""
         index = 0 if self.index is None else self.index.itemsize
         return self.channels * (
             self.input_pixels * self.dtype.itemsize + self.output_pixels * (self.dtype.itemsize + index)
@@ -377,6 +379,11 @@ class PoolProblem:
         return self.taps if whole and (self.include_padding or not self.bounded) else 0
 
     @property
+    def scale(self) -> float:
+        """What a sum is multiplied by, or where windows differ its average. An lp norm's is the average times taps."""
+        return (self.taps if self.kind == "lp" else 1.0) / (self.uniform_divisor or 1)
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """The most windows along each axis that may hold one pixel of the input; dilated, one of each tap."""
         if self.adaptive:
@@ -388,7 +395,8 @@ class PoolProblem:
     def describe(self) -> str:
         """One line for a person: ``max N32 C64 112x112 -> 56x56 3x3 stride 2 padding 1 bfloat16``."""
         sizes = [f"N{self.batch} C{self.channels}", _by(self.input_size), "->", _by(self.output_size)]
-        words = [f"adaptive {self.kind}" if self.adaptive else self.kind, *sizes]
+        kind = f"lp {self.norm:g}" if self.kind == "lp" else self.kind
+        words = [f"adaptive {kind}" if self.adaptive else kind, *sizes]
         if not self.adaptive:
             words.append(_by(self.window))
             words += _settings(self.stride, self.padding, self.dilation)

@@ -114,8 +114,8 @@ POOL = Space(
     "pool",
     {"BLOCK": (512, 1024), "LINES": (4, 1), "LANES": (1,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (1,)},
 )
-# Without taps to keep, two lines do: four spill on one version of the compiler.
-POOL_MAX = Space("pool_max", {**POOL.ranges, "LINES": (2, 1)})
+# Maxima without taps to keep and lp norms: of four lines some spill on one version of the compiler.
+POOL_PAIR = Space("pool_pair", {**POOL.ranges, "LINES": (2, 1)})
 POOL_SINGLE = Space("pool_single", {**POOL.ranges, "LINES": (1,)})
 POOL_SPLIT = Space(
     "pool_split",
@@ -172,7 +172,7 @@ INTERPRETED = {
     "conv_rows_wgrad": Space("conv_rows_wgrad", {**_PRODUCT, "SPLITS": (1, 2)}, _fits_interpreter),
     **{
         name: Space(name, {**POOL_SINGLE.ranges, "BLOCK": tuple(2**i for i in range(6, 19, 2))})
-        for name in ("pool", "pool_max", "pool_single", "pool_split", "pool_planes")
+        for name in ("pool", "pool_pair", "pool_single", "pool_split", "pool_planes")
     },
     "conv_depthwise": Space("conv_depthwise", {**_STENCIL, "OUTPUTS": (1,)}, _fits_interpreter),
     **{
@@ -494,8 +494,12 @@ def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gp
     space = POOL_SINGLE
     if direction == "forward" and taps > UNROLLED:
         space = POOL_SPLIT if channels_last or size[2] >= 16 else POOL_PLANES
-    elif direction == "forward" and taps <= 9 and view.dilation[1] == 1 and not problem.adaptive and size[1] > 1:
-        space = POOL_MAX if problem.kind == "max" and problem.index is None else POOL
+    elif (
+        direction == "forward" and taps <= 9 and view.dilation[1] == 1 and not problem.adaptive and size[1] >= 4
+        # (Powers by logarithms take most registers as it is.)
+        and problem.norm in (0, 1, 2)
+    ):  # fmt: skip
+        space = POOL if problem.kind == "average" or problem.index is not None else POOL_PAIR
     element, outputs = problem.dtype.itemsize, view.output_pixels * view.channels
 
     def work(config: Config) -> Work:
@@ -519,6 +523,8 @@ def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gp
     # One load of 16 bytes a thread; where each element is a load of its own, half as many.
     vectors = channels_last and problem.channels * element % 16 == 0
     width = {} if gpu.interpreted else {"BLOCK": 2048 // element if vectors else 512}
+    if problem.kind == "lp":
+        width["SPLITS"] = 1  # a root is of the whole sum
     return _choose(space, (direction, problem, channels_last), work, gpu, width)
 
 

@@ -1,7 +1,8 @@
 """Pools as library operators, and as autograd Functions over them.
 
-Each is linear once the winners' taps are known, so that an operator and its backward are each other's gradients:
-`average_pool` and `average_pool_backward`, `max_pool_gather` and `max_pool_backward`. Gradients of any order exist.
+Each but the lp norms is linear once the winners' taps are known, so that an operator and its backward are each other's
+gradients: `average_pool` and `average_pool_backward`, `max_pool_gather` and `max_pool_backward`. Gradients of any order
+exist; those of the gradient of an lp norm are composed of the average's and PyTorch's powers.
 
 A geometry is (window, stride, padding, dilation), four empty tuples where the pool is adaptive. Choices that depend on
 sizes are made inside the operators.
@@ -10,6 +11,7 @@ sizes are made inside the operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -132,6 +134,47 @@ def _average_pool_backward(
     return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
 
 
+def _lp_pool(
+    x: Tensor, output_size: list[int], window: list[int], stride: list[int], norm: float
+) -> Tensor:  # fmt: skip
+    size = tuple(output_size)
+    try:
+        return kernels.lp_pool(x, size, _lp_geometry(window, stride), norm)
+    except Uncovered as reason:
+        _fall_back("lp_pool", reason)
+    y = _pytorch_lp_pool(x, size, window, stride, norm)
+    return y.new_empty_strided(y.shape, strides_like(y.shape, is_channels_last(x.shape, x.stride()))).copy_(y)
+
+
+def _lp_pool_fake(x, output_size, window, stride, norm):
+    return _average_pool_fake(x, output_size, window, stride, (), True, 0)
+
+
+def _lp_pool_backward(
+    dy: Tensor, y: Tensor, x: Tensor, window: list[int], stride: list[int], norm: float, channels_last: bool
+) -> Tensor:
+    try:
+        return kernels.lp_pool_backward(dy, y, x, _lp_geometry(window, stride), channels_last, norm)
+    except Uncovered as reason:
+        _fall_back("lp_pool_backward", reason)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(_pytorch_lp_pool(x, tuple(dy.shape[2:]), window, stride, norm), x, dy)
+    return dx.new_empty_strided(x.shape, strides_like(x.shape, channels_last)).copy_(dx)
+
+
+def _lp_geometry(window: Sequence[int], stride: Sequence[int]) -> Any:
+    return _tuples(window, stride, [0] * len(window), [1] * len(window))
+
+
+def _pytorch_lp_pool(x: Tensor, size: Any, window: Sequence[int], stride: Sequence[int], norm: float) -> Tensor:
+    ceil = _is_ceiled(tuple(x.shape[2:]), size, _lp_geometry(window, stride))
+    rank = len(size)
+    # (Of a line PyTorch takes no tuples.)
+    arguments = (window[0], stride[0]) if rank == 1 else (window, stride)
+    return getattr(torch.nn.functional, f"lp_pool{rank}d")(x, norm, *arguments, ceil)
+
+
 def _pytorch_max_pool(x: Tensor, size: Any, geometry: Any, index: torch.dtype | None) -> tuple[Tensor, ...]:
     """`kernels.max_pool` by PyTorch's operators."""
     rank = len(size)
@@ -250,6 +293,17 @@ average_pool_backward_op = _operator(
         dy, input_size, channels_last
     ),
 )
+lp_pool_op = _operator(
+    "lp_pool(Tensor x, SymInt[] output_size, SymInt[] window, SymInt[] stride, float norm) -> Tensor",
+    _lp_pool,
+    _lp_pool_fake,
+)
+lp_pool_backward_op = _operator(
+    "lp_pool_backward(Tensor dy, Tensor y, Tensor x, SymInt[] window, SymInt[] stride, float norm, "
+    "bool channels_last) -> Tensor",
+    _lp_pool_backward,
+    lambda dy, y, x, window, stride, norm, channels_last: _backward_fake(dy, x.shape[2:], channels_last),
+)
 
 
 def max_pool(
@@ -272,6 +326,12 @@ def average_pool(
     """The averages [N, C, *output_size] of x [N, C, spatial], differentiable. ``divisor`` 0: each window's own."""
     arguments = (*geometry[:3], include_padding, divisor)
     return AveragePool.apply(x, output_size, arguments) if _tracked(x) else average_pool_op(x, output_size, *arguments)
+
+
+def lp_pool(x: Tensor, output_size: Sequence[int], window: Sequence[int], stride: Sequence[int], norm: float) -> Tensor:
+    """The lp norms [N, C, *output_size] of x [N, C, spatial], differentiable."""
+    apply = LpPool.apply if _tracked(x) else lp_pool_op
+    return apply(x, output_size, window, stride, norm)
 
 
 class MaxPool(Function):
@@ -362,3 +422,28 @@ class AveragePoolBackward(Function):
     @staticmethod
     def backward(ctx, ddx):
         return average_pool(ddx, ctx.sizes[1], (*ctx.arguments[:3], ()), *ctx.arguments[3:]), None, None
+
+
+class LpPool(Function):
+    """Norms of windows; backward, which reads them and the input, spreads each over its window."""
+
+    @staticmethod
+    def forward(ctx, x, output_size, window, stride, norm):
+        y = lp_pool_op(x, output_size, window, stride, norm)
+        ctx.save_for_backward(x, y)
+        ctx.arguments = window, stride, norm
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, y = ctx.saved_tensors
+        window, stride, norm = ctx.arguments
+        channels_last = is_channels_last(x.shape, x.stride())
+        if not _tracked(dy, x):
+            return lp_pool_backward_op(dy, y, x, window, stride, norm, channels_last), None, None, None, None
+        # What `lp_pool_backward` computes, each step differentiable: also where no sum's gradient is.
+        none = y == 0
+        slope = y.masked_fill(none, 1.0).pow(1.0 - norm).masked_fill(none, 0.0)
+        arguments = window, stride, (0,) * len(window), True, 0
+        spread = AveragePoolBackward.apply(dy * slope, (x.shape[2:], y.shape[2:], channels_last), arguments)
+        return spread * prod(window) * x.pow(norm - 1.0), None, None, None, None

@@ -51,6 +51,8 @@ CALLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "lp_pool2d": ("lp_pool2d", (2, 3, 7, 6), {"norm_type": 3.0, "kernel_size": (2, 3), "stride": 2, "ceil_mode": True}),
     "lp_pool2d, infinite": ("lp_pool2d", (2, 3, 6, 6), {"norm_type": float("inf"), "kernel_size": 2}),
     "lp_pool2d, infinite and negative": ("lp_pool2d", (2, 3, 6, 6), {"norm_type": -float("inf"), "kernel_size": 2}),
+    "lp_pool2d, root": ("lp_pool2d", (2, 8, 6, 7), {"norm_type": 0.5, "kernel_size": 3, "stride": 1}),
+    "lp_pool2d, unbatched": ("lp_pool2d", (3, 6, 6), {"norm_type": 1, "kernel_size": 2}),
     "lp_pool3d": ("lp_pool3d", (1, 3, 4, 5, 4), {"norm_type": 2.0, "kernel_size": 2}),
 }
 MAXIMA = [name for name in CALLS if "max" in name]
@@ -103,7 +105,7 @@ def test_forward_and_gradients_of_two_orders(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in CALLS if "lp" not in name][::2])
+@pytest.mark.parametrize("name", [*[name for name in CALLS if "lp" not in name][::2], "lp_pool1d"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     function, _, arguments = CALLS[name]
     x = leaf(name, dtype)
@@ -200,7 +202,8 @@ def test_windows_of_nan_and_infinity() -> None:
 
 
 def test_empty_batches() -> None:
-    for function, arguments in (("max_pool2d", (2,)), ("avg_pool2d", (2,)), ("adaptive_max_pool2d", (3,))):
+    calls: tuple[tuple[str, tuple[int, ...]], ...] = (("max_pool2d", (2,)), ("avg_pool2d", (2,)))
+    for function, arguments in (*calls, ("adaptive_max_pool2d", (3,)), ("lp_pool2d", (2, 2))):
         x = torch.zeros(0, 3, 6, 6, device=DEVICE, requires_grad=True)
         with record() as records:
             y = getattr(ours, function)(x, *arguments)
@@ -289,6 +292,17 @@ def test_bad_inputs_raise_as_pytorch_does(kind: str, rank: int, what: str) -> No
         assert str(list(x.shape)) in str(error)
 
 
+def test_norms_that_are_none() -> None:
+    x = torch.rand(2, 3, 6, 6, device=DEVICE)
+    for norm in (0, 0.0):
+        assert type(raised(ours, "lp_pool2d", x, (norm, 2))) is type(raised(theirs, "lp_pool2d", x, (norm, 2)))
+    # One that is learnt is PyTorch's.
+    norm = torch.tensor(3.0, device=DEVICE, requires_grad=True)
+    with record() as records:
+        (gradient,) = torch.autograd.grad(ours.lp_pool2d(x, norm, 2).sum(), norm)
+    assert not records and gradient != 0
+
+
 def test_a_volume_smaller_than_the_window_is_no_average() -> None:
     """Whatever the padding, as PyTorch has it."""
     x = torch.zeros(1, 2, 3, 9, 9)
@@ -333,7 +347,9 @@ def test_pytorch_takes_over_where_no_kernel_does(name: str) -> None:
         getattr(ours, function)(leaf(name), **arguments)
 
 
-@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool3d", "adaptive_max_pool1d", "adaptive_avg_pool2d, uneven"])
+@pytest.mark.parametrize(
+    "name", ["max_pool2d", "avg_pool3d", "adaptive_max_pool1d", "adaptive_avg_pool2d, uneven", "lp_pool2d"]
+)
 def test_compiles_as_one_graph(name: str) -> None:
     torch._dynamo.reset()
     function, _, arguments = CALLS[name]
@@ -371,10 +387,12 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
         (autograd.average_pool_op, (last, [4, 2], [], [], [], True, 0)),
         (autograd.average_pool_backward_op, (y, [6, 5], *average, True)),
         (autograd.average_pool_backward_op, (y, [6, 5], [], [], [], True, 0, False)),
+        (autograd.lp_pool_op, (last, [3, 2], [2, 2], [2, 2], 2.0)),
+        (autograd.lp_pool_backward_op, (y[..., :2], y[..., :2], x, [2, 2], [2, 2], 3.0, False)),
     ]
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(12))
 def test_operators_are_what_they_say(index: int) -> None:
     operator, arguments = samples()[index]
     torch.library.opcheck(operator, arguments)

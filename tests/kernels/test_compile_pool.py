@@ -45,6 +45,7 @@ def problem(
     dtype: torch.dtype = torch.bfloat16,
     training: bool = True,
     include_padding: bool = True,
+    norm: float = 0.0,
 ) -> PoolProblem:
     """Without a window adaptive."""
     rank, adaptive = len(size), not window
@@ -52,7 +53,7 @@ def problem(
     index = index_type(prod(windows)) if kind == "max" and training else None
     steps = (stride,) * rank, (padding,) * rank, (dilation,) * rank
     return PoolProblem(
-        *(kind, batch, channels, size, output, windows, *steps, dtype, adaptive, index, 0, include_padding)
+        *(kind, batch, channels, size, output, windows, *steps, dtype, adaptive, index, 0, include_padding, norm)
     )
 
 
@@ -93,6 +94,12 @@ OTHERS = (
     problem("average", 1, 64, (224, 224), (1, 1)),
     problem("max", 1, 64, (224, 224), (1, 1)),
     problem("max", 1, 64, (8, 60, 60), (1, 2, 2), dtype=torch.float32),
+    problem("lp", 8, 64, (57, 57), (28, 28), 3, 2, norm=1.0),
+    problem("lp", 8, 64, (57, 57), (28, 28), 3, 2, norm=2.0),
+    problem("lp", 8, 64, (57, 57), (28, 28), 3, 2, norm=3.0),
+    problem("lp", 8, 64, (58, 58), (56, 56), 3, 1, norm=3.0, dtype=torch.float32),
+    problem("lp", 8, 64, (56, 56), (28, 28), 3, 2, norm=3.0),
+    problem("lp", 8, 64, (20, 20), (8, 8), 13, 1, norm=3.0),
     # 64-bit offsets
     problem("max", 3, 64, (4096, 4096), (2048, 2048), 3, 2, 1),
     problem("average", 3, 64, (256, 256, 256), (128, 128, 128), 3, 2, 1),

@@ -256,6 +256,71 @@ def test_adaptive_average_within_rounding(name: str) -> None:
     )
 
 
+NORMS = (2.0, 3.0, 1.0, 2.5, -1.0, 0.5, 4.0)
+
+
+def norms(
+    x: Tensor, size: Ints, window: Ints, stride: Ints, norm: float, last: bool, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    operand, gradient = laid_out(x, last), laid_out(dy, last)
+    last = is_channels_last(operand.shape, operand.stride())
+    rank = len(window)
+    geometry = window, stride, (0,) * rank, (1,) * rank
+    with record() as records:
+        y = pool.lp_pool(operand, size, geometry, norm)
+        dx = pool.lp_pool_backward(gradient, y, operand, geometry, last, norm)
+    assert [r.launch.constants["NORM"] for r in records] == [norm if norm in (1, 2) else 3] * 2
+    return y, dx
+
+
+def pytorchs_norms(x: Tensor, window: Ints, stride: Ints, norm: float, ceil: bool) -> Tensor:
+    # (Of a line it takes no tuples.)
+    return function("lp_pool", len(window))(x, norm, *((window, stride) if window[1:] else window + stride), ceil)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_norms_within_rounding(case: Case, record_property) -> None:
+    """Of positive numbers: no sum is ill-conditioned."""
+    position = CASES.index(case)
+    norm, dtype = NORMS[position % 7], DTYPES[position % 3]
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand((case.n, case.c, *case.size), generator=generator) + 0.5).to(dtype)
+    exact = x.double().requires_grad_()
+    expected = pytorchs_norms(exact, case.window, case.stride, norm, case.ceil)
+    dy = torch.randn(expected.shape, generator=generator).to(dtype)
+    y, dx = norms(x, tuple(expected.shape[2:]), case.window, case.stride, norm, position % 2 == 0, dy)
+    gradient, bound = (
+        torch.autograd.grad(expected, exact, t, retain_graph=True)[0] for t in (dy.double(), dy.double().abs())
+    )
+    taps = torch.Size(case.window).numel()
+    # What the logarithms of powers lose, of y and, as often as it is multiplied by itself, of dx.
+    assert_close(y, expected.detach(), expected.detach(), taps, "norm", 1e-6)
+    rounded = abs(norm - 1.0) * torch.finfo(dtype).eps
+    assert_close(dx, gradient, bound, taps, "gradient", rounded + 1e-6 * (1.0 + abs(norm)))
+    record_property("problem", ("pool", "lp", case.name))
+
+
+@pytest.mark.parametrize("window", [2, 6], ids=["unrolled", "a loop"])
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
+@pytest.mark.parametrize("norm", [*NORMS, -2.0, -0.5, 5.0])
+def test_norms_of_zeros_negative_sums_and_nan_are_pytorchs(norm: float, last: bool, window: int) -> None:
+    """Also gradients: none where a sum is zero, NaN where a root is."""
+    zeros, signs, nan = torch.zeros(2, 2), torch.tensor([[-1.0, -2.0], [1.0, -1.0]]), torch.tensor([[-3.0, torch.nan]])
+    windows = [zeros, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), signs, -signs, nan.expand(2, 2), torch.full((2, 2), 2.0)]
+    x = torch.stack([t.tile(window // 2, window // 2) for t in windows]).view(2, 3, window, window)
+    # A window over the edge, half of whose column and all of whose row are missing.
+    exact = torch.nn.functional.pad(x, (0, 1)).double().requires_grad_()
+    expected = torch.nn.functional.lp_pool2d(exact, norm, window, window // 2, True)
+    dy = torch.ones_like(expected)
+    (gradient,) = torch.autograd.grad(expected, exact, dy)
+    size, square = tuple(expected.shape[2:]), (window, window)
+    y, dx = norms(exact.detach().float(), size, square, (window // 2,) * 2, norm, last, dy.float())
+    for value, reference, what in ((y, expected.detach(), "norms"), (dx, gradient, "gradient")):
+        torch.testing.assert_close(
+            value.cpu().double(), reference, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m, w=what: f"{w}: {m}"
+        )
+
+
 def named_tile(monkeypatch: pytest.MonkeyPatch, **config: int) -> None:
     """What `pool_tile` answers, whatever it is asked."""
     choice = Choice(
@@ -270,14 +335,20 @@ def named_tile(monkeypatch: pytest.MonkeyPatch, **config: int) -> None:
 def test_tile_edges_of_unrolled_windows(lines: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's own tiles swallow small problems whole; here tiles end inside rows, columns and blocks."""
     named_tile(monkeypatch, BLOCK=32, LINES=lines)
-    for window, stride, padding in (((3, 3), (2, 1), (1, 1)), ((2, 3), (3, 2), (0, 1)), ((3, 2), (1, 2), (1, 1))):
+    for window, stride, padding in (
+        ((3, 3), (2, 1), (1, 1)),
+        ((2, 3), (2, 2), (0, 1)),
+        ((3, 2), (1, 2), (1, 1)),
+        ((2, 1), (2, 1), (0, 0)),
+    ):
         geometry = window, stride, padding, (1, 1)
-        x = awkward((1, 5, 8, 5))
+        # Columns of 5 outputs and of 10, which neither 2 nor 4 of a thread divide evenly.
+        x = awkward((1, 5, 10, 5))
         y, indices = torch.nn.functional.max_pool2d(x, *geometry, return_indices=True)
         check_max(x, tuple(y.shape[2:]), geometry, torch.uint8, y, indices, last)
     check_average(
-        lambda x: torch.nn.functional.avg_pool2d(x, *geometry[:3], False, False),
-        lambda x, dy, size: averages(x, size, geometry, False, 0, last, dy),
+        lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1, False, False),
+        lambda x, dy, size: averages(x, size, ((3, 3), (1, 1), (1, 1), (1, 1)), False, 0, last, dy),
         (1, 5, 7, 5),
         torch.float32,
         9,
@@ -311,6 +382,16 @@ def test_large_windows_shared_by_lanes_and_splits(
             expected, bound = (function("adaptive_avg_pool", len(size))(t, output) for t in (x, x.abs()))
             average = pool.average_pool(laid_out(x.float(), last), output, geometry, True, 0)
             assert_close(average, expected, bound, 60, f"average of {size}", 1e-6)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
+def test_large_norms_shared_by_lanes(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    named_tile(monkeypatch, BLOCK=256, LANES=8)
+    x = torch.rand((2, 5, 8, 7), generator=torch.Generator().manual_seed(0)) + 0.5
+    for norm in (2.0, 3.0):
+        expected = torch.nn.functional.lp_pool2d(x.double(), norm, 6, 1)
+        y = pool.lp_pool(laid_out(x, last), (3, 2), ((6, 6), (1, 1), (0, 0), (1, 1)), norm)
+        assert_close(y, expected, expected, 36, f"norm {norm}", 1e-6)
 
 
 def test_tap_types() -> None:
@@ -476,3 +557,5 @@ def test_bytes_and_description() -> None:
     average = PoolProblem("average", 2, 8, (7, 7), (1, 1), (7, 7), (1, 1), (0, 0), (1, 1), torch.float32, True)
     assert average.bytes == 2 * 8 * (49 + 1) * 4
     assert average.describe() == "adaptive average N2 C8 7x7 -> 1x1 float32"
+    lp = PoolProblem("lp", 2, 8, (8,), (4,), (2,), (2,), (0,), (1,), torch.float32, norm=2.5)
+    assert lp.describe() == "lp 2.5 N2 C8 8 -> 4 2 stride 2 float32" and lp.bytes == 2 * 8 * 12 * 4
