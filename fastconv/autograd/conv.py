@@ -50,7 +50,7 @@ def _say_once(name: str, reason: str) -> None:
 def _fall_back(name: str, reason: Exception) -> None:
     """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log."""
     in_backward = torch._C._current_graph_task_id() != -1
-    if settings.strict_somewhere if in_backward else settings.strict:
+    if (settings.values_in_backward if in_backward else settings.values).strict:
         raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
     _say_once(name, str(reason))
 

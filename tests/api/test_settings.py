@@ -37,7 +37,7 @@ def test_the_processs_variable_is_read() -> None:
     out = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
     ).stdout
-    assert out == "fastconv.settings(strict=True)\n"
+    assert out == "fastconv.settings(strict=True, prefer='fastest', tune='cached', numerics='fast')\n"
 
 
 def test_context_over_call_over_variable() -> None:
@@ -53,6 +53,26 @@ def test_context_over_call_over_variable() -> None:
             assert settings.strict is False
         assert settings.strict is True
     assert settings.strict is False
+
+
+def test_words() -> None:
+    settings = Settings({"FASTCONV_TUNE": "Off", "FASTCONV_NUMERICS": "stable"})
+    assert settings.values == (False, "fastest", "off", "stable")
+    with settings(prefer="triton"):
+        settings(tune="first")
+        assert settings.values == (False, "triton", "first", "stable")
+    assert (settings.prefer, settings.tune, settings.numerics) == ("fastest", "first", "stable")
+    with pytest.raises(ValueError, match=r"^FASTCONV_PREFER must be one of fastest, triton, but is 'cudnn'$"):
+        Settings({"FASTCONV_PREFER": "cudnn"})
+
+
+def test_backward_goes_by_the_contexts_of_other_threads() -> None:
+    settings = Settings({})
+    with ThreadPoolExecutor(1) as other:
+        with settings(strict=True, tune="off"), settings(strict=False, numerics="stable"):
+            assert other.submit(lambda: settings.values_in_backward).result() == (True, "fastest", "off", "stable")
+            assert settings.values_in_backward == settings.values == (False, "fastest", "off", "stable")
+        assert other.submit(lambda: settings.values_in_backward).result() == settings.values
 
 
 def test_a_context_leaves_what_it_found() -> None:
@@ -87,8 +107,12 @@ def test_nothing_given_changes_nothing() -> None:
 
 
 def test_another_name_or_type_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="tune"):
-        fastconv.settings(tune="first")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="tuning"):
+        fastconv.settings(tuning="first")  # type: ignore[call-arg]
+    with pytest.raises(
+        ValueError, match=r"^settings: tune must be one of cached, off, first, force, but got 'always'$"
+    ):
+        fastconv.settings(tune="always")
     with pytest.raises(TypeError, match="strict must be True or False, but got 'yes'"):
         fastconv.settings(strict="yes")  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
