@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,16 +33,22 @@ def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
 
 
 def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:
-    """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``."""
-    if isinstance(value, _INTEGERS):
-        return (value,) * rank
-    if not isinstance(value, Sequence) or not all(isinstance(item, _INTEGERS) for item in value):
-        raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}")
-    if len(value) == 1:
-        return tuple(value) * rank
-    if len(value) != rank:
+    """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``; an int is what stands for an index."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(type(item) is int for item in values):
+        if not all(_is_integer(item) for item in values):
+            raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}")
+        values = tuple(item if isinstance(item, _INTEGERS) else operator.index(item) for item in values)
+    if len(values) == 1:
+        return values * rank
+    if len(values) != rank:
         raise RuntimeError(
             f"expected {name} to be a single integer value or a list of {rank} values to match {of}, "
-            f"but got {name}={list(value)}"
+            f"but got {name}={list(values)}"
         )
-    return tuple(value)
+    return values
+
+
+def _is_integer(value: Any) -> bool:
+    # (As PyTorch has it, a bool is none.)
+    return not isinstance(value, bool) and (isinstance(value, _INTEGERS) or hasattr(value, "__index__"))

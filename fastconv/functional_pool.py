@@ -284,6 +284,10 @@ def _lp_pool(
         raise ZeroDivisionError(f"{ours.__name__}: norm_type must not be zero, for input of size: {list(x.shape)}")
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as autocast has powers
+    if rank > 1 and isinstance(kernel_size, Sequence) and len(kernel_size) not in (1, rank):
+        raise ValueError(
+            f"{ours.__name__}: expected {rank} values of kernel_size, but got {kernel_size!r} for {list(x.shape)}"
+        )
     (window, stride, *_), size = _windows(ours.__name__, rank, x, kernel_size, stride, 0, 1, ceil_mode)
     return _like(x, rank, autograd.lp_pool(_batched(x, rank), size, window, stride, float(norm_type)))
 
@@ -340,14 +344,15 @@ def _adaptive_size(
 ) -> tuple[int, ...]:  # fmt: skip
     """The output size as a tuple of ``rank``, None taken from the input; ``full``: the axes that must not be empty."""
     _check_rank(name, rank, x)
-    if rank > 1 and isinstance(output_size, Sequence):
+    if rank > 1 and hasattr(output_size, "__len__") and not isinstance(output_size, str):
+        output_size = list(output_size)
         if len(output_size) >= x.dim():
             raise ValueError(
                 f"{name}: Input dimension should be at least {len(output_size) + 1} for output_size="
-                f"{list(output_size)}, but got input of size: {list(x.shape)}"
+                f"{output_size}, but got input of size: {list(x.shape)}"
             )
         sizes = zip(output_size, x.shape[-rank:], strict=False)
-        output_size = [h if p is None else p for p, h in sizes] + list(output_size[rank:])
+        output_size = [h if p is None else p for p, h in sizes] + output_size[rank:]
         if len(output_size) != rank:
             raise RuntimeError(f"{name}: output_size must be {rank}, but got {output_size} for input {list(x.shape)}")
     size = expand("output_size", output_size, rank, "the pooled dimensions")
@@ -362,7 +367,9 @@ def _adaptive_size(
 
 def _check_rank(name: str, rank: int, x: Tensor) -> None:
     if x.dim() not in (rank + 1, rank + 2):
-        raise RuntimeError(
+        # (PyTorch's average pools of planes ask for an axis that there is not.)
+        error = IndexError if x.dim() < 3 and name in ("avg_pool2d", "lp_pool2d") else RuntimeError
+        raise error(
             f"{name}: Expected {rank + 1}D or {rank + 2}D (batch mode) tensor, but got input of size: {list(x.shape)}"
         )
 

@@ -228,19 +228,23 @@ BAD_WINDOWS: dict[str, tuple[Any, ...]] = {
     "four strides": (2, (1, 1, 1, 1)),
     "a fraction": (1.5,),
     "a word": ("same",),
+    "a yes": (True,),
     "no padding at all": (2, 1, ()),
 }
 BAD_MAX: dict[str, tuple[Any, ...]] = {"no dilation": (2, 1, 0, 0), "negative dilation": (2, 1, 0, -1)}
 BAD_MAX["padding over half, dilated"] = (2, 1, 2, 3)
 BAD_AVERAGE: dict[str, tuple[Any, ...]] = {"divisor of zero": (2, 1, 0, False, True, 0)}
 BAD_ADAPTIVE: dict[str, tuple[Any, ...]] = {"negative size": (-1,), "too many sizes": ((1, 1, 1, 1),)}
-BAD_ADAPTIVE |= {"a fraction": (1.5,), "no size": ((),), "nothing": (None,)}
+BAD_ADAPTIVE |= {"a fraction": (1.5,), "no size": ((),), "nothing": (None,), "a letter": ("a",), "a yes": (True,)}
+BAD_NORMS = {"a word": (2, "same"), "no window": (2, 0), "no windows": (2, ()), "four numbers": (2, (2, 2, 2, 2))}
+BAD_NORMS |= {"no norm": (0, 2), "no stride": (2, 2, 0), "window larger than the input": (2, 20)}
 BAD = [
     (f"{kind}{rank}d", what, arguments)
     for rank in (1, 2, 3)
     for kind, cases in (
         ("max_pool", BAD_WINDOWS | BAD_MAX),
         ("avg_pool", BAD_WINDOWS | (BAD_AVERAGE if rank > 1 else {})),
+        ("lp_pool", BAD_NORMS if rank == 1 else {what: case for what, case in BAD_NORMS.items() if what != "a word"}),
         ("adaptive_max_pool", BAD_ADAPTIVE),
         ("adaptive_avg_pool", BAD_ADAPTIVE),
     )
@@ -281,26 +285,39 @@ INPUTS = {
 
 @pytest.mark.parametrize("what", INPUTS)
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool"])
+@pytest.mark.parametrize("kind", ["max_pool", "avg_pool", "lp_pool", "adaptive_max_pool", "adaptive_avg_pool"])
 def test_bad_inputs_raise_as_pytorch_does(kind: str, rank: int, what: str) -> None:
     x = INPUTS[what](torch.zeros(SHAPES[rank]))
-    expected = raised(theirs, f"{kind}{rank}d", x, (2,))
-    error = raised(ours, f"{kind}{rank}d", x.to(DEVICE), (2,))
-    # (An index of avg_pool2d's own, which two axes do not have.)
-    assert type(error) is (RuntimeError if isinstance(expected, IndexError) else type(expected)), (error, expected)
+    arguments = (2, 2) if kind == "lp_pool" else (2,)
+    expected = raised(theirs, f"{kind}{rank}d", x, arguments)
+    error = raised(ours, f"{kind}{rank}d", x.to(DEVICE), arguments)
+    assert type(error) is type(expected), (error, expected)
     if error is not None:
         assert str(list(x.shape)) in str(error)
 
 
 def test_norms_that_are_none() -> None:
     x = torch.rand(2, 3, 6, 6, device=DEVICE)
-    for norm in (0, 0.0):
-        assert type(raised(ours, "lp_pool2d", x, (norm, 2))) is type(raised(theirs, "lp_pool2d", x, (norm, 2)))
+    assert type(raised(ours, "lp_pool2d", x, (0.0, 2))) is ZeroDivisionError
     # One that is learnt is PyTorch's.
     norm = torch.tensor(3.0, device=DEVICE, requires_grad=True)
     with record() as records:
         (gradient,) = torch.autograd.grad(ours.lp_pool2d(x, norm, 2).sum(), norm)
     assert not records and gradient != 0
+
+
+@pytest.mark.parametrize(
+    "name", ["max_pool1d", "avg_pool2d", "lp_pool3d", "adaptive_avg_pool2d", "adaptive_max_pool3d"]
+)
+def test_other_integers_are_integers(name: str) -> None:
+    """NumPy's, tensors of one, and what else may stand for an index."""
+    numpy = pytest.importorskip("numpy")
+    x = torch.rand(SHAPES[int(name[-2])], device=DEVICE)
+    norm = (2,) if "lp" in name else ()
+    expected = getattr(ours, name)(x, *norm, 2)
+    sizes = [numpy.int64(2), torch.tensor(2)] if "adaptive" not in name else [numpy.array([2] * int(name[-2]))]
+    for size in (*sizes, (numpy.int32(2),) * int(name[-2])):
+        assert torch.equal(getattr(ours, name)(x, *norm, size), expected)
 
 
 def test_a_volume_smaller_than_the_window_is_no_average() -> None:
