@@ -107,11 +107,13 @@ class Report:
 
     @property
     def summary(self) -> str:
-        summary = f"{len(self.replaced)} of {len(self.layers)} convolution layers"
+        counted = []
+        if self.layers or not self.pools:
+            counted.append(f"{len(self.replaced)} of {len(self.layers)} convolution layers")
         if self.pools:
-            summary += f" and {sum(pool.reason is None for pool in self.pools)} of {len(self.pools)} pools"
-        summary += " on fastconv's kernels"
-        if self.norms:
+            counted.append(f"{sum(pool.reason is None for pool in self.pools)} of {len(self.pools)} pools")
+        summary = f"{' and '.join(counted)} on fastconv's kernels"
+        if self.norms and self.layers:
             summary += f", {len(self.fused)} of {len(self.norms)} batch norms fused into them"
         return summary
 
