@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config
-from fastconv.kernels.conv_gather import _axis
+from fastconv.kernels.conv_gather import walk
 from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue, activate, affine_of
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector, wide
@@ -168,12 +168,12 @@ def conv_depthwise_kernel(
             phases_d = tl.minimum(stride_d, O)
             phase_d = pid_m % phases_d
             pid_m = pid_m // phases_d
-    first_h, step_h, count_h, base_h, move_h, hop_h, tap_h, skip_h, taps_h = _axis(
+    first_h, step_h, count_h, base_h, move_h, hop_h, tap_h, skip_h, taps_h = walk(
         phase_h, P, R, stride_h, padding_h, dilation_h, gcd_h, inverse_h, DGRAD
     )
     rows = taps_h
     if RANK == 3:
-        first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = _axis(
+        first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = walk(
             phase_d, O, T, stride_d, padding_d, dilation_d, gcd_d, inverse_d, DGRAD
         )
         rows = rows * taps_d

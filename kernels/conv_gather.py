@@ -35,7 +35,7 @@ FINISH_M, FINISH_K = 16, 64
 
 
 @triton.jit
-def _axis(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr):
+def walk(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr):
     """How phase ``index`` walks one axis, over its outputs i and its taps j:
     output = first + i * step; source = base + i * move + j * hop; tap of the filter = tap + j * skip.
 
@@ -195,15 +195,15 @@ def conv_gather_kernel(
             phases_d = tl.minimum(stride_d, O)
             phase_d = pid_m % phases_d
             pid_m = pid_m // phases_d
-    first_h, step_h, count_h, base_h, move_h, hop_h, tap_h, skip_h, taps_h = _axis(
+    first_h, step_h, count_h, base_h, move_h, hop_h, tap_h, skip_h, taps_h = walk(
         phase_h, P, R, stride_h, padding_h, dilation_h, gcd_h, inverse_h, DGRAD
     )
-    first_w, step_w, count_w, base_w, move_w, hop_w, tap_w, skip_w, taps_w = _axis(
+    first_w, step_w, count_w, base_w, move_w, hop_w, tap_w, skip_w, taps_w = walk(
         phase_w, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD
     )
     taps = taps_h * taps_w
     if RANK == 3:
-        first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = _axis(
+        first_d, step_d, count_d, base_d, move_d, hop_d, tap_d, skip_d, taps_d = walk(
             phase_d, O, T, stride_d, padding_d, dilation_d, gcd_d, inverse_d, DGRAD
         )
         taps = taps * taps_d

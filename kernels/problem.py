@@ -22,8 +22,40 @@ def output_size(size: int, filter_size: int, stride: int, padding: int, dilation
     return (size + padding - dilation * (filter_size - 1) - 1) // stride + 1
 
 
+class _Windows:
+    """What a convolution and a pool have in common: windows of the input, one for each output."""
+
+    batch: int
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.input_size)
+
+    @property
+    def input_pixels(self) -> int:
+        return self.batch * math.prod(self.input_size)
+
+    @property
+    def output_pixels(self) -> int:
+        return self.batch * math.prod(self.output_size)
+
+    def _leaves_input(self, window: tuple[int, ...]) -> bool:
+        """Whether a tap of such a window can fall outside the input."""
+        return any(self.padding) or any(
+            (p - 1) * stride + (r - 1) * dilation >= size
+            for p, stride, r, dilation, size in zip(
+                self.output_size, self.stride, window, self.dilation, self.input_size, strict=True
+            )
+        )
+
+
 @dataclass(frozen=True)
-class ConvProblem:
+class ConvProblem(_Windows):
     """One convolution. Sizes are tuples of ``rank`` entries, outermost axis first; ``padding`` the leading side's."""
 
     batch: int
@@ -39,20 +71,8 @@ class ConvProblem:
     dtype: torch.dtype
 
     @property
-    def rank(self) -> int:
-        return len(self.input_size)
-
-    @property
     def taps(self) -> int:
         return math.prod(self.filter_size)
-
-    @property
-    def input_pixels(self) -> int:
-        return self.batch * math.prod(self.input_size)
-
-    @property
-    def output_pixels(self) -> int:
-        return self.batch * math.prod(self.output_size)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -100,12 +120,7 @@ class ConvProblem:
                 or any(self.padding)
                 or any(map(lambda h, s, p: (h - 1) // s >= p, self.input_size, self.stride, self.output_size))
             )
-        return any(self.padding) or any(
-            (p - 1) * stride + (r - 1) * dilation >= size
-            for p, stride, r, dilation, size in zip(
-                self.output_size, self.stride, self.filter_size, self.dilation, self.input_size, strict=True
-            )
-        )
+        return self._leaves_input(self.filter_size)
 
     def describe(self) -> str:
         """One line for a person: ``N32 C64 56x56 -> K128 3x3 stride 2 padding 1 bfloat16``."""
@@ -273,7 +288,7 @@ POOL_DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
-class PoolProblem:
+class PoolProblem(_Windows):
     """One pool: input ``[N, C, *input_size]``, output ``[N, C, *output_size]``, in both directions.
 
     Adaptive windows are the output's nearly equal shares of the input; ``window`` is the largest one's size then, and
@@ -297,20 +312,8 @@ class PoolProblem:
     norm: float = 0.0  # lp: its p, finite and not 0
 
     @property
-    def rank(self) -> int:
-        return len(self.input_size)
-
-    @property
     def taps(self) -> int:
         return math.prod(self.window)
-
-    @property
-    def input_pixels(self) -> int:
-        return self.batch * math.prod(self.input_size)
-
-    @property
-    def output_pixels(self) -> int:
-        return self.batch * math.prod(self.output_size)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -353,12 +356,7 @@ class PoolProblem:
         """Whether a tap of a window can fall outside the input, or outside an adaptive window smaller than others."""
         if self.adaptive:
             return any(h % p for h, p in zip(self.input_size, self.output_size, strict=True))
-        return any(self.padding) or any(
-            (p - 1) * stride + (r - 1) * dilation >= size
-            for p, stride, r, dilation, size in zip(
-                self.output_size, self.stride, self.window, self.dilation, self.input_size, strict=True
-            )
-        )
+        return self._leaves_input(self.window)
 
     @property
     def uniform_divisor(self) -> int:

@@ -238,6 +238,12 @@ def _single(problem: ConvProblem, channels: int) -> int:
     return 5 if problem.dtype.itemsize < 4 and vector(problem.dtype, channels) == 1 else 0
 
 
+def _is_dense(problem: ConvProblem, share: float, pack: int) -> bool:
+    """Whether tiles are one group's, on tensor cores, and loaded by 16 bytes."""
+    widths = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    return pack == 1 and share > 0 and not any(_single(problem, width) for width in widths)
+
+
 def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
     """The tile of fprop or dgrad; ``pack`` groups share one."""
     groups = problem.groups // pack
@@ -283,7 +289,7 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
         )
 
     width = {"BLOCK_K": k, "BLOCK_C": c} if pack > 1 else {}
-    space = GATHER_SPLIT if pack == 1 and share and not _single(problem, c) and not _single(problem, k) else GATHER
+    space = GATHER_SPLIT if _is_dense(problem, share, pack) else GATHER
     return _choose(space, (direction, problem, precision, pack), work, gpu, width)
 
 
@@ -318,7 +324,7 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) ->
             extra_bytes=workspace,
         )
 
-    space = WGRAD_DENSE if pack == 1 and share and not _single(problem, c) and not _single(problem, k) else WGRAD
+    space = WGRAD_DENSE if _is_dense(problem, share, pack) else WGRAD
     return _choose(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
 
 
@@ -341,7 +347,7 @@ def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
         m, n, warps = config["BLOCK_M"], config["BLOCK_K"], config["num_warps"]
         outputs = outputs_of(direction, problem, config)
         plan = row_schedule(direction, problem, outputs)
-        products = sum(tap >= 0 for taps in plan.taps for tap in taps)
+        products = sum(tap >= 0 for met in plan.taps for tap in met)
         columns = len(plan.columns)
         strip, groups = strips(sizes[2], outputs)
         height = max(1, m // strip)
