@@ -3,9 +3,31 @@
 if __name__ != "fastconv.autotune":
     raise ImportError(f"import 'fastconv.autotune', not {__name__!r}: the folder is part of the fastconv package")
 
-from fastconv.autotune.choose import Choice, choose
+from fastconv.autotune.choose import Caller, Choice, Regime, choose
 from fastconv.autotune.cost_model import Work, predict
 from fastconv.autotune.gpus import Gpu, gpu_named, known_gpus
+from fastconv.autotune.records import Measured, Met, Problem, Tuned, Version
+from fastconv.autotune.schema import SchemaError
 from fastconv.autotune.space import Config, Space
+from fastconv.autotune.store import Store
 
-__all__ = ["Choice", "Config", "Gpu", "Space", "Work", "choose", "gpu_named", "known_gpus", "predict"]
+__all__ = [
+    "Caller",
+    "Choice",
+    "Config",
+    "Gpu",
+    "Measured",
+    "Met",
+    "Problem",
+    "Regime",
+    "SchemaError",
+    "Space",
+    "Store",
+    "Tuned",
+    "Version",
+    "Work",
+    "choose",
+    "gpu_named",
+    "known_gpus",
+    "predict",
+]

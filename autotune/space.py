@@ -11,14 +11,29 @@ Config = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Space:
-    """``valid(config)`` names the reason why a combination of ``ranges`` is not to be tried, or returns None."""
+    """``valid(config)`` names the reason why a combination of ``ranges`` is not to be tried, or returns None.
+
+    ``order`` names the parameters that decide in which order sums are taken; None: any of them may.
+    """
 
     name: str
     ranges: Mapping[str, tuple[int, ...]]
     valid: Callable[[Config], str | None] = lambda config: None
+    order: tuple[str, ...] | None = None
 
     def __iter__(self) -> Iterator[Config]:
         for values in itertools.product(*self.ranges.values()):
             config = dict(zip(self.ranges, values, strict=True))
             if self.valid(config) is None:
                 yield config
+
+    def __contains__(self, config: Config) -> bool:
+        return (
+            config.keys() == self.ranges.keys()
+            and all(value in self.ranges[name] for name, value in config.items())
+            and self.valid(config) is None
+        )
+
+    def same_order(self, a: Config, b: Config) -> bool:
+        """Whether two of its configs sum in the same order."""
+        return all(a[name] == b[name] for name in (self.ranges if self.order is None else self.order))

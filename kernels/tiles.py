@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from fastconv.autotune import Choice, Config, Gpu, Space, Work, choose
+from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_rows import Rows, rows_of
@@ -19,6 +19,7 @@ from fastconv.kernels.pool_gradient import blocks_of
 from fastconv.kernels.pool_window import UNROLLED
 from fastconv.kernels.pool_window import tile as pool_blocks
 from fastconv.kernels.problem import ConvProblem, PoolProblem
+from fastconv.kernels.tuned import choose
 
 # Largest tensor that Triton allows, in elements.
 MAX_ELEMENTS = 1 << 20

@@ -1,0 +1,379 @@
+"""How configs are measured and a winner is found: one problem (`tune`), and a session over many (`session`).
+
+Knows neither kernels nor GPUs: a ``Bench`` compiles and runs the configs of one problem, the clock is given. Every
+measurement is in the store before the next begins, so that a session may end at any moment and be begun again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
+from statistics import median
+from typing import Protocol
+
+from fastconv.autotune.choose import Asked, now
+from fastconv.autotune.cost_model import Work, predict
+from fastconv.autotune.records import Measured, Record, Tuned
+from fastconv.autotune.search import Candidate, Key, Search, key_of
+from fastconv.autotune.space import Config
+
+# Of what is described here and of what a Bench times (`Version.policy`): a change of either raises it.
+POLICY = 1
+# Configs of a first round; later rounds hold fewer, as they begin to know where to look.
+FIRST = 5
+ROUND = 3
+# The best are measured again, half as many each time.
+FINALISTS = (3, 2)
+# Rounds of the last paired run.
+PAIRED = 7
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiler made of a config."""
+
+    registers: int  # a thread
+    spills: int  # bytes a thread
+    shared_memory: int  # bytes a program
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why there is no time; final for this problem and version."""
+
+    status: str  # one of records.FAILURES
+    message: str = ""
+
+
+class Bench(Protocol):
+    """One problem on one GPU."""
+
+    def resources(self, configs: Sequence[Config]) -> Sequence[Resources | Failed]:
+        """Compile them, in parallel and without the GPU; an entry for each."""
+
+    def run(self, config: Config | None) -> float | Failed:
+        """Seconds of one measurement, cold L2 and result checked; None: of PyTorch's own op."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a problem is, after each round."""
+
+    asked: Asked
+    measured: int  # configs with a time, those of earlier sessions too
+    failed: int
+    best: Config | None
+    best_seconds: float | None
+    default_seconds: float | None
+    left: float  # seconds of the problem's allowance
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem to tune, and how often the model runs it in a step."""
+
+    asked: Asked
+    count: int = 1
+
+
+def tune(
+    asked: Asked,
+    bench: Bench,
+    keep: Callable[[Record], object],
+    *,
+    known: Iterable[Measured] = (),
+    seeds: Iterable[Config] = (),
+    trials: int = 16,
+    top_k: int = 16,
+    deadline: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
+    tell: Callable[[Step], object] = lambda step: None,
+    fastconv: str = "unknown",
+) -> Tuned | None:
+    """Find the fastest config of one problem in at most ``trials`` measurements and a last paired run.
+
+    The default is what the cost model chooses; the ``top_k`` that it ranks first are compiled at once, others when they
+    are proposed. ``keep`` takes each record at once (``Store.append``); ``known``: measurements of this problem and
+    version from before, whose failures are not tried again. None where the default was not even measured by
+    ``deadline``, or nothing runs at all.
+    """
+    return _Tuning(asked, bench, keep, known, seeds, deadline, clock, tell).run(trials, top_k, fastconv)
+
+
+class _Tuning:
+    def __init__(
+        self,
+        asked: Asked,
+        bench: Bench,
+        keep: Callable[[Record], object],
+        known: Iterable[Measured],
+        seeds: Iterable[Config],
+        deadline: float,
+        clock: Callable[[], float],
+        tell: Callable[[Step], object],
+    ) -> None:
+        self.asked, self.bench, self.keep = asked, bench, keep
+        self.deadline, self.clock, self.report = deadline, clock, tell
+        self.default = asked.choice.config
+        self.works: list[tuple[Config, Work]] = [(config, asked.work(config)) for config in asked.space]
+        predicted = [(config, predict(work, asked.gpu)) for config, work in self.works]
+        self.predictions = {key_of(config): prediction for config, prediction in predicted if prediction is not None}
+        candidates = [Candidate(config, prediction) for config, prediction in predicted if prediction is not None]
+        self.search = Search(candidates, self.default, seeds)
+        self.compiled: set[Key] = set()
+        self.failed: set[Key] = set()
+        self.trials = 0
+        for each in known:
+            if each.config is None or key_of(each.config) not in self.predictions:
+                continue
+            if each.seconds is None:
+                self._drop(each.config)
+            else:
+                self.search.tell(each.config, each.seconds)
+                self.compiled.add(key_of(each.config))
+
+    def run(self, trials: int, top_k: int, fastconv: str) -> Tuned | None:
+        ranked = sorted(self.predictions, key=lambda key: self.predictions[key].seconds)
+        self._compile([dict(key) for key in ranked[:top_k]])
+        explored = trials - sum(FINALISTS)
+        count = FIRST
+        while self.trials < explored and self.clock() < self.deadline:
+            proposed = self._proposed(min(count, explored - self.trials))
+            if not proposed:
+                break
+            self._round(proposed)
+            count = ROUND
+        for count in FINALISTS:
+            if self.clock() >= self.deadline:
+                break
+            self._round([config for config, _ in self.search.best(min(count, trials - self.trials))])
+        return self._last_run(fastconv)
+
+    def _proposed(self, count: int) -> list[Config]:
+        """The next to measure; compiled, so that none of them spills or is too large."""
+        while True:
+            proposed = self.search.propose(count)
+            new = [config for config in proposed if key_of(config) not in self.compiled]
+            if not new or not self._compile(new):
+                return proposed
+
+    def _compile(self, configs: Sequence[Config]) -> bool:
+        """Whether any is out; the predictions of the others are made anew from what the compiler says."""
+        configs = [config for config in configs if not {key_of(config)} & (self.compiled | self.failed)]
+        out = False
+        works = {key_of(config): work for config, work in self.works}
+        for config, found in zip(configs, self.bench.resources(configs) if configs else (), strict=True):
+            self.compiled.add(key_of(config))
+            if isinstance(found, Resources):
+                work = replace(works[key_of(config)], registers=found.registers, shared_memory=found.shared_memory)
+                prediction = predict(work, self.asked.gpu)
+                if found.spills:
+                    found = Failed("spills")
+                elif prediction is None:
+                    found = Failed("too_large")
+                else:
+                    self.predictions[key_of(config)] = prediction
+                    self.search.refine(config, prediction)
+            # (The default is what users get: it is measured whatever the compiler made of it, unless it cannot run.)
+            if isinstance(found, Failed) and not (found.status == "spills" and config == self.default):
+                self._fail(config, found)
+                out = True
+        return out
+
+    def _round(self, configs: Sequence[Config]) -> None:
+        for config in configs:
+            seconds = self._measure(config)
+            if seconds is not None:
+                self.search.tell(config, seconds)
+        self._report()
+
+    def _measure(self, config: Config | None) -> float | None:
+        self.trials += config is not None
+        found = self.bench.run(config)
+        if isinstance(found, Failed):
+            self._fail(config, found)
+            return None
+        self._keep(config, "ok", found)
+        return found
+
+    def _fail(self, config: Config | None, failure: Failed) -> None:
+        self._keep(config, failure.status, None)
+        if config is not None:
+            self._drop(config)
+
+    def _drop(self, config: Config) -> None:
+        self.failed.add(key_of(config))
+        self.search.drop(config)
+
+    def _keep(self, config: Config | None, status: str, seconds: float | None) -> None:
+        prediction = None if config is None else self.predictions[key_of(config)].seconds
+        asked = self.asked
+        gpu = asked.gpu
+        self.keep(
+            Measured(
+                asked.problem,
+                gpu.name,
+                gpu.multiprocessors,
+                asked.version,
+                None if config is None else dict(config),
+                status,
+                seconds,
+                prediction,
+                now(),
+            )
+        )
+
+    def _last_run(self, fastconv: str) -> Tuned | None:
+        """The best against the default and PyTorch, in turn; the default twice, whose difference is the noise."""
+        while True:
+            best = self.search.best(8)
+            if not best:
+                return None
+            winner = best[0][0]
+            default = winner if key_of(self.default) in self.failed else self.default
+            if key_of(default) not in {key_of(config) for config, _ in best} and default != winner:
+                best.append((default, self.search.best(len(self.predictions))[-1][1]))
+            found = self._paired(winner, default)
+            if found is not None:
+                break
+        ours, defaults, again, pytorch = found
+        noise = noise_of(defaults, again)
+        gain = median(log(a * b) / 2 - log(c) for a, b, c in zip(defaults, again, ours, strict=True))
+        if winner != default and gain <= log(1 + noise):
+            winner, ours = default, defaults
+        entry = Tuned(
+            self.asked.problem,
+            self.asked.gpu.name,
+            self.asked.gpu.multiprocessors,
+            self.asked.version,
+            config=dict(winner),
+            seconds=median(ours),
+            default=dict(default),
+            default_seconds=median(defaults + again),
+            also=tuple((dict(config), seconds) for config, seconds in best if config != winner),
+            pytorch=median(pytorch) if pytorch else None,
+            noise=noise,
+            measurements=self.search.measured,
+            date=now(),
+            fastconv=fastconv,
+        )
+        self.keep(entry)
+        self._report(entry)
+        return entry
+
+    def _paired(self, winner: Config, default: Config) -> tuple[list[float], ...] | None:
+        """Times of winner, default, default again, PyTorch's op; None where winner or default failed."""
+        contestants: dict[str, Config | None] = {
+            "winner": winner,
+            "default": default,
+            "again": default,
+            "pytorch": None,
+        }
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for index in range(PAIRED):
+            names = list(contestants)
+            shift = index % len(names)
+            for name in names[shift:] + names[:shift]:
+                seconds = self._measure(contestants[name])
+                if seconds is not None:
+                    times[name].append(seconds)
+                elif name == "pytorch":
+                    del contestants["pytorch"]
+                    times["pytorch"].clear()
+                else:
+                    return None
+        return times["winner"], times["default"], times["again"], times["pytorch"]
+
+    def _report(self, entry: Tuned | None = None) -> None:
+        best = self.search.best(1)
+        config, seconds = best[0] if best else (None, None)
+        default = self.search.time(self.default)
+        if entry is not None:
+            config, seconds, default = entry.config, entry.seconds, entry.default_seconds
+        left = self.deadline - self.clock()
+        measured, failed = self.search.measured, len(self.failed)
+        self.report(Step(self.asked, measured, failed, config, seconds, default, left, entry is not None))
+
+
+def noise_of(a: Sequence[float], b: Sequence[float]) -> float:
+    """How much two series of times of one thing, taken in turn, differ: relative, outliers aside."""
+    differences = [log(x / y) for x, y in zip(a, b, strict=True)]
+    middle = median(differences)
+    return exp(abs(middle) + 1.4826 * median(abs(each - middle) for each in differences)) - 1
+
+
+def session(
+    tasks: Sequence[Task],
+    bench_of: Callable[[Asked], Bench],
+    keep: Callable[[Record], object],
+    *,
+    budget: float,
+    known: Sequence[Record] = (),
+    seeds: Callable[[Asked], Iterable[Config]] = lambda asked: (),
+    claim: Callable[[Task], bool] = lambda task: True,
+    workers: int = 1,
+    trials: int = 16,
+    top_k: int = 16,
+    again: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    tell: Callable[[Step], object] = lambda step: None,
+    fastconv: str = "unknown",
+) -> list[Tuned]:
+    """Tune problems in ``budget`` seconds, those first and longest where the model's time goes; what was found.
+
+    ``known``: the store's records (``Store.read``): what is tuned already is left alone, but for ``again``, and what
+    was measured is not measured again. ``claim(task)``, asked just before a task, says whether it is this worker's: one
+    session may be shared by ``workers``. Raises ValueError where the budget is not positive.
+    """
+    if budget <= 0:
+        raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
+    ended = {(each.problem, each.version, each.gpu) for each in known if isinstance(each, Tuned)}
+    open_tasks = [task for task in tasks if again or _identity(task.asked) not in ended]
+    open_tasks.sort(key=lambda task: -share_of(task))
+    earlier: dict[tuple[object, ...], list[Measured]] = {}
+    for each in known:
+        if isinstance(each, Measured):
+            earlier.setdefault((each.problem, each.version, each.gpu), []).append(each)
+    end = clock() + budget
+    found: list[Tuned] = []
+    left = sum(map(share_of, open_tasks))
+    for task in open_tasks:
+        share, left = share_of(task) / left if left else 1.0, left - share_of(task)
+        if clock() >= end:
+            break
+        if not claim(task):
+            continue
+        entry = tune(
+            task.asked,
+            bench_of(task.asked),
+            keep,
+            known=earlier.get(_identity(task.asked), ()),
+            seeds=seeds(task.asked),
+            trials=trials,
+            top_k=top_k,
+            deadline=min(end, clock() + (end - clock()) * min(1.0, share * workers)),
+            clock=clock,
+            tell=tell,
+            fastconv=fastconv,
+        )
+        if entry is not None:
+            found.append(entry)
+    return found
+
+
+def share_of(task: Task) -> float:
+    """Predicted seconds of a step that go into this problem."""
+    return task.count * task.asked.choice.seconds
+
+
+def expected_gain(asked: Asked) -> float:
+    """Predicted seconds that the best config saves over the default."""
+    predictions = [predict(asked.work(config), asked.gpu) for config in asked.space]
+    return asked.choice.seconds - min(each.seconds for each in predictions if each is not None)
+
+
+def _identity(asked: Asked) -> tuple[object, ...]:
+    return asked.problem, asked.version, asked.gpu.name

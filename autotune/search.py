@@ -1,0 +1,179 @@
+"""Which config to measure next: a Gaussian process over what the cost model got wrong.
+
+The cost model ranks; its errors are alike for configs that are alike (share sides, warps, what bounds them), so a few
+measurements correct it for all. What is modelled is ``log(measured / predicted)``; the next config is the one with the
+best hope (predicted time less one deviation) among all, in turn with coordinate steps around the best measured. Knows
+neither clock nor GPU: it is told.
+
+Idea: GPTune and others (surrogates over a performance model's residual); here in plain Python, for a few dozen points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log, log2, sqrt
+
+from fastconv.autotune.cost_model import Prediction
+from fastconv.autotune.space import Config
+
+# Deviations of log(measured / predicted): what all configs of a problem share, those with one bound, those of one
+# neighbourhood (so many doublings of a parameter wide), and each alone with a measurement's noise.
+SHARED, BOUND, LOCAL, ALONE = 0.7, 0.35, 0.3, 0.1
+WIDTH = 1.5
+HOPE = 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    config: Config
+    prediction: Prediction
+
+
+class Search:
+    """Over the candidates of one problem. ``default`` is measured first, then ``seeds``, then what promises most."""
+
+    def __init__(self, candidates: Sequence[Candidate], default: Config, seeds: Iterable[Config] = ()) -> None:
+        self.candidates = {key_of(each.config): each for each in candidates}
+        if key_of(default) not in self.candidates:
+            raise ValueError(f"the default {dict(default)} is not among the candidates")
+        first = dict.fromkeys(key_of(config) for config in (default, *seeds))
+        self._queue = [key for key in first if key in self.candidates]
+        self._times: dict[Key, float] = {}
+        self._failed: set[Key] = set()
+        self._process = _Process(self.candidates)
+        self._step = False
+
+    @property
+    def measured(self) -> int:
+        return len(self._times)
+
+    def drop(self, config: Config) -> None:
+        """It cannot be measured, or must not be again."""
+        self._failed.add(key_of(config))
+
+    def tell(self, config: Config, seconds: float) -> None:
+        """A time; told again, the better one counts: what disturbs a measurement makes it longer."""
+        key = key_of(config)
+        self._times[key] = min(seconds, self._times.get(key, seconds))
+        self._process.tell(key, log(self._times[key] / self.candidates[key].prediction.seconds))
+
+    def refine(self, config: Config, prediction: Prediction) -> None:
+        """A better prediction of what was not measured yet."""
+        key = key_of(config)
+        if key not in self._times:
+            self.candidates[key] = Candidate(config, prediction)
+
+    def time(self, config: Config) -> float | None:
+        """The best time told of a config."""
+        return self._times.get(key_of(config))
+
+    def propose(self, count: int) -> list[Config]:
+        """The next configs to measure, of those not measured yet; fewer where there are no more."""
+        proposed: list[Key] = []
+        for _ in range(count):
+            key = self._next(proposed)
+            if key is None:
+                break
+            proposed.append(key)
+        return [self.candidates[key].config for key in proposed]
+
+    def best(self, count: int) -> list[tuple[Config, float]]:
+        """The fastest measured, fastest first."""
+        times = sorted(self._times.items(), key=lambda each: each[1])
+        fine = [(self.candidates[key].config, seconds) for key, seconds in times if key not in self._failed]
+        return fine[:count]
+
+    def _next(self, taken: Collection[Key]) -> Key | None:
+        queued = [key for key in self._queue if key not in taken and self._open(key)]
+        if queued:
+            return queued[0]
+        left = [key for key in self.candidates if key not in taken and self._open(key)]
+        if not left:
+            return None
+        self._step = not self._step
+        best = self.best(1)
+        if self._step and best:
+            neighbours = set(neighbours_of(best[0][0], self.candidates))
+            left = [key for key in left if key in neighbours] or left
+        return min(left, key=self._hope)
+
+    def _open(self, key: Key) -> bool:
+        return key not in self._times and key not in self._failed
+
+    def _hope(self, key: Key) -> float:
+        mean, deviation = self._process.at(key)
+        return log(self.candidates[key].prediction.seconds) + mean - HOPE * deviation
+
+
+Key = tuple[tuple[str, int], ...]
+
+
+def key_of(config: Config) -> Key:
+    return tuple(sorted(config.items()))
+
+
+def neighbours_of(config: Config, keys: Iterable[Key]) -> list[Key]:
+    """One coordinate step away: of all that differ from ``config`` in a parameter, those that differ in fewest others
+    and least. (Parameters may be tied to each other by the space's rules, so a step can change several.)"""
+    steps: dict[tuple[str, bool], tuple[tuple[int, float], Key]] = {}
+    for key in keys:
+        changed = [(name, value - config[name]) for name, value in key if value != config[name]]
+        size = sum(abs(log2((1 + value) / (1 + config[name]))) for name, value in key)
+        for name, difference in changed:
+            side = (name, difference > 0)
+            found = ((len(changed), size), key)
+            if side not in steps or found[0] < steps[side][0]:
+                steps[side] = found
+    return list(dict.fromkeys(key for _, key in steps.values()))
+
+
+class _Process:
+    """A Gaussian process over the candidates, one observation at a time (the rows of a Cholesky factor)."""
+
+    def __init__(self, candidates: Mapping[Key, Candidate]) -> None:
+        self._bounds = {key: each.prediction.bound for key, each in candidates.items()}
+        self._places = {key: tuple(log2(1 + value) / WIDTH for _, value in key) for key in candidates}
+        self._seen: dict[Key, float] = {}
+        self._rows: dict[Key, list[float]] = {}
+        self._targets: list[float] = []
+        self._fitted: list[Key] = []
+
+    def tell(self, key: Key, value: float) -> None:
+        if key in self._seen:
+            # A changed value: the factor stays, what it is solved for does not.
+            self._seen[key] = value
+            self._targets = []
+            for each in self._fitted:
+                self._targets.append(self._solved(self._rows[each], len(self._targets), self._seen[each]))
+            return
+        self._seen[key] = value
+        row = self._row(key)
+        pivot = sqrt(SHARED**2 + BOUND**2 + LOCAL**2 + ALONE**2 - sum(x * x for x in row))
+        row.append(pivot)
+        self._targets.append(self._solved(row, len(self._targets), value))
+        self._fitted.append(key)
+
+    def at(self, key: Key) -> tuple[float, float]:
+        """Mean and deviation."""
+        row = self._row(key)
+        variance = SHARED**2 + BOUND**2 + LOCAL**2 + ALONE**2 - sum(x * x for x in row)
+        return sum(map(float.__mul__, row, self._targets)), sqrt(max(variance, 0.0))
+
+    def _solved(self, row: Sequence[float], index: int, value: float) -> float:
+        return (value - sum(map(float.__mul__, row[:index], self._targets[:index]))) / row[index]
+
+    def _row(self, key: Key) -> list[float]:
+        """The key's covariances with what was seen, solved by the factor; kept, so that each is made once."""
+        row = self._rows.setdefault(key, [])
+        for index in range(len(row), len(self._fitted)):
+            other = self._fitted[index]
+            factor = self._rows[other]
+            known = sum(map(float.__mul__, row, factor[:index]))
+            row.append((self._covariance(key, other) - known) / factor[index])
+        return row
+
+    def _covariance(self, a: Key, b: Key) -> float:
+        away = sum((x - y) ** 2 for x, y in zip(self._places[a], self._places[b], strict=True))
+        same = self._bounds[a] == self._bounds[b]
+        return SHARED**2 + BOUND**2 * same + LOCAL**2 * exp(-away / 2)

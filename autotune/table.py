@@ -1,0 +1,130 @@
+"""Tables of tuned problems: lookup, and the files they are kept in (shipped tables and lock files)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastconv.autotune import schema
+from fastconv.autotune.gpus import Gpu
+from fastconv.autotune.records import REACH, SCHEMA, VERSION, Problem, Record, Tuned, Version, from_json
+from fastconv.autotune.store import publish
+
+MAX_FILE = 1 << 25
+MAX_PROBLEMS = 20_000
+
+_FILE = schema.record(
+    {
+        "schema": schema.integer(1, SCHEMA),
+        "gpu": schema.text(),
+        "multiprocessors": schema.integer(1, 10**5),
+        "date": schema.text(40),
+        "fastconv": schema.text(60),
+        "versions": schema.listing(schema.record(VERSION), 256),
+        # Each field is checked when its record is made.
+        "problems": schema.listing(lambda value, where: value, MAX_PROBLEMS),
+        "model": schema.text(),
+    },
+    required=7,
+)
+
+
+class Table:
+    """Tuned problems of one GPU. Of two that are alike the later one counts."""
+
+    def __init__(self, entries: Iterable[Tuned] = ()) -> None:
+        self._exact: dict[tuple[Problem, Version], Tuned] = {}
+        for entry in entries:
+            self._exact[entry.problem, entry.version] = entry
+        self._families: dict[tuple[Any, ...], list[Tuned]] = {}
+        for entry in self._exact.values():
+            self._families.setdefault(entry.problem.family, []).append(entry)
+
+    def __len__(self) -> int:
+        return len(self._exact)
+
+    @property
+    def entries(self) -> list[Tuned]:
+        return list(self._exact.values())
+
+    def exact(self, problem: Problem, version: Version) -> Tuned | None:
+        return self._exact.get((problem, version))
+
+    def bucket(self, problem: Problem, version: Version) -> list[Tuned]:
+        """Entries whose batch and image sizes are nearly the problem's, nearest first."""
+        return [entry for entry in self.nearest(problem, version) if entry.problem.same_bucket(problem)]
+
+    def nearest(self, problem: Problem, version: Version) -> list[Tuned]:
+        """Entries within REACH doublings of the problem, nearest first."""
+        return [entry for entry in self._near(problem) if entry.version == version]
+
+    def seeds(self, problem: Problem) -> list[Tuned]:
+        """What a search may begin with, stale entries too: the problem's own first, then others' by distance."""
+        return self._near(problem)
+
+    def _near(self, problem: Problem) -> list[Tuned]:
+        family = self._families.get(problem.family, ())
+        near = [(problem.distance(entry.problem), entry) for entry in family]
+        return [entry for distance, entry in sorted(near, key=lambda each: each[0]) if distance <= REACH]
+
+
+def read_table(path: Path) -> list[Tuned]:
+    """The entries of a shipped table or a lock file, all of one GPU. Raises SchemaError naming the field, OSError."""
+    if path.stat().st_size > MAX_FILE:
+        raise schema.SchemaError(f"{path}: over {MAX_FILE >> 20} MiB")
+    whole = schema.parse(path.read_bytes(), str(path))
+    schema.check_version(whole, SCHEMA, str(path), "schema")
+    whole = _FILE(whole, str(path))
+    entries: list[Tuned] = []
+    for index, value in enumerate(whole["problems"]):
+        where = f"{path}: problems[{index}]"
+        if not isinstance(value, dict):
+            raise schema.SchemaError(f"{where}: expected an object, but got {value!r:.60}")
+        number = schema.integer(0, len(whole["versions"]) - 1)(value.get("version"), f"{where}.version")
+        common = {"schema": whole["schema"], "record": "tuned"}
+        common |= {name: whole[name] for name in ("gpu", "multiprocessors", "fastconv")}
+        entry = from_json({**value, **common, "version": whole["versions"][number]}, where)
+        assert isinstance(entry, Tuned)
+        entries.append(entry)
+    return entries
+
+
+def write_table(path: Path, entries: Iterable[Tuned], fastconv: str, date: str, model: str | None = None) -> None:
+    """Publish a table of one GPU's entries, sorted, a problem a line. ``fastconv``: the version or commit that wrote
+    it; ``model``: of a lock file. Raises ValueError for no entries or several GPUs, OSError."""
+    latest = Table(sorted(entries, key=lambda entry: entry.date)).entries
+    gpus = {(entry.gpu, entry.multiprocessors) for entry in latest}
+    if len(gpus) != 1:
+        raise ValueError(f"{path}: a table holds the measurements of one GPU, but got {len(gpus)}")
+    ((gpu, multiprocessors),) = gpus
+    versions = sorted({entry.version for entry in latest}, key=lambda version: schema.dump(version.json))
+    head: dict[str, Any] = {"schema": SCHEMA, "gpu": gpu, "multiprocessors": multiprocessors, "date": date}
+    head |= {"fastconv": fastconv} | ({} if model is None else {"model": model})
+    head["versions"] = [version.json for version in versions]
+    lines = []
+    for entry in sorted(latest, key=lambda entry: schema.dump([entry.problem.json, entry.version.json])):
+        values = {name: value for name, value in entry.values.items() if name != "fastconv"}
+        number = versions.index(entry.version)
+        lines.append(schema.dump({"problem": entry.problem.json, **values, "version": number}))
+    # The head a field a line too: what changed shows in a diff.
+    fields = [f"{schema.dump(name)}:{schema.dump(value)}" for name, value in head.items()]
+    body = ",\n".join([*fields, '"problems":[\n' + ",\n".join(lines) + "\n]"])
+    publish(path, f"{{\n{body}\n}}\n".encode())
+
+
+def file_name(gpu: str) -> str:
+    """The shipped table's file for a device name: ``nvidia-h200.json``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def shipped(gpu: Gpu) -> list[Tuned]:
+    """The entries of the table that comes with fastconv for this GPU; none where there is no table."""
+    path = Path(str(files("fastconv.autotune"))) / "tables" / file_name(gpu.name)
+    return [entry for entry in read_table(path) if entry.of_gpu(gpu)] if path.is_file() else []
+
+
+def of_gpu(records: Iterable[Record], gpu: Gpu) -> list[Tuned]:
+    return [record for record in records if isinstance(record, Tuned) and record.of_gpu(gpu)]

@@ -1,0 +1,220 @@
+"""What kernels tell the autotuner: their problems as tables know them, and under which code they are measured."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Callable, Hashable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastconv.autotune import Caller, Choice, Config, Gpu, Problem, Regime, Space, Version, Work
+from fastconv.autotune import choose as ask
+from fastconv.autotune.measure import POLICY
+from fastconv.kernels import mend, ranks
+from fastconv.kernels.conv_rows import Rows
+from fastconv.kernels.launch import deciding
+from fastconv.kernels.problem import ConvProblem, PoolProblem
+from fastconv.settings import settings
+
+# The files of each space's kernels, by the beginning of its name.
+FILES = {
+    "conv_gather": ("conv_gather",),
+    "conv_wgrad": ("conv_wgrad",),
+    "conv_rows": ("conv_rows",),
+    "conv_depthwise": ("conv_depthwise",),
+    "pixels": ("batch_norm",),
+    "pool": ("pool_window", "pool_gradient"),
+}
+_SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
+_OUTPUTS = {1: "Q", 2: "PQ", 3: "OPQ"}
+
+
+def problem_of(space: str, features: Any) -> Problem:
+    """The problem that a tile function asks about, as tables know it."""
+    kind: dict[str, int | str] = {}
+    channels: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    if isinstance(features, ConvProblem):
+        features = (features,)
+    if space.startswith("pixels"):
+        sizes["pixels"], channels["C"], kind["element"], kind["moved"] = features
+        return Problem.of(space, kind, channels, sizes)
+    for each in features:
+        if isinstance(each, ConvProblem):
+            _geometry(kind, sizes, each, each.filter_size)
+            channels |= {"C": each.in_channels, "K": each.out_channels}
+            # Loads are as wide as channels divide: what divides otherwise is another kernel.
+            kind |= {
+                "groups": each.groups,
+                "C_divides": _power(each.in_channels),
+                "K_divides": _power(each.out_channels),
+            }
+        elif isinstance(each, PoolProblem):
+            _geometry(kind, sizes, each, each.window)
+            channels["C"] = each.channels
+            kind |= {"pool": each.kind, "C_divides": _power(each.channels), "adaptive": int(each.adaptive)}
+            kind |= {"index": "none" if each.index is None else _name(each.index), "divisor": each.divisor}
+            kind["include_padding"] = int(each.include_padding)
+        elif isinstance(each, Rows):
+            kind |= {f"rows_{name}": getattr(each, name) for name in ("columns", "vec", "shift", "used", "run")}
+        elif isinstance(each, bool):
+            kind["channels_last"] = int(each)
+        elif isinstance(each, int):
+            kind["pack"] = each
+        elif each in ("ieee", "tf32"):
+            kind["precision"] = each
+        else:
+            kind["direction"] = each
+    return Problem.of(space, kind, channels, sizes)
+
+
+def _geometry(
+    kind: dict[str, int | str], sizes: dict[str, int], problem: ConvProblem | PoolProblem, window: tuple[int, ...]
+) -> None:
+    kind |= {"dtype": _name(problem.dtype), "window": _by(window)}
+    kind |= {name: _by(getattr(problem, name)) for name in ("stride", "padding", "dilation")}
+    sizes["N"] = problem.batch
+    sizes |= dict(zip(_SPATIAL[problem.rank], problem.input_size, strict=True))
+    sizes |= dict(zip(_OUTPUTS[problem.rank], problem.output_size, strict=True))
+
+
+def conv_of(problem: Problem) -> ConvProblem:
+    """The convolution that `problem_of` wrote down. Raises KeyError, ValueError where it was another operator."""
+    kind, sizes, channels = dict(problem.kind), dict(problem.sizes), dict(problem.channels)
+    split = {name: _sizes(kind[name]) for name in ("window", "stride", "padding", "dilation")}
+    rank = len(split["window"])
+    return ConvProblem(
+        batch=sizes["N"],
+        in_channels=channels["C"],
+        out_channels=channels["K"],
+        groups=int(kind["groups"]),
+        input_size=tuple(sizes[name] for name in _SPATIAL[rank]),
+        filter_size=split["window"],
+        output_size=tuple(sizes[name] for name in _OUTPUTS[rank]),
+        stride=split["stride"],
+        padding=split["padding"],
+        dilation=split["dilation"],
+        dtype=_DTYPES[str(kind["dtype"])],
+    )
+
+
+def pool_of(problem: Problem) -> PoolProblem:
+    """The pool that `problem_of` wrote down. Raises KeyError, ValueError where it was another operator."""
+    kind, sizes, channels = dict(problem.kind), dict(problem.sizes), dict(problem.channels)
+    split = {name: _sizes(kind[name]) for name in ("window", "stride", "padding", "dilation")}
+    rank = len(split["window"])
+    return PoolProblem(
+        kind=str(kind["pool"]),
+        batch=sizes["N"],
+        channels=channels["C"],
+        input_size=tuple(sizes[name] for name in _SPATIAL[rank]),
+        output_size=tuple(sizes[name] for name in _OUTPUTS[rank]),
+        window=split["window"],
+        stride=split["stride"],
+        padding=split["padding"],
+        dilation=split["dilation"],
+        dtype=_DTYPES[str(kind["dtype"])],
+        adaptive=bool(kind["adaptive"]),
+        index=None if kind["index"] == "none" else _DTYPES[str(kind["index"])],
+        divisor=int(kind["divisor"]),
+        include_padding=bool(kind["include_padding"]),
+    )
+
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.int32, torch.int64)
+}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _power(channels: int) -> int:
+    """The largest power of two to 16 that divides."""
+    return min(16, channels & -channels)
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes)) or "none"
+
+
+def _sizes(text: int | str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(map(int, str(text).split("x")))
+
+
+@cache
+def version_of(space: str) -> Version:
+    """The code that a problem of this space would be measured under."""
+    files = next(files for name, files in FILES.items() if space.startswith(name))
+    # Triton fuses products and sums unless told otherwise, and no launch of ours tells it.
+    return Version(triton.__version__, source_hash(files), True, POLICY)
+
+
+@cache
+def source_hash(files: tuple[str, ...]) -> str:
+    """Of the jit functions of these files and all that they call: their code alone, so that neither a comment nor a
+    launcher makes measurements stale."""
+    functions = _jit_functions()
+    reached: dict[tuple[str, str], str] = {}
+    waiting = [key for key in functions if key[0] in files]
+    while waiting:
+        key = waiting.pop()
+        if key in reached:
+            continue
+        node = functions[key]
+        reached[key] = ast.unparse(node)
+        names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        waiting += [other for other in functions if other[1] in names]
+    text = "\n".join(f"{key} {code}" for key, code in sorted(reached.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _jit_functions() -> dict[tuple[str, str], ast.FunctionDef]:
+    """(file, name) -> each function of this folder that Triton compiles, without its docstring."""
+    found: dict[tuple[str, str], ast.FunctionDef] = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_bytes()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
+                first = node.body[0]
+                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and len(node.body) > 1:
+                    del node.body[0]
+                found[path.stem, node.name] = node
+    return found
+
+
+def regime() -> Regime:
+    """What the user set, for the thread that asks."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    values = settings.values_in_backward if in_backward else settings.values
+    stable = values.numerics == "stable" or torch.are_deterministic_algorithms_enabled()
+    # (Ranks that measured by their own clock would disagree.)
+    tune = ranks.may_measure(values.tune)
+    return _REGIMES[tune, stable]
+
+
+_REGIMES = {
+    (tune, stable): Regime(tune, stable) for tune in ("off", "cached", "first", "force") for stable in (False, True)
+}
+
+
+def live(gpu: Gpu) -> bool:
+    """Whether this process runs on ``gpu`` and is not only asked what it would do."""
+    if mend.interpreting() or deciding() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_name().startswith(gpu.name)
+
+
+CALLER = Caller(problem_of, version_of, regime, live, ranks.agree)
+
+
+def choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
+    """`fastconv.autotune.choose` for kernels' problems."""
+    return ask(space, features, work, gpu, CALLER)
