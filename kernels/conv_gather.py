@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from math import gcd, prod
 
+import torch
 import triton
 import triton.language as tl
 
@@ -515,22 +516,29 @@ def conv_gather(
     )
     if splits == 1:
         return (product,)
-    pixels = problem.batch * prod(y_size)
-    vec = vector(problem.dtype, y_channels)
+    return product, finish_splits(problem.batch * prod(y_size), y_channels, splits, problem.dtype, bias, finishing)
+
+
+def finish_splits(
+    pixels: int, channels: int, splits: int, dtype: torch.dtype, bias: bool, epilogue: Epilogue
+) -> Launch:
+    """The launch that adds fp32 partial sums [splits, pixels, channels] in order and finishes them: workspace, bias,
+    those of ``epilogue`` -> result."""
+    element, vec = pointer_type(dtype), vector(dtype, channels)
     tiles = triton.cdiv(pixels, FINISH_M)
-    return product, Launch(
+    return Launch(
         kernel=conv_finish_kernel,
-        grid=(tiles * triton.cdiv(y_channels, FINISH_K), 1, 1),
+        grid=(tiles * triton.cdiv(channels, FINISH_K), 1, 1),
         pointers=(
-            *("*fp32", element if bias else None, *finishing.pointers),
-            *(element, *("*fp32" if finishing.statistics else None,) * 3),
+            *("*fp32", element if bias else None, *epilogue.pointers),
+            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
         ),
-        scalars=(pixels, y_channels // vec, splits, *finishing.scalars),
+        scalars=(pixels, channels // vec, splits, *epilogue.scalars),
         constants={
             "VEC": vec,
-            "WIDE": pixels * y_channels > INT32_MAX,
-            "ACT": ACTIVATIONS[finishing.act].forward,
-            "RESIDUAL_AFTER": finishing.residual_after,
+            "WIDE": pixels * channels > INT32_MAX,
+            "ACT": ACTIVATIONS[epilogue.act].forward,
+            "RESIDUAL_AFTER": epilogue.residual_after,
             "BLOCK_M": FINISH_M,
             "BLOCK_K": FINISH_K,
         },
