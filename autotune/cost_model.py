@@ -88,4 +88,4 @@ def occupancy_of(work: Work, gpu: Gpu) -> int:
     threads = 32 * work.warps
     by_registers = 65536 // (-(-min(work.registers, MAX_REGISTERS) // 8) * 8 * threads)
     by_memory = gpu.shared_memory // max(work.shared_memory, 1)
-    return min(by_registers, by_memory, 2048 // threads, 32)
+    return min(by_registers, by_memory, gpu.threads // threads, 32)

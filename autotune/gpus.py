@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -21,6 +22,7 @@ class Gpu:
     matrix_rate: float  # fp16 and bf16 FLOP a second; tf32 runs at half of it
     vector_rate: float  # fp32 FLOP a second outside the tensor cores
     source: str
+    threads: int = 2048  # a multiprocessor
 
     @property
     def interpreted(self) -> bool:
@@ -77,6 +79,73 @@ B200 = Gpu(
     vector_rate=75e12,
     source="NVIDIA DGX B200 datasheet; CUDA C++ Programming Guide, compute capabilities",
 )
+# The GPUs below publish no bandwidth of L2: estimated as 20 bytes a clock and multiprocessor, about A100's and H100's.
+L4 = Gpu(
+    name="NVIDIA L4",
+    arch=89,
+    multiprocessors=58,
+    shared_memory=99 << 10,
+    l2_bytes=48 << 20,
+    bandwidth=0.3e12,
+    l2_bandwidth=2.4e12,
+    matrix_rate=121e12,
+    vector_rate=30.3e12,
+    source="NVIDIA L4 Tensor Core GPU datasheet; NVIDIA Ada GPU Architecture whitepaper; CUDA C++ Programming Guide",
+    threads=1536,
+)
+L40S = Gpu(
+    name="NVIDIA L40S",
+    arch=89,
+    multiprocessors=142,
+    shared_memory=99 << 10,
+    l2_bytes=96 << 20,
+    bandwidth=0.864e12,
+    l2_bandwidth=7.2e12,
+    matrix_rate=362e12,
+    vector_rate=91.6e12,
+    source="NVIDIA L40S datasheet; NVIDIA Ada GPU Architecture whitepaper; CUDA C++ Programming Guide",
+    threads=1536,
+)
+# On GeForce, fp16 and bf16 products with fp32 sums run at half of what the tensor cores do with fp16 sums.
+RTX3090 = Gpu(
+    name="NVIDIA GeForce RTX 3090",
+    arch=86,
+    multiprocessors=82,
+    shared_memory=99 << 10,
+    l2_bytes=6 << 20,
+    bandwidth=0.936e12,
+    l2_bandwidth=2.8e12,
+    matrix_rate=71e12,
+    vector_rate=35.6e12,
+    source="NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix; CUDA C++ Programming Guide",
+    threads=1536,
+)
+RTX4090 = Gpu(
+    name="NVIDIA GeForce RTX 4090",
+    arch=89,
+    multiprocessors=128,
+    shared_memory=99 << 10,
+    l2_bytes=72 << 20,
+    bandwidth=1.008e12,
+    l2_bandwidth=6.4e12,
+    matrix_rate=165.2e12,
+    vector_rate=82.6e12,
+    source="NVIDIA Ada GPU Architecture whitepaper, appendix; CUDA C++ Programming Guide",
+    threads=1536,
+)
+RTX5090 = Gpu(
+    name="NVIDIA GeForce RTX 5090",
+    arch=120,
+    multiprocessors=170,
+    shared_memory=99 << 10,
+    l2_bytes=96 << 20,
+    bandwidth=1.792e12,
+    l2_bandwidth=8.2e12,
+    matrix_rate=209.5e12,
+    vector_rate=104.8e12,
+    source="NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix; CUDA C++ Programming Guide",
+    threads=1536,
+)
 # On it the cost is Python's, so rates mean nothing; a program may be as large as a tensor in Triton.
 INTERPRETER = Gpu(
     name="Triton interpreter",
@@ -90,17 +159,29 @@ INTERPRETER = Gpu(
     vector_rate=1.0,
     source="this process",
 )
-KNOWN: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in (A100, H100, H200, B200)})
+KNOWN: Mapping[str, Gpu] = MappingProxyType(
+    {gpu.name: gpu for gpu in (A100, H100, H200, B200, L4, L40S, RTX3090, RTX4090, RTX5090)}
+)
 
 
 def known_gpus() -> tuple[Gpu, ...]:
-    """The GPUs of the table, in order of their architecture."""
+    """The GPUs of the table."""
     return tuple(KNOWN.values())
 
 
-def gpu_named(name: str) -> Gpu | None:
-    """The table's entry for a device name such as ``NVIDIA H100 80GB HBM3``, or None."""
-    return next((gpu for known, gpu in KNOWN.items() if name.startswith(known)), None)
+def gpu_named(name: str, multiprocessors: int | None = None) -> Gpu | None:
+    """The table's entry for a device name such as ``NVIDIA H100 80GB HBM3``, or None.
+
+    With other ``multiprocessors`` than the entry's it is another product of that name, or a part of one.
+    """
+    return next(
+        (
+            gpu
+            for known, gpu in KNOWN.items()
+            if re.fullmatch(re.escape(known) + "([ -].*)?", name) and multiprocessors in (None, gpu.multiprocessors)
+        ),
+        None,
+    )
 
 
 def describe(

@@ -113,7 +113,7 @@ VERSION = {
 
 @dataclass(frozen=True)
 class Record:
-    """A line of the store. ``gpu`` is the device's own name; parts of one GPU (MIG) differ in multiprocessors."""
+    """A line of the store. ``gpu`` is named as by ``Gpu``; parts of one GPU (MIG) differ in multiprocessors."""
 
     kind: ClassVar[str]
     fields: ClassVar[Mapping[str, schema.Check]]

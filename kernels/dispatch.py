@@ -248,7 +248,7 @@ def target(device: torch.device) -> Gpu:
 @cache
 def _device_gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    known = gpu_named(properties.name)
+    known = gpu_named(properties.name, properties.multi_processor_count)
     if known is not None:
         return known
     return gpu_table.describe(

@@ -10,7 +10,7 @@ import pytest
 from fastconv.autotune import Space, Work, choose, gpu_named, known_gpus, predict
 from fastconv.autotune.choose import RESOLUTION
 from fastconv.autotune.cost_model import occupancy_of
-from fastconv.autotune.gpus import B200, H100, H200, INTERPRETER, describe
+from fastconv.autotune.gpus import A100, B200, H100, H200, INTERPRETER, L4, L40S, describe
 
 WORK = Work(
     programs=1000,
@@ -125,8 +125,23 @@ def test_interpreter_counts_programs_and_steps() -> None:
 def test_gpus_by_name() -> None:
     found = gpu_named("NVIDIA H100 80GB HBM3")
     assert found is H100
-    assert gpu_named("NVIDIA GeForce RTX 4090") is None
-    assert all(gpu.source for gpu in known_gpus())
+    assert gpu_named("NVIDIA L40S") is L40S and gpu_named("NVIDIA L4") is L4 and gpu_named("NVIDIA L40") is None
+    assert gpu_named("NVIDIA A100-SXM4-80GB") is A100
+    assert gpu_named("NVIDIA GeForce RTX 3090 Ti", 84) is None and gpu_named("NVIDIA H200 MIG 1g.18gb", 16) is None
+    assert gpu_named("NVIDIA H200", 132) is H200
+
+
+def test_gpus_are_those_promised_each_with_its_source() -> None:
+    known = known_gpus()
+    names = "A100, H100, H200, B200, L4, L40S, GeForce RTX 3090, GeForce RTX 4090, GeForce RTX 5090"
+    assert ", ".join(gpu.name.removeprefix("NVIDIA ") for gpu in known) == names
+    for gpu in known:
+        assert gpu.source and gpu.l2_bandwidth > gpu.bandwidth and gpu.matrix_rate > gpu.vector_rate, gpu.name
+        # What one program may use is what CUDA leaves of the multiprocessor's.
+        assert (
+            gpu.shared_memory
+            == {8: 163, 9: 227, 10: 227}.get(gpu.arch // 10 if gpu.arch not in (86, 89) else 0, 99) << 10
+        )
 
 
 def test_unknown_gpu_is_scaled_from_the_nearest_architecture() -> None:
