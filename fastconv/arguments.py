@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastconv.kernels import mend
+from fastconv.kernels import dispatch, mend
 from fastconv.kernels.layout import POINTER_TYPES
 
 Ints = int | Sequence[int]
@@ -27,13 +28,16 @@ def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"its layout is {x.layout}"
     if x.device.type == "cuda" and torch.version.cuda is not None:
         return None
-    if x.device.type == "cpu" and _INTERPRETING:
+    # Without data it stands for a tensor of the GPU that is planned for.
+    if x.device.type == "cpu" and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
     return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.device.type == "cpu" else "")
 
 
 def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:
     """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``; an int is what stands for an index."""
+    if type(value) is int:
+        return (value,) * rank
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(type(item) is int for item in values):
         if not all(_is_integer(item) for item in values):

@@ -25,6 +25,12 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
     The rule of ``c10/core/MemoryFormat.h``, ambiguous cases (C=1, a single pixel) included: they are not channels_last.
     """
+    if len(shape) == 4:
+        # As below, without the loop: it is asked of every operand of every call.
+        (n, c, h, w), (step_n, step_c, step_h, step_w) = shape, strides
+        if not (n and c and h and w) or step_c <= 0 or h * step_h == step_c:
+            return False
+        return step_n >= h * step_h and step_h >= w * step_w and step_w >= c * step_c
     if len(shape) == 3:
         shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
     if strides[1] == 0:

@@ -219,7 +219,11 @@ def _wgrad_flops(x: Sequence[int], dy: Sequence[int], *_: Any, out_shape: Sequen
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def conv(
@@ -344,7 +348,7 @@ class ConvWeightGradient(Function):
     def forward(ctx, x, dy, filter_size, stride, padding, dilation, groups, format):
         need_x, need_dy = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_dy else None, dy if need_x else None)
-        ctx.sizes, ctx.format = (x.shape[2:], dy.shape[2:], filter_size), _is_channels_last(x)
+        ctx.sizes, ctx.format = (x.shape[2:], dy.shape[2:], filter_size), is_channels_last(x.shape, x.stride())
         ctx.arguments = stride, padding, dilation, groups
         return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, format)
 
