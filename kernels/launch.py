@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from triton.compiler import CompiledKernel
 
 from fastconv.kernels import mend
 from fastconv.kernels.descriptor import Descriptor
@@ -34,11 +35,20 @@ class Launch:
     num_stages: int
     tiles: int = 0  # whose statistics it writes, where it takes any
     arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
+    # By a GPU's index: what makes the launch there again, without Triton's look at each argument.
+    again: dict[int, Callable[..., None]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(
             self, "arguments", {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
         )
+        object.__setattr__(self, "again", {})
+
+    @cached_property
+    def values(self) -> tuple[Any, ...]:
+        """The arguments behind the pointers, in the kernel's order."""
+        names = self.kernel.arg_names[len(self.pointers) + len(self.scalars) :]
+        return (*self.scalars, *(self.constants[name] for name in names))
 
     @property
     def name(self) -> str:
@@ -119,6 +129,34 @@ def deciding() -> bool:
     return _decisions.get() is not None
 
 
+# (Launch.compile_key, a GPU's index) of what has been loaded there: a launch that was made, or was warmed up.
+_loaded: set[tuple[Any, int]] = set()
+
+
+def loaded(launches: Iterable[Launch], device: int) -> None:
+    """Note that the binaries of ``launches`` are on the GPU of this index."""
+    _loaded.update((launch.compile_key, device) for launch in launches)
+
+
+def _first(launch: Launch, tensors: Sequence[Any], device: int) -> None:
+    """Make a launch on a GPU, the current one, for the first time.
+
+    What Triton compiled for it is kept: a binary is the right one for as long as operands start at multiples of 16
+    bytes where these do, which is part of the key that a call's launches are kept by. RuntimeError where the binary
+    would have to be compiled while a CUDA graph is captured.
+    """
+    if (launch.compile_key, device) not in _loaded:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{launch.name} is not compiled for this call, and a CUDA graph is being captured: "
+                "call fastconv.warmup(model, *inputs), for training with train=True, before the capture"
+            )
+        loaded([launch], device)
+    binary = launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+    if isinstance(binary, CompiledKernel):
+        launch.again[device] = binary[launch.grid]
+
+
 def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
     """Launch on the current stream of the first tensor's device. ``tensors`` follow ``launch.pointers``.
 
@@ -146,8 +184,15 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
         with mend.LOCK, _disable_current_modes():
             launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
         return
-    if device.index == torch.cuda.current_device():
-        launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
-    else:
+    if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+            return _make(launch, tensors, device.index)
+    _make(launch, tensors, device.index)
+
+
+def _make(launch: Launch, tensors: Sequence[Any], device: int) -> None:
+    again = launch.again.get(device)
+    if again is None:
+        _first(launch, tensors, device)
+    else:
+        again(*tensors, *launch.values)

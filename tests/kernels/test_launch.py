@@ -1,0 +1,98 @@
+"""A launch made again goes past Triton's look at each argument, and gives the binary what a first launch gave it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from triton.compiler import CompiledKernel
+
+from fastconv.autotune.gpus import H200
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels import launch as launches
+from fastconv.kernels.launch import Launch, run
+from fastconv.kernels.problem import conv_problem
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU pass for the current GPU."""
+    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launches, "_loaded", set())
+
+
+class Binary(CompiledKernel):
+    def __init__(self, made: list[tuple[Any, ...]]) -> None:
+        self.made = made
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.made.append(("again", grid, *arguments))
+
+
+class Kernel:
+    arg_names = ("x", "y", "n", "eps", "BLOCK", "ACT")
+    fn = SimpleNamespace(__name__="some_kernel")
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def first(*arguments: Any, **named: Any) -> Binary:
+            self.made.append(("first", grid, *arguments, named))
+            return Binary(self.made)
+
+        return first
+
+
+def test_the_binary_is_kept_and_gets_every_argument_in_the_kernels_order(on_gpu: None) -> None:
+    kernel, x = Kernel(), torch.zeros(4)
+    launch = Launch(kernel, (7, 2, 1), ("*fp32", None), (4, 0.5), {"ACT": len, "BLOCK": 64}, 4, 3)
+    for _ in range(3):
+        run(launch, x, None)
+    named = {"ACT": len, "BLOCK": 64, "num_warps": 4, "num_stages": 3}
+    again = ("again", (7, 2, 1), x, None, 4, 0.5, 64, len)
+    assert kernel.made == [("first", (7, 2, 1), x, None, 4, 0.5, named), again, again]
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Kernel(), torch.zeros(4)
+    launch, twin = (Launch(kernel, (1, 1, 1), ("*fp32", None), (4, 0.5), {}, 4, 3) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"some_kernel is not compiled.*call fastconv.warmup\(model, \*inputs\)"):
+        run(launch, x, None)
+    assert kernel.made == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    run(launch, x, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run(twin, x, None)
+    assert [made[0] for made in kernel.made] == ["first", "first"]
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
+def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver
+
+    from fastconv.kernels.compile import _Driver
+
+    given: list[tuple[Any, ...]] = []
+
+    def ready(binary: CompiledKernel) -> None:
+        binary.module = binary.function = "loaded"
+        binary._run = lambda *arguments: given.append(arguments)
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", ready)
+    monkeypatch.setattr(driver, "_active", _Driver(90))
+    problem = conv_problem((2, 16, 8, 8), (16, 16, 3, 3), None, (1, 1), (1,) * 4, (1, 1), 1, torch.bfloat16)
+    with dispatch.only_family("gather"):
+        (launch,) = dispatch.plan("fprop", problem, H200).launches
+    x, w, y = (torch.zeros(16 * 1024, dtype=torch.bfloat16) for _ in range(3))
+    for _ in range(2):
+        run(launch, x, w, *(None,) * 7, y, None, None, None)
+    # (Of its metadata, the seventh, each launch has a copy.)
+    first, again = ((*arguments[:6], *arguments[7:]) for arguments in given)
+    assert first == again and first[:3] == launch.grid and len(first) == 8 + len(launch.kernel.arg_names)
