@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
-from math import prod
+from math import ceil, prod
+from operator import mul
 
 import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_wgrad import wgrad_flat
 from fastconv.kernels.launch import decided
@@ -90,6 +93,58 @@ WGRAD = Space(
     _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
 WGRAD_DENSE = Space("conv_wgrad_dense", WGRAD.ranges, _wgrad_tile)
+# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. What is read from L2 for a product falls in
+# this order from 64x64 of one tap, 32 FLOP a byte, to 96; two outputs a step have an accumulator for each tap and output,
+# because a second product into one is waited for.
+PIXELS_WGRAD_TILES = {
+    (128, 128, 3, 1): 8,
+    (128, 64, 3, 2): 8,
+    (64, 64, 3, 2): 4,
+    (64, 128, 3, 1): 8,
+    (128, 64, 3, 1): 8,
+    (64, 64, 3, 1): 4,
+    (128, 128, 1, 1): 8,
+    (64, 64, 1, 1): 4,
+}
+
+
+def _pixels_wgrad_tile(config: Config) -> str | None:
+    sides = config["BLOCK_K"], config["BLOCK_C"], config["TAPS"], config["COLUMNS"]
+    if PIXELS_WGRAD_TILES.get(sides) != config["num_warps"]:
+        return "no tile that compilers were seen to pipeline, or other warps than it asks for"
+    step = _pixels_wgrad_step(config) * 2
+    stages = 4 if 4 * step <= 192 << 10 else 3
+    return None if config["num_stages"] == stages else "copies in flight for another step size"
+
+
+def _pixels_wgrad_step(config: Config) -> int:
+    """Elements that a step of the pixel GEMM's wgrad reads."""
+    columns = config["COLUMNS"]
+    boxes = columns * config["BLOCK_K"] + (columns + config["TAPS"] - 1) * config["BLOCK_C"]
+    return boxes * config["BLOCK_N"]
+
+
+PIXELS_WGRAD = Space(
+    "conv_pixels_wgrad",
+    {
+        "BLOCK_N": (64, 32),
+        "BLOCK_K": (128, 64),
+        "BLOCK_C": (128, 64),
+        "TAPS": (1,),
+        "COLUMNS": (1,),
+        "num_warps": (8, 4),
+        "num_stages": (4, 3),
+        "SPLITS": tuple(range(1, 13)) + tuple(sorted(f * 2**i for f in (4, 5, 6, 7) for i in range(2, 7))),
+    },
+    _pixels_wgrad_tile,
+    free=("SPLITS",),
+)
+PIXELS_WGRAD_ROW = replace(
+    PIXELS_WGRAD, name="conv_pixels_wgrad_row", ranges={**PIXELS_WGRAD.ranges, "TAPS": (3, 1)}
+)
+PIXELS_WGRAD_PAIR = replace(
+    PIXELS_WGRAD, name="conv_pixels_wgrad_pair", ranges={**PIXELS_WGRAD_ROW.ranges, "COLUMNS": (2, 1)}
+)
 # As many runs as threads: then a NaN's tile is walked in few registers.
 ROWS = Space(
     "conv_rows",
@@ -329,6 +384,48 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) ->
     return _choose(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
 
 
+def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
+    """The tile of the pixel GEMM's wgrad, and into how many parts its walk is split."""
+    groups, element = problem.groups, problem.dtype.itemsize
+    k, c = problem.out_channels // groups, problem.in_channels // groups
+    weight = prod(problem.weight_shape)
+    # Of x what any tap meets; strides leave out the rest.
+    met = prod(map(min, problem.input_size, map(mul, problem.output_size, problem.filter_size)))
+    operands = problem.batch * (met * problem.in_channels + prod(problem.output_size) * problem.out_channels) * element
+    # A tap's outputs on the axes that taps do not share, on average.
+    lines = 1.0
+    for axis, taps in enumerate(problem.filter_size[:-1]):
+        lines *= sum(outputs_of_taps(problem, axis, tap, tap) for tap in range(taps)) / taps
+
+    def work(config: Config) -> Work:
+        m, n, taps, columns, splits = (config[name] for name in ("BLOCK_K", "BLOCK_C", "TAPS", "COLUMNS", "SPLITS"))
+        step, products = _pixels_wgrad_step(config), taps * columns
+        row = row_outputs(problem, taps)
+        tiles = _cdiv(k, m) * _cdiv(c, n) * groups * runs_of_taps(problem, taps)
+        steps = lines * sum(row) / len(row) / columns * _cdiv(problem.batch, config["BLOCK_N"])
+        # Tiles of a share run together as far as multiprocessors do; later ones find it in L2, or read it again.
+        passes = _cdiv(tiles, gpu.multiprocessors) if operands > splits * gpu.l2_bytes // 2 else 1
+        return Work(
+            programs=tiles * splits,
+            steps=ceil(steps / splits),
+            step_flops=2 * m * n * products * config["BLOCK_N"],
+            step_elements=step,
+            step_bytes=step * element,
+            dram_bytes=passes * operands + weight * element,
+            shared_memory=config["num_stages"] * step * element,
+            registers=34 + m * n * products // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=matrix_share(problem.dtype, "ieee"),
+            extra_bytes=2 * splits * weight * 4 if splits > 1 else 0,
+        )
+
+    space = PIXELS_WGRAD
+    if problem.filter_size[-1] >= 3:
+        space = PIXELS_WGRAD_PAIR if pairs_of_outputs(problem, 3) else PIXELS_WGRAD_ROW
+    return _choose(space, problem, work, gpu)
+
+
 def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
     """The tile of a depthwise fprop or dgrad."""
     if mirrors(direction, problem):
@@ -535,6 +632,24 @@ def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gp
     return _choose(space, (direction, problem, channels_last), work, gpu, width)
 
 
+# Given a space, what its configs make of the problem, the GPU and what was chosen: what is taken.
+Consider = Callable[[Space, Callable[[Config], Work], Gpu, Choice], Choice]
+_considering: list[Consider] = []
+
+
+@contextlib.contextmanager
+def considering(consider: Consider) -> Iterator[None]:
+    """Let ``consider`` have the last word on every tile inside the block, on any thread: to see them all, to try one.
+
+    Calls that are kept stay as they are: collect `decisions` inside.
+    """
+    _considering.append(consider)
+    try:
+        yield
+    finally:
+        _considering.remove(consider)
+
+
 def _choose(
     space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, width: Mapping[str, int] = {}
 ) -> Choice:
@@ -543,4 +658,7 @@ def _choose(
     if width:
         fitted = {name: (min(v for v in space.ranges[name] if v >= least),) for name, least in width.items()}
         space = replace(space, ranges={**space.ranges, **fitted})
-    return decided(choose(space, features, work, gpu))
+    choice = choose(space, features, work, gpu)
+    for consider in _considering:
+        choice = consider(space, work, gpu, choice)
+    return decided(choice)
