@@ -170,6 +170,10 @@ def by_cost_model(space: Space, work: Callable[[Config], Work], gpu: Gpu) -> Cho
         raise ValueError(f"no config of the space {space.name!r} fits the {gpu.name}")
     limit = (1 + RESOLUTION) * min(prediction.seconds for _, prediction in fitting)
     config, prediction = next((c, p) for c, p in fitting if p.seconds <= limit)
+    if space.free:
+        binary = {name: value for name, value in config.items() if name not in space.free}
+        alike = [(c, p) for c, p in fitting if binary.items() <= c.items()]
+        config, prediction = min(alike, key=lambda each: each[1].seconds)
     return Choice(config, COST_MODEL, prediction.seconds, prediction.bound)
 
 

@@ -13,13 +13,15 @@ Config = Mapping[str, int]
 class Space:
     """``valid(config)`` names the reason why a combination of ``ranges`` is not to be tried, or returns None.
 
-    ``order`` names the parameters that decide in which order sums are taken; None: any of them may.
+    ``order`` names the parameters that decide in which order sums are taken; None: any of them may. ``free`` names
+    those that decide no binary, so that each problem has the best of their values.
     """
 
     name: str
     ranges: Mapping[str, tuple[int, ...]]
     valid: Callable[[Config], str | None] = lambda config: None
     order: tuple[str, ...] | None = None
+    free: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Config]:
         for values in itertools.product(*self.ranges.values()):

@@ -5,6 +5,7 @@ Built directly, not through ``TensorDescriptor.from_tensor`` and views, which ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastconv.kernels import mend
-from fastconv.kernels.layout import pointer_type
+from fastconv.kernels.layout import Strides, pointer_type
 
 # What a bulk copy can start at and step by, in bytes.
 ALIGNMENT = 16
@@ -89,3 +90,12 @@ def aligned(t: torch.Tensor) -> bool:
     """Whether bulk copies may start where ``t`` does; of a tensor without data, as torch's allocator would place it."""
     start = t.storage_offset() * t.itemsize if isinstance(t, FakeTensor) else t.data_ptr()
     return start % ALIGNMENT == 0
+
+
+def bulk(dtype: torch.dtype, shape: Sequence[int], strides: Strides | None) -> bool:
+    """Whether bulk copies may step by the pixel strides of an operand [N, C, D, H, W]; None: dense channels_last."""
+    size = dtype.itemsize
+    if strides is None:
+        return shape[1] * size % ALIGNMENT == 0
+    steps = zip((shape[0], *shape[2:]), strides, strict=True)
+    return all(count == 1 or (step > 0 and step * size % ALIGNMENT == 0) for count, step in steps)

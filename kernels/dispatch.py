@@ -20,8 +20,10 @@ from fastconv.autotune import gpus as gpu_table
 from fastconv.kernels import mend
 from fastconv.kernels.conv_depthwise import MAX_ROW, MAX_STRIDE, conv_depthwise, conv_depthwise_wgrad
 from fastconv.kernels.conv_gather import conv_gather, packed_groups
+from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
 from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
 from fastconv.kernels.conv_wgrad import conv_wgrad
+from fastconv.kernels.descriptor import bulk
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch, decided
 from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_strides
@@ -32,6 +34,7 @@ from fastconv.kernels.tiles import (
     depthwise_tile,
     depthwise_wgrad_tile,
     gather_tile,
+    pixels_wgrad_tile,
     pool_tile,
     rows_tile,
     rows_wgrad_tile,
@@ -127,6 +130,31 @@ def _plan_packed(
     return choice, conv_gather(direction, problem, config, precision, source, other, bias, epilogue, pack)
 
 
+def _pixels_wgrad_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    if not gpu.tma:
+        return "no bulk tensor copies"
+    if problem.dtype is torch.float32:
+        return "tensor cores do not transpose float32 in shared memory"
+    c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    if c % 8 or k % 8:
+        return f"bulk copies begin at multiples of 16 bytes, {c} to {k} channels do not"
+    if problem.groups > 1 and min(c, k) < 32:
+        return f"groups of {c} to {k} channels leave most of a tile empty"
+    if problem.batch < 16:
+        return f"{problem.batch} images leave most of a step empty"
+    views = (problem.lifted.input_shape, layout.source), (problem.lifted.output_shape, layout.other)
+    if not layout.aligned or not all(bulk(problem.dtype, *view) for view in views):
+        return "operands whose pixels do not lie at multiples of 16 bytes"
+    return _gather_unsupported(direction, problem, gpu, layout)
+
+
+def _plan_pixels_wgrad(
+    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout
+) -> tuple[Choice, tuple[Launch, ...]]:
+    choice = pixels_wgrad_tile(problem, gpu)
+    return choice, conv_pixels_wgrad(problem, choice.config, layout.source, layout.other, layout.channels_last)
+
+
 def _rows_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     form = row_form(problem, layout.source)
     if isinstance(form, str):
@@ -194,6 +222,7 @@ def _plan_depthwise(
 
 DEPTHWISE = Family("depthwise", _depthwise_unsupported, _plan_depthwise)
 GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
+PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad)
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
@@ -201,6 +230,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     # An image's gradient is hardly ever asked for.
     **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GATHER)),
     "dgrad": (DEPTHWISE, GROUPED, GATHER),
+    "wgrad": (DEPTHWISE, GROUPED, ROWS, PIXELS_WGRAD, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }
 

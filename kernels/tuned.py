@@ -21,15 +21,8 @@ from fastconv.kernels.launch import deciding
 from fastconv.kernels.problem import ConvProblem, PoolProblem
 from fastconv.settings import settings
 
-# The files of each space's kernels, by the beginning of its name.
-FILES = {
-    "conv_gather": ("conv_gather",),
-    "conv_wgrad": ("conv_wgrad",),
-    "conv_rows": ("conv_rows",),
-    "conv_depthwise": ("conv_depthwise",),
-    "pixels": ("batch_norm",),
-    "pool": ("pool_window", "pool_gradient"),
-}
+# The files whose kernels a space is of, by the beginning of its name, where no file is called as that begins.
+FILES = {"pixels": ("batch_norm",), "pool": ("pool_window", "pool_gradient")}
 _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 _OUTPUTS = {1: "Q", 2: "PQ", 3: "OPQ"}
 
@@ -68,8 +61,10 @@ def problem_of(space: str, features: Any) -> Problem:
             kind["pack"] = each
         elif each in ("ieee", "tf32"):
             kind["precision"] = each
-        else:
+        elif isinstance(each, str):
             kind["direction"] = each
+        else:
+            raise TypeError(f"the space {space!r}: no table knows what {each!r} is")
     return Problem.of(space, kind, channels, sizes)
 
 
@@ -152,7 +147,8 @@ def _sizes(text: int | str) -> tuple[int, ...]:
 @cache
 def version_of(space: str) -> Version:
     """The code that a problem of this space would be measured under."""
-    files = next(files for name, files in FILES.items() if space.startswith(name))
+    named = [files for name, files in FILES.items() if space.startswith(name)]
+    files = named[0] if named else (max((f for f, _ in _jit_functions() if space.startswith(f)), key=len),)
     # Triton fuses products and sums unless told otherwise, and no launch of ours tells it.
     return Version(triton.__version__, source_hash(files), True, POLICY)
 

@@ -1,0 +1,238 @@
+"""The weight's gradient of the pixel GEMM: sums as long as the batch, both operands straight from shared memory.
+
+``dw[k, r, c] = sum over n, p of dy[n, p, k] * x[n, p * stride - padding + r * dilation, c]``, on each axis. As a GEMM,
+a program's rows are output channels, its columns the input channels of TAPS neighbours in a row of the filter; a step
+of its reduction is BLOCK_N images at COLUMNS neighbouring outputs, a bulk copy for each pixel of dy and of x. The taps
+share what is read of dy, and neighbouring outputs of a stride-1 convolution all but one of their pixels of x. The
+outputs whose tap falls inside the image are a box: nothing else is walked. The walk is split over programs, whose fp32
+sums go to a workspace; a second kernel adds them in the order of the splits, so that the result is the same bit for bit
+from run to run. Bytes: dy and x once each, the workspace twice.
+
+Images past the last are read as 0 from both operands, and so is x where the walk that taps share leaves its image.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config
+from fastconv.kernels.conv_pixels import pixel_view, read
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector
+from fastconv.kernels.pixels import unravel
+from fastconv.kernels.problem import ConvProblem
+from fastconv.kernels.reduce import split_sum
+
+
+@triton.jit
+def span(size, outputs, stride, first_tap, last_tap):
+    """(first, count) of the outputs of an axis for which one of the taps, at these distances, is inside the image."""
+    first = tl.cdiv(tl.maximum(-last_tap, 0), stride)
+    end = tl.minimum(tl.cdiv(tl.maximum(size - first_tap, 0), stride), outputs)
+    return first, tl.maximum(end - first, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "W", "C", "O", "P", "Q", "K", "groups", "T", "R", "S",
+        "stride_d", "stride_h", "stride_w", "padding_d", "padding_h", "padding_w",
+        "dilation_d", "dilation_h", "dilation_w", "splits",
+    ]
+)  # fmt: skip
+def conv_pixels_wgrad_kernel(
+    x,  # [D, H, W, N, groups * C], from H on in rank 2
+    dy,  # [O, P, Q, N, groups * K], from P on in rank 2
+    dw_ptr,  # [splits, groups * K, T, R, S, C], or [splits, groups * K, C, T, R, S] unless CHANNELS_LAST
+    N, D, H, W,
+    C,  # input channels of one group, in units of VEC
+    O, P, Q,
+    K,  # output channels of one group, in units of VEC
+    groups,
+    T, R, S,
+    stride_d, stride_h, stride_w,
+    padding_d, padding_h, padding_w,
+    dilation_d, dilation_h, dilation_w,
+    splits,
+    VEC: tl.constexpr,
+    RANK: tl.constexpr,
+    TAPS: tl.constexpr,  # neighbouring taps of a filter's row
+    COLUMNS: tl.constexpr,  # neighbouring outputs of a step; they share x, of which the next one's taps are one on
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # images of a step
+):  # fmt: skip
+    C *= VEC
+    K *= VEC
+
+    # Tiles of one split are neighbours: they read the same pixels.
+    runs = tl.cdiv(S, TAPS)
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    pid_k = pid % k_tiles
+    pid = pid // k_tiles
+    pid_c = pid % c_tiles
+    pid = pid // c_tiles
+    s = pid % runs * TAPS
+    pid = pid // runs
+    row = pid % (T * R)
+    pid = pid // (T * R)
+    group = pid % groups
+    split = pid // groups
+
+    tap_d = row // R * dilation_d - padding_d
+    tap_h = row % R * dilation_h - padding_h
+    tap_w = s * dilation_w - padding_w
+    last_w = tl.minimum(s + TAPS - 1, S - 1) * dilation_w - padding_w
+    p_first, p_count = span(H, P, stride_h, tap_h, tap_h)
+    q_first, q_count = span(W, Q, stride_w, tap_w, last_w)
+    o_first, o_count = 0, 1
+    if RANK == 3:
+        o_first, o_count = span(D, O, stride_d, tap_d, tap_d)
+
+    # This split's share of the steps; shares differ by one at most, and may be empty.
+    q_steps = tl.cdiv(q_count, COLUMNS)
+    steps = o_count * p_count * q_steps * tl.cdiv(N, BLOCK_N)
+    share = steps // splits
+    longer = steps - share * splits
+    first = split * share + tl.minimum(split, longer)
+    steps = share + (split < longer).to(tl.int32)
+
+    k = group * K + pid_k * BLOCK_K
+    c = group * C + pid_c * BLOCK_C
+    acc = ()
+    for _i in tl.static_range(COLUMNS * TAPS):
+        acc = acc + (tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32),)
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        n, o, p, q = unravel(first, o_count, p_count, q_steps, RANK)
+        n *= BLOCK_N
+        for _ in range(steps):
+            y_o = o_first + o
+            y_p = p_first + p
+            y_q = q_first + q * COLUMNS
+            d = y_o * stride_d + tap_d
+            h = y_p * stride_h + tap_h
+            w = y_q * stride_w + tap_w
+            x_steps = ()
+            for i in tl.static_range(COLUMNS + TAPS - 1):
+                x_steps = x_steps + (read(x, d, h, w + i * dilation_w, n, c, RANK, BLOCK_N, BLOCK_C),)
+            sums = ()
+            for column in tl.static_range(COLUMNS):
+                dy_step = read(dy, y_o, y_p, y_q + column, n, k, RANK, BLOCK_N, BLOCK_K).T
+                for i in tl.static_range(TAPS):
+                    sums = sums + (tl.dot(dy_step, x_steps[column + i], acc[column * TAPS + i]),)
+            acc = sums
+
+            # Neighbours in memory first, images last.
+            q += 1
+            carry = q == q_steps
+            q = tl.where(carry, 0, q)
+            p += carry.to(tl.int32)
+            carry = p == p_count
+            p = tl.where(carry, 0, p)
+            if RANK == 3:
+                o += carry.to(tl.int32)
+                carry = o == o_count
+                o = tl.where(carry, 0, o)
+            n += carry.to(tl.int32) * BLOCK_N
+
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    taps = T * R * S
+    out = dw_ptr + (split * groups + group).to(tl.int64) * (K * taps * C) + (offs_k * (taps * C))[:, None]
+    for i in tl.static_range(TAPS):
+        tap = row * S + s + i
+        if CHANNELS_LAST:
+            place = tap * C + offs_c
+        else:
+            place = offs_c * taps + tap
+        mask = (offs_k < K)[:, None] & (offs_c < tl.where(s + i < S, C, 0))[None, :]
+        total = acc[i]
+        for column in tl.static_range(1, COLUMNS):
+            total += acc[column * TAPS + i]
+        tl.store(out + place[None, :], total.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_pixels_wgrad(
+    problem: ConvProblem,
+    config: Config,
+    x_strides: Strides | None = None,
+    dy_strides: Strides | None = None,
+    channels_last: bool = True,
+) -> tuple[Launch, ...]:
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the walk.
+
+    Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
+    """
+    lifted = problem.lifted
+    x_shape, dy_shape = lifted.input_shape, lifted.output_shape
+    groups, splits = problem.groups, config["SPLITS"]
+    c, k = problem.in_channels // groups, problem.out_channels // groups
+    tile = {name: config[name] for name in ("TAPS", "COLUMNS", "BLOCK_K", "BLOCK_C", "BLOCK_N")}
+    images, vec = tile["BLOCK_N"], vector(problem.dtype, c, k)
+    assert tile["COLUMNS"] == 1 or pairs_of_outputs(problem, tile["TAPS"])
+    element = pointer_type(problem.dtype)
+    tiles = triton.cdiv(k, tile["BLOCK_K"]) * triton.cdiv(c, tile["BLOCK_C"]) * groups
+    product = Launch(
+        kernel=conv_pixels_wgrad_kernel,
+        grid=(tiles * runs_of_taps(problem, tile["TAPS"]) * splits, 1, 1),
+        pointers=(
+            pixel_view(problem, x_shape, x_strides or dense_strides(x_shape), images, tile["BLOCK_C"]),
+            pixel_view(problem, dy_shape, dy_strides or dense_strides(dy_shape), images, tile["BLOCK_K"]),
+            element if splits == 1 else "*fp32",
+        ),
+        scalars=(
+            problem.batch,
+            *x_shape[2:],
+            c // vec,
+            *dy_shape[2:],
+            k // vec,
+            groups,
+            *lifted.filter_size,
+            *lifted.stride,
+            *lifted.padding,
+            *lifted.dilation,
+            splits,
+        ),
+        constants={
+            "VEC": vec,
+            "RANK": max(problem.rank, 2),
+            "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
+            **tile,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    if splits == 1:
+        return (product,)
+    return product, split_sum(splits, problem.out_channels, problem.taps, c, problem.dtype, channels_last)
+
+
+def runs_of_taps(problem: ConvProblem, taps: int) -> int:
+    """Programs that a filter takes for one tile of channels, each with so many taps of a row or what is left of it."""
+    return problem.taps // problem.filter_size[-1] * triton.cdiv(problem.filter_size[-1], taps)
+
+
+def outputs_of_taps(problem: ConvProblem, axis: int, first: int, last: int) -> int:
+    """How many outputs along ``axis`` have one of these taps inside the image: what `span` counts."""
+    size, outputs = problem.input_size[axis], problem.output_size[axis]
+    stride, padding, dilation = problem.stride[axis], problem.padding[axis], problem.dilation[axis]
+    begin = triton.cdiv(max(padding - last * dilation, 0), stride)
+    end = min(triton.cdiv(max(size + padding - first * dilation, 0), stride), outputs)
+    return max(end - begin, 0)
+
+
+def row_outputs(problem: ConvProblem, taps: int) -> list[int]:
+    """Outputs of a row that each run of a filter's row walks."""
+    last = problem.filter_size[-1] - 1
+    return [outputs_of_taps(problem, -1, s, min(s + taps - 1, last)) for s in range(0, last + 1, taps)]
+
+
+def pairs_of_outputs(problem: ConvProblem, taps: int) -> bool:
+    """Whether neighbouring outputs share pixels of x, and no run has an odd one, which would bring a pixel of x that
+    its taps do not meet."""
+    shared = problem.stride[-1] == problem.dilation[-1]
+    return shared and all(count % 2 == 0 for count in row_outputs(problem, taps))
