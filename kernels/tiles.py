@@ -632,8 +632,8 @@ def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gp
     return _choose(space, (direction, problem, channels_last), work, gpu, width)
 
 
-# Given a space, what its configs make of the problem, the GPU and what was chosen: what is taken.
-Consider = Callable[[Space, Callable[[Config], Work], Gpu, Choice], Choice]
+# Given a space, the problem's features, what its configs make of it, the GPU and what was chosen: what is taken.
+Consider = Callable[[Space, Hashable, Callable[[Config], Work], Gpu, Choice], Choice]
 _considering: list[Consider] = []
 
 
@@ -660,5 +660,5 @@ def _choose(
         space = replace(space, ranges={**space.ranges, **fitted})
     choice = choose(space, features, work, gpu)
     for consider in _considering:
-        choice = consider(space, work, gpu, choice)
+        choice = consider(space, features, work, gpu, choice)
     return decided(choice)
