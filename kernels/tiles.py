@@ -93,9 +93,8 @@ WGRAD = Space(
     _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
 WGRAD_DENSE = Space("conv_wgrad_dense", WGRAD.ranges, _wgrad_tile)
-# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. What is read from L2 for a product falls in
-# this order from 64x64 of one tap, 32 FLOP a byte, to 96; two outputs a step have an accumulator for each tap and output,
-# because a second product into one is waited for.
+# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. Of one tap 128x128 makes 64 FLOP of a byte
+# from L2 and 64x64 makes 32; of three taps the first makes 96, of three and two outputs the second makes 64.
 PIXELS_WGRAD_TILES = {
     (128, 128, 3, 1): 8,
     (128, 64, 3, 2): 8,
@@ -399,9 +398,10 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
 
     def work(config: Config) -> Work:
         m, n, taps, columns, splits = (config[name] for name in ("BLOCK_K", "BLOCK_C", "TAPS", "COLUMNS", "SPLITS"))
-        step, products = _pixels_wgrad_step(config), taps * columns
+        products, pixels = taps * columns, columns + taps - 1  # pixels: of x
+        k_tiles, c_tiles = _cdiv(k, m), _cdiv(c, n)
+        tiles = k_tiles * c_tiles * groups * runs_of_taps(problem, taps)
         row = row_outputs(problem, taps)
-        tiles = _cdiv(k, m) * _cdiv(c, n) * groups * runs_of_taps(problem, taps)
         steps = lines * sum(row) / len(row) / columns * _cdiv(problem.batch, config["BLOCK_N"])
         # Tiles of a share run together as far as multiprocessors do; later ones find it in L2, or read it again.
         passes = _cdiv(tiles, gpu.multiprocessors) if operands > splits * gpu.l2_bytes // 2 else 1
@@ -409,10 +409,11 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
             programs=tiles * splits,
             steps=ceil(steps / splits),
             step_flops=2 * m * n * products * config["BLOCK_N"],
-            step_elements=step,
-            step_bytes=step * element,
+            step_elements=_pixels_wgrad_step(config),
+            # Of a tile that goes past the last channel nothing is read there.
+            step_bytes=(columns * _cdiv(k, k_tiles) + pixels * _cdiv(c, c_tiles)) * config["BLOCK_N"] * element,
             dram_bytes=passes * operands + weight * element,
-            shared_memory=config["num_stages"] * step * element,
+            shared_memory=config["num_stages"] * _pixels_wgrad_step(config) * element,
             registers=34 + m * n * products // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
@@ -423,7 +424,77 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     space = PIXELS_WGRAD
     if problem.filter_size[-1] >= 3:
         space = PIXELS_WGRAD_PAIR if pairs_of_outputs(problem, 3) else PIXELS_WGRAD_ROW
-    return _choose(space, problem, work, gpu)
+    narrow = {name: width for name, width in (("BLOCK_K", k), ("BLOCK_C", c)) if width <= 64}
+    return _choose(space, problem, work, gpu, narrow)
+
+
+def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
+    """The tile of a flat GEMM, fprop or dgrad, and into how many parts its reduction is split."""
+    c, k, pixels = problem.in_channels, problem.out_channels, problem.output_pixels
+    if direction == "dgrad":
+        c, k = k, c
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    stays = resident(c, problem.dtype)
+
+    def work(config: Config) -> Work:
+        m, n, depth, splits = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["SPLITS"]
+        tiles, columns = _cdiv(pixels, m), _cdiv(k, n)
+        if stays:
+            walking = walkers(problem, tiles, columns, config, gpu)
+            programs, steps = walking * columns, _cdiv(tiles, walking)
+            elements = m * depth + m * n
+            shared_memory = resident_bytes(problem, config)
+        else:
+            programs, steps = tiles * columns * splits, _cdiv(_cdiv(c, depth), splits)
+            elements = (m + n) * depth
+            shared_memory = config["num_stages"] * elements * element
+        return Work(
+            programs=programs,
+            steps=steps,
+            step_flops=2 * m * n * depth,
+            step_elements=elements,
+            step_bytes=elements * element,
+            dram_bytes=problem.bytes,
+            shared_memory=shared_memory,
+            # (With an epilogue in parts; without one as few as 26 beside the accumulators.)
+            registers=64 + m * n // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=share,
+            extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
+        )
+
+    # A box is at least as wide as the lines of shared memory that bulk copies write.
+    line = 128 // element
+    if stays:
+        width = {"BLOCK_C": max(c, line), "BLOCK_K": min(k, 128)}
+        return _choose(GEMM_RESIDENT, (direction, problem, precision), work, gpu, width)
+    return _choose(GEMM, (direction, problem, precision), work, gpu, {"BLOCK_C": line})
+
+
+def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
+    """The tile of a flat GEMM's wgrad, and into how many parts its pixels are split."""
+    c, k, element = problem.in_channels, problem.out_channels, problem.dtype.itemsize
+
+    def work(config: Config) -> Work:
+        m, n, depth, splits = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["SPLITS"]
+        return Work(
+            programs=_cdiv(k, m) * _cdiv(c, n) * splits,
+            steps=_cdiv(_cdiv(problem.output_pixels, depth), splits),
+            step_flops=2 * m * n * depth,
+            step_elements=(m + n) * depth,
+            step_bytes=(m + n) * depth * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + n) * depth * element,
+            registers=64 + m * n // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=matrix_share(problem.dtype, "ieee"),
+            extra_bytes=2 * splits * prod(problem.weight_shape) * 4 if splits > 1 else 0,
+        )
+
+    narrow = {name: 64 for name, channels in (("BLOCK_K", k), ("BLOCK_C", c)) if channels <= 64}
+    return _choose(GEMM_WGRAD, problem, work, gpu, narrow)
 
 
 def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
