@@ -20,6 +20,7 @@ from fastconv.autotune import gpus as gpu_table
 from fastconv.kernels import mend
 from fastconv.kernels.conv_depthwise import MAX_ROW, MAX_STRIDE, conv_depthwise, conv_depthwise_wgrad
 from fastconv.kernels.conv_gather import conv_gather, packed_groups
+from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad, gemm_unfit
 from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
 from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
 from fastconv.kernels.conv_wgrad import conv_wgrad
@@ -34,6 +35,8 @@ from fastconv.kernels.tiles import (
     depthwise_tile,
     depthwise_wgrad_tile,
     gather_tile,
+    gemm_tile,
+    gemm_wgrad_tile,
     pixels_wgrad_tile,
     pool_tile,
     rows_tile,
@@ -155,6 +158,30 @@ def _plan_pixels_wgrad(
     return choice, conv_pixels_wgrad(problem, choice.config, layout.source, layout.other, layout.channels_last)
 
 
+def _unfit_for_bulk_copies(problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    if not gpu.tma:
+        return "no bulk tensor copies"
+    if not layout.aligned:
+        return "an operand that does not begin at a multiple of 16 bytes"
+    if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
+        return "fp32 products outside the tensor cores"
+    return _convolution_unserved(problem, gpu)
+
+
+def _gemm_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    unfit = gemm_unfit(direction, problem, layout.source, layout.other)
+    return unfit or _unfit_for_bulk_copies(problem, gpu, layout)
+
+
+def _plan_gemm(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    if direction == "wgrad":
+        choice = gemm_wgrad_tile(problem, gpu)
+        return choice, conv_gemm_wgrad(problem, choice.config, layout.source, layout.other)
+    precision, bias, epilogue = fp32_precision(problem.dtype), layout.bias, layout.epilogue
+    choice = gemm_tile(direction, problem, precision, gpu)
+    return choice, conv_gemm(direction, problem, choice.config, precision, gpu, layout.source, bias, epilogue)
+
+
 def _rows_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     form = row_form(problem, layout.source)
     if isinstance(form, str):
@@ -224,13 +251,14 @@ DEPTHWISE = Family("depthwise", _depthwise_unsupported, _plan_depthwise)
 GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
 PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad)
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
+GEMM = Family("gemm", _gemm_unsupported, _plan_gemm)
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     # An image's gradient is hardly ever asked for.
-    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GATHER)),
-    "dgrad": (DEPTHWISE, GROUPED, GATHER),
-    "wgrad": (DEPTHWISE, GROUPED, ROWS, PIXELS_WGRAD, GATHER),
+    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, GATHER)),
+    "dgrad": (DEPTHWISE, GROUPED, GEMM, GATHER),
+    "wgrad": (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS_WGRAD, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }
 

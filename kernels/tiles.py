@@ -13,6 +13,7 @@ import torch
 from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
+from fastconv.kernels.conv_gemm import resident, resident_bytes, walkers
 from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_wgrad import wgrad_flat
@@ -143,6 +144,65 @@ PIXELS_WGRAD_ROW = replace(
 )
 PIXELS_WGRAD_PAIR = replace(
     PIXELS_WGRAD, name="conv_pixels_wgrad_pair", ranges={**PIXELS_WGRAD_ROW.ranges, "COLUMNS": (2, 1)}
+)
+# Of the flat GEMM, (rows, columns) of a tile -> its warps and stages: what is read from L2 for a product falls with the
+# first, two programs fit a multiprocessor of the next ones.
+GEMM_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (4, 3), (64, 64): (4, 4)}
+# (Its weight's gradient has rows and columns alike.)
+GEMM_WGRAD_TILES = GEMM_TILES | {(64, 256): (8, 3), (64, 128): (4, 3)}
+
+
+def _gemm_tile(config: Config) -> str | None:
+    side = config["BLOCK_M"], config["BLOCK_K"]
+    if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get(side):
+        return "other warps or copies in flight than its sides ask for"
+    if config["SPLITS"] > 1 and side != (64, 64):
+        return "a split reduction of another tile than 64x64"
+    return None
+
+
+def _gemm_wgrad_tile(config: Config) -> str | None:
+    if (config["num_warps"], config["num_stages"]) != GEMM_WGRAD_TILES.get((config["BLOCK_K"], config["BLOCK_C"])):
+        return "other warps or copies in flight than its sides ask for"
+    return None
+
+
+GEMM = Space(
+    "conv_gemm",
+    {
+        "SPLITS": (1, 2, 4, 8, 16),
+        "BLOCK_M": (128, 64),
+        "BLOCK_K": (256, 128, 64),
+        "BLOCK_C": (64, 32),
+        "num_warps": (8, 4),
+        "num_stages": (3, 4),
+    },
+    _gemm_tile,
+)
+# Eight warps, because between two products of a program stands its store.
+GEMM_RESIDENT = Space(
+    "conv_gemm_resident",
+    {
+        "SPLITS": (1,),
+        "BLOCK_M": (128, 64),
+        "BLOCK_K": (128, 64),
+        "BLOCK_C": (256, 128, 64, 32),
+        "num_warps": (8,),
+        "num_stages": (3,),
+    },
+)
+GEMM_WGRAD = Space(
+    "conv_gemm_wgrad",
+    {
+        "BLOCK_K": (128, 64),
+        "BLOCK_C": (256, 128, 64),
+        "BLOCK_M": (64,),
+        "SPLITS": tuple(2**i for i in range(11)),
+        "num_warps": (8, 4),
+        "num_stages": (3, 4),
+    },
+    _gemm_wgrad_tile,
+    free=("SPLITS",),
 )
 # As many runs as threads: then a NaN's tile is walked in few registers.
 ROWS = Space(
