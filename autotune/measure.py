@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, log, sqrt
 from statistics import median
 from typing import Protocol
 
@@ -24,9 +24,8 @@ POLICY = 1
 # Configs of a first round; later rounds hold fewer, as they begin to know where to look.
 FIRST = 5
 ROUND = 3
-# The best are measured again, half as many each time.
-FINALISTS = (3, 2)
-# Rounds of the last paired run.
+# The best so many are measured again, and then meet the default in a last paired run of so many rounds.
+FINALISTS = 2
 PAIRED = 7
 
 
@@ -97,8 +96,8 @@ def tune(
 
     The default is what the cost model chooses; the ``top_k`` that it ranks first are compiled at once, others when they
     are proposed. ``keep`` takes each record at once (``Store.append``); ``known``: measurements of this problem and
-    version from before, whose failures are not tried again. None where the default was not even measured by
-    ``deadline``, or nothing runs at all.
+    version from before: they count among the ``trials``, and failures are not tried again. None where nothing was
+    measured by ``deadline``, or nothing runs at all.
     """
     return _Tuning(asked, bench, keep, known, seeds, deadline, clock, tell).run(trials, top_k, fastconv)
 
@@ -134,22 +133,20 @@ class _Tuning:
             else:
                 self.search.tell(each.config, each.seconds)
                 self.compiled.add(key_of(each.config))
+        self.trials = self.search.measured
 
     def run(self, trials: int, top_k: int, fastconv: str) -> Tuned | None:
         ranked = sorted(self.predictions, key=lambda key: self.predictions[key].seconds)
         self._compile([dict(key) for key in ranked[:top_k]])
-        explored = trials - sum(FINALISTS)
         count = FIRST
-        while self.trials < explored and self.clock() < self.deadline:
-            proposed = self._proposed(min(count, explored - self.trials))
+        while self.trials < trials - FINALISTS and self.clock() < self.deadline:
+            proposed = self._proposed(min(count, trials - FINALISTS - self.trials))
             if not proposed:
                 break
             self._round(proposed)
             count = ROUND
-        for count in FINALISTS:
-            if self.clock() >= self.deadline:
-                break
-            self._round([config for config, _ in self.search.best(min(count, trials - self.trials))])
+        if self.clock() < self.deadline:
+            self._round([config for config, _ in self.search.best(min(FINALISTS, trials - self.trials))])
         return self._last_run(fastconv)
 
     def _proposed(self, count: int) -> list[Config]:
@@ -228,22 +225,24 @@ class _Tuning:
 
     def _last_run(self, fastconv: str) -> Tuned | None:
         """The best against the default and PyTorch, in turn; the default twice, whose difference is the noise."""
-        while True:
+        times = None
+        while times is None:
             best = self.search.best(8)
             if not best:
                 return None
-            winner = best[0][0]
-            default = winner if key_of(self.default) in self.failed else self.default
-            if key_of(default) not in {key_of(config) for config, _ in best} and default != winner:
-                best.append((default, self.search.best(len(self.predictions))[-1][1]))
-            found = self._paired(winner, default)
-            if found is not None:
-                break
-        ours, defaults, again, pytorch = found
-        noise = noise_of(defaults, again)
-        gain = median(log(a * b) / 2 - log(c) for a, b, c in zip(defaults, again, ours, strict=True))
-        if winner != default and gain <= log(1 + noise):
-            winner, ours = default, defaults
+            # (A default that cannot run leaves nothing to beat.)
+            default = best[0][0] if key_of(self.default) in self.failed else self.default
+            finalists = [config for config, _ in best[:FINALISTS] if config != default]
+            times = self._paired(default, finalists)
+        twice = times["default"], times["again"]
+        base = [sqrt(a * b) for a, b in zip(*twice, strict=True)]
+        noise = noise_of(*twice)
+        winner, ours = default, base
+        for index, config in enumerate(finalists):
+            theirs = times.get(f"finalist {index}", [])
+            if theirs and _gain(base, theirs) > max(1 + noise, _gain(base, ours)):
+                winner, ours = config, theirs
+        pytorch = times.get("pytorch")
         entry = Tuned(
             self.asked.problem,
             self.asked.gpu.name,
@@ -252,7 +251,7 @@ class _Tuning:
             config=dict(winner),
             seconds=median(ours),
             default=dict(default),
-            default_seconds=median(defaults + again),
+            default_seconds=median(base),
             also=tuple((dict(config), seconds) for config, seconds in best if config != winner),
             pytorch=median(pytorch) if pytorch else None,
             noise=noise,
@@ -264,14 +263,10 @@ class _Tuning:
         self._report(entry)
         return entry
 
-    def _paired(self, winner: Config, default: Config) -> tuple[list[float], ...] | None:
-        """Times of winner, default, default again, PyTorch's op; None where winner or default failed."""
-        contestants: dict[str, Config | None] = {
-            "winner": winner,
-            "default": default,
-            "again": default,
-            "pytorch": None,
-        }
+    def _paired(self, default: Config, finalists: Sequence[Config]) -> dict[str, list[float]] | None:
+        """Times by contestant, those without a failure; None where the default failed."""
+        contestants: dict[str, Config | None] = {"default": default, "again": default, "pytorch": None}
+        contestants |= {f"finalist {index}": config for index, config in enumerate(finalists)}
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for index in range(PAIRED):
             names = list(contestants)
@@ -280,12 +275,11 @@ class _Tuning:
                 seconds = self._measure(contestants[name])
                 if seconds is not None:
                     times[name].append(seconds)
-                elif name == "pytorch":
-                    del contestants["pytorch"]
-                    times["pytorch"].clear()
-                else:
+                elif contestants[name] == default:
                     return None
-        return times["winner"], times["default"], times["again"], times["pytorch"]
+                else:
+                    del contestants[name], times[name]
+        return times
 
     def _report(self, entry: Tuned | None = None) -> None:
         best = self.search.best(1)
@@ -296,6 +290,10 @@ class _Tuning:
         left = self.deadline - self.clock()
         measured, failed = self.search.measured, len(self.failed)
         self.report(Step(self.asked, measured, failed, config, seconds, default, left, entry is not None))
+
+
+def _gain(base: Sequence[float], theirs: Sequence[float]) -> float:
+    return median(a / b for a, b in zip(base, theirs, strict=True))
 
 
 def noise_of(a: Sequence[float], b: Sequence[float]) -> float:
@@ -325,8 +323,9 @@ def session(
     """Tune problems in ``budget`` seconds, those first and longest where the model's time goes; what was found.
 
     ``known``: the store's records (``Store.read``): what is tuned already is left alone, but for ``again``, and what
-    was measured is not measured again. ``claim(task)``, asked just before a task, says whether it is this worker's: one
-    session may be shared by ``workers``. Raises ValueError where the budget is not positive.
+    was measured is not measured again, nor, even with ``again``, what failed. ``claim(task)``, asked just before a
+    task, says whether it is this worker's: one session may be shared by ``workers``. Raises ValueError where the budget
+    is not positive.
     """
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
@@ -335,7 +334,7 @@ def session(
     open_tasks.sort(key=lambda task: -share_of(task))
     earlier: dict[tuple[object, ...], list[Measured]] = {}
     for each in known:
-        if isinstance(each, Measured):
+        if isinstance(each, Measured) and not (again and each.status == "ok"):
             earlier.setdefault((each.problem, each.version, each.gpu), []).append(each)
     end = clock() + budget
     found: list[Tuned] = []

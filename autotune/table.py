@@ -95,11 +95,12 @@ def read_table(path: Path) -> list[Tuned]:
 def write_table(path: Path, entries: Iterable[Tuned], fastconv: str, date: str, model: str | None = None) -> None:
     """Publish a table of one GPU's entries, sorted, a problem a line. ``fastconv``: the version or commit that wrote
     it; ``model``: of a lock file. Raises ValueError for no entries or several GPUs, OSError."""
-    latest = Table(sorted(entries, key=lambda entry: entry.date)).entries
-    gpus = {(entry.gpu, entry.multiprocessors) for entry in latest}
+    entries = sorted(entries, key=lambda entry: entry.date)
+    gpus = {(entry.gpu, entry.multiprocessors) for entry in entries}
     if len(gpus) != 1:
         raise ValueError(f"{path}: a table holds the measurements of one GPU, but got {len(gpus)}")
     ((gpu, multiprocessors),) = gpus
+    latest = Table(entries).entries
     versions = sorted({entry.version for entry in latest}, key=lambda version: schema.dump(version.json))
     head: dict[str, Any] = {"schema": SCHEMA, "gpu": gpu, "multiprocessors": multiprocessors, "date": date}
     head |= {"fastconv": fastconv} | ({} if model is None else {"model": model})

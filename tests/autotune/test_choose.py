@@ -137,11 +137,9 @@ def test_gpus_are_those_promised_each_with_its_source() -> None:
     assert ", ".join(gpu.name.removeprefix("NVIDIA ") for gpu in known) == names
     for gpu in known:
         assert gpu.source and gpu.l2_bandwidth > gpu.bandwidth and gpu.matrix_rate > gpu.vector_rate, gpu.name
-        # What one program may use is what CUDA leaves of the multiprocessor's.
-        assert (
-            gpu.shared_memory
-            == {8: 163, 9: 227, 10: 227}.get(gpu.arch // 10 if gpu.arch not in (86, 89) else 0, 99) << 10
-        )
+        # What CUDA leaves a program of the multiprocessor's shared memory.
+        assert gpu.shared_memory == {80: 163, 90: 227, 100: 227}.get(gpu.arch, 99) << 10, gpu.name
+        assert gpu.threads == (2048 if gpu.arch in (80, 90, 100) else 1536), gpu.name
 
 
 def test_unknown_gpu_is_scaled_from_the_nearest_architecture() -> None:
