@@ -1,51 +1,71 @@
 """What the compiler makes of a launch for a named GPU, which need not be here: compile, disassemble, count.
 
 Registers and spills alone do not say whether a kernel is good. So the instructions are read too: which tensor cores it
-uses, whether every wgmma is waited for (a loop that may not run makes ptxas do that, silently), how wide its loads are,
-whether they are asynchronous, and how many instructions one step takes.
-
-``python -m fastconv.kernels.inspect [--json] [--quick]`` reports the kernels of ResNet-50's telling layers for A100,
-H200 and B200. It takes a process without TRITON_INTERPRET: one process cannot both interpret and compile.
+uses, where their operands come from, whether every wgmma is waited for (a loop that may not run makes ptxas do that,
+silently), how wide its loads are, whether they are asynchronous and how many are under way, and how many instructions
+one step takes. ``fastconv inspect`` shows it, the tuner prunes by it, tests hold it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fastconv.autotune import Config, Gpu
 from fastconv.autotune.gpus import A100, B200, H200
-from fastconv.kernels import dispatch, mend, reduce
+from fastconv.kernels import dispatch, reduce
+from fastconv.kernels.compile import Binary, compile_each
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import INT32_MAX
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
 from fastconv.kernels.tiles import pixel_tile
 
 GPUS = (A100, H200, B200)
-# Of every multiprocessor from compute capability 8.0 to 10.0.
-REGISTERS, THREADS, TENSOR_COLUMNS, RESERVED_SHARED = 65536, 2048, 512, 1024
+# Of a multiprocessor. By compute capability its threads and programs, the table of the CUDA C++ Programming Guide; its
+# shared memory is what one program may use and the part that is reserved for each.
+REGISTERS, TENSOR_COLUMNS, RESERVED_SHARED = 65536, 512, 1024
+MULTIPROCESSOR = {
+    80: (2048, 32),
+    86: (1536, 16),
+    89: (1536, 24),
+    90: (2048, 32),
+    100: (2048, 32),
+    103: (2048, 32),
+    120: (1536, 24),
+}
 # The tensor cores that each architecture is to be used by, and their SASS instruction.
 TENSOR_CORES = {"mma": r"[HIQ]MMA", "wgmma": r"[HIQ]GMMA", "tcgen05": r"UTC\w*MMA"}
+# What instructions do, by their opcode without modifiers; the rest is control.
+KINDS = {
+    "tensor cores": r"[HIQ]MMA|[HIQ]GMMA|UTC\w*MMA",
+    "bulk copies in": r"UTMALDG|UBLKCP",
+    "bulk copies out": r"UTMASTG|UTMAREDG",
+    "asynchronous loads": r"LDGSTS",
+    "loads": r"LDG|LD",
+    "stores": r"STG|ST",
+    "atomics": r"ATOMG?|ATOMS|REDG?",
+    "shared memory": r"LDSM?|STSM?|LDTM|STTM",
+    "spills": r"LDL|STL",
+    "arithmetic": r"[FH](?:FMA|ADD|MUL|MNMX|SETP?|SEL|CHK)\d*|MUFU|F2FP?|F2F",
+    "waiting": r"BAR|DEPBAR|LDGDEPBAR|WARPGROUP|WARPSYNC|SYNCS|MEMBAR|FENCE|UTCBAR|UTMACMDFLUSH|UTMACCTL|NANOSLEEP",
+    "integers": r"U?(?:I\w+|LOP\d?|LEA|SHF|SEL|PRMT|MOV|PLOP3|VIADD\w*|VIMNMX\w*|P2R|R2P)|R2UR|S2U?R|CS2R",
+}
 # A memory instruction's modifier -> bytes a thread; 4 where it has none of these.
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+ELEMENTS = {"f32": 4, "f16": 2, "bf16": 2}
 Code = list[tuple[int, str, str]]  # (address, opcode, operands)
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+# Shared memory for so many steps of an operand, as Triton's pipeline allocates it.
+BUFFERS = re.compile(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+(?:x\d+){2,})x(\w+),")
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,12 @@ class Compiled:
     tensor_cores: str | None  # "mma", "wgmma", "tcgen05"
     serialised: bool  # every wgmma is waited for before the next one
     step: int | None  # instructions of the loop around the tensor cores
+    operands: Mapping[str, int] = field(default_factory=dict)  # wgmma's first: "shared memory", "registers" -> how many
+    waits: tuple[int, ...] = ()  # how many wgmma groups may go on at each wait of that loop
+    step_opcodes: Mapping[str, int] = field(default_factory=dict)
+    copies: int = 0  # steps whose operands are on their way to shared memory while one is computed
+    copy_bytes: int = 0  # of these, a program
+    listings: Mapping[str, str] = field(default_factory=dict)  # "sass", "ptx", "ttgir", where asked for
 
     def global_accesses(self, opcode: str) -> dict[int, int]:
         """Bytes a thread moves -> how many such instructions. ``opcode``: LDG, LDGSTS (asynchronous) or STG."""
@@ -81,10 +107,12 @@ class Compiled:
     def occupancy(self, gpu: Gpu) -> tuple[int, str]:
         """Programs that a multiprocessor of ``gpu`` holds at once, and what limits them."""
         threads = 32 * self.warps
+        most_threads, programs = MULTIPROCESSOR[max(arch for arch in MULTIPROCESSOR if arch <= max(gpu.arch, 80))]
         limits = {
             "registers": REGISTERS // (-(-self.registers // 8) * 8 * threads),
             "shared memory": (gpu.shared_memory + RESERVED_SHARED) // (self.shared_memory + RESERVED_SHARED),
-            "warps": THREADS // threads,
+            "warps": most_threads // threads,
+            "programs": programs,
         }
         if self.tensor_columns:
             limits["tensor memory"] = TENSOR_COLUMNS // self.tensor_columns
@@ -92,35 +120,64 @@ class Compiled:
         return limits[limit], limit
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile for compute capability ``arch`` (90 for 9.0), through Triton's cache, and read the binary.
+def mix(opcodes: Mapping[str, int]) -> dict[str, int]:
+    """How many instructions do what, in the order of `KINDS`; "other" last."""
+    found: Counter[str] = Counter()
+    for opcode, count in opcodes.items():
+        whole = opcode.split(".")[0]
+        found[next((kind for kind, form in KINDS.items() if re.fullmatch(form, whole)), "other")] += count
+    return {kind: found[kind] for kind in (*KINDS, "other") if found[kind]}
 
-    Pointers count as aligned to 16 bytes, as a launch finds those of torch's allocator. Raises what Triton's compiler
-    raises, and RuntimeError under TRITON_INTERPRET.
+
+@dataclass(frozen=True)
+class Resources:
+    """What a config takes of a multiprocessor: of several launches the most."""
+
+    registers: int  # a thread
+    spills: int  # instructions
+    shared_memory: int  # bytes a program
+
+
+def resources(
+    candidates: Mapping[Hashable, Sequence[Launch]], gpu: Gpu, jobs: int | None = None
+) -> dict[Hashable, Resources | str]:
+    """Of each candidate's launches what they take, or one line that says why they do not compile. In parallel."""
+    launches = [launch for each in candidates.values() for launch in each]
+    compiled = compile_each(((launch, gpu) for launch in launches), _read, jobs)
+    found: dict[Hashable, Resources | str] = {}
+    for name, each in candidates.items():
+        keys = [(launch.compile_key, gpu.arch) for launch in each]
+        failures = [compiled.failures[key] for key in keys if key in compiled.failures]
+        binaries = [compiled.results[key] for key in keys if key in compiled.results]
+        found[name] = failures[0] if failures else _most(binaries)
+    return found
+
+
+def _most(binaries: Sequence[Compiled]) -> Resources:
+    return Resources(*(max(getattr(binary, name) for binary in binaries) for name in Resources.__dataclass_fields__))
+
+
+def compile_all(
+    wanted: Iterable[tuple[Launch, Gpu]],
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    listings: Sequence[str] = (),
+) -> dict[tuple[Any, int], Compiled]:
+    """Compile and read each distinct binary once: (launch.compile_key, gpu.arch) -> Compiled, with the ``listings``.
+
+    ``jobs`` processes (one a core unless given); ``progress(done, all)`` after each. Raises RuntimeError that names the
+    launch where one does not compile, or under TRITON_INTERPRET.
     """
-    if mend.interpreting():
-        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
-    kernel, names = launch.kernel, launch.kernel.arg_names
-    numbers = (
-        "fp32" if isinstance(value, float) else "i32" if -INT32_MAX - 1 <= value <= INT32_MAX else "i64"
-        for value in launch.scalars
-    )
-    types = dict(zip(names, (*launch.pointers, *numbers), strict=False))
-    constants = {name: None for name, type_ in types.items() if type_ is None} | dict(launch.constants)
-    source = ASTSource(
-        kernel,
-        {name: "constexpr" if name in constants else types[name] for name in names},
-        constants,
-        {(index,): [["tt.divisibility", 16]] for index, type_ in enumerate(launch.pointers) if type_ is not None},
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    binary = triton.compile(source, GPUTarget("cuda", arch, 32), options)
-    return _read(binary, arch)
+    compiled = compile_each(wanted, partial(_read, listings=listings), jobs, progress)
+    for failure in compiled.failures.values():
+        raise RuntimeError(failure)
+    return compiled.results
 
 
-def _read(binary: Any, arch: int) -> Compiled:
+def _read(binary: Binary, listings: Sequence[str] = ()) -> Compiled:
+    asm, metadata = binary.kernel.asm, binary.kernel.metadata
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -129,18 +186,26 @@ def _read(binary: Any, arch: int) -> Compiled:
     opcodes = Counter(opcode for _, opcode, _ in code)
     whole = Counter(opcode.split(".")[0] for _, opcode, _ in code)
     cores = next((name for name, form in TENSOR_CORES.items() if any(re.fullmatch(form, op) for op in whole)), None)
+    loop = None if cores is None else step_of(code, TENSOR_CORES[cores])
+    copies, copy_bytes = in_flight(asm["ttgir"])
     return Compiled(
-        arch=arch,
-        warps=binary.metadata.num_warps,
+        arch=binary.arch,
+        warps=metadata.num_warps,
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         spills=whole["LDL"] + whole["STL"],
-        shared_memory=binary.metadata.shared,
-        tensor_columns=getattr(binary.metadata, "tmem_size", None) or 0,
+        shared_memory=metadata.shared,
+        tensor_columns=getattr(metadata, "tmem_size", None) or 0,
         opcodes=opcodes,
         tensor_cores=cores,
         serialised=cores == "wgmma" and serialised(code),
-        step=None if cores is None else loop_length(code, TENSOR_CORES[cores]),
+        step=None if loop is None else len(loop),
+        operands=first_operands(code) if cores == "wgmma" else {},
+        waits=wgmma_waits(loop or code) if cores == "wgmma" else (),
+        step_opcodes=Counter(opcode for _, opcode, _ in loop or ()),
+        copies=copies,
+        copy_bytes=copy_bytes,
+        listings={name: text if name == "sass" else asm[name] for name in listings},
     )
 
 
@@ -161,57 +226,37 @@ def serialised(code: Code) -> bool:
     return products > 0 and waits == products
 
 
-def loop_length(code: Code, product: str) -> int | None:
-    """Instructions of the shortest loop around a tensor-core instruction; None where there is no loop."""
+def first_operands(code: Code) -> dict[str, int]:
+    """Where wgmma's first operand comes from -> how many; the second is always in shared memory."""
+    # HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 has both there, HGMMA... R24, R4, gdesc[UR8], R24 one in registers.
+    sources = [operands.split(",")[1].strip() for _, opcode, operands in code if opcode.split(".")[0].endswith("GMMA")]
+    return dict(Counter("shared memory" if source.startswith("gdesc") else "registers" for source in sources))
+
+
+def wgmma_waits(code: Code) -> tuple[int, ...]:
+    """How many groups of wgmma may go on behind each wait, in order."""
+    waits = (operands.split(",") for _, opcode, operands in code if opcode.startswith("WARPGROUP.DEPBAR"))
+    return tuple(int(most.strip(), 16) for _, most in waits)
+
+
+def in_flight(ttgir: str) -> tuple[int, int]:
+    """(steps whose operands are on their way while one is computed, their bytes), by the pipeline's shared memory."""
+    buffers = [(*map(int, sizes.split("x")), type_) for sizes, type_ in BUFFERS.findall(ttgir)]
+    steps = [(sizes[0] - 1, prod(sizes[1:]) * ELEMENTS[type_]) for *sizes, type_ in buffers if type_ in ELEMENTS]
+    return max((count for count, _ in steps), default=0), sum(count * size for count, size in steps)
+
+
+def step_of(code: Code, product: str) -> Code | None:
+    """The shortest loop around a tensor-core instruction; None where there is no loop."""
     products = [index for index, (_, opcode, _) in enumerate(code) if re.fullmatch(product, opcode.split(".")[0])]
     index_of = {address: index for index, (address, _, _) in enumerate(code)}
-    lengths = []
+    loops = []
     for end, (_, opcode, operands) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
         start = index_of.get(int(target[1], 16), end) if target else end
         if any(start <= index < end for index in products):
-            lengths.append(end - start + 1)
-    return min(lengths, default=None)
-
-
-_work: list[tuple[Launch, int]] = []  # of a worker process: inherited, because Triton's functions do not pickle
-
-
-def compile_all(
-    wanted: Iterable[tuple[Launch, Gpu]], jobs: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> dict[tuple[Any, int], Compiled]:
-    """Compile each distinct binary once: (launch.compile_key, gpu.arch) -> Compiled.
-
-    ``jobs`` processes (one a core unless given); ``progress(done, all)`` after each. Raises RuntimeError that names the
-    launch where one does not compile.
-    """
-    distinct = {(launch.compile_key, gpu.arch): (launch, gpu.arch) for launch, gpu in wanted}
-    results: dict[tuple[Any, int], Compiled] = {}
-    if not distinct:
-        return results
-    with ProcessPoolExecutor(
-        min(jobs or os.cpu_count() or 1, len(distinct)),
-        multiprocessing.get_context("fork"),
-        _work.extend,
-        (list(distinct.values()),),
-    ) as pool:
-        keys = {pool.submit(_compile_one, index): key for index, key in enumerate(distinct)}
-        for future in as_completed(keys):
-            results[keys[future]] = future.result()
-            if progress is not None:
-                progress(len(results), len(distinct))
-    return results
-
-
-def _compile_one(index: int) -> Compiled:
-    launch, arch = _work[index]
-    try:
-        return compile_launch(launch, arch)
-    except Exception as error:
-        raise RuntimeError(
-            f"{launch.name} does not compile for sm_{arch} with {dict(launch.constants)}, {launch.num_warps} warps, "
-            f"{launch.num_stages} stages: {error}"
-        ) from error
+            loops.append(code[start : end + 1])
+    return min(loops, key=len, default=None)
 
 
 def _layer(channels: int, size: int, filters: int, filter_size: int, stride: int = 1) -> ConvProblem:
@@ -290,54 +335,3 @@ def report(
             }
         )
     return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, a block for each GPU."""
-    lines = []
-    for target in dict.fromkeys(row["target"] for row in rows):
-        cells = [("kernel", "problem", "tile", "registers", "spills", "shared", "programs", "tensor cores", "loads")]
-        for row in rows:
-            if row["target"] == target:
-                tile = [str(row["config"][name]) for name in row["config"] if name.startswith("BLOCK_")]
-                cells.append(
-                    (
-                        f"{row['kernel'].removesuffix('_kernel')} {row['direction']}",
-                        row["problem"],
-                        "x".join(tile),
-                        str(row["registers"]),
-                        str(row["spills"]),
-                        f"{row['shared_memory'] / 1024:.0f} KB",
-                        f"{row['occupancy']} ({row['occupancy_limit']})",
-                        (row["tensor_cores"] or "-") + (" SERIALISED" if row["wgmma_serialised"] else ""),
-                        ", ".join(f"{count} x {width} B" for width, count in row["load_bytes"].items()),
-                    )
-                )
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += [target]
-        lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells] + [""]
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m fastconv.kernels.inspect", description="What the compiler makes of each kernel."
-    )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} layers instead of {len(LAYERS)}")
-    options = parser.parse_args(arguments)
-    if mend.interpreting():
-        print("inspect: TRITON_INTERPRET is set, and one process cannot both interpret and compile", file=sys.stderr)
-        return 2
-
-    def progress(done: int, everything: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\rcompiled {done} of {everything}", end="\n" if done == everything else "", file=sys.stderr)
-
-    rows = report(LAYERS[: QUICK if options.quick else None], GPUS, progress)
-    print(json.dumps({"kernels": rows}, indent=1) if options.json else table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
+from collections import Counter
 
 import pytest
+import torch
 
 from fastconv.autotune.gpus import A100, B200, H200
-from fastconv.kernels.inspect import Compiled, loop_length, parse, serialised
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.compile import operands
+from fastconv.kernels.inspect import (
+    LAYERS,
+    Compiled,
+    Resources,
+    compile_all,
+    first_operands,
+    in_flight,
+    launches_of,
+    mix,
+    parse,
+    resources,
+    serialised,
+    step_of,
+    wgmma_waits,
+)
+from fastconv.kernels.launch import Launch
 
 # As cuobjdump prints it, its second column of encodings cut off after the first line.
 PIPELINED = """
@@ -69,8 +85,59 @@ def test_serialised_means_a_full_wait_after_every_wgmma(listing: str, expected: 
 
 
 def test_step_is_the_shortest_loop_around_the_product() -> None:
-    assert loop_length(parse(PIPELINED), "HGMMA") == 5
-    assert loop_length(parse(PIPELINED), "HMMA") is None
+    step = step_of(parse(PIPELINED), "HGMMA")
+    assert step is not None and (step[0][0], step[-1][0], len(step)) == (0x2420, 0x2C20, 5)
+    assert step_of(parse(PIPELINED), "HMMA") is None
+
+
+def test_waits_say_how_many_products_go_on() -> None:
+    assert wgmma_waits(parse(PIPELINED)) == (1, 0)
+    assert wgmma_waits(step_of(parse(PIPELINED), "HGMMA") or []) == (1,)
+
+
+def test_the_first_operand_comes_from_shared_memory_or_registers() -> None:
+    line = "        /*2470*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;\n"
+    assert first_operands(parse(PIPELINED + line)) == {"shared memory": 2, "registers": 1}
+
+
+def test_copies_in_flight_are_the_pipelines_buffers_but_one() -> None:
+    ttgir = """
+    %s = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable> loc(#loc416)
+    %x = ttg.local_alloc : () -> !ttg.memdesc<3x128x64xbf16, #shared, #smem, mutable> loc(#loc312)
+    %w = ttg.local_alloc : () -> !ttg.memdesc<3x64x32xf32, #shared, #smem, mutable> loc(#loc313)
+    %y = ttg.local_alloc %z : (tensor<64x64xf32>) -> !ttg.memdesc<64x64xf32, #shared, #smem> loc(#loc313)
+    """
+    assert in_flight(ttgir) == (2, 2 * (128 * 64 * 2 + 64 * 32 * 4))
+    assert in_flight("") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind"),
+    [
+        ("HMMA.16816.F32.BF16", "tensor cores"),
+        ("HGMMA.64x128x16.F32.BF16", "tensor cores"),
+        ("UTCHMMA", "tensor cores"),
+        ("UTMALDG.3D", "bulk copies in"),
+        ("UTMASTG.2D", "bulk copies out"),
+        ("LDGSTS.E.BYPASS.128", "asynchronous loads"),
+        ("LDG.E.128", "loads"),
+        ("STG.E.128", "stores"),
+        ("LDSM.16.M88.4", "shared memory"),
+        ("LDL.64", "spills"),
+        ("FFMA", "arithmetic"),
+        ("HFMA2.BF16_V2", "arithmetic"),
+        ("F2FP.BF16.F32.PACK_AB", "arithmetic"),
+        ("WARPGROUP.DEPBAR.LE", "waiting"),
+        ("LDGDEPBAR", "waiting"),
+        ("UTCBAR", "waiting"),
+        ("IMAD.WIDE", "integers"),
+        ("ULOP3.LUT", "integers"),
+        ("BRA", "other"),
+        ("NOP", "other"),
+    ],
+)
+def test_each_instruction_is_of_one_kind(opcode: str, kind: str) -> None:
+    assert mix(Counter([opcode, opcode])) == {kind: 2}
 
 
 def test_widths_come_from_whole_opcodes() -> None:
@@ -96,15 +163,53 @@ def test_occupancy_names_its_limit(changes: dict[str, int], gpu, expected: tuple
     assert dataclasses.replace(COMPILED, **changes).occupancy(gpu) == expected
 
 
-def test_command_refuses_the_interpreter_in_one_line() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "fastconv.kernels.inspect"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        text=True,
-        capture_output=True,
-        timeout=120,
+@pytest.mark.parametrize(
+    ("arch", "expected"), [(80, 16), (86, 12), (89, 12), (90, 16), (103, 16), (120, 12), (121, 12)]
+)
+def test_threads_of_a_multiprocessor_depend_on_the_architecture(arch: int, expected: int) -> None:
+    small = dataclasses.replace(COMPILED, warps=4, registers=24, shared_memory=0)
+    assert small.occupancy(dataclasses.replace(H200, arch=arch)) == (expected, "warps")
+
+
+@pytest.mark.parametrize(("arch", "expected"), [(86, 16), (89, 24), (90, 32)])
+def test_programs_of_a_multiprocessor_are_limited_too(arch: int, expected: int) -> None:
+    tiny = dataclasses.replace(COMPILED, warps=1, registers=24, shared_memory=0)
+    assert tiny.occupancy(dataclasses.replace(H200, arch=arch)) == (expected, "programs")
+
+
+def test_absent_operands_stand_for_nothing() -> None:
+    launch = Launch(None, (1, 1, 1), ("*bf16", None, "*i64"), (), {}, 4, 3)
+    x, absent, index = operands(launch)
+    assert (x.dtype, absent, index.dtype) == (torch.bfloat16, None, torch.int64)
+    assert x.data_ptr() % 16 == 0
+
+
+@pytest.mark.skipif(not mend.interpreting(), reason="what only the interpreter's process refuses")
+def test_the_interpreter_refuses_to_compile() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_all([])
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
+def test_resources_are_of_all_launches_and_failures_are_told() -> None:
+    with dispatch.only_family("gather"):
+        fprop, *_, wgrad, ordered_sum = [launch for _, _, launch in launches_of(LAYERS[3], False, H200)]
+    broken = dataclasses.replace(fprop, constants={**fprop.constants, "BLOCK_M": 48})
+    found = resources({"one": [fprop], "two": [wgrad, ordered_sum], "broken": [broken]}, H200)
+    compiled = compile_all(
+        [(launch, H200) for launch in (fprop, wgrad, ordered_sum)], listings=["sass", "ptx", "ttgir"]
     )
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert len(run.stderr.splitlines()) == 1
-    assert "TRITON_INTERPRET" in run.stderr
+    first, second, third = (compiled[launch.compile_key, 90] for launch in (fprop, wgrad, ordered_sum))
+    assert found["one"] == Resources(first.registers, first.spills, first.shared_memory)
+    assert found["two"] == Resources(
+        max(second.registers, third.registers), 0, max(second.shared_memory, third.shared_memory)
+    )
+    assert isinstance(found["broken"], str) and found["broken"].startswith("conv_gather_kernel does not compile for")
+    assert "\n" not in found["broken"]
+    # What a pipelined product on an H200 is: both operands in shared memory, one product going on at the wait.
+    assert set(first.operands) == {"shared memory"} and first.waits == (1,)
+    assert first.copies == fprop.num_stages - 1 and 0 < first.copy_bytes < first.shared_memory
+    assert first.step == sum(first.step_opcodes.values()) and mix(first.step_opcodes)["asynchronous loads"] > 0
+    assert [("HGMMA" in first.listings["sass"]), (".target sm_90a" in first.listings["ptx"])] == [True, True]
+    assert "ttg.async_wait" in first.listings["ttgir"] and not third.operands and third.step is None

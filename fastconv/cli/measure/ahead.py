@@ -4,17 +4,17 @@ the other. What to compile is found by making the calls without their launches, 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import torch
 import triton
 
 from fastconv.cli.measure.clock import reason
 from fastconv.cli.measure.results import Part
-from fastconv.kernels import launch, mend
+from fastconv.kernels import dispatch, launch, mend
+from fastconv.kernels.compile import compile_each, cores
 
 
 def compile_kernels(calls: Callable[[], object]) -> Part:
@@ -22,7 +22,6 @@ def compile_kernels(calls: Callable[[], object]) -> Part:
     part: Part = {"id": "compile", "kind": "compile", "title": "Compiling the kernels ahead", "kernels": 0}
     if mend.interpreting():
         return part | {"verdict": "skipped", "reason": "nothing is compiled under the interpreter"}
-    threads = os.cpu_count() or 1
     stopped = None
     with without_launching() as records:
         try:
@@ -30,21 +29,15 @@ def compile_kernels(calls: Callable[[], object]) -> Part:
         except Exception as error:  # anything a network does on numbers that were never computed
             stopped = reason(error)
     started = time.perf_counter()
-    needed = {record.launch.compile_key: record for record in records}
-    try:
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            for record in needed.values():
-                it = record.launch
-                it.kernel.warmup(*record.dtypes, *it.scalars, grid=it.grid, **it.arguments)
-    except Exception as error:
-        return part | {"verdict": "skipped", "reason": reason(error)}
-    seconds = time.perf_counter() - started
+    needed = {record.launch.compile_key: record.launch for record in records}
+    target = dispatch.target(torch.device("cuda"))
+    compiled = compile_each(((it, target) for it in needed.values()), lambda binary: None)
     return part | {
         "verdict": "right",
-        "reason": stopped,
+        "reason": stopped or next(iter(compiled.failures.values()), None),
         "kernels": len(needed),
-        "seconds": seconds,
-        "threads": threads,
+        "seconds": time.perf_counter() - started,
+        "threads": cores(),
     }
 
 

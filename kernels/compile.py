@@ -1,0 +1,153 @@
+"""Launches compiled before they are made, on all cores, for GPUs that need not be here, into Triton's cache.
+
+Each goes the way that a call with its arguments goes, so that the call finds its binary: what Triton looks up, types,
+alignment and options, is computed by Triton. Pointers count as aligned to 16 bytes, as torch's allocator places them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import MockTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastconv.autotune import Gpu
+from fastconv.kernels import mend
+from fastconv.kernels.descriptor import Descriptor
+from fastconv.kernels.launch import Launch, loaded
+from fastconv.kernels.layout import POINTER_TYPES
+from fastconv.kernels.pool_window import INDEX_TYPES
+
+Result = TypeVar("Result")
+Key = tuple[Any, int]  # Launch.compile_key, Gpu.arch
+_DTYPES = {name: dtype for dtype, name in (POINTER_TYPES | INDEX_TYPES | {torch.int64: "*i64"}).items()}
+
+
+class Binary(NamedTuple):
+    """What a launch will run. ``kernel``: Triton's, with its ``asm`` and ``metadata``."""
+
+    kernel: Any
+    arch: int
+    cached: bool  # found in Triton's cache
+
+
+class Compiled(NamedTuple, Generic[Result]):
+    """Of each distinct binary what was made of it, or why it does not compile: one line that names the launch."""
+
+    results: dict[Key, Result]
+    failures: dict[Key, str]
+
+
+class _Driver:
+    """What Triton asks of a driver when it compiles and does not launch."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> str:
+        return f"sm_{self._arch}"  # kernels are kept by device, and none has this name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def operands(launch: Launch) -> tuple[Any, ...]:
+    """What stands for the tensors of ``launch`` where nothing is launched."""
+    return tuple(
+        TensorDescriptor(MockTensor(it.dtype), list(it.shape), list(it.strides), list(it.box))
+        if isinstance(it, Descriptor)
+        else None
+        if it is None
+        else MockTensor(_DTYPES[it])
+        for it in launch.pointers
+    )
+
+
+def load(launches: Sequence[Launch], device: torch.device) -> None:
+    """Put onto ``device``, a GPU that is here, what the launches run: from Triton's cache, else it is compiled."""
+    with torch.cuda.device(device):
+        for it in launches:
+            # Triton loads a binary when it is first asked how to run it.
+            _ = it.kernel.warmup(*operands(it), *it.scalars, grid=it.grid, **it.arguments).run
+        loaded(launches, torch.cuda.current_device())
+
+
+def cores() -> int:
+    """Of this machine, those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def compile_each(
+    wanted: Iterable[tuple[Launch, Gpu]],
+    make: Callable[[Binary], Result],
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Compiled[Result]:
+    """``make(binary)`` of each distinct binary, compiled once: by (launch.compile_key, gpu.arch).
+
+    In ``jobs`` processes (one a core unless given) that touch no GPU; ``progress(done, all)`` after each. Raises
+    RuntimeError under TRITON_INTERPRET: one process cannot both interpret and compile.
+    """
+    if mend.interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
+    distinct = {(launch.compile_key, gpu.arch): (launch, gpu.arch, make) for launch, gpu in wanted}
+    compiled: Compiled[Result] = Compiled({}, {})
+    if not distinct:
+        return compiled
+    with warnings.catch_warnings():
+        # Newer Pythons warn of forking beside other threads: what a child does here takes no lock of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with ProcessPoolExecutor(
+            min(jobs or cores(), len(distinct)),
+            multiprocessing.get_context("fork"),
+            _work.extend,
+            (list(distinct.values()),),
+        ) as pool:
+            keys = {pool.submit(_compile_one, index): key for index, key in enumerate(distinct)}
+            for done, future in enumerate(as_completed(keys), 1):
+                made, failure = future.result()
+                if failure is None:
+                    compiled.results[keys[future]] = made
+                else:
+                    compiled.failures[keys[future]] = failure
+                if progress is not None:
+                    progress(done, len(distinct))
+    return compiled
+
+
+# Of a worker process: inherited, because Triton's functions do not pickle.
+_work: list[tuple[Launch, int, Callable[[Binary], Any]]] = []
+
+
+def _compile_one(index: int) -> tuple[Any, str | None]:
+    launch, arch, make = _work[index]
+    driver.set_active(_Driver(arch))
+    found: list[bool] = []
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
+    try:
+        kernel = launch.kernel.warmup(*operands(launch), *launch.scalars, grid=launch.grid, **launch.arguments)
+        return make(Binary(kernel, arch, found == [True])), None
+    except Exception as error:
+        why = _last_line(error)
+        return None, (
+            f"{launch.name} does not compile for sm_{arch} with {dict(launch.constants)}, {launch.num_warps} warps, "
+            f"{launch.num_stages} stages: {why}"
+        )
+
+
+def _last_line(error: Exception) -> str:
+    """What a compiler's message of many lines comes to."""
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
