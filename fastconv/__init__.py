@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from fastconv.convert import convert, report, revert
     from fastconv.explain import explain
     from fastconv.settings import settings
+    from fastconv.warmup import warmup
 
 __version__ = "0.1.0"
-__all__ = ["convert", "explain", "functional", "nn", "report", "revert", "settings"]
+__all__ = ["convert", "explain", "functional", "nn", "report", "revert", "settings", "warmup"]
 
 _FUNCTIONS = {
     "convert": "fastconv.convert",
@@ -27,6 +28,7 @@ _FUNCTIONS = {
     "report": "fastconv.convert",
     "revert": "fastconv.convert",
     "settings": "fastconv.settings",
+    "warmup": "fastconv.warmup",
 }
 _MODULES = ("functional", "nn")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastconv.autotune import Gpu
-from fastconv.autotune.gpus import known_gpus
 from fastconv.cli import BadUsage
+from fastconv.warmup import gpu_called
 
 DTYPES = {
     **dict.fromkeys(("float32", "fp32"), torch.float32),
@@ -23,8 +23,8 @@ def dtype(name: str) -> torch.dtype:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of the table called ``name``, with or without "NVIDIA". Raises BadUsage with the names there are."""
-    known = {gpu.name.removeprefix("NVIDIA "): gpu for gpu in known_gpus()}
-    if name.removeprefix("NVIDIA ") not in known:
-        raise BadUsage(f"--gpu {name!r} is not one of {', '.join(known)}")
-    return known[name.removeprefix("NVIDIA ")]
+    """The GPU of the table called ``name``, as `fastconv.warmup.gpu_called` has it. Raises BadUsage with the names."""
+    try:
+        return gpu_called(name)
+    except ValueError as error:
+        raise BadUsage(f"--{error}") from error

@@ -45,9 +45,9 @@ def test_bare_import_names_the_package(name: str) -> None:
 
 def test_functions_stay_functions_beside_modules_of_their_name(tmp_path: Path) -> None:
     code = """
-import fastconv, fastconv.convert, fastconv.explain, fastconv.settings
+import fastconv, fastconv.convert, fastconv.explain, fastconv.settings, fastconv.warmup
 from fastconv.convert import revert
-for name in ("convert", "revert", "report", "explain", "settings"):
+for name in ("convert", "revert", "report", "explain", "settings", "warmup"):
     assert callable(getattr(fastconv, name)), name
 assert fastconv.revert is revert
 from fastconv import functional, nn
