@@ -6,11 +6,13 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from fastconv.cli.interpreter import enter_interpreter
+from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
-COMMANDS = ("bench", "check", "explain")
+COMMANDS = ("bench", "check", "explain", "inspect")
 # What these compute with: kernels that run on a GPU, or interpreted where there is none.
 NUMERIC = ("bench", "check", "explain")
+# What compiles for GPUs that need not be here.
+COMPILING = ("inspect",)
 
 
 class BadUsage(Exception):
@@ -19,8 +21,11 @@ class BadUsage(Exception):
 
 def main() -> None:
     """The console entry. Without a GPU it starts over with Triton's interpreter on, before torch is imported."""
-    if sys.argv[1:2] and sys.argv[1] in NUMERIC and not {"--help", "-h"} & set(sys.argv):
-        enter_interpreter()
+    if sys.argv[1:2] and not {"--help", "-h"} & set(sys.argv):
+        if sys.argv[1] in NUMERIC:
+            enter_interpreter()
+        elif sys.argv[1] in COMPILING:
+            leave_interpreter()
     sys.exit(run(sys.argv[1:]))
 
 

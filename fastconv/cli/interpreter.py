@@ -24,8 +24,18 @@ def enter_interpreter() -> None:
     """
     if SWITCH in os.environ or gpu_present():
         return
+    _start_over({**os.environ, SWITCH: "1"})
+
+
+def leave_interpreter() -> None:
+    """Replace this process by the same command line without Triton's interpreter, where somebody has turned it on."""
+    if SWITCH in os.environ:
+        _start_over({name: value for name, value in os.environ.items() if name != SWITCH})
+
+
+def _start_over(environment: dict[str, str]) -> None:
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, SWITCH: "1"})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _torch_has_cuda() -> bool:

@@ -13,7 +13,7 @@ from types import TracebackType
 from fastconv.cli.interpreter import SWITCH
 from fastconv.cli.measure.results import Part
 
-COMMAND = (sys.executable, "-m", "fastconv.kernels.inspect", "--json")
+COMMAND = (sys.executable, "-m", "fastconv", "inspect", "--json")
 TITLE = "What the compiler made of each kernel for A100, H100/H200 and B200"
 
 

@@ -1,0 +1,360 @@
+"""What the passes of one operator are on a GPU that need not be here: tiles, launches, binaries, predictions.
+
+Found by calling the operator on tensors without data, so that it is what a call launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastconv import functional
+from fastconv.autotune import Choice, Config, Gpu, Space, Work, predict
+from fastconv.cli import BadUsage
+from fastconv.cli.measure.clock import reason
+from fastconv.kernels import dispatch
+from fastconv.kernels.inspect import Compiled, compile_all, mix
+from fastconv.kernels.launch import Record
+from fastconv.kernels.layout import packed_taps, strides_like
+from fastconv.kernels.problem import ConvProblem
+from fastconv.kernels.tiles import considering, matrix_share
+from fastconv.settings import settings
+from fastconv.traffic import Pass, Traffic
+
+CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
+POOLS = tuple(f"{kind}_pool{rank}d" for kind in ("max", "avg") for rank in (1, 2, 3))
+ADAPTIVE = tuple(f"adaptive_{pool}" for pool in POOLS)
+OPERATORS = (*CONVOLUTIONS, *POOLS, *ADAPTIVE)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What one call has behind the convolution: batch norm, an activation, a residual."""
+
+    statistics: bool  # of the batch, as in training; else running ones
+    act: str | None
+    residual: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one of `OPERATORS` of `fastconv.functional`, forward and, with ``gradients``, backward."""
+
+    operator: str
+    input: tuple[int, ...]
+    weight: tuple[int, ...] | None  # a convolution's
+    arguments: dict[str, Any]  # by name: stride, padding...
+    dtype: torch.dtype
+    bias: bool = False
+    fused: Fused | None = None
+    channels_last: bool = True
+    gradients: bool = True
+
+    def __call__(self) -> None:
+        x = self._tensor(self.input)
+        wanted = [x]
+        function = getattr(functional, self.operator)
+        if self.weight is None:
+            y = function(x, **self.arguments)
+        else:
+            w, b = self._tensor(self.weight), None
+            channels = self.weight[0]
+            if "transpose" in self.operator:
+                channels = self.weight[1] * self.arguments["groups"]
+            wanted.append(w)
+            if self.bias:
+                b = torch.empty(channels, dtype=self.dtype, requires_grad=self.gradients)
+                wanted.append(b)
+            if self.fused is None:
+                y = function(x, w, b, **self.arguments)
+            else:
+                y = self._fused(function, x, w, b, channels)
+        if y.requires_grad:
+            torch.autograd.grad(y, wanted, torch.empty_like(y))
+
+    def _fused(self, function: Any, x: Tensor, w: Tensor, b: Tensor | None, channels: int) -> Tensor:
+        assert self.fused is not None and self.weight is not None
+        mean, var, gamma, beta = (torch.empty(channels) for _ in range(4))
+        residual = None
+        if self.fused.residual:
+            meta = [torch.empty(shape, device="meta") for shape in (self.input, self.weight)]
+            residual = self._tensor(tuple(getattr(torch.nn.functional, self.operator)(*meta, **self.arguments).shape))
+        if self.gradients:
+            gamma, beta = gamma.requires_grad_(), beta.requires_grad_()
+        return functional.conv_norm_act(
+            *(function, x, w, b, (mean, var, gamma, beta)),
+            training=self.fused.statistics,
+            momentum=0.1,
+            eps=1e-5,
+            act=self.fused.act,
+            residual=residual,
+            residual_after=False,
+            **self.arguments,
+        )
+
+    def _tensor(self, shape: tuple[int, ...]) -> Tensor:
+        strides = strides_like(shape, self.channels_last)
+        if shape is self.weight and self.channels_last and shape[1] == 1 and shape[0] > 1:
+            strides = packed_taps(shape)  # as convert lays out depthwise weights
+        t = torch.empty_strided(shape, strides, dtype=self.dtype)
+        return t.requires_grad_(self.gradients)
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A tile as it was chosen: from which space, and what each config of it makes of the problem."""
+
+    space: Space
+    work: Callable[[Config], Work]
+    choice: Choice
+
+    def standings(self, gpu: Gpu) -> Iterator[tuple[Config, float | None, str | None]]:
+        """Every combination of the space's values: predicted seconds, or why it is not tried."""
+        for config in _combinations(self.space):
+            why, seconds = self.space.valid(config), None
+            if why is None:
+                prediction = predict(self.work(config), gpu)
+                if prediction is None:
+                    why = f"{self.work(config).shared_memory >> 10} KB of shared memory, or its threads, do not fit"
+                else:
+                    seconds = prediction.seconds
+            yield config, seconds, why
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One pass: what was decided, and the binary of each of its launches."""
+
+    found: Pass
+    considered: Considered | None  # None: a pass that has one form only
+    binaries: tuple[Compiled, ...]
+    gpu: Gpu
+
+    @property
+    def launches(self) -> tuple[Record, ...]:
+        return self.found.launches
+
+    @property
+    def problem(self) -> str:
+        return self.found.plan.problem.describe() if self.found.plan else ""
+
+    @property
+    def config(self) -> Config:
+        return self.considered.choice.config if self.considered else {}
+
+    @property
+    def outside(self) -> str | None:
+        """Why the space would not try the config."""
+        if self.considered is None:
+            return None
+        space = self.considered.space
+        foreign = [name for name, value in self.config.items() if value not in space.ranges[name]]
+        return f"{', '.join(foreign)} outside its values" if foreign else space.valid(self.config)
+
+    @property
+    def flops(self) -> int:
+        problem = self.found.plan.problem if self.found.plan else None
+        return problem.flops if isinstance(problem, ConvProblem) else 0
+
+    @property
+    def roofline(self) -> tuple[float, str]:
+        """Seconds at the GPU's peak rates, each operand moved once, and which peak it is."""
+        problem = self.found.plan.problem if self.found.plan else None
+        rate = self.gpu.vector_rate
+        if isinstance(problem, ConvProblem) and any(binary.tensor_cores for binary in self.binaries):
+            rate = self.gpu.matrix_rate * matrix_share(problem.dtype, dispatch.fp32_precision(problem.dtype))
+        # What lies between two launches need not move.
+        moved = problem.bytes if problem and len(self.launches) > 1 else self.found.bytes
+        return max((self.flops / rate, "arithmetic"), (moved / self.gpu.bandwidth, "DRAM"))
+
+    def predicted(self, compiled: bool) -> tuple[float, str, int] | None:
+        """The cost model's seconds, what bounds them, and programs a multiprocessor; with ``compiled`` by the binary's
+        registers and shared memory instead of estimated ones."""
+        if self.considered is None:
+            return None
+        work = self.considered.work(self.config)
+        if compiled:
+            main = max(self.binaries, key=lambda binary: (binary.tensor_cores is not None, binary.shared_memory))
+            work = replace(work, registers=main.registers, shared_memory=main.shared_memory)
+        prediction = predict(work, self.gpu)
+        return None if prediction is None else (prediction.seconds, prediction.bound, prediction.occupancy)
+
+    def json(self) -> dict[str, Any]:
+        plan, considered = self.found.plan, self.considered
+        seconds, bound = self.roofline
+        predictions = {
+            name: prediction and dict(zip(("seconds", "bound", "occupancy"), prediction, strict=True))
+            for name, prediction in (
+                ("predicted", self.predicted(False)),
+                ("predicted_from_binary", self.predicted(True)),
+            )
+        }
+        return {
+            "pass": self.found.name,
+            "operator": self.found.operator,
+            "problem": self.problem,
+            "target": self.gpu.name,
+            "family": plan.family if plan else None,
+            "config": dict(self.config),
+            "config_source": considered.choice.source if considered else None,
+            "outside_space": self.outside,
+            "flops": self.flops,
+            "bytes": self.found.bytes,
+            "roofline": {"seconds": seconds, "bound": bound},
+            **predictions,
+            "launches": [
+                _launch(record, binary, self.gpu) for record, binary in zip(self.launches, self.binaries, strict=True)
+            ],
+        }
+
+
+def _launch(record: Record, binary: Compiled, gpu: Gpu) -> dict[str, Any]:
+    programs, limit = binary.occupancy(gpu)
+    it = record.launch
+    return {
+        "kernel": it.name,
+        "grid": list(it.grid),
+        "warps": it.num_warps,
+        "stages": it.num_stages,
+        "bytes": sum(record.bytes),
+        "registers": binary.registers,
+        "spills": binary.spills,
+        "stack": binary.stack,
+        "shared_memory": binary.shared_memory,
+        "tensor_columns": binary.tensor_columns,
+        "occupancy": programs,
+        "occupancy_limit": limit,
+        "waves": math.prod(it.grid) / (programs * gpu.multiprocessors) if programs else None,
+        "tensor_cores": binary.tensor_cores,
+        "wgmma_operands": dict(binary.operands),
+        "wgmma_waits": list(binary.waits),
+        "wgmma_serialised": binary.serialised,
+        "copies_in_flight": binary.copies,
+        "bytes_in_flight": binary.copy_bytes,
+        "step_instructions": binary.step,
+        "step_mix": mix(binary.step_opcodes),
+        "mix": mix(binary.opcodes),
+        "load_bytes": binary.global_accesses("LDG"),
+        "async_load_bytes": binary.global_accesses("LDGSTS"),
+        "store_bytes": binary.global_accesses("STG"),
+        **binary.listings,
+    }
+
+
+def inspect(
+    call: Call,
+    gpu: Gpu,
+    family: str | None = None,
+    direction: str | None = None,
+    configs: Sequence[Config | None] = (None,),
+    listings: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[list[Inspected]]:
+    """For each of ``configs`` the passes of ``call`` on ``gpu``, or the one called ``direction``.
+
+    A config names some parameters of one pass; the others are the best that is predicted with these. Raises BadUsage.
+    """
+    found = [_passes(call, gpu, family, direction, config) for config in configs]
+    launches = [record.launch for passes in found for it, _ in passes for record in it.launches]
+    try:
+        compiled = compile_all([(launch, gpu) for launch in launches], None, progress, listings)
+    except RuntimeError as error:
+        raise BadUsage(str(error)) from error
+    return [
+        [
+            Inspected(
+                *(it, considered),
+                tuple(compiled[record.launch.compile_key, gpu.arch] for record in it.launches),
+                gpu,
+            )
+            for it, considered in passes
+        ]
+        for passes in found
+    ]
+
+
+def _passes(
+    call: Call, gpu: Gpu, family: str | None, direction: str | None, config: Config | None
+) -> list[tuple[Pass, Considered | None]]:
+    passes, considered = _called(call, gpu, family, {})
+    wanted = [index for index, it in enumerate(passes) if direction in (None, it.name, it.name.partition(",")[0])]
+    if not wanted:
+        raise BadUsage(f"--direction {direction!r} is not one of {', '.join(it.name for it in passes)}")
+    if config is not None:
+        chosen = [index for index in wanted if passes[index].choice is not None]
+        if len(chosen) != 1:
+            names = ", ".join(passes[index].name for index in chosen)
+            raise BadUsage(f"a config is one pass's: add --direction, one of {names}")
+        of = next(n for n, it in enumerate(considered) if it.choice is passes[chosen[0]].choice)
+        passes, considered = _called(call, gpu, family, {of: config})
+    by_choice = {id(it.choice): it for it in considered}
+    served = [index for index in wanted if passes[index].plan is None or passes[index].choice is not None]
+    # With one family alone the passes of others are left out.
+    if (family is None and len(served) < len(wanted)) or not served:
+        it = passes[next(index for index in wanted if index not in served)]
+        assert it.plan is not None
+        why = "; ".join(f"{name}: {reason}" for name, reason in it.plan.reasons)
+        raise BadUsage(f"no kernel serves {it.name}: {why or f'{family} is no family of it'}")
+    return [(passes[index], by_choice.get(id(passes[index].choice))) for index in served]
+
+
+def _called(
+    call: Call, gpu: Gpu, family: str | None, configs: dict[int, Config]
+) -> tuple[list[Pass], list[Considered]]:
+    """The passes of one call, and its tiles in the order they are chosen; ``configs``: what is given of the n-th."""
+    considered: list[Considered] = []
+
+    def consider(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, choice: Choice) -> Choice:
+        given = configs.get(len(considered))
+        # A choice of its own, whose identity says which pass it is of.
+        choice = replace(choice) if given is None else _best(space, work, gpu, given)
+        considered.append(Considered(space, work, choice))
+        return choice
+
+    try:
+        only = dispatch.only_family(family) if family else contextlib.nullcontext()
+        planned = dispatch.use_target(gpu), considering(consider), settings(strict=False), FakeTensorMode()
+        grad = torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(call.gradients)
+        with contextlib.ExitStack() as stack:
+            for context in (only, *planned, *grad):
+                stack.enter_context(context)
+            with Traffic() as traffic:
+                call()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BadUsage(reason(error)) from error
+    return traffic.passes, considered
+
+
+def _best(space: Space, work: Callable[[Config], Work], gpu: Gpu, given: Config) -> Choice:
+    """What is predicted fastest with the given values; where the space tries none such, of all that fit."""
+    unknown = [name for name in given if name not in space.ranges]
+    if unknown:
+        known = "; ".join(f"{name} of {', '.join(map(str, values))}" for name, values in space.ranges.items())
+        raise BadUsage(f"no parameter {', '.join(unknown)} in {space.name}, which has {known}")
+    fixed = {name: (given[name],) if name in given else values for name, values in space.ranges.items()}
+    everything = list(_combinations(replace(space, ranges=fixed)))
+    tried = [config for config in everything if space.valid(config) is None] or everything
+    predictions = [(config, predict(work(config), gpu)) for config in tried]
+    fitting = [(config, prediction) for config, prediction in predictions if prediction is not None]
+    if not fitting:
+        raise BadUsage(f"{_text(given)} does not fit a multiprocessor of the {gpu.name}")
+    config, prediction = min(fitting, key=lambda pair: pair[1].seconds)
+    return Choice(config, "the command line", prediction.seconds, prediction.bound)
+
+
+def _combinations(space: Space) -> Iterator[Config]:
+    for values in itertools.product(*space.ranges.values()):
+        yield dict(zip(space.ranges, values, strict=True))
+
+
+def _text(config: Config) -> str:
+    return ",".join(f"{name}={value}" for name, value in config.items())

@@ -1,0 +1,205 @@
+"""What a kernel's binary is on a GPU that is not here, as a command: one line for bad usage, tables, JSON, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.autotune import Choice
+from fastconv.autotune.gpus import A100, H200
+from fastconv.cli import BadUsage, inspection, interpreter, run
+from fastconv.cli.inspection import Call, Considered, Fused, _best, _passes
+from fastconv.kernels import mend
+from fastconv.kernels.tiles import GATHER
+from fastconv.traffic import Pass
+
+compiling = pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
+interpreting = pytest.mark.skipif(not mend.interpreting(), reason="what only the interpreter's process refuses")
+CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("inspect conv4d", "'conv4d' is not one of conv1d, conv2d"),
+        ("inspect conv2d --weight 8x8x3x3", "conv2d needs --input"),
+        ("inspect conv2d --input 2x8x8x8", "conv2d needs --weight"),
+        ("inspect max_pool2d --input 2x8x8x8", "max_pool2d needs --kernel-size"),
+        ("inspect adaptive_avg_pool2d --input 2x8x8x8 --kernel-size 2", "adaptive_avg_pool2d needs --output-size"),
+        ("inspect max_pool2d --input 2x8x8x8 --kernel-size 2 --bn", "max_pool2d takes no --bn"),
+        ("inspect conv2d --input 2x8x8 --weight 8x8x3x3 --kernel-size 2", "conv2d takes no --kernel-size"),
+        ("inspect conv2d --input 2xCx8x8 --weight 8x8x3x3", "--input '2xCx8x8': numbers with an x"),
+        ("inspect conv2d --input 2x8x8x8 --weight 8x3x3x3", "to have 3 channels, but got 8 channels"),
+        ("inspect max_pool2d --input 2x8x8x8 --kernel-size 3 --padding 2", "pad should be at most half"),
+        (f"{CONV} --gpu GTX", "--gpu 'GTX' is not one of A100"),
+        (f"{CONV} --dtype int8", "--dtype 'int8'"),
+        (f"{CONV} --direction up", "--direction 'up' is not one of fprop, dgrad, wgrad"),
+        (f"{CONV} --family cubic", "no family 'cubic' among depthwise, gather"),
+        (f"{CONV} --family rows --direction fprop", "no kernel serves fprop: rows: 64 input channels"),
+        (f"{CONV} --config BLOCK_M=128", "add --direction, one of fprop, dgrad, wgrad"),
+        (
+            f"{CONV} --direction fprop --config BLOCK_X=64",
+            "no parameter BLOCK_X in conv_gather_split, which has SPLITS",
+        ),
+        (f"{CONV} --direction fprop --config BLOCK_M=48", "'BLOCK_M=48' is no parameter with a power of two"),
+        (
+            f"{CONV} --family gather --direction fprop --config BLOCK_M=4096",
+            "BLOCK_M=4096 does not fit a multiprocessor",
+        ),
+        (f"{CONV} --direction fprop --config BLOCK_M=64 --compare BLOCK_M=64 BLOCK_M=128", "exclude each other"),
+        (f"{CONV} --act relu", "--act is fused behind batch norm: add --bn or --statistics"),
+        (f"{CONV} --bn --act cubic", "activation 'cubic' has no fused form"),
+        (f"{CONV} --bn --statistics", "--bn and --statistics exclude each other"),
+        (f"{CONV} --plot space.txt", "not a file of .png, .svg, .pdf"),
+        (f"{CONV} --plot nowhere/space.png", "no such folder"),
+        (f"{CONV} --quick", "--quick is of the report without an operator"),
+        ("inspect --sass", "--sass says something of an operator"),
+        ("inspect --gpu GTX", "--gpu 'GTX' is not one of A100"),
+    ],
+)
+def test_bad_usage_is_one_line_and_nothing_is_done(
+    line: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspection, "compile_all", pytest.fail)
+    assert run(line.split()) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n"), error.startswith("fastconv: ")) == ("", 1, True)
+    assert expected in error
+    assert not list(tmp_path.iterdir())
+
+
+@interpreting
+@pytest.mark.parametrize("line", ["inspect", CONV])
+def test_the_interpreter_is_refused_in_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line.split()) == 2
+    assert capsys.readouterr().err == "fastconv: TRITON_INTERPRET is set: kernels cannot be compiled in this process\n"
+
+
+def test_the_console_entry_leaves_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: seen.append(environment))
+    monkeypatch.setenv(interpreter.SWITCH, "1")
+    interpreter.leave_interpreter()
+    assert len(seen) == 1 and interpreter.SWITCH not in seen[0]
+    monkeypatch.delenv(interpreter.SWITCH)
+    interpreter.leave_interpreter()
+    assert len(seen) == 1
+
+
+def conv(fused: Fused | None = None, gradients: bool = True) -> Call:
+    arguments = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1}
+    shapes = (4, 64, 16, 16), (32, 64, 3, 3)
+    return Call("conv2d", *shapes, arguments, torch.bfloat16, fused=fused, gradients=gradients)
+
+
+def names(call: Call, direction: str | None = None) -> list[str]:
+    return [found.name for found, _ in _passes(call, H200, None, direction, None)]
+
+
+def test_passes_are_those_of_a_call() -> None:
+    assert names(conv()) == ["fprop", "dgrad", "wgrad"]
+    assert names(conv(gradients=False)) == ["fprop"]
+    assert names(conv(Fused(False, "relu", True), False)) == ["fprop"]
+    assert names(conv(Fused(True, "relu", True))) == [
+        "fprop, statistics",
+        "apply",
+        "sums",
+        "gradient",
+        "dgrad",
+        "wgrad",
+    ]
+    assert names(conv(Fused(True, None, False)), "fprop") == ["fprop, statistics"]
+    pool = Call("max_pool2d", (2, 8, 8, 8), None, {"kernel_size": (3,), "stride": (2,), "padding": (1,)}, torch.float16)
+    assert names(pool) == ["forward", "backward"]
+    transposed = Call("conv_transpose1d", (2, 8, 9), (8, 4, 3), {"stride": (2,), "groups": 2}, torch.float32, bias=True)
+    assert names(transposed) == ["dgrad", "fprop", "wgrad", "bias"]
+
+
+def considered() -> tuple[Pass, Considered]:
+    ((found, it),) = _passes(conv(), H200, "gather", "dgrad", {"BLOCK_K": 32, "num_warps": 4})
+    assert it is not None
+    return found, it
+
+
+def test_a_config_is_completed_by_the_best_that_is_predicted() -> None:
+    found, it = considered()
+    assert found.choice is it.choice and it.choice.source == "the command line"
+    assert (it.choice.config["BLOCK_K"], it.choice.config["num_warps"]) == (32, 4)
+    constants = found.launches[0].launch.constants
+    assert {constants[name] for name in ("BLOCK_K",)} == {32} and constants["BLOCK_M"] == it.choice.config["BLOCK_M"]
+    same = [(s, c) for c, s, why in it.standings(H200) if s and c["BLOCK_K"] == 32 and c["num_warps"] == 4]
+    assert it.choice.seconds == min(s for s, _ in same)
+
+
+def test_standings_say_of_every_combination_what_is_predicted_or_why_not() -> None:
+    _, it = considered()
+    standings = list(it.standings(A100))
+    combinations = 1
+    for values in it.space.ranges.values():
+        combinations *= len(values)
+    assert len(standings) == combinations
+    assert all((seconds is None) == (why is not None) for _, seconds, why in standings)
+    assert {why for _, _, why in standings if why} >= {"copies in flight for another step size"}
+
+
+def test_values_outside_the_space_are_tried_where_they_fit() -> None:
+    _, it = considered()
+    choice = _best(it.space, it.work, H200, {"num_stages": 2})
+    assert isinstance(choice, Choice) and choice.config["num_stages"] == 2
+    with pytest.raises(BadUsage, match="does not fit a multiprocessor of the NVIDIA A100"):
+        _best(GATHER, it.work, A100, {"num_stages": 1024})
+
+
+@pytest.mark.compile
+@compiling
+def test_json_has_what_the_tables_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "inspect conv2d --input 64x64x28x28 --weight 64x64x3x3 --padding 1 --direction fprop --gpu h200 --bn --act relu"
+    )
+    compare = ["--compare", "BLOCK_M=128,BLOCK_K=64", "BLOCK_M=64,num_stages=2"]
+    assert run([*line.split(), *compare, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["passes"]
+    assert (first["pass"], first["family"], first["target"]) == ("fprop", "gather", "NVIDIA H200")
+    assert first["config"]["BLOCK_M"] == 128 and first["outside_space"] is None
+    assert second["config"]["num_stages"] == 2 and second["outside_space"] == "num_stages outside its values"
+    assert first["flops"] == 2 * 64 * 28 * 28 * 64 * 64 * 9
+    assert 0 < first["roofline"]["seconds"] < first["predicted"]["seconds"]
+    assert first["predicted"]["bound"] in ("matrix", "L2", "DRAM", "latency")
+    (launch,) = first["launches"]
+    assert (launch["tensor_cores"], launch["spills"], launch["wgmma_waits"]) == ("wgmma", 0, [1])
+    assert sum(launch["mix"].values()) > launch["step_instructions"] == sum(launch["step_mix"].values())
+    assert "sass" not in launch
+
+    plot = tmp_path / "space.svg"
+    assert run([*line.split(), *compare, "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("A conv_gather", "B conv_gather", "registers a thread", "copies in flight", "roofline", "predicted"):
+        assert words in shown
+    assert "roofline" in plot.read_text() and "copies in flight for another step size" in plot.read_text()
+
+    assert run([*line.split(), "--config", "BLOCK_M=128,BLOCK_K=64", "--sass", "--ttgir"]) == 0
+    listing = capsys.readouterr().out
+    assert "// conv_gather_kernel, fprop, NVIDIA H200, sass" in listing and "HGMMA" in listing
+    assert "ttg.async_wait" in listing and "registers a thread" not in listing
+
+
+@pytest.mark.compile
+def test_the_report_is_a_process_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastconv", "inspect", "--json", "--quick", "--gpu", "sm_80"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["kernels"]
+    assert {row["target"] for row in rows} == {"NVIDIA A100"}
+    assert {row["direction"] for row in rows} == {"fprop", "dgrad", "wgrad", "bias gradient"}
