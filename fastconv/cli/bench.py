@@ -12,15 +12,23 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="A name of torchvision's or timm's, or module:factory. On a GPU: resnet50.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images in the batch. On a GPU: 64.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in the batch. On a GPU: 64; dense --ops: 64 and 256.")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of an image. The model's own, or 224.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. On a GPU: bfloat16.")] = None,
     train: Annotated[bool | None, typer.Option("--train/--infer", help="One of the two; both if not told.")] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(help="Operators of real networks one by one: dense,pool,depthwise,grouped,first-layer or all."),
+    ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Convolutions and pools of real networks one by one.")
-    ] = False,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="With --layers: pool, depthwise, grouped, first-layer or dense; several.")
+        list[str] | None,
+        typer.Option(help="With or without --ops, whose operators: a layer list by its name (resnet50), or a file."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="Who runs --ops: fastconv,fastconv:FAMILY,fastconv-nchw,eager,eager-nchw,compile."),
     ] = None,
     blocks: Annotated[bool, typer.Option("--blocks", help="Blocks of real networks alone, with the bytes.")] = False,
     seconds: Annotated[float | None, typer.Option(min=1, help="Time limit on a GPU. 100, with --quick 40.")] = None,
@@ -37,8 +45,7 @@ def bench(
     Triton's interpreter: LeNet-5 in training and ResNet-18's blocks, then what the compiler makes of each kernel. Exit
     code 1 when a number is wrong.
     """
-    from fastconv.cli import BadUsage
-    from fastconv.cli.measure import operators, roads
+    from fastconv.cli.measure import roads
     from fastconv.cli.measure.results import read
     from fastconv.cli.measure.screen import console
 
@@ -46,14 +53,11 @@ def bench(
     if show is not None:
         roads.show(read(show), show.parent, screen)
         return 0
-    for option, value in (("--layers", layers), ("--model", model)):
-        if blocks and value:
-            raise BadUsage(f"{option} and --blocks exclude each other: blocks are of networks of their own")
-    kinds, known = tuple(kind or ()), [known.name for known in operators.KINDS]
-    if kinds and not layers:
-        raise BadUsage("--kind says which of --layers")
-    for name in kinds:
-        if name not in known:
-            raise BadUsage(f"--kind {name!r} is not one of {', '.join(known)}")
-    wishes = roads.Wishes(model, batch, size, dtype, train, layers, kinds, blocks, seconds, quick, dry_run)
+    names = (_names(ops), _names(layers), _names(provider))
+    wishes = roads.Wishes(model, batch, size, dtype, train, *names, blocks, seconds, quick, dry_run)
     return 1 if roads.choose(wishes)(wishes, out, screen).wrong else 0
+
+
+def _names(values: list[str] | None) -> tuple[str, ...]:
+    """What an option was given, once or several times, each a name or several with commas between."""
+    return tuple(name for value in values or () for name in value.split(","))

@@ -40,11 +40,20 @@ def test_help_lists_the_commands_without_torch() -> None:
         ("explain --model resnet18 --dtype int8", "float32, fp32, float16"),
         ("explain --model resnet18 --gpu GTX", "A100, H100, H200, B200"),
         ("bench --show missing.json", "No such file"),
-        ("bench --layers", "GPU"),
+        ("bench --ops dense", "GPU"),
+        ("bench --layers resnet50", "GPU"),
         ("bench --blocks", "GPU"),
-        ("bench --kind pool", "--kind says which of --layers"),
-        ("bench --layers --kind cubic", "pool, depthwise, grouped, first-layer, dense"),
-        ("bench --blocks --layers", "--layers and --blocks exclude each other"),
+        ("bench --ops dense,cubic", "--ops 'cubic' is not one of all, dense, pool, depthwise, grouped, first-layer"),
+        ("bench --ops dense --provider cudnn", "--provider 'cudnn' is not one of eager, fastconv, fastconv-nchw"),
+        ("bench --ops dense --provider fastconv:cubic", "fastconv:gather"),
+        ("bench --ops dense --provider eager", "none of fastconv's"),
+        ("bench --provider fastconv", "--provider says who runs --ops"),
+        ("bench --layers resnt50", "No such file or directory; those there are: alexnet,"),
+        ("bench --layers resnet50 --model resnet18", "--layers and --model exclude each other"),
+        ("bench --ops dense --size 8", "--size needs --model"),
+        ("bench --ops dense --infer", "--train/--infer is about networks"),
+        ("bench --blocks --ops dense", "--ops and --blocks exclude each other"),
+        ("bench --blocks --layers unet", "--layers and --blocks exclude each other"),
         ("bench --blocks --model resnet18", "--model and --blocks exclude each other"),
         ("bench --seconds 5", "GPU"),
         ("bench --batch 3", "--model"),
@@ -81,9 +90,22 @@ def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.C
 
 @interpreted
 def test_a_model_without_operators_of_a_kind_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "bench --dry-run --layers --kind pool --kind grouped --size 5 --model tests.cli.tiny:large --out"
+    line = "bench --dry-run --ops pool --ops grouped --size 5 --model tests.cli.tiny:large --out"
     assert run([*line.split(), str(tmp_path)]) == 2
     assert "tests.cli.tiny:large calls no pool and no grouped operator" in capsys.readouterr().err
+
+
+@interpreted
+def test_a_layer_list_that_is_none_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        '{"schema": "fastconv-layers/1", "network": "mine", "image": [3, 8, 8]}\n{"count": 1, "funktion": 2}\n'
+    )
+    assert run(["bench", "--dry-run", "--layers", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 2, field function: None is not one of" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @interpreted

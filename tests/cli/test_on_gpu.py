@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastconv.benchmarks import layer_lists, registry
 from fastconv.cli import checks, models
 from fastconv.cli.checks.operator import compare
-from fastconv.cli.measure import ahead, block_times, network, operators
+from fastconv.cli.measure import ahead, block_times, network, operator_times, operators
 from fastconv.cli.measure.clock import CudaClock
 from fastconv.cli.measure.screen import Progress
 
@@ -49,22 +51,28 @@ def test_a_block_is_replayed_from_cuda_graphs(progress: Progress, monkeypatch: p
             assert provider["ms"]["median"] > 0 and provider["gb_per_s"] > 0 and provider["peak_bytes"] > 0
 
 
-def test_an_operator_of_each_kind_is_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "COMPILE_SECONDS", math.inf)
-    tasks = operators.tasks_of(operators.KINDS, operators.networks_on_meta(4, None), torch.bfloat16, most=1)
-    compiled = ahead.compile_kernels(lambda: operators.plan_each(tasks, torch.bfloat16, GPU))
+def test_an_operator_of_each_entry_is_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_times, "COMPILE_SECONDS", math.inf)
+    monkeypatch.setattr(operator_times, "DOUBTED", 0.0)  # so that every row is measured in the other way too
+    entries = [dataclasses.replace(entry, batches=(4,)) for entry in registry.ENTRIES]
+    first = {case.entry.name: case for case in registry.cases(entries, layer_lists.find, torch.bfloat16)[::-1]}
+    tasks = [operators.Task(case, registry.providers(case.entry.providers)) for case in first.values()]
+    bench = operator_times.Bench(torch.bfloat16, GPU, CudaClock())
+    compiled = ahead.compile_kernels(lambda: operators.plan_each(tasks, bench))
     assert (compiled["verdict"], compiled["reason"]) == ("right", None) and compiled["kernels"] > 0
-    parts = operators.measure(tasks, 4, torch.bfloat16, GPU, CudaClock(), 1e12, progress, lambda part: None)
-    assert [part["id"] for part in parts] == [f"operators-{kind.name}" for kind in operators.KINDS]
+    parts = operators.measure(tasks, bench, 1e12, progress, lambda part: None)
+    assert {part["id"] for part in parts} == {f"operators-{entry.name}" for entry in registry.ENTRIES}
     for part in parts:
         assert part["verdict"] == "right", part["reason"]
+        assert part["copy_bandwidth"] > 1e11 and part["matrix_rate"] > 1e12
         for row in part["rows"]:
-            statuses = {provider["provider"]: provider["status"] for provider in row["providers"]}
-            assert statuses == dict.fromkeys(operators.ANY, "ok") | {
-                operators.OURS: "ok",
-                operators.COMPILED: "skipped",
-            }
-            assert row["speed"] > 0 and row["share"] > 0
+            for provider in row["providers"]:
+                if provider["provider"] == registry.COMPILED:
+                    assert provider["status"] == "skipped"
+                    continue
+                assert (provider["status"], provider["reason"], provider["graph"]) == ("ok", None, True), row
+                assert provider["ms"]["median"] > 0 and provider["alone_ms"]["median"] > 0
+            assert row["speed"] > 0 and row["ceiling"] > 0 and row["again"]["status"] == "ok", row
 
 
 @pytest.mark.parametrize("mode", network.MODES)

@@ -59,25 +59,43 @@ PARTS = {
     "operators": part(
         "operators",
         dtype="bfloat16",
+        ours="fastconv",
         copy_bandwidth=4.0e12,
+        matrix_rate=8.0e14,
         speed_target=2.0,
-        rivals=["eager channels_last"],
+        rivals=["eager"],
         share_target=0.85,
+        means=[{"direction": "fprop", "network": "all", "batch": 64, "speed": 0.4321, "rows": 1}],
+        families={"depthwise": {"wins": 7, "losses": 1}},
         rows=[
             {"operator": "N64 C64 56x56 -> K64 3x3 bfloat16", "direction": "fprop", "networks": {"a": 3, "b": 1}}
             | {"bytes": 10**6, "flops": 10**9, "large": True, "family": "depthwise", "status": "ok", "reason": None}
-            | {"tile": {"BLOCK_M": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 3}, "noise": 0.01}
+            | {"tile": {"BLOCK_M": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 3}, "noise": 0.01, "batch": 64}
             | {"speed": 0.4, "speed_over_rivals": 0.4, "gb_per_s": 2222.0, "share": 0.56, "tflops": 30.0}
-            | {"missed": ["speed", "bandwidth"]}
+            | {"missed": ["speed", "bandwidth"], "ceiling": 0.57, "layout_ms": 0.0123, "matrix_share": 0.1}
+            | {"again": {"status": "ok", "copies": 2, "ms": 1.0, "eager_ms": 1.3, "speed_over_eager": 1.3}}
             | {
                 "providers": [
-                    {"provider": "eager channels_last", "status": "ok", "reason": None, "ms": TIMES},
-                    {"provider": "fastconv", "status": "ok", "reason": None, "ms": {**TIMES, "median": 5.0}},
-                    {"provider": "torch.compile channels_last", "status": "skipped", "reason": "no time left"},
+                    {"provider": "eager", "status": "ok", "reason": None, "ms": TIMES, "alone_ms": TIMES},
+                    {"provider": "fastconv", "status": "ok", "reason": None, "ms": {**TIMES, "median": 5.0}}
+                    | {"alone_ms": {**TIMES, "median": 5.5}},
+                    {"provider": "compile", "status": "skipped", "reason": "no time left"},
                 ]
             },
             {"operator": "N64 C64 56x56 -> K64 3x3 bfloat16", "direction": "wgrad", "networks": {}, "status": "wrong"}
-            | {"reason": "too far from the reference", "bytes": 10**6, "large": False, "providers": []},
+            | {"reason": "too far from the reference", "bytes": 10**6, "large": False, "providers": [], "batch": 64},
+        ],
+    ),
+    "targets": part(
+        "targets",
+        least_target=0.6,
+        rows=[
+            {"direction": "fprop", "target": 0.9, "measured": 3, "of": 3, "mean": 0.95, "least": 0.7}
+            | {"least_of": "N64 C64 56x56 -> K64 3x3 bfloat16", "met": True},
+            {"direction": "dgrad", "target": 0.85, "measured": 2, "of": 3, "mean": 0.83, "least": 0.66}
+            | {"least_of": "N64 C64 56x56 -> K64 3x3 bfloat16", "met": None},
+            {"direction": "wgrad", "target": 0.85, "measured": 0, "of": 3, "mean": None, "least": None}
+            | {"least_of": None, "met": None},
         ],
     ),
     "blocks": part(
@@ -151,6 +169,14 @@ def test_only_wrong_and_failed_parts_make_a_run_wrong(verdict: str, tmp_path: Pa
     assert results.wrong is (verdict in ("wrong", "failed"))
 
 
+def test_a_folder_that_cannot_be_written_any_more_is_bad_usage(tmp_path: Path) -> None:
+    results = Results(tmp_path / "out")
+    results.path.unlink()
+    (tmp_path / "out").rmdir()
+    with pytest.raises(BadUsage, match=f"cannot write to --out {tmp_path / 'out'}: No such file"):
+        results.put(PARTS["time"])
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -192,22 +218,13 @@ def test_every_kind_of_part_has_a_table() -> None:
         (
             "operators",
             [
-                "depthwise M128 /8 w4 s3",
-                "0.40",
-                "too far",
-                "LOSS",
-                "2,222",
-                "56%",
-                "5000.0",
-                "2000.0",
-                "bandwidth under",
-            ]
-            + [
-                "0 of 1 reach 2.0 of the speed of eager channels_last; 1 are slower",
-                "0 of 1 with tensors",
-                "4,000 GB/s",
+                *("depthwise", "M128 /8", "0.40", "too far", "LOSS", "2,222", "57%", "5000.0", "2000.0", "5500"),
+                *("12.3", "bandwidth", "1.30", "compile: 1 rows skipped, the first: no time left", "0.43"),
+                "0 of 1 reach 2.0 of the speed of eager; 1 are slower",
+                *("0 of 1 with tensors", "4,000 GB/s", "800", "7 at least as fast as eager", "1 slower"),
             ],
         ),
+        ("targets", ["0.95", "0.90", "met", "open", "2 of 3", "0.66", "0.60"]),
         ("blocks", ["64x256x56x56", "1.50", "2,000", "4,321", "2.0%", "no time left", "too far off", "4,800 GB/s"]),
         ("host", ["fastconv, no gradient", "2.0", "RuntimeError: no", "under 30"]),
         ("compile", ["22 distinct kernels on 16 threads in 3.5 s"]),
@@ -232,7 +249,9 @@ def test_plots_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
         results.put(content)
     results.put({**PARTS["time"], "id": "nothing-timed", "rows": PARTS["time"]["rows"][1:]})
     drawn = plots.draw(read(results.path), tmp_path)
-    assert [path.name for path in drawn] == ["training.png", "time.png", "operators.png", "blocks.png"]
+    assert [path.name for path in drawn] == [
+        *("training.png", "time.png", "operators.png", "targets.png", "blocks.png")
+    ]
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 

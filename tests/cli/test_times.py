@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import math
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import fastconv.functional
 from fastconv.cli import models, run
-from fastconv.cli.measure import block_times, host, layers, network, operators, results
+from fastconv.cli.measure import block_times, host, layers, network, operator_times, results
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
@@ -191,131 +188,6 @@ def test_layers_of_resnet50_are_found_without_computing() -> None:
     assert sum(layer.count * layer.problem.flops for layer in found) / 64 == pytest.approx(2 * 4.09e9, rel=0.01)
 
 
-def tasks(*kinds: str) -> list[operators.Task]:
-    """One operator of each kind that a small network has."""
-    subject = models.load("tests.cli.tiny:every_kind", 2, 9)
-    chosen = [kind for kind in operators.KINDS if kind.name in kinds or not kinds]
-    named = [dataclasses.replace(kind, networks=("tiny",)) for kind in chosen]
-    return operators.tasks_of(named, lambda name: subject, torch.bfloat16)
-
-
-def operator_parts(chosen: list[operators.Task], progress: Progress, deadline: float = math.inf) -> dict[str, Part]:
-    saved: list[Part] = []
-    arguments = (2, torch.bfloat16, CPU, HostClock(), deadline, progress, saved.append)
-    parts = operators.measure(chosen, *arguments)
-    assert len(saved) == len(chosen)
-    return {part["id"].removeprefix("operators-"): part for part in parts}
-
-
-@cache
-def every_task() -> list[operators.Task]:
-    return operators.tasks_of(operators.KINDS, operators.networks_on_meta(64, None), torch.bfloat16)
-
-
-def test_operators_are_read_off_networks_with_their_counts() -> None:
-    found = every_task()
-    assert [task.kind.name for task in found[:5]] == [kind.name for kind in operators.KINDS]  # which take turns
-
-    def calls(kind: str, network: str) -> int:
-        return sum(task.networks.get(network, 0) for task in found if task.kind.name == kind)
-
-    assert [calls("depthwise", network) for network in operators.KINDS[1].networks] == [17, 16, 18]
-    assert calls("grouped", "resnext50_32x4d") == 16
-    assert [calls("first-layer", network) for network in operators.KINDS[3].networks] == [1, 1, 1]
-    assert calls("dense", "resnet50") == 52
-    assert [calls("pool", network) for network in operators.KINDS[0].networks] == [2, 6, 14]
-    assert all(task.operator.needs_dx == (task.kind.name != "first-layer") for task in found)
-
-
-def test_what_a_bandwidth_is_owed_of_is_enlarged_beyond_any_cache() -> None:
-    found = every_task()
-    enlarged = [task for task in found if not task.networks]
-    assert {task.kind.name for task in enlarged} == {"pool", "depthwise"}
-    for task in enlarged:
-        assert operators.LARGE <= 2 * math.prod(task.operator.input) < 2 * operators.LARGE
-        assert task.operator.streams
-    assert [task.operator.input for task in enlarged if task.kind.name == "depthwise"] == [
-        *((512, 144, 56, 56), (512, 96, 56, 56), (512, 32, 112, 112))
-    ]
-
-
-def test_each_direction_of_each_kind_is_compared_then_timed(
-    progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operators, "interleave", one_round)
-    parts = operator_parts(tasks(), progress)
-    directions = {"dense": {"fprop", "dgrad", "wgrad"}, "pool": {"forward", "forward, training", "backward"}}
-    families = {"depthwise": "depthwise", "grouped": "grouped", "dense": "gather", "pool": "pool"}
-    assert list(parts) == [kind.name for kind in operators.KINDS]
-    for kind, part in parts.items():
-        assert part["verdict"] == "right", part["reason"]
-        assert part["copy_bandwidth"] > 0
-        expected = {"fprop", "wgrad"} if kind == "first-layer" else directions.get(kind, directions["dense"])
-        assert {row["direction"] for row in part["rows"]} == expected
-        for row in part["rows"]:
-            assert row["status"] == "ok" and row["launches"] and row["tile"] and row["bytes"]
-            assert row["family"] == families.get(kind, row["family"])
-            assert [provider["provider"] for provider in row["providers"]] == [
-                *(operators.EAGER, operators.OURS, operators.CONTIGUOUS, operators.COMPILED)
-            ]
-            assert all(provider["status"] == "ok" for provider in row["providers"]), row
-        speeds = [row["speed"] for row in part["rows"]]
-        assert speeds == sorted(speeds)
-    kept = {row["direction"]: row["bytes"] for row in parts["pool"]["rows"]}
-    assert kept["forward"] < kept["forward, training"] == kept["backward"]  # which have a byte for each maximum
-
-
-def test_operators_without_time_and_wrong_ones_are_rows(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "interleave", one_round)
-    (part,) = operator_parts(tasks("depthwise"), progress, 0.0).values()
-    assert {row["status"] for row in part["rows"]} == {"skipped"}
-    assert part["verdict"] == "skipped"
-
-    again, right = tasks("depthwise"), fastconv.functional.conv2d
-    monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
-    (part,) = operator_parts(again, progress).values()
-    assert {row["status"] for row in part["rows"]} == {"wrong"}
-    assert part["verdict"] == "wrong"
-    assert all(row["providers"] == [] and "speed" not in row for row in part["rows"])
-
-
-def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "interleave", one_round)
-    monkeypatch.setattr(operators, "ROW_SECONDS", 0.0)
-    monkeypatch.setattr(operators, "COMPILE_SECONDS", 1000.0)
-    chosen = sorted(tasks("dense", "pool"), key=lambda task: task.kind.name)
-    parts = operator_parts(chosen, progress, time.monotonic() + 1500)
-    statuses = {kind: {row["providers"][-1]["status"] for row in part["rows"]} for kind, part in parts.items()}
-    assert statuses == {"dense": {"skipped"}, "pool": {"ok"}}
-
-
-def test_what_times_mean_and_what_is_owed() -> None:
-    pool = operators.KINDS[0]
-    row: dict[str, Any] = {"status": "ok", "bytes": 3_000_000_000, "flops": None, "large": True}
-    medians = {operators.EAGER: 3.0, operators.OURS: 1.0, operators.CONTIGUOUS: 2.0, operators.COMPILED: 0.9}
-    row["providers"] = [{"provider": name, "ms": {"median": median}} for name, median in medians.items()]
-    operators._finish(row, pool, 4e12)
-    assert (row["speed"], row["gb_per_s"], row["share"]) == (0.9, 3000.0, 0.75)
-    assert row["missed"] == ["speed", "bandwidth"]
-    row |= {"large": False}
-    operators._finish(row, dataclasses.replace(pool, rivals=(operators.EAGER,)), 4e12)
-    assert (row["speed"], row["speed_over_rivals"], row["missed"]) == (0.9, 3.0, [])
-
-
-def test_calls_are_alike_however_they_are_written() -> None:
-    class Net(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for same in ({}, {"stride": 2}, {"stride": [2], "ceil_mode": False}):
-                nn.functional.max_pool2d(x, 2, **same)
-            nn.functional.lp_pool2d(x, 2.0, 2)
-            return nn.functional.max_pool2d(x, 2, return_indices=True)[0]
-
-    found = operators.read_off(models.Subject("net", Net(), (1, 3, 8, 8)))
-    assert [call.function for call in found] == ["max_pool2d"] * 3 + ["lp_pool2d"]
-    assert dict(next(iter(found)).arguments)["kernel_size"] == 2
-    assert [call.streams for call in found] == [True] * 4
-
-
 def test_host_time_of_both_functions_with_and_without_gradient() -> None:
     part = host.host_time(CPU, 0.0)
     assert part["verdict"] == "right"
@@ -436,14 +308,18 @@ def test_blocks_have_the_shapes_of_their_networks() -> None:
     assert [name for name, block in found.items() if not block.needs_dx] == ["vgg16_bn features.0:3"]
 
 
+M11 = ["operators-pool", "operators-first-layer"]
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--infer"], ["compile", "check-infer", "time-infer"]),
         (["--blocks", "--infer", "--batch", "1"], ["compile", "blocks"]),
-        (["--layers", "--kind", "pool"], ["compile", "host", "operators-pool"]),
+        (["--ops", "first-layer"], ["compile", "host", "operators-first-layer", "operators-targets"]),
+        (["--layers", "m11", "--ops", "pool,first-layer"], ["compile", "host", *M11]),
     ],
-    ids=["network", "blocks", "layers"],
+    ids=["network", "blocks", "operators", "layers"],
 )
 def test_a_dry_run_leaves_the_file_and_its_plot(
     options: list[str],
@@ -453,7 +329,7 @@ def test_a_dry_run_leaves_the_file_and_its_plot(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(network, "interleave", one_round)
-    monkeypatch.setattr(operators, "interleave", one_round)
+    monkeypatch.setattr(operator_times, "interleave", one_round)
     monkeypatch.setattr(block_times, "interleave", one_round)
     assert run(["bench", "--dry-run", "--out", str(tmp_path), *options]) == 0
     data = results.read(tmp_path / "bench.json")

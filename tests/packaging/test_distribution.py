@@ -16,7 +16,7 @@ import pytest
 import fastconv
 
 ROOT = Path(fastconv.__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "fastconv", "kernels", "autotune", "tests")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "fastconv", "kernels", "autotune", "benchmarks", "tests")
 
 if int(version("setuptools").split(".")[0]) < 77:
     pytest.skip("building needs setuptools 77, as pyproject.toml says", allow_module_level=True)
@@ -63,7 +63,10 @@ def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "fastconv").rglob("*.py")}
     names = set(wheel.namelist())
     assert own | modules("kernels") | modules("autotune") <= names
-    assert {f"fastconv/{path.relative_to(ROOT)}" for path in (ROOT / "autotune").glob("tables/*.json")} <= names
+    patterns = ("autotune/tables/*.json", "benchmarks/layers/*.jsonl", "benchmarks/*.py")
+    data = {f"fastconv/{path.relative_to(ROOT)}" for pattern in patterns for path in ROOT.glob(pattern)}
+    assert data <= names
+    assert not [name for name in names if name.startswith("fastconv/benchmarks/") and name not in data]
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Sample:
 
 
 class Clock(Protocol):
-    """``cold`` empties the L2 cache first and hides the host's latency: for single operators."""
+    """``cold`` empties the L2 cache first: for single operators. The host's latency is hidden then, or, ``alone``, is
+    in the device's time, as it is for a caller whose queue is empty."""
 
-    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False) -> Sample: ...
+    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample: ...
 
 
 class CudaClock:
@@ -41,12 +43,15 @@ class CudaClock:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._flush = torch.empty(4 * cache, dtype=torch.int8, device="cuda")
 
-    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False) -> Sample:
+    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         if cold:
-            torch.cuda._sleep(self.SLEEP_CYCLES)
+            if not alone:
+                torch.cuda._sleep(self.SLEEP_CYCLES)
             self._flush.zero_()
+            if alone:
+                torch.cuda.synchronize()
         begin.record()
         started = time.perf_counter()
         for _ in range(repeats):
@@ -60,7 +65,7 @@ class CudaClock:
 class HostClock:
     """The host's clock for both numbers: what a dry run uses. Its times say nothing about a GPU."""
 
-    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False) -> Sample:
+    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
         started = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -77,8 +82,8 @@ class Rounds:
 
 
 def interleave(
-    candidates: Mapping[str, Call],
-    sample: Callable[[Call], Sample],
+    candidates: Mapping[str, Candidate],
+    sample: Callable[[Candidate], Sample],
     *,
     deadline: float,
     least: int = 3,

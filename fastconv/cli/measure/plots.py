@@ -29,7 +29,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _has_content(part: Part) -> bool:
-    timed = {"time": "step_ms", "operators": "speed", "blocks": "noise"}.get(part["kind"])
+    timed = {"time": "step_ms", "operators": "speed", "targets": "mean", "blocks": "noise"}.get(part["kind"])
     return timed is None or any(row.get(timed) is not None for row in part["rows"])
 
 
@@ -64,13 +64,25 @@ def _operators(figure: Figure, part: Part) -> None:
         rows = [row for row in part["rows"] if row["direction"] == direction and row.get("speed")]
         moved = [row["bytes"] / 1e6 for row in rows]
         speeds.plot(moved, [row["speed"] for row in rows], "o", label=direction, alpha=0.7)
-        shares.plot(moved, [row["share"] for row in rows], "o", label=direction, alpha=0.7)
+        shares.plot(moved, [row["ceiling"] for row in rows], "o", label=direction, alpha=0.7)
     speeds.axhline(1, color="gray", linewidth=0.5)
     if part["share_target"]:
         shares.axhline(part["share_target"], color="red", linewidth=0.5)
     speeds.set(xscale="log", xlabel="MB", ylabel="speed relative to PyTorch's fastest", ylim=(0, None))
-    shares.set(xscale="log", xlabel="MB", ylabel="share of a copy's bandwidth (red: the target)", ylim=(0, None))
+    shares.set(xscale="log", xlabel="MB", ylabel="share of the nearer ceiling (red: owed)", ylim=(0, None))
     speeds.legend()
+
+
+def _targets(figure: Figure, part: Part) -> None:
+    axes = figure.subplots()
+    rows = [row for row in part["rows"] if row["mean"] is not None]
+    names = [f"{row['direction']}\n{row['measured']} of {row['of']} layers" for row in rows]
+    axes.bar(names, [row["mean"] for row in rows], color="tab:green", label="geometric mean")
+    axes.plot(names, [row["least"] for row in rows], "kv", label="least")
+    axes.plot(names, [row["target"] for row in rows], "r_", markersize=60, label="target of the mean")
+    axes.axhline(part["least_target"], color="red", linewidth=0.5, label="target of the least")
+    axes.set(ylabel="speed over eager channels_last", ylim=(0, None))
+    axes.legend()
 
 
 def _blocks(figure: Figure, part: Part) -> None:
@@ -98,5 +110,6 @@ PLOTS: dict[str, Callable[[Figure, Part], None]] = {
     "training": _training,
     "time": _times,
     "operators": _operators,
+    "targets": _targets,
     "blocks": _blocks,
 }

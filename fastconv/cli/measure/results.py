@@ -1,6 +1,6 @@
 """The result file: one JSON document, rewritten as each part ends, that tables and plots are rendered from.
 
-``{"schema": "fastconv-bench/3", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
+``{"schema": "fastconv-bench/4", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
 is ``{"id", "kind", "title", "verdict", "reason", ...}`` and the rest depends on its kind. Times are milliseconds,
 memory is bytes, errors are relative unless a name says otherwise.
 """
@@ -20,14 +20,17 @@ from typing import Any
 
 from fastconv.cli import BadUsage
 
-SCHEMA = "fastconv-bench/3"
-# The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers".
+SCHEMA = "fastconv-bench/4"
+# The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers",
+# version 4 "targets", and of operators times alone and replayed, ceilings, means and families.
 KINDS = {
     "training": {"losses", "accuracy", "held_out", "loss_difference", "tolerance", "launches"},
     "block": {"rows", "launches"},
     "check": {"rows", "launches"},
     "time": {"rows", "noise"},
-    "operators": {"rows", "copy_bandwidth", "speed_target", "rivals", "share_target"},
+    "operators": {"rows", "dtype", "ours", "copy_bandwidth", "matrix_rate", "speed_target", "rivals", "share_target"}
+    | {"means", "families"},
+    "targets": {"rows", "least_target"},
     "blocks": {"rows", "bandwidth"},
     "host": {"rows", "target_us"},
     "compile": {"kernels"},
@@ -52,9 +55,9 @@ class Results:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._write()
         except OSError as error:
-            raise BadUsage(f"cannot write to --out {folder}: {error.strerror}") from error
+            raise self._refused(error) from error
+        self._write()
 
     @property
     def parts(self) -> list[Part]:
@@ -73,8 +76,14 @@ class Results:
 
     def _write(self) -> None:
         fresh = self.path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(fresh, self.path)
+        try:
+            fresh.write_text(json.dumps(self.data, indent=1) + "\n")
+            os.replace(fresh, self.path)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> BadUsage:
+        return BadUsage(f"cannot write to --out {self.path.parent}: {error.strerror}")
 
 
 def read(path: Path) -> dict[str, Any]:

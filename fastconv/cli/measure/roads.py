@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastconv.benchmarks import layer_lists, registry
 from fastconv.cli import BadUsage, options
 from fastconv.cli.measure import ahead, block_times, host, network, operators, tables
 from fastconv.cli.measure.clock import Clock, CudaClock, HostClock
@@ -24,7 +25,7 @@ from fastconv.kernels import mend
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)
 DRY = ("fastconv.cli.measure.lenet:LeNet5", 4, 12)
-OPERATORS, DRY_OPERATORS = (64, None, None), (1, 32, 1)  # batch, size, how many of a kind at most
+OPERATORS_BATCH = 64  # of a network whose operators are measured
 INTERPRETED_BATCH, INTERPRETED_SIZE = 2, 64  # of a network that the user names
 QUICK_STEPS = 20
 UNMEASURED = (
@@ -42,8 +43,9 @@ class Wishes:
     size: int | None = None
     dtype: str | None = None
     train: bool | None = None
-    layers: bool = False
-    kinds: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
     blocks: bool = False
     seconds: float | None = None
     quick: bool = False
@@ -52,6 +54,10 @@ class Wishes:
     @property
     def modes(self) -> tuple[str, ...]:
         return ("infer", "train") if self.train is None else ("train",) if self.train else ("infer",)
+
+    @property
+    def operators(self) -> bool:
+        return bool(self.ops or self.layers)
 
     @property
     def limit(self) -> float:
@@ -97,6 +103,7 @@ Road = Callable[[Wishes, Path, Console], Results]
 
 def choose(wishes: Wishes) -> Road:
     """The road for this machine. Raises BadUsage where a wish has no meaning on it."""
+    _check(wishes)
     if wishes.dry_run:
         if not mend.interpreting():
             raise BadUsage("--dry-run needs the interpreter: run it with TRITON_INTERPRET=1")
@@ -105,7 +112,8 @@ def choose(wishes: Wishes) -> Road:
         return timed_road
     if not mend.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
-    for option, value in (("--layers", wishes.layers), ("--blocks", wishes.blocks), ("--seconds", wishes.seconds)):
+    timed = {"--ops": wishes.ops, "--layers": wishes.layers, "--blocks": wishes.blocks, "--seconds": wishes.seconds}
+    for option, value in timed.items():
         if value:
             raise BadUsage(f"{option} is about times, which need a GPU")
     if wishes.model is not None:
@@ -116,13 +124,35 @@ def choose(wishes: Wishes) -> Road:
     return interpreted_road
 
 
+def _check(wishes: Wishes) -> None:
+    """Raise BadUsage where wishes exclude each other, or name what there is not."""
+    for option, value in (("--ops", wishes.ops), ("--layers", wishes.layers), ("--model", wishes.model)):
+        if wishes.blocks and value:
+            raise BadUsage(f"{option} and --blocks exclude each other: blocks are of networks of their own")
+    if not wishes.operators:
+        if wishes.providers:
+            raise BadUsage("--provider says who runs --ops")
+        return
+    if wishes.layers and wishes.model:
+        raise BadUsage("--layers and --model exclude each other: both say whose operators")
+    if wishes.train is not None:
+        raise BadUsage("--train/--infer is about networks; of operators each direction is measured")
+    if wishes.size and not wishes.model:
+        raise BadUsage("--size needs --model: layers in lists have sizes of their own")
+    registry.entries(wishes.ops)
+    if wishes.providers:
+        registry.providers(wishes.providers)
+    for name in wishes.layers:
+        layer_lists.find(name)
+
+
 def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     """A network on the GPU, or operators or blocks of several. ``wishes.dry_run``: tiny ones, on the CPU."""
     started = time.monotonic()
     device = torch.device("cpu" if wishes.dry_run else "cuda")
     clock = HostClock() if wishes.dry_run else CudaClock()
     dtype = options.dtype(wishes.dtype or "bfloat16")
-    measure = _blocks if wishes.blocks else _layers if wishes.layers else _network
+    measure = _blocks if wishes.blocks else _operators if wishes.operators else _network
     with Output(out, wishes, screen) as output, Progress(screen) as progress:
         # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
         torch.backends.cudnn.benchmark = True
@@ -164,23 +194,31 @@ def _network(it: Measuring) -> None:
         pass
 
 
-def _layers(it: Measuring) -> None:
+def _operators(it: Measuring) -> None:
     wishes = it.wishes
-    batch, size, most = DRY_OPERATORS if wishes.dry_run else OPERATORS
-    batch, size = wishes.batch or batch, wishes.size or size
-    kinds = [kind for kind in operators.KINDS if kind.name in wishes.kinds or not wishes.kinds]
-    subjects = operators.networks_on_meta(batch, size)
-    if wishes.model is not None:
-        subject, most = load(wishes.model, batch, wishes.size), None
-        kinds, subjects = [replace(kind, networks=(wishes.model,)) for kind in kinds], lambda _: subject
-    tasks = operators.tasks_of(kinds, subjects, it.dtype, most)
-    if not tasks:
-        raise BadUsage(f"{wishes.model} calls no {' and no '.join(kind.name for kind in kinds)} operator")
-    it.compile(lambda: operators.plan_each(tasks, it.dtype, it.device))
+    cases = registry.cases(*_asked(wishes), it.dtype)
+    if not cases:
+        asked = " and no ".join(entry.name for entry in registry.entries(wishes.ops))
+        raise BadUsage(f"{wishes.model or ', '.join(wishes.layers)} calls no {asked} operator")
+    if wishes.dry_run:
+        cases = registry.tiny(cases)
+    tasks = [operators.Task(case, registry.providers(wishes.providers or case.entry.providers)) for case in cases]
+    bench = operators.Bench(it.dtype, it.device, it.clock)
+    it.compile(lambda: operators.plan_each(tasks, bench))
     it.output.put(host.host_time(it.device, it.deadline))
-    arguments = (tasks, batch, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
-    for part in operators.measure(*arguments):
+    for part in operators.measure(tasks, bench, it.deadline, it.progress, it.output.save):
         it.output.put(part)
+
+
+def _asked(wishes: Wishes) -> tuple[list[registry.Entry], Callable[[str], layer_lists.LayerList]]:
+    """The entries, and the lists they name: their own, the user's, or the one of the user's network."""
+    entries = registry.entries(wishes.ops)
+    if wishes.model is not None:
+        listed = layer_lists.of(load(wishes.model, wishes.batch or OPERATORS_BATCH, wishes.size))
+        return [replace(entry, lists=(wishes.model,), batches=(1,)) for entry in entries], lambda name: listed
+    changes: dict[str, Any] = {"lists": wishes.layers} if wishes.layers else {}
+    changes |= {"batches": (wishes.batch,)} if wishes.batch else {}
+    return [replace(entry, **changes) for entry in entries], layer_lists.find
 
 
 def _blocks(it: Measuring) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from rich import progress
 from rich.console import Console
 
-LOG_WIDTH = 140  # columns of a table in a file or a pipe, where no terminal says how many there are
+LOG_WIDTH = 200  # columns of a table in a file or a pipe, where no terminal says how many there are
 
 
 def console() -> Console:

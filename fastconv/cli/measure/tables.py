@@ -93,43 +93,96 @@ def _times(part: Part) -> list[RenderableType]:
 
 
 def _operators(part: Part) -> list[RenderableType]:
-    columns = ("", "times", "us", "eager", "contiguous", "compiled", "speed", "GB/s", "of copy", "family, tile", "")
-    table = _table(*columns)
+    names = dict.fromkeys(entry["provider"] for row in part["rows"] for entry in row["providers"])
+    ours, others = part["ours"], [name for name in names if name not in (part["ours"], "fastconv-nchw")]
+    columns = ("us", "p20-p80", *others, "speed", "alone us", "eager's", "TFLOP/s", "GB/s", "ceiling", "NCHW +us")
+    table = _table("", "times", *columns, "family, tile", "")
+    table.columns[0].no_wrap = True
     for row in part["rows"]:
-        providers = (_provider(row, start) for start in ("fastconv", *("eager ch", "eager co", "torch.compile")))
-        times = [provider.get("ms") for provider in providers]
-        why = [row["reason"], "LOSS" if _lost(row) else None]
-        why += [f"{what} under target" for what in row.get("missed", ())]
+        entries = {entry["provider"]: entry for entry in row["providers"]}
+        times = {name: entry["ms"]["median"] * 1e3 for name, entry in entries.items() if "ms" in entry}
+        alone = {name: entry["alone_ms"]["median"] * 1e3 for name, entry in entries.items() if "alone_ms" in entry}
+        spread = entries.get(ours, {}).get("ms")
+        layout = row.get("layout_ms")
         table.add_row(
             f"{row['operator'].removesuffix(' ' + part['dtype'])}, {row['direction']}",
             str(sum(row["networks"].values()) or ""),
-            *(_number(time and time["median"] * 1e3, ".1f") for time in times),
+            _number(times.get(ours), ".1f"),
+            f"{spread['p20'] * 1e3:.1f}-{spread['p80'] * 1e3:.1f}" if spread else "",
+            *(_number(times.get(name), ".1f") for name in others),
             _number(row.get("speed"), ".2f"),
+            *(_number(alone.get(name), ".0f") for name in (ours, "eager")),
+            _number(row.get("tflops"), ",.0f"),
             _number(row.get("gb_per_s"), ",.0f"),
-            _number(row.get("share"), ".0%"),
+            _number(row.get("ceiling"), ".0%"),
+            _number(None if layout is None else layout * 1e3, ".1f"),
             f"{row.get('family', '')} {_tile(row.get('tile') or {})}",
-            "; ".join(filter(None, why)),
+            "; ".join(_remarks(row)),
         )
-    lines: list[RenderableType] = [table]
+    return [table, *_standing(part)]
+
+
+def _remarks(row: dict[str, Any]) -> Iterable[str]:
+    if row["reason"]:
+        yield row["reason"]
+    if (row.get("speed") or 1.0) < 1.0:
+        yield "LOSS"
+    yield from (f"{what} under target" for what in row.get("missed", ()))
+    again = row.get("again", {})
+    if "speed_over_eager" in again:
+        yield f"{again['speed_over_eager']:.2f} of eager's in another way"
+    elif again:
+        yield f"not measured again: {again['reason']}"
+
+
+def _standing(part: Part) -> Iterable[RenderableType]:
+    """What all rows together say."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for row in part["rows"]:
+        for entry in row["providers"]:
+            if entry["reason"]:
+                told.setdefault((entry["provider"], entry["status"]), []).append(entry["reason"])
+    for (name, status), reasons in told.items():
+        yield f"{name}: {len(reasons)} rows {status}, the first: {reasons[0]}"
     timed = [row for row in part["rows"] if row.get("speed") and "noise" in row]
-    if timed:
-        reached = sum("speed" not in row["missed"] for row in timed)
-        rivals = " and ".join(part["rivals"])
-        lines.append(
-            f"{reached} of {len(timed)} reach {part['speed_target']} of the speed of {rivals}; "
-            f"{sum(map(_lost, timed))} are slower than PyTorch's fastest. One provider measured twice differs by "
-            f"{statistics.median(row['noise'] for row in timed):.1%}, the median of all rows."
-        )
+    if not timed:
+        return
+    reached = sum("speed" not in row["missed"] for row in timed)
+    losses = sum(row["speed"] < 1.0 for row in timed)
+    yield (
+        f"{reached} of {len(timed)} reach {part['speed_target']} of the speed of {' and '.join(part['rivals'])}; "
+        f"{losses} are slower than PyTorch's fastest. One provider measured twice differs by "
+        f"{statistics.median(row['noise'] for row in timed):.1%}, the median of all rows. Ceilings: a copy's "
+        f"{part['copy_bandwidth'] / 1e9:,.0f} GB/s, a bf16 product's {part['matrix_rate'] / 1e12:,.0f} TFLOP/s."
+    )
     large = [row for row in timed if row["large"]] if part["share_target"] else []
     if large:
         reached = sum("bandwidth" not in row["missed"] for row in large)
-        owed = f"{part['share_target']:.0%} of a copy's {part['copy_bandwidth'] / 1e9:,.0f} GB/s"
-        lines.append(f"{reached} of {len(large)} with tensors that no cache holds reach {owed}.")
-    return lines
+        owed = f"{part['share_target']:.0%} of the copy's rate"
+        yield f"{reached} of {len(large)} with tensors that no cache holds reach {owed}."
+    if part["means"]:
+        directions = list(dict.fromkeys(mean["direction"] for mean in part["means"]))
+        table = _table("geometric mean of speeds over eager's", "batch", *directions, "")
+        for key in dict.fromkeys((mean["network"], mean["batch"]) for mean in part["means"]):
+            means = {it["direction"]: it["speed"] for it in part["means"] if (it["network"], it["batch"]) == key}
+            table.add_row(key[0], str(key[1]), *(_number(means.get(name), ".2f") for name in directions), "")
+        yield table
+    for family, counts in part["families"].items():
+        yield f"{family}: {counts['wins']} at least as fast as eager channels_last, {counts['losses']} slower."
 
 
-def _lost(row: dict[str, Any]) -> bool:
-    return (row.get("speed") or 1.0) < 1.0
+def _targets(part: Part) -> list[RenderableType]:
+    table = _table("", "mean", "target", "least", "its target", "measured", "least of", "")
+    for row in part["rows"]:
+        table.add_row(
+            row["direction"],
+            *(_number(row[key], ".2f") for key in ("mean", "target", "least")),
+            f"{part['least_target']:.2f}",
+            f"{row['measured']} of {row['of']}",
+            row["least_of"] or "",
+            {True: "met", False: "MISSED", None: "open"}[row["met"]],
+        )
+    return [table, "Geometric means weighted by how often a network has the layer."]
 
 
 def _blocks(part: Part) -> list[RenderableType]:
@@ -220,6 +273,7 @@ TABLES: dict[str, Callable[[Part], list[RenderableType]]] = {
     "check": _errors,
     "time": _times,
     "operators": _operators,
+    "targets": _targets,
     "blocks": _blocks,
     "host": _host,
     "compile": _compile,

@@ -1,0 +1,206 @@
+"""A convolution or a pool as a network calls it, and how calls are read off a network without computing anything."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import fastconv.functional
+from fastconv.arguments import expand
+from fastconv.kernels.problem import conv_problem, conv_transpose_problem
+
+FIRST_LAYER_CHANNELS = 4
+TENSORS = ("input", "weight", "bias")
+LARGE = 2**28  # bytes of an input that no cache holds a part of: of such tensors a share of the bandwidth is owed
+MOST_BATCHES = 8  # that a network's batch is enlarged to for that
+TINY = {"batch": 2, "groups": 8, "width": 32, "size": 4}  # of what an interpreter runs, at most (sizes: at least)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A call of a function that torch.nn.functional and fastconv.functional both have."""
+
+    function: str  # "conv2d"
+    shapes: tuple[tuple[int, ...] | None, ...]  # of its tensors: the input, of a convolution also weight and bias
+    arguments: tuple[tuple[str, Any], ...]  # all the others
+    needs_dx: bool  # not of a first layer's image
+
+    @property
+    def input(self) -> tuple[int, ...]:
+        assert self.shapes[0] is not None
+        return self.shapes[0]
+
+    @property
+    def batch(self) -> int:
+        return self.input[0]
+
+    @property
+    def pool(self) -> bool:
+        return "pool" in self.function
+
+    @property
+    def transposed(self) -> bool:
+        return "transpose" in self.function
+
+    @property
+    def groups(self) -> int:
+        return dict(self.arguments).get("groups", 0)
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The shape of what it returns. Raises what torch raises where there is no such call."""
+        return _output(self)
+
+    @property
+    def elements(self) -> int:
+        """Of input, weight and output."""
+        return sum(math.prod(shape) for shape in (*self.shapes[:2], self.output) if shape)
+
+    @property
+    def multiplications(self) -> int:
+        """Of one direction of a convolution; 0 of a pool."""
+        if self.pool:
+            return 0
+        weight = self.shapes[1]
+        assert weight is not None
+        outputs = self.input if self.transposed else self.output
+        return math.prod(outputs) * math.prod(weight[1:])
+
+    @property
+    def first(self) -> bool:
+        """Whether it is a network's first layer: few channels, of an image."""
+        return self.groups == 1 and self.input[1] <= FIRST_LAYER_CHANNELS and not self.needs_dx
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What autograd runs for it, one by one, and at last all of a training step together."""
+        if not self.pool:
+            return ("fprop", *["dgrad"] * self.needs_dx, "wgrad", "together")
+        # Only a maximum keeps something for backward.
+        training = ["forward, training"] * ("max" in self.function)
+        return ("forward", *training, *["backward", "together"] * self.needs_dx)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a copy's bandwidth is what it can be held to: a pool, or a convolution of stride 1."""
+        return self.pool or dict(self.arguments).get("stride") == 1
+
+    def with_batch(self, batch: int) -> Operator:
+        return replace(self, shapes=((batch, *self.input[1:]), *self.shapes[1:]))
+
+    def enlarged(self, itemsize: int) -> Operator | None:
+        """With a batch so large that its input is `LARGE`; None where it is so already, or never will be."""
+        bytes_of_one = math.prod(self.input) * itemsize
+        batches = next((2**i for i in range(8) if bytes_of_one << i >= LARGE), MOST_BATCHES + 1)
+        return self.with_batch(self.batch * batches) if 1 < batches <= MOST_BATCHES else None
+
+    def tiny(self) -> Operator:
+        """The same operator with a small batch, few channels and an image as small as its window allows."""
+        arguments = dict(self.arguments)
+        batch, channels, *sizes = self.input
+        batch = min(batch, TINY["batch"])
+        if self.pool:
+            window = arguments.get("kernel_size", arguments.get("output_size"))
+            least = _each(window, len(sizes)), _each(arguments.get("dilation", 1), len(sizes))
+            shapes: tuple[tuple[int, ...] | None, ...] = (
+                (batch, min(channels, TINY["width"]), *map(_tiny_size, sizes, *least)),
+            )
+            return replace(self, shapes=shapes)
+        weight = self.shapes[1]
+        assert weight is not None
+        groups = min(self.groups, TINY["groups"])
+        mine, others = (min(c, TINY["width"]) for c in (weight[0] // self.groups, weight[1]))
+        inside, outside = (mine, others) if self.transposed else (others, mine)
+        least = weight[2:], _each(arguments["dilation"], len(sizes))
+        return replace(
+            self,
+            shapes=(
+                (batch, groups * inside, *map(_tiny_size, sizes, *least)),
+                (groups * mine, others, *weight[2:]),
+                None if self.shapes[2] is None else (groups * outside,),
+            ),
+            arguments=tuple((arguments | {"groups": groups}).items()),
+        )
+
+
+@cache
+def _output(operator: Operator) -> tuple[int, ...]:
+    arguments, rank = dict(operator.arguments), len(operator.input) - 2
+    if operator.pool:
+        call = getattr(F, operator.function)
+        return tuple(call(torch.empty(operator.input, device="meta"), **arguments).shape)
+    weight, bias = operator.shapes[1:]
+    assert weight is not None
+    groups, padding = arguments.pop("groups"), arguments.pop("padding")
+    sides: dict[str, tuple[int, ...]] = {name: expand(name, value, rank) for name, value in arguments.items()}
+    if operator.transposed:
+        sides["padding"] = expand("padding", padding, rank)
+        return conv_transpose_problem(
+            operator.input, weight, bias, groups=groups, dtype=torch.float32, **sides
+        ).input_shape
+    if padding == "same":
+        totals = [d * (r - 1) for r, d in zip(weight[2:], sides["dilation"], strict=True)]
+        sides["padding"] = (*totals, *(0,) * rank)  # the sum of both sides is all that a size depends on
+    else:
+        sides["padding"] = expand("padding", 0 if padding == "valid" else padding, rank) * 2
+    return conv_problem(operator.input, weight, bias, groups=groups, dtype=torch.float32, **sides).output_shape
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    return tuple(v or 1 for v in value) if isinstance(value, tuple) else (value,) * rank
+
+
+def _tiny_size(size: int, window: int, dilation: int) -> int:
+    return min(size, max(TINY["size"], dilation * (window - 1) + 1))
+
+
+class _Calls(TorchFunctionMode):
+    """Counts the calls of functions that fastconv has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[Operator] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in fastconv.functional.__all__ and hasattr(F, name):
+            bound = inspect.signature(getattr(fastconv.functional, name)).bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            operator = Operator(
+                name,
+                tuple(None if given[key] is None else tuple(given[key].shape) for key in TENSORS if key in given),
+                tuple((key, plain(value)) for key, value in given.items() if key not in TENSORS),
+                given["input"].requires_grad,
+            )
+            self.found[operator] += 1
+        return func(*args, **kwargs)
+
+
+def plain(value: Any) -> Any:
+    """An argument as every spelling of it is kept: one number where all axes share it, else a tuple."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0] if len(set(value)) == 1 and value[0] is not None else tuple(value)
+
+
+def read_off(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[Operator]:
+    """The distinct calls of ``model`` on one batch, with how often it makes each. Runs it on the meta device: no
+    arithmetic. Raises whatever the model raises there.
+
+    Left out: pools that are asked for indices.
+    """
+    model = copy.deepcopy(model).to("meta").eval()  # a small image may have maps of one pixel
+    with _Calls() as calls:
+        model(torch.empty(input_shape, device="meta"))
+    return calls.found

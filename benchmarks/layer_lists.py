@@ -1,0 +1,210 @@
+"""Layer lists: the convolutions and pools of a network, each with how often the network calls it. JSON lines.
+
+The first line is ``{"schema": "fastconv-layers/1", "network": "resnet50", "image": [3, 224, 224]}``; each line after it
+is a call of torch.nn.functional's: ``{"count": 3, "function": "conv2d", "input": [64, 56, 56],
+"weight": [64, 64, 3, 3], "padding": 1}``. Shapes are of one image, without the batch. ``bias`` is true where there is
+one, ``needs_dx`` false where the input needs no gradient; any argument of the function may follow by its name, as a
+number or a list with one for each axis. Arguments left out have the function's defaults.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch.nn import functional as F
+
+import fastconv.functional
+from fastconv.benchmarks.calls import TENSORS, Operator, plain, read_off
+from fastconv.cli import BadUsage
+from fastconv.cli.measure.clock import reason
+from fastconv.cli.models import Subject
+
+SCHEMA = "fastconv-layers/1"
+FOLDER = Path(__file__).parent / "layers"
+HEADER = ("schema", "network", "image")
+FUNCTIONS = tuple(name for name in fastconv.functional.__all__ if hasattr(F, name))
+# A call that is asked for indices has no counterpart among what is measured.
+ASKED = ("return_indices",)
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """A network's calls, each with its count; for a batch of one but where they are a user's network's."""
+
+    network: str
+    image: tuple[int, ...]
+    calls: Mapping[Operator, int]
+
+
+class _Wrong(Exception):
+    """What is wrong with a line: the field, and how."""
+
+    def __init__(self, field: str, how: str) -> None:
+        super().__init__(f"{'fields' if ',' in field else 'field'} {field}: {how}")
+
+
+def shipped() -> tuple[str, ...]:
+    """The names of the lists that come with fastconv."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.jsonl")))
+
+
+def find(name: str) -> LayerList:
+    """The shipped list called ``name``, or the one in the file ``name``.
+
+    Raises BadUsage, with the file, the line and the field, where it is none.
+    """
+    return read(FOLDER / f"{name}.jsonl" if name in shipped() else Path(name))
+
+
+def read(path: Path) -> LayerList:
+    """The list in ``path``, every line checked. Raises BadUsage with the file, the line and the field."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise BadUsage(f"cannot read the layer list {path}: {why}; those there are: {', '.join(shipped())}") from error
+    calls: Counter[Operator] = Counter()
+    header: dict[str, Any] = {}
+    for number, line in enumerate(lines or [""], 1):
+        try:
+            fields = _fields(line)
+            if number == 1:
+                header = _header(fields)
+            else:
+                operator, count = _call(fields)
+                calls[operator] += count
+        except ValueError as error:
+            raise BadUsage(f"{path}, line {number}: not JSON: {error}") from error
+        except _Wrong as error:
+            raise BadUsage(f"{path}, line {number}, {error}") from error
+    if not calls:
+        raise BadUsage(f"{path}, line {len(lines) + 1}: no call of a convolution or a pool follows the header")
+    return LayerList(header["network"], tuple(header["image"]), calls)
+
+
+def of(subject: Subject) -> LayerList:
+    """The list of a user's network, for the batch it is given. Raises BadUsage where it does not run without data."""
+    try:
+        calls = read_off(subject.model, subject.input_shape)
+    except Exception as error:  # the network's own code: anything
+        raise BadUsage(f"the layers of {subject.name} cannot be listed without data: {reason(error)}") from error
+    return LayerList(subject.name, subject.input_shape[1:], calls)
+
+
+def dump(layers: LayerList) -> str:
+    """The list as `read` takes it: in the order of its calls, defaults left out."""
+    lines: list[dict[str, Any]] = [{"schema": SCHEMA, "network": layers.network, "image": list(layers.image)}]
+    for operator, count in layers.calls.items():
+        _, weight, bias = (*operator.shapes, None, None)[:3]
+        line: dict[str, Any] = {"count": count, "function": operator.function, "input": list(operator.input[1:])}
+        line |= {"weight": list(weight)} if weight else {}
+        line |= {"bias": True} if bias else {}
+        defaults = _arguments(operator.function)
+        line |= {key: value for key, value in operator.arguments if key in defaults and value != defaults[key]}
+        lines.append(line | ({} if operator.needs_dx else {"needs_dx": False}))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _fields(line: str) -> dict[str, Any]:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("an object is expected")
+    return fields
+
+
+def _header(fields: dict[str, Any]) -> dict[str, Any]:
+    if fields.get("schema") != SCHEMA:
+        raise _Wrong("schema", f"{fields.get('schema')!r}, this fastconv reads {SCHEMA!r}")
+    _known(fields, HEADER)
+    if not isinstance(fields.get("network"), str) or not fields["network"]:
+        raise _Wrong("network", "a name is expected")
+    _sizes(fields, "image")
+    return fields
+
+
+def _call(fields: dict[str, Any]) -> tuple[Operator, int]:
+    function = fields.get("function")
+    if function not in FUNCTIONS:
+        raise _Wrong("function", f"{function!r} is not one of {', '.join(FUNCTIONS)}")
+    rank, convolution = int(function[-2]), function.startswith("conv")
+    defaults = _arguments(function)
+    _known(fields, ("function", "count", "input", "needs_dx", *(("weight", "bias") if convolution else ()), *defaults))
+    count = fields.get("count")
+    if type(count) is not int or count < 1:
+        raise _Wrong("count", f"a positive integer is expected, not {count!r}")
+    for name in ("bias", "needs_dx"):
+        if type(fields.get(name, False)) is not bool:
+            raise _Wrong(name, f"true or false is expected, not {fields[name]!r}")
+    shapes: tuple[tuple[int, ...] | None, ...] = ((1, *_sizes(fields, "input", rank + 1)),)
+    arguments = {name: _argument(name, fields.get(name, default), default, rank) for name, default in defaults.items()}
+    if convolution:
+        weight = _sizes(fields, "weight", rank + 2)
+        outputs = weight[1] * arguments["groups"] if "transpose" in function else weight[0]
+        shapes = (*shapes, weight, (outputs,) if fields.get("bias") else None)
+    parameters = inspect.signature(getattr(fastconv.functional, function)).parameters
+    asked = [(name, False) for name in ASKED if name in parameters]
+    operator = Operator(function, shapes, (*arguments.items(), *asked), fields.get("needs_dx", True))
+    _check_possible(operator, fields)
+    return operator, count
+
+
+def _known(fields: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name in fields:
+        if name not in known:
+            raise _Wrong(name, f"unknown; there are {', '.join(known)}")
+
+
+@cache
+def _arguments(function: str) -> dict[str, Any]:
+    """What the function takes beside tensors, with the defaults; ``inspect.Parameter.empty`` where it has none."""
+    parameters = inspect.signature(getattr(fastconv.functional, function)).parameters
+    return {name: it.default for name, it in parameters.items() if name not in (*TENSORS, *ASKED)}
+
+
+def _sizes(fields: dict[str, Any], name: str, length: int | None = None) -> tuple[int, ...]:
+    value = fields.get(name)
+    listed = isinstance(value, list) and bool(value) and length in (None, len(value))
+    if isinstance(value, list) and listed and all(type(size) is int and size > 0 for size in value):
+        return tuple(value)
+    many = f"{length} " if length else ""
+    raise _Wrong(name, f"a list of {many}positive integers is expected, not {json.dumps(value)}")
+
+
+def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
+    """The argument as calls keep it; of the type its default has, or one integer or one for each axis."""
+    if value is inspect.Parameter.empty:
+        raise _Wrong(name, "missing")
+    if type(default) is bool or name == "norm_type":
+        kinds: tuple[type, ...] = (bool,) if type(default) is bool else (int, float)
+        if type(value) not in kinds:
+            raise _Wrong(name, f"{'true or false' if bool in kinds else 'a number'} is expected, not {value!r}")
+        return value
+    if (value is None and default is None) or (name == "padding" and value in ("same", "valid")):
+        return value
+    axes = value if isinstance(value, list) and name not in ("groups", "divisor_override") else [value]
+    # An adaptive pool leaves an axis as it is where it is told nothing.
+    kept = (type(None), int) if name == "output_size" and len(axes) > 1 else (int,)
+    if len(axes) not in (1, rank) or not all(type(axis) in kept for axis in axes):
+        raise _Wrong(name, f"an integer, or one for each of {rank} axes, is expected, not {json.dumps(value)}")
+    return plain(tuple(axes))
+
+
+def _check_possible(operator: Operator, fields: dict[str, Any]) -> None:
+    """Name the fields that PyTorch's message is about where it refuses such a call."""
+    try:
+        output = operator.output
+    except (RuntimeError, ValueError, TypeError) as error:
+        message = str(error).splitlines()[0].split("Exception raised")[0].strip()
+        named = [name for name in fields if re.search(rf"\b{name.replace('_', '[ _]')}", message, re.IGNORECASE)]
+        shaped = [name for name in ("input", "weight", "kernel_size", "output_size") if name in fields]
+        raise _Wrong(", ".join(named or shaped), message) from error
+    if 0 in output:
+        raise _Wrong("output_size", f"nothing is left of {list(operator.input[1:])}")

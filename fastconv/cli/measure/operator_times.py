@@ -1,0 +1,262 @@
+"""One direction of one operator, every provider's result compared, then its time taken: a row of a result file."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import fastconv
+from fastconv.benchmarks.calls import Operator
+from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
+from fastconv.cli.measure.accuracy import Tensors, against_yardstick
+from fastconv.cli.measure.clock import Call, Clock, Sample, interleave, reason, spread, synchronize, within
+from fastconv.cli.measure.directions import Operands, Step, drawn, exact, step
+from fastconv.kernels import launch
+
+ROUND_SECONDS = 0.3  # for the rounds of one row, where that is enough for the least of them
+COMPILE_SECONDS = 3.0  # that Inductor needs for one operator: not begun where less is left
+WARM_UP = 2  # calls after the first, in which cuDNN searches its algorithm
+DOUBTED = 1.1  # a speed over eager's beyond which it is measured again, in another way
+AGAIN_BYTES = 2**30  # of operands that the other way goes through: far more than a cache holds
+AGAIN_COPIES, AGAIN_ROUNDS = 32, 5  # of the operands at most
+ALONE = ", alone"  # of a candidate's name: called from Python, the GPU waiting for it
+REPEATED = "A/A"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rows of a run share."""
+
+    dtype: torch.dtype
+    device: torch.device
+    clock: Clock
+
+
+@contextlib.contextmanager
+def conditions(device: torch.device) -> Iterator[None]:
+    """What rows are measured under: no falling back, gradients that are asked for again and again, and one stream for
+    everything, since gradients run on their forward pass's and no graph is captured on the default one."""
+    with (
+        fastconv.settings(strict=True),
+        torch._functorch.config.patch(donated_buffer=False),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class Replayed:
+    """A call captured as a CUDA graph on the current stream; replays it."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.result = call()
+        self.call = call  # keeps the operands that the graph reads alive
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def measure_row(
+    row: dict[str, Any],
+    operator: Operator,
+    providers: Sequence[Provider],
+    bench: Bench,
+    deadline: float,
+    compile_deadline: float,
+) -> None:
+    """Complete ``row``: errors, a time for each provider whose results are right, the noise. A provider that raises,
+    runs out of memory or finds no time is an entry that says so. No time is taken where ours is wrong."""
+    operands = drawn(operator, bench.dtype, bench.device)
+    yardstick = compared(row, operator, _first_of_ours(providers), operands)
+    if row["status"] != "ok":
+        return
+    ready: dict[str, Step] = {}
+    unserved = {entry["provider"] for entry in row["providers"]}
+    for provider in providers:
+        if provider.name in unserved:
+            continue
+        entry: dict[str, Any] = {"provider": provider.name, "status": "ok", "reason": None}
+        row["providers"].append(entry)
+        started = time.monotonic()
+        left = compile_deadline - started if provider.name == COMPILED else math.inf
+        if left < COMPILE_SECONDS:
+            entry |= {"status": "skipped", "reason": "no time left"}
+            continue
+        try:
+            with within(left):
+                call = prepared(provider, operator, row["direction"], operands)
+                wrong = yardstick(call())
+                for _ in range(WARM_UP):
+                    bench.clock(call)
+        except Exception as error:  # a row's entry, not the run's end
+            entry |= failed(error)
+        else:
+            entry |= {"status": "wrong", "reason": "too far from the reference"} if wrong else {}
+            ready |= {} if wrong else {provider.name: call}
+        if provider.name == COMPILED:
+            entry["seconds"] = time.monotonic() - started
+    del yardstick
+    _time(row, ready, bench, deadline)
+    again = {provider.name: provider for provider in providers if provider.name in ready}
+    first = _first_of_ours(providers)
+    if EAGER in again and first.name in again and _speed(row, first.name) > DOUBTED:
+        row["again"] = _measure_again(row, operator, (first, again[EAGER]), bench)
+    ours = next(entry for entry in row["providers"] if entry["provider"] == first.name)
+    if ours["status"] != "ok":
+        row |= {"status": ours["status"], "reason": ours["reason"]}
+
+
+def compared(
+    row: dict[str, Any], operator: Operator, provider: Provider, operands: Operands
+) -> Callable[[Tensors], bool]:
+    """Complete ``row`` with the worst error of our results, beside PyTorch's, against wider arithmetic; and return what
+    says whether another side's results are wrong."""
+    direction, dtype = row["direction"], operands[0].dtype  # type: ignore[union-attr]
+    reference = exact(operator, direction, operands)
+    call = prepared(provider, operator, direction, operands)
+    with launch.record() as records:
+        ours = call()
+    dense = [None if t is None else channels_last(t) for t in operands]
+    eager = step(getattr(F, operator.function), operator, direction, dense)()
+    found = against_yardstick(ours, eager, reference, dtype)
+    worst = found[0]
+    row |= {"error": worst["ours"], "eager_error": worst["eager"], "allowed": worst["allowed"]}
+    row["launches"] = [record.name for record in records]
+    if not records or not all(tensor["right"] for tensor in found):
+        why = f"{worst['tensor']} too far from the reference" if records else "no kernel ran"
+        row |= {"status": "wrong", "reason": why}
+
+    def wrong(results: Tensors) -> bool:
+        return not all(tensor["right"] for tensor in against_yardstick(results, eager, reference, dtype))
+
+    return wrong
+
+
+def prepared(provider: Provider, operator: Operator, direction: str, operands: Operands) -> Step:
+    """The provider's call of one direction, its operands laid out as it is given them."""
+    laid_out = [None if tensor is None else provider.layout(tensor) for tensor in operands]
+    with provider.serving():
+        call = step(provider.function(operator), operator, direction, laid_out)
+    if provider.family is None:
+        return call
+
+    def serving() -> Tensors:
+        with provider.serving():
+            return call()
+
+    return serving
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """What an entry or a row says of what it raised; memory that it leaves is given back."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return {"status": "failed", "reason": reason(error)}
+
+
+def _first_of_ours(providers: Sequence[Provider]) -> Provider:
+    return next(provider for provider in providers if provider.ours)
+
+
+def _time(row: dict[str, Any], ready: dict[str, Step], bench: Bench, deadline: float) -> None:
+    """Each provider's milliseconds, in turns with all others: replayed from a CUDA graph, and called from Python."""
+    entries = {entry["provider"]: entry for entry in row["providers"]}
+    samples: dict[str, Callable[[], Sample]] = {}
+    for name, call in ready.items():
+        replay = _captured(call, entries[name], bench.device)
+        samples[name] = partial(bench.clock, replay, cold=True)
+        samples[name + ALONE] = partial(bench.clock, call, cold=True, alone=True)
+    if EAGER in samples:
+        samples[REPEATED] = samples[EAGER]  # the same call twice is the noise of the measurement
+    until = min(deadline, time.monotonic() + ROUND_SECONDS)
+    rounds = interleave(samples, lambda sample: sample(), deadline=until, least=5)
+    times = {name: spread([sample.device for sample in found]) for name, found in rounds.samples.items() if found}
+    for name in ready:
+        why = rounds.failures.get(name) or rounds.failures.get(name + ALONE)
+        if why is None:
+            entries[name] |= {"ms": times[name], "alone_ms": times[name + ALONE]}
+        else:
+            entries[name] |= {"status": "failed", "reason": why}
+    if "ms" in entries.get(EAGER, {}) and REPEATED not in rounds.failures:
+        row["noise"] = abs(times[REPEATED]["median"] / times[EAGER]["median"] - 1)
+
+
+def _captured(call: Call, entry: dict[str, Any], device: torch.device) -> Call:
+    """``call`` as a CUDA graph; as it is, with the reason, where it cannot become one."""
+    entry["graph"] = False
+    if device.type != "cuda":
+        return call
+    try:
+        replayed = Replayed(call)
+    except Exception as error:
+        entry["reason"] = f"no CUDA graph: {reason(error)}"
+        return call
+    entry["graph"] = True
+    return replayed
+
+
+def _speed(row: dict[str, Any], ours: str) -> float:
+    """Over eager channels_last; 0 where one of both has no time."""
+    times = {entry["provider"]: entry["ms"]["median"] for entry in row["providers"] if "ms" in entry}
+    return times[EAGER] / times[ours] if {EAGER, ours} <= times.keys() else 0.0
+
+
+def _measure_again(
+    row: dict[str, Any], operator: Operator, sides: tuple[Provider, Provider], bench: Bench
+) -> dict[str, Any]:
+    """Ours and eager's milliseconds in another way: other numbers, the cache cold because copies of the operands take
+    turns in one graph that exceed it, and the host's clock around all of them."""
+    moved = operator.elements * bench.dtype.itemsize
+    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if bench.device.type == "cuda" else 2
+    try:
+        calls = {}
+        for provider in sides:
+            each = [
+                prepared(provider, operator, row["direction"], drawn(operator, bench.dtype, bench.device, seed))
+                for seed in range(1, copies + 1)
+            ]
+            calls[provider.name] = _all_of(each, bench.device)
+        rounds = interleave(calls, partial(_host_sample, bench.device), deadline=math.inf, most=AGAIN_ROUNDS)
+        if rounds.failures:
+            raise RuntimeError("; ".join(rounds.failures.values()))
+    except Exception as error:
+        return failed(error) | {"copies": copies}
+    ours, eager = (statistics.median(sample.host / copies for sample in rounds.samples[side.name]) for side in sides)
+    return {"status": "ok", "copies": copies, "ms": ours, "eager_ms": eager, "speed_over_eager": eager / ours}
+
+
+def _all_of(each: Sequence[Step], device: torch.device) -> Call:
+    """All the calls as one."""
+
+    def one_after_the_other() -> None:
+        for call in each:
+            call()
+
+    one_after_the_other()
+    return _captured(one_after_the_other, {}, device)
+
+
+def _host_sample(device: torch.device, call: Call) -> Sample:
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    elapsed = (time.perf_counter() - started) * 1e3
+    return Sample(elapsed, elapsed)

@@ -1,0 +1,140 @@
+"""Where fastconv stands: what the times of rows mean one by one, of an operator's rows together, and of targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastconv.benchmarks.registry import EAGER, OURS, OURS_NCHW, Entry, Target
+from fastconv.cli.measure.ceilings import Ceilings
+from fastconv.cli.measure.directions import ORDER, TOGETHER
+from fastconv.cli.measure.results import Part
+
+Row = dict[str, Any]
+
+
+def stand(row: Row, entry: Entry, ours: str, ceilings: Ceilings) -> None:
+    """Complete a row: speed over the fastest of PyTorch's, over the rivals and over eager channels_last, the lower of
+    both measurements where there are two; rates, shares of the ceilings, and what is owed and missed."""
+    times = {provider["provider"]: provider["ms"]["median"] for provider in row["providers"] if "ms" in provider}
+    if ours not in times or row["status"] != "ok":
+        return
+    mine = times[ours]
+    theirs = {name: time for name, time in times.items() if not name.startswith(OURS)}
+    again = row.get("again", {}).get("speed_over_eager")
+    believed = 1.0 if again is None else min(1.0, again / (theirs[EAGER] / mine))
+
+    def speed(names: Iterable[str]) -> float | None:
+        found = [theirs[name] for name in names if name in theirs]
+        return min(found) / mine * believed if found else None
+
+    row["speed"], row["speed_over_rivals"] = speed(theirs), speed(entry.rivals)
+    row["speed_over_eager"] = speed([EAGER])
+    row["layout_ms"] = times[OURS_NCHW] - mine if OURS_NCHW in times else None
+    row["gb_per_s"] = row["bytes"] / mine / 1e6
+    row["tflops"] = row["flops"] / mine / 1e9 if row["flops"] else None
+    row["share"] = row["bytes"] / mine * 1e3 / ceilings.bandwidth
+    row["matrix_share"] = row["flops"] / mine * 1e3 / ceilings.matrix
+    row["ceiling"] = ceilings.floor_ms(row["bytes"], row["flops"]) / mine
+    missed = [row["speed_over_rivals"] is not None and row["speed_over_rivals"] < entry.speed]
+    missed.append(entry.share is not None and row["large"] and row["share"] < entry.share)
+    row["missed"] = [what for what, is_missed in zip(("speed", "bandwidth"), missed, strict=True) if is_missed]
+
+
+def losses_first(row: Row) -> float:
+    """The key that sorts rows so: what is wrong, then by speed, then what has none."""
+    if row["status"] in ("wrong", "failed"):
+        return -1.0
+    speed = row.get("speed")
+    return math.inf if speed is None else speed
+
+
+def means(rows: Iterable[Row]) -> list[Row]:
+    """Geometric means of the speeds over eager channels_last, by direction, of each network and of all together;
+    weighted by how often a network makes the call."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in _timed(rows):
+        for network, count in (*row["networks"].items(), ("all", sum(row["networks"].values()))):
+            if count:
+                sums = found.setdefault((row["direction"], network, row["batch"]), {"weight": 0, "log": 0.0, "rows": 0})
+                sums["weight"] += count
+                sums["log"] += count * math.log(row["speed_over_eager"])
+                sums["rows"] += 1
+    return [
+        {"direction": direction, "network": network, "batch": batch, "rows": sums["rows"]}
+        | {"speed": math.exp(sums["log"] / sums["weight"])}
+        for (direction, network, batch), sums in sorted(found.items(), key=_reading_order)
+    ]
+
+
+def _reading_order(item: tuple[tuple[str, str, int], Any]) -> tuple[Any, ...]:
+    direction, network, batch = item[0]
+    return network == "all", network, batch, ORDER.index(direction)
+
+
+def families(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """By family of kernels, how many single directions are faster than eager channels_last, and how many are not."""
+    found: dict[str, dict[str, int]] = {}
+    for row in _timed(rows):
+        if row["direction"] != TOGETHER:
+            counts = found.setdefault(row["family"], {"wins": 0, "losses": 0})
+            counts["wins" if row["speed_over_eager"] >= 1 else "losses"] += 1
+    return found
+
+
+def targets(parts: Iterable[Part], target: Target) -> Part | None:
+    """The part that says how far ``target`` is met; None where nothing of it was to be measured."""
+    rows = [row for part in parts if part["kind"] == "operators" for row in part["rows"]]
+    found = []
+    for direction, owed in target.means.items():
+        wanted = {
+            id(row): sum(row["networks"].get(name, 0) for name in target.lists)
+            for row in rows
+            if row["direction"] == direction and row["batch"] in target.batches
+        }
+        mine = [row for row in rows if wanted.get(id(row))]
+        if mine:
+            found.append(_met(direction, owed, target, [(row, wanted[id(row)]) for row in mine]))
+    if not found:
+        return None
+    measured = sum(row["measured"] for row in found)
+    return {
+        "id": "operators-targets",
+        "kind": "targets",
+        "title": f"Speed over eager channels_last: layers of {', '.join(target.lists)}, "
+        f"batch {' and '.join(map(str, target.batches))}",
+        "verdict": "right" if measured else "skipped",
+        "reason": None if measured else "nothing measured",
+        "least_target": target.least,
+        "rows": found,
+    }
+
+
+def _met(direction: str, owed: float, target: Target, rows: list[tuple[Row, int]]) -> Row:
+    timed = [(row, count) for row, count in rows if row.get("speed_over_eager")]
+    row: Row = {"direction": direction, "target": owed, "measured": len(timed), "of": target.layers(direction)}
+    row |= {"mean": None, "least": None, "least_of": None, "met": None}
+    if timed:
+        weight = sum(count for _, count in timed)
+        row["mean"] = math.exp(sum(count * math.log(it["speed_over_eager"]) for it, count in timed) / weight)
+        slowest = min((it for it, _ in timed), key=lambda it: it["speed_over_eager"])
+        row |= {"least": slowest["speed_over_eager"], "least_of": slowest["operator"]}
+        under = row["least"] < target.least
+        # What was not measured can still be slow.
+        row["met"] = False if under else row["mean"] >= owed if row["measured"] == row["of"] else None
+    return row
+
+
+def _timed(rows: Iterable[Row]) -> Iterable[Row]:
+    return (row for row in rows if row.get("speed_over_eager") and row["status"] == "ok")
+
+
+def verdict(rows: list[Row]) -> Mapping[str, Any]:
+    """Of a part, by its rows: right where nothing is wrong and something was measured."""
+    bad = [f"{row['direction']} of {row['operator']}" for row in rows if row["status"] in ("wrong", "failed")]
+    if bad:
+        return {"verdict": "wrong", "reason": f"{len(bad)} wrong or failed, the first {bad[0]}"}
+    if any(row["status"] == "ok" for row in rows):
+        return {"verdict": "right", "reason": None}
+    return {"verdict": "skipped", "reason": next((row["reason"] for row in rows), "nothing to measure")}

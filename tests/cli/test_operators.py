@@ -1,0 +1,324 @@
+"""Operators one by one: compared, timed, and what the times mean; tiny, with clocks that are made up or say nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import fastconv.functional
+from fastconv.benchmarks import layer_lists, registry
+from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS
+from fastconv.cli import models
+from fastconv.cli.measure import ceilings, operator_times, operators, standing
+from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
+from fastconv.cli.measure.directions import drawn, exact
+from fastconv.cli.measure.results import Part, check_part
+from fastconv.cli.measure.screen import Progress
+from fastconv.kernels import launch, mend
+
+pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+
+CPU = torch.device("cpu")
+BENCH = operator_times.Bench(torch.bfloat16, CPU, HostClock())
+LIMITS = ceilings.Ceilings(bandwidth=4e12, matrix=8e14)
+
+
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is interpreted: rounds themselves are tested with clocks that are made up."""
+
+    def once(candidates: Any, sample: Any, *, deadline: float, **rounds: int) -> Rounds:
+        return interleave(candidates, sample, deadline=deadline, least=1, most=1)
+
+    monkeypatch.setattr(operator_times, "interleave", once)
+    monkeypatch.setattr(operator_times, "WARM_UP", 0)
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress(Console(file=io.StringIO()))
+
+
+def tasks(*names: str, providers: tuple[str, ...] = ()) -> list[operators.Task]:
+    """One operator of each entry that a small network has."""
+    layers = layer_lists.of(models.load("tests.cli.tiny:every_kind", 2, 9))
+    entries = [dataclasses.replace(entry, lists=("tiny",), batches=(1,)) for entry in registry.entries(names)]
+    found = registry.cases(entries, lambda name: layers, torch.bfloat16)
+    return [operators.Task(case, registry.providers(providers or case.entry.providers)) for case in found]
+
+
+def measured(chosen: list[operators.Task], progress: Progress, deadline: float = math.inf) -> dict[str, Part]:
+    saved: list[Part] = []
+    parts = operators.measure(chosen, BENCH, deadline, progress, saved.append)
+    assert len(saved) == len(chosen)
+    for part in parts:
+        check_part(part)
+    return {part["id"].removeprefix("operators-"): part for part in parts}
+
+
+def test_each_direction_of_each_entry_is_compared_then_timed(progress: Progress) -> None:
+    parts = measured(tasks(), progress)
+    expected = {
+        "dense": {"fprop", "dgrad", "wgrad", "together"},
+        "pool": {"forward", "forward, training", "backward", "together"},
+        "first-layer": {"fprop", "wgrad", "together"},
+    }
+    families = {"depthwise": "depthwise", "grouped": "grouped", "dense": "gather", "pool": "pool"}
+    assert parts.keys() == {entry.name for entry in ENTRIES}
+    for name, part in parts.items():
+        assert part["verdict"] == "right", part["reason"]
+        assert part["copy_bandwidth"] > 0 and part["matrix_rate"] > 0
+        assert {row["direction"] for row in part["rows"]} == expected.get(name, expected["dense"])
+        for row in part["rows"]:
+            assert row["status"] == "ok" and row["launches"] and row["bytes"] and row["noise"] >= 0
+            assert (row["tile"] is None) == (row["direction"] == "together")
+            assert (row["flops"] > 0) == (name != "pool")
+            assert row["family"] == families.get(name, row["family"])
+            assert [provider["provider"] for provider in row["providers"]] == list(registry.PROVIDERS)
+            for provider in row["providers"]:
+                assert provider["status"] == "ok", row
+                assert provider["ms"]["median"] > 0 and provider["alone_ms"]["median"] > 0
+        speeds = [row["speed"] for row in part["rows"]]
+        assert speeds == sorted(speeds)
+        assert {mean["network"] for mean in part["means"]} == {"tests.cli.tiny:every_kind", "all"}
+        directions = len(part["rows"]) - 1  # but for all together
+        assert sum(sum(counts.values()) for counts in part["families"].values()) == directions
+    bytes_moved = {row["direction"]: row["bytes"] for row in parts["pool"]["rows"]}
+    # What is kept has a byte for each maximum.
+    assert bytes_moved["forward"] < bytes_moved["forward, training"] == bytes_moved["backward"]
+    flops = {row["direction"]: row["flops"] for row in parts["dense"]["rows"]}
+    assert flops["together"] == flops["fprop"] + flops["dgrad"] + flops["wgrad"]
+
+
+def test_what_is_launched_is_found_without_data() -> None:
+    chosen = tasks()
+    with launch.record() as records:
+        operators.plan_each(chosen, BENCH)
+    found = {record.launch.compile_key for record in records}
+    for task in chosen:
+        for row in task.rows:
+            assert row["status"] == "ok", row["reason"]
+            with operator_times.conditions(CPU), launch.record() as records:
+                operands = drawn(task.case.operator, torch.bfloat16, CPU)
+                operator_times.compared(row, task.case.operator, task.ours, operands)
+            assert {record.launch.compile_key for record in records} <= found
+
+
+def test_rows_without_time_and_wrong_ones_say_so(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    (part,) = measured(tasks("depthwise"), progress, 0.0).values()
+    assert {(row["status"], row["reason"]) for row in part["rows"]} == {("skipped", "no time left")}
+    assert (part["verdict"], part["means"], part["families"]) == ("skipped", [], {})
+
+    again, right = tasks("depthwise"), fastconv.functional.conv2d
+    monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    (part,) = measured(again, progress).values()
+    assert {row["status"] for row in part["rows"]} == {"wrong"}
+    assert part["verdict"] == "wrong"
+    assert all(row["providers"] == [] and "speed" not in row for row in part["rows"])
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[[Any], Any]) -> None:
+    provider = dataclasses.replace(registry.PROVIDERS[name], function=function)
+    monkeypatch.setitem(registry.PROVIDERS, name, provider)
+
+
+def test_another_sides_failure_or_wrong_result_is_its_entry_and_the_rest_goes_on(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*operands: Any, **keywords: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    replaced(monkeypatch, EAGER_NCHW, lambda operator: out_of_memory)
+    replaced(monkeypatch, COMPILED, lambda operator: lambda *given, **keywords: 2 * torch.conv2d(*given, **keywords))
+    (part,) = measured(tasks("dense"), progress).values()
+    assert part["verdict"] == "right"
+    for row in part["rows"]:
+        entries = {entry["provider"]: entry for entry in row["providers"]}
+        assert (entries[OURS]["status"], entries[EAGER]["status"], row["status"]) == ("ok", "ok", "ok")
+        assert entries[EAGER_NCHW]["reason"] == "OutOfMemoryError: tried to allocate 2 GiB"
+        assert (entries[EAGER_NCHW]["status"], entries[COMPILED]["status"]) == ("failed", "wrong")
+        assert "ms" not in entries[EAGER_NCHW] and "ms" not in entries[COMPILED]
+        assert row["speed"] == row["speed_over_eager"]
+
+
+def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = tasks("pool")
+
+    def fails(*operands: Any, **keywords: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(fastconv.functional, "max_pool2d", fails)
+    (part,) = measured(chosen, progress).values()
+    assert {(row["status"], row["reason"]) for row in part["rows"]} == {("failed", "RuntimeError: CUDA error")}
+    assert part["verdict"] == "wrong"
+
+
+def test_one_family_alone_is_a_provider_of_its_own(progress: Progress) -> None:
+    names = ("fastconv:gather", "fastconv:depthwise")
+    parts = measured(tasks("dense", "depthwise", providers=names), progress)
+    for name, served in (("dense", "skipped"), ("depthwise", "ok")):
+        part = parts[name]
+        assert (part["verdict"], part["ours"]) == ("right", "fastconv:gather")
+        for row in part["rows"]:
+            entries = {entry["provider"]: entry for entry in row["providers"]}
+            assert row["family"] == "gather"
+            assert entries.keys() == {"eager", *names}
+            assert entries["fastconv:depthwise"]["status"] == served
+            assert all(not record.startswith("conv_depthwise") for record in row["launches"])
+    (part,) = measured(tasks("dense", providers=("fastconv:depthwise",)), progress).values()
+    assert part["verdict"] == "skipped" and "8 input channels a group" in part["reason"]
+
+
+def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "ROW_SECONDS", 0.0)
+    monkeypatch.setattr(operators, "COMPILE_SECONDS", 1000.0)
+    monkeypatch.setattr(operator_times, "COMPILE_SECONDS", 1000.0)
+    parts = measured(tasks("dense", "pool"), progress, time.monotonic() + 4500)
+    statuses = {
+        name: {entry["status"] for row in part["rows"] for entry in row["providers"] if entry["provider"] == COMPILED}
+        for name, part in parts.items()
+    }
+    assert statuses == {"dense": {"skipped"}, "pool": {"ok"}}
+
+
+def test_what_is_much_faster_than_eager_is_measured_in_another_way(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator_times, "DOUBTED", 0.0)
+    (part,) = measured(tasks("first-layer", providers=(OURS,)), progress).values()
+    for row in part["rows"]:
+        times = {entry["provider"]: entry["ms"]["median"] for entry in row["providers"]}
+        assert row["again"]["status"] == "ok" and row["again"]["copies"] == 2
+        assert row["speed_over_eager"] == pytest.approx(
+            min(times[EAGER] / times[OURS], row["again"]["speed_over_eager"])
+        )
+
+
+def test_a_clock_alone_has_the_hosts_time_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Counter[bool] = Counter()
+
+    def clock(call: Any, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
+        call()
+        asked[alone] += cold
+        return Sample(7.0 if alone else 3.0, 0.1)
+
+    (task,) = tasks("pool", providers=(OURS,))
+    operators.plan_each([task], BENCH)
+    with operator_times.conditions(CPU):
+        bench = dataclasses.replace(BENCH, clock=clock)
+        operator_times.measure_row(task.rows[0], task.case.operator, task.providers, bench, math.inf, math.inf)
+    for entry in task.rows[0]["providers"]:
+        assert (entry["ms"]["median"], entry["alone_ms"]["median"]) == (3.0, 7.0)
+    assert asked == {False: 3, True: 2}  # the yardstick's once more
+
+
+def timed(**medians: float) -> list[dict[str, Any]]:
+    return [{"provider": name.replace("_", "-"), "ms": {"median": median}} for name, median in medians.items()]
+
+
+def test_what_times_mean_and_what_is_owed() -> None:
+    pool, dense = ENTRIES[1], ENTRIES[0]
+    row: dict[str, Any] = {"status": "ok", "bytes": 3_000_000_000, "flops": 0, "large": True}
+    row["providers"] = timed(eager=3.0, fastconv=1.0, fastconv_nchw=1.25, eager_nchw=2.0, compile=0.9)
+    standing.stand(row, pool, OURS, LIMITS)
+    assert (row["speed"], row["gb_per_s"], row["share"], row["tflops"]) == (0.9, 3000.0, 0.75, None)
+    assert (row["layout_ms"], row["ceiling"], row["missed"]) == (0.25, 0.75, ["speed", "bandwidth"])
+    row |= {"large": False, "flops": 400_000_000_000}
+    standing.stand(row, dense, OURS, LIMITS)
+    assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"], row["missed"]) == (0.9, 3.0, 3.0, [])
+    assert (row["tflops"], row["matrix_share"], row["ceiling"]) == (400.0, 0.5, 0.75)
+    # The other way says less: all speeds are less.
+    row["again"] = {"speed_over_eager": 1.5}
+    standing.stand(row, dense, OURS, LIMITS)
+    assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (0.45, 1.5, 1.5)
+    row["again"] = {"speed_over_eager": 3.5}
+    standing.stand(row, dense, OURS, LIMITS)
+    assert row["speed_over_eager"] == 3.0
+
+
+def stood(speed: float | None, networks: dict[str, int], **others: Any) -> dict[str, Any]:
+    row = {"direction": "fprop", "batch": 64, "family": "gather", "operator": f"{speed}", "status": "ok"}
+    return row | {"networks": networks, "speed_over_eager": speed} | others
+
+
+def test_means_are_geometric_and_weighted_by_occurrence() -> None:
+    rows = [
+        stood(2.0, {"a": 3, "b": 1}),
+        stood(0.5, {"a": 1}, family="rows"),
+        stood(8.0, {"b": 1}, direction="together", family="gather, rows"),
+        stood(9.0, {}, family="rows"),
+        stood(None, {"a": 1}),
+    ]
+    means = {(it["network"], it["direction"]): it["speed"] for it in standing.means(rows)}
+    assert means == pytest.approx(
+        {
+            ("a", "fprop"): 2.0 ** (2 / 4),
+            ("b", "fprop"): 2.0,
+            ("b", "together"): 8.0,
+            ("all", "fprop"): 2.0 ** (3 / 5),
+            ("all", "together"): 8.0,
+        }
+    )
+    assert list(means)[-1] == ("all", "together")
+    assert standing.families(rows) == {"gather": {"wins": 1, "losses": 0}, "rows": {"wins": 1, "losses": 1}}
+
+
+@pytest.mark.parametrize(
+    ("speeds", "of", "met"),
+    [((0.9, 0.9), 2, True), ((0.9, 0.9), 3, None), ((0.5, 2.0), 3, False), ((0.7, 0.8), 2, False), ((), 2, None)],
+)
+def test_a_target_is_met_where_every_layer_was_measured_and_none_is_slow(
+    speeds: tuple[float, ...], of: int, met: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.Target, "layers", lambda target, direction: of)
+    target = registry.Target(("a", "b"), (64,), {"fprop": 0.85, "dgrad": 0.9}, least=0.6)
+    rows = [stood(speed, {"a": 1, "other": 9}) for speed in speeds] or [stood(None, {"b": 1})]
+    rows += [stood(0.1, {"other": 1}), stood(0.1, {"a": 1}, batch=8), stood(0.1, {"a": 1}, direction="wgrad")]
+    part = standing.targets([{"kind": "operators", "rows": rows}], target)
+    assert part is not None
+    check_part(part)
+    (row,) = part["rows"]
+    assert (row["met"], row["measured"], row["of"]) == (met, len(speeds), of)
+    assert row["mean"] == (pytest.approx(math.prod(speeds) ** (1 / len(speeds))) if speeds else None)
+    assert part["verdict"] == ("right" if speeds else "skipped")
+    assert standing.targets([{"kind": "operators", "rows": rows[-3:-2]}], target) is None
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad", "together"])
+def test_a_direction_gives_what_it_is_named_for(direction: str) -> None:
+    (task,) = tasks("grouped")
+    operands = drawn(task.case.operator, torch.float32, CPU)
+    expected = {
+        "fprop": ["output"],
+        "dgrad": ["input"],
+        "wgrad": ["weight"],
+        "together": ["output", "input", "weight", "bias"],
+    }
+    found = exact(task.case.operator, direction, operands)
+    assert list(found) == expected[direction]
+    shapes = {"output": task.case.operator.output, "input": task.case.operator.input}
+    shapes |= dict(zip(("weight", "bias"), task.case.operator.shapes[1:], strict=True))
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float64 and tuple(tensor.shape) == shapes[name] and not tensor.requires_grad
+
+
+def test_ceilings_are_rates_of_what_the_clock_says() -> None:
+    limits = ceilings.measure(CPU, lambda call, repeats=1, *, cold=False, alone=False: Sample(2.0, 2.0))
+    assert limits == ceilings.Ceilings(bandwidth=2 * 2**20 / 2e-3, matrix=2 * 64**3 / 2e-3)
+    assert LIMITS.floor_ms(4_000_000_000, 0) == 1.0
+    assert LIMITS.floor_ms(4_000_000_000, 1_600_000_000_000) == 2.0
+
+
+def test_layers_of_a_network_that_does_not_run_without_data_are_refused() -> None:
+    subject = models.load("tests.cli.tiny:large", 1, 4)
+    with pytest.raises(fastconv.cli.BadUsage, match=r"layers of tests.cli.tiny:large cannot be listed without data"):
+        layer_lists.of(subject)
