@@ -146,6 +146,8 @@ LP = (
         kernel_size=2,
         ceil_mode=True,
     ),
+    problem("norm 1", "lp_pool2d", ODD, norm_type=1.0, kernel_size=3, stride=1),
+    problem("norm 2.5, a large window", "lp_pool2d", (1, 8, 14, 13), norm_type=2.5, kernel_size=12),
     problem("the largest", "lp_pool2d", ODD, norm_type=math.inf, kernel_size=2),
     problem("1d", "lp_pool1d", (2, 6, 23), norm_type=2.0, kernel_size=4),
     problem("3d", "lp_pool3d", (1, 4, 5, 6, 7), norm_type=2.0, kernel_size=2),
@@ -185,5 +187,5 @@ def _operator(name: str, cases: tuple[PoolCase, ...], stored: int = 1) -> Operat
 
 
 MAX_POOL, AVERAGE_POOL = _operator("max pool", MAX), _operator("average pool", AVERAGE)
-# A power, the average, a product, a root, and what is between them backward.
-LP_POOL = _operator("lp pool", LP, stored=8)
+# A gradient, and the norm that it is computed from: twice in that of a norm of 3.
+LP_POOL = _operator("lp pool", LP, stored=3)
