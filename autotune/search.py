@@ -10,7 +10,7 @@ Idea: GPTune and others (surrogates over a performance model's residual); here i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log, log2, sqrt
 
@@ -70,11 +70,16 @@ class Search:
 
     def propose(self, count: int) -> list[Config]:
         """The next configs to measure, of those not measured yet; fewer where there are no more."""
-        proposed: list[Key] = []
-        for _ in range(count):
-            key = self._next(proposed)
-            if key is None:
-                break
+        queued = [key for key in self._queue if self._open(key)]
+        left = {key: self._hope(key) for key in self.candidates if self._open(key) and key not in queued}
+        best = self.best(1)
+        steps = set(neighbours_of(best[0][0], left)) if best else set()
+        proposed = queued[:count]
+        while len(proposed) < count and left:
+            self._step = not self._step
+            near = [key for key in left if key in steps] if self._step else []
+            key = min(near or left, key=left.__getitem__)
+            del left[key]
             proposed.append(key)
         return [self.candidates[key].config for key in proposed]
 
@@ -83,20 +88,6 @@ class Search:
         times = sorted(self._times.items(), key=lambda each: each[1])
         fine = [(self.candidates[key].config, seconds) for key, seconds in times if key not in self._failed]
         return fine[:count]
-
-    def _next(self, taken: Collection[Key]) -> Key | None:
-        queued = [key for key in self._queue if key not in taken and self._open(key)]
-        if queued:
-            return queued[0]
-        left = [key for key in self.candidates if key not in taken and self._open(key)]
-        if not left:
-            return None
-        self._step = not self._step
-        best = self.best(1)
-        if self._step and best:
-            neighbours = set(neighbours_of(best[0][0], self.candidates))
-            left = [key for key in left if key in neighbours] or left
-        return min(left, key=self._hope)
 
     def _open(self, key: Key) -> bool:
         return key not in self._times and key not in self._failed

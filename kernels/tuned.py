@@ -52,7 +52,7 @@ def problem_of(space: str, features: Any) -> Problem:
             channels["C"] = each.channels
             kind |= {"pool": each.kind, "C_divides": _power(each.channels), "adaptive": int(each.adaptive)}
             kind |= {"index": "none" if each.index is None else _name(each.index), "divisor": each.divisor}
-            kind["include_padding"] = int(each.include_padding)
+            kind |= {"include_padding": int(each.include_padding), "norm": f"p{each.norm!r}"}
         elif isinstance(each, Rows):
             kind |= {f"rows_{name}": getattr(each, name) for name in ("columns", "vec", "shift", "used", "run")}
         elif isinstance(each, bool):
@@ -118,6 +118,7 @@ def pool_of(problem: Problem) -> PoolProblem:
         index=None if kind["index"] == "none" else _DTYPES[str(kind["index"])],
         divisor=int(kind["divisor"]),
         include_padding=bool(kind["include_padding"]),
+        norm=float(str(kind["norm"])[1:]),
     )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 
-from fastconv.autotune import choose
 from fastconv.autotune.choose import Asked, ask
 from fastconv.autotune.gpus import H200
 from fastconv.kernels import dispatch, tiles
@@ -25,15 +23,15 @@ def questions() -> tuple[Asked, ...]:
 
     found: dict[Any, Asked] = {}
 
-    def listen(space: Any, features: Any, work: Any, gpu: Any) -> Any:
+    def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
         asked = ask(space, features, work, gpu, CALLER)
         found.setdefault(asked.problem, asked)
-        return choose(space, features, work, gpu)
+        return choice
 
     with torch.device("meta"):
         subjects = [models.load(name, 32, 224) for name in NETWORKS]
         problems = [layer.problem for subject in subjects for layer in distinct_layers(subject, torch.bfloat16)]
-    with mock.patch.object(tiles, "choose", listen):
+    with tiles.considering(listen):
         for problem in problems:
             for direction in DIRECTIONS:
                 dispatch.plan(direction, problem, H200)

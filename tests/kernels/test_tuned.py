@@ -1,0 +1,316 @@
+"""What kernels tell the autotuner, and that an ordinary call measures nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastconv
+import fastconv.functional as F
+from fastconv.autotune import Space
+from fastconv.autotune.gpus import H200
+from fastconv.autotune.records import Met, from_line
+from fastconv.kernels import dispatch, mend, tiles, tuned
+from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem, conv_problem
+
+ROOT = Path(__file__).parents[2]
+chooser = importlib.import_module("fastconv.autotune.choose")
+
+
+def convolution(shape: tuple[int, ...], weight: tuple[int, ...], stride: int = 1, groups: int = 1) -> ConvProblem:
+    rank = len(shape) - 2
+    padding = tuple(r // 2 for r in weight[2:]) * 2
+    return conv_problem(shape, weight, None, (stride,) * rank, padding, (1,) * rank, groups, torch.bfloat16)
+
+
+POOL = PoolProblem(
+    kind="max",
+    batch=2,
+    channels=24,
+    input_size=(9, 12),
+    output_size=(4, 6),
+    window=(3, 2),
+    stride=(2, 3),
+    padding=(1, 0),
+    dilation=(1, 2),
+    dtype=torch.float16,
+)
+CONVOLUTIONS = {
+    "dense": convolution((32, 64, 56, 56), (128, 64, 3, 3), 2),
+    "one tap": convolution((32, 64, 56, 56), (128, 64, 1, 1)),
+    "odd": convolution((3, 7, 11, 13), (5, 7, 3, 5)),
+    "1-d": convolution((8, 64, 100), (64, 64, 3)),
+    "3-d": convolution((2, 32, 8, 16, 16), (32, 32, 3, 3, 3)),
+    "grouped": convolution((8, 128, 28, 28), (128, 4, 3, 3), groups=32),
+    "depthwise": convolution((8, 96, 28, 28), (96, 1, 7, 7), groups=96),
+    "first layer": convolution((8, 3, 224, 224), (64, 3, 7, 7), 2),
+    "fp32": dataclasses.replace(convolution((8, 64, 14, 14), (64, 64, 3, 3)), dtype=torch.float32),
+    "batch 1": convolution((1, 512, 7, 7), (512, 512, 3, 3)),
+}
+POOLS = {
+    "max": POOL,
+    "indexed": dataclasses.replace(POOL, index=torch.uint8),
+    "average": dataclasses.replace(POOL, kind="average", divisor=5, include_padding=False, dilation=(1, 1)),
+    "adaptive": dataclasses.replace(POOL, kind="average", adaptive=True, stride=(), padding=(), dilation=()),
+    "lp": dataclasses.replace(POOL, kind="lp", norm=-1.5, padding=(0, 0), dilation=(1, 1)),
+}
+
+
+def questions(directions: Any, problem: Any) -> list[tuple[Space, Any]]:
+    found: list[tuple[Space, Any]] = []
+
+    def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
+        found.append((space, features))
+        return choice
+
+    with tiles.considering(listen):
+        for direction in directions:
+            dispatch.plan(direction, problem, H200)
+    return found
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_is_written_down_whole(name: str) -> None:
+    problem = CONVOLUTIONS[name]
+    asked = questions(DIRECTIONS, problem)
+    assert asked
+    for space, features in asked:
+        written = tuned.problem_of(space.name, features)
+        # (A depthwise dgrad may be asked for as the fprop that it mirrors.)
+        if "direction" not in dict(written.kind) or dict(written.kind)["direction"] != "fprop":
+            assert tuned.conv_of(written) == problem
+        assert tuned.problem_of(space.name, features) == written
+        record = Met(written, H200.name, H200.multiprocessors, tuned.version_of(space.name), "2025-01-01")
+        assert from_line(record.line.encode(), "x") == record
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pool_is_written_down_whole(name: str) -> None:
+    written = [tuned.problem_of("pool", (direction, POOLS[name], True)) for direction in POOL_DIRECTIONS]
+    assert [tuned.pool_of(each) for each in written] == [POOLS[name]] * 2
+    assert written[0] != written[1] != tuned.problem_of("pool", ("backward", POOLS[name], False))
+    for each in written:
+        record = Met(each, H200.name, H200.multiprocessors, tuned.version_of("pool"), "2025-01-01")
+        assert from_line(record.line.encode(), "x") == record
+
+
+def test_everything_of_a_problem_tells_it_from_others() -> None:
+    """Each field changed by itself makes another problem of it."""
+    changed: dict[str, Any] = {"dtype": torch.float32, "index": torch.uint8, "kind": "average", "norm": 2.0}
+    for problem, space in ((CONVOLUTIONS["dense"], "conv_gather"), (POOL, "pool")):
+        seen = {tuned.problem_of(space, (problem,))}
+        for index, field in enumerate(dataclasses.fields(problem)):
+            value = getattr(problem, field.name)
+            if field.name in changed:
+                other = changed[field.name]
+            elif isinstance(value, tuple):
+                other = (value[0] + 1, *value[1:])
+            else:
+                other = not value if isinstance(value, bool) else value + 1
+            seen.add(tuned.problem_of(space, (dataclasses.replace(problem, **{field.name: other}),)))
+            assert len(seen) == index + 2, field.name
+
+
+def test_pass_over_pixels_is_written_down() -> None:
+    written = tuned.problem_of("pixels_split", (4096, 64, 2, 3))
+    assert written.json["sizes"] == {"pixels": 4096} and written.json["channels"] == {"C": 64}
+
+
+def test_unknown_feature_is_our_mistake() -> None:
+    with pytest.raises(TypeError, match="no table knows"):
+        tuned.problem_of("conv_gather", (1.5,))
+
+
+def spaces() -> list[Space]:
+    return [value for value in vars(tiles).values() if isinstance(value, Space)]
+
+
+def test_every_space_has_the_source_of_its_kernels() -> None:
+    versions = {space.name: tuned.version_of(space.name) for space in spaces()}
+    assert all(len(version.source) == 16 for version in versions.values())
+    assert versions["conv_gather"].source == versions["conv_gather_split"].source
+    assert (
+        len({versions[name].source for name in ("conv_gather", "conv_rows", "conv_depthwise", "pool", "pixels")}) == 5
+    )
+
+
+def test_source_is_the_kernels_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = """
+import triton
+
+@triton.jit
+def helper(x):
+    return x + 1
+
+@triton.jit
+def conv_kernel(x):
+    return helper(x)
+
+@triton.jit
+def unused(x):
+    return x
+
+def launcher(x):
+    return x
+"""
+    path, other = tmp_path / "conv.py", tmp_path / "other.py"
+    other.write_text("@triton.jit\ndef stranger(x):\n    return x\n")
+
+    def hashed(source: str) -> str:
+        path.write_text(source)
+        tuned._jit_functions.cache_clear()
+        tuned.source_hash.cache_clear()
+        return tuned.source_hash(("conv",))
+
+    with monkeypatch.context() as context:
+        context.setattr(tuned, "__file__", str(tmp_path / "tuned.py"))
+        first = hashed(original)
+        same = original.replace("def launcher(x):", "def launcher(x, y):").replace(
+            "    return helper", '    "Doc."\n    # why\n    return helper'
+        )
+        assert hashed(same) == first
+        assert hashed(original.replace("x + 1", "x + 2")) != first
+        other.write_text("@triton.jit\ndef stranger(x):\n    return x + 1\n")
+        assert hashed(original) == first
+        called = original.replace("return helper(x)", "return stranger(helper(x))")
+        second = hashed(called)
+        other.write_text("@triton.jit\ndef stranger(x):\n    return x + 2\n")
+        assert hashed(called) != second, "what another file's function does"
+    tuned._jit_functions.cache_clear()
+    tuned.source_hash.cache_clear()
+
+
+def test_regime_follows_settings_and_torch() -> None:
+    assert tuned.regime() == ("cached", False)
+    with fastconv.settings(tune="off", numerics="stable"):
+        assert tuned.regime() == ("off", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert tuned.regime() == ("cached", True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_planning_for_a_gpu_elsewhere_is_no_user_of_it() -> None:
+    assert not tuned.live(H200)
+
+
+@pytest.mark.skipif(not mend.interpreting(), reason="runs kernels in the interpreter")
+def test_ordinary_call_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Forward and backward, and the plans of a GPU: no timer, no event, no benchmark, no search, no file."""
+    import time
+
+    import triton.testing
+
+    from fastconv.autotune import measure, search
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something is measured")
+
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
+    chooser.reload()
+    chooser.install_measurer(forbidden)
+    try:
+        with monkeypatch.context() as context:
+            for module, names in (
+                (time, ("perf_counter", "perf_counter_ns", "monotonic", "process_time")),
+                (torch.cuda, ("Event", "synchronize")),
+                (triton.testing, ("do_bench", "do_bench_cudagraph")),
+                (measure, ("tune", "session")),
+                (search, ("Search",)),
+            ):
+                for name in names:
+                    context.setattr(module, name, forbidden)
+            x = torch.randn(2, 16, 6, 5, requires_grad=True)
+            weight = torch.randn(16, 16, 3, 3, requires_grad=True)
+            for _ in range(2):
+                F.max_pool2d(F.conv2d(x, weight, padding=1), 2).sum().backward()
+            for problem in CONVOLUTIONS.values():
+                for direction in DIRECTIONS:
+                    dispatch.plan(direction, problem, H200)
+    finally:
+        chooser.install_measurer(None)
+        chooser.reload()
+    assert not list(tmp_path.iterdir())
+
+
+RANKS = """
+import logging, os, sys
+import torch
+import torch.distributed as dist
+from datetime import timedelta
+from fastconv.autotune import Problem, Tuned, Version
+from fastconv.autotune.choose import Tables
+from fastconv.autotune.gpus import H200
+from fastconv.kernels import ranks
+
+def entry(tile):
+    problem = Problem.of("gemm", {"dtype": "bfloat16"}, {"C": 64}, {"N": 32})
+    one = {"TILE": tile}
+    version = Version("3.7.1", "abc", True, 1)
+    return Tuned(problem, H200.name, 132, version, one, 1e-5, one, 1e-5, (), None, 0.0, 1, "2025-01-01", "0.1.0")
+
+def rank(index, size):
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=index, world_size=size)
+    # Ranks 0 and 1 were tuned alike, rank 2 otherwise, rank 3 not at all.
+    tables = Tables([], {0: [entry(1)], 1: [entry(1)], 2: [entry(2)], 3: []}[index], [])
+    ranks.agree(H200, tables)
+    assert [e.config for e in tables.user.entries] == [{"TILE": 1}], tables.user.entries
+    assert ranks.may_measure("first") == ranks.may_measure("force") == "cached" and ranks.may_measure("off") == "off"
+    if index:
+        # Of a GPU that rank 0 never asks about its own tables stay, after a while.
+        ranks.WAIT = timedelta(seconds=0.2)
+        mine = Tables([], [entry(9)], [])
+        ranks.agree(__import__("dataclasses").replace(H200, name="NVIDIA Other"), mine)
+        assert [e.config for e in mine.user.entries] == [{"TILE": 9}]
+    dist.barrier()
+    dist.destroy_process_group()
+
+children = []
+for index in range(4):
+    child = os.fork()
+    if child == 0:
+        try:
+            rank(index, 4)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_take_the_tables_of_rank_0(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", RANKS, str(tmp_path / "job")],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    assert sorted(line[:8] for line in lines if "others than rank 0's" in line) == ["rank 2: ", "rank 3: "]
+    assert sum("rank 0 has chosen nothing" in line for line in lines) == 3
+    assert sum("ranks do not measure" in line for line in lines) == 4
+
+
+def test_alone_there_is_nobody_to_agree_with() -> None:
+    from fastconv.kernels import ranks
+
+    tables = chooser.Tables([], [], [])
+    ranks.agree(H200, tables)
+    assert ranks.world_size() == 1 and ranks.may_measure("first") == "first"
