@@ -314,10 +314,18 @@ def activate(
     RESIDUAL_AFTER: tl.constexpr,
 ):
     """act(x + residual), or act(x) + residual, of x [rows, channels]."""
-    if slope_ptr is not None:
-        a = tl.load(slope_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    residual = None
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return activated(x, residual, channel, mask_k, slope_ptr, a, b, ACT, RESIDUAL_AFTER)
+
+
+@triton.jit
+def activated(x, residual, channel, mask_k, slope_ptr, a, b, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr):
+    """`activate` of a residual that was read, fp32, or of None."""
+    if slope_ptr is not None:
+        a = tl.load(slope_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
         if RESIDUAL_AFTER:
             return ACT(x, a, b) + residual
         x += residual
