@@ -1,0 +1,95 @@
+"""What a tuning run is about: the problems of a model, of a layer list, or those that programs met untuned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastconv
+from fastconv.autotune import Choice, Config, Gpu, Met, Problem, Space, predict
+from fastconv.autotune.choose import Asked, ask
+from fastconv.autotune.measure import Task
+from fastconv.benchmarks.calls import Operator
+from fastconv.benchmarks.registry import channels_last
+from fastconv.cli.measure.directions import TOGETHER, fakes, step
+from fastconv.cli.models import Subject
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import decisions
+from fastconv.kernels.tiles import considering
+from fastconv.kernels.tuned import CALLER
+from fastconv.tuning.subject import Unmeasurable, subject_of
+from fastconv.warmup import _Calls, _find
+
+Found = dict[Problem, Task]
+
+
+@contextlib.contextmanager
+def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
+    """Add to ``found`` what the calls inside the block ask, planned for ``gpu`` and each made ``times`` times; tensors
+    may be without data."""
+
+    def consider(space: Space, features: Any, work: Any, on: Gpu, choice: Choice) -> Choice:
+        problem = CALLER.problem(space.name, features)
+        before = found.get(problem) or Task(ask(space, features, work, on, CALLER), 0)
+        found[problem] = replace(before, count=before.count + times)
+        return choice
+
+    with dispatch.use_target(gpu), considering(consider), decisions():
+        yield
+
+
+def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[Task]:
+    """The problems of one step of a model, converted. Raises what the model raises."""
+    model = fastconv.convert(subject.model, memory_format=subject.memory_format).to(dtype)
+    x = torch.empty(subject.input_shape, dtype=dtype).to(memory_format=subject.memory_format)
+    found: Found = {}
+    with _asking(gpu, found):
+        _find(model, (x,), train, False)
+    return _choosing(found)
+
+
+def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[Task]:
+    """The problems of the calls of a layer list, forward and, with ``train``, backward."""
+    found: Found = {}
+    for operator, count in calls.items():
+        each = operator.with_batch(batch)
+        direction = TOGETHER if TOGETHER in each.directions and train else each.directions[0]
+        with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False), _asking(gpu, found, count):
+            operands = [None if t is None else channels_last(t) for t in fakes(each, dtype, torch.device("cpu"))]
+            with _Calls():
+                step(getattr(fastconv.functional, each.function), each, direction, operands)()
+    return _choosing(found)
+
+
+def met(records: Iterable[Met], gpu: Gpu) -> tuple[list[Task], list[str]]:
+    """The problems that this user's programs met on ``gpu`` and no table knew; and why others cannot be measured."""
+    found: Found = {}
+    left: list[str] = []
+    for problem in dict.fromkeys(record.problem for record in records if record.of_gpu(gpu)):
+        try:
+            found[problem] = Task(subject_of(problem, gpu)[1])
+        except Unmeasurable as error:
+            left.append(str(error))
+    return _choosing(found), left
+
+
+def _choosing(found: Found) -> list[Task]:
+    """Those that have more than one config to choose from."""
+    return [task for task in found.values() if len(fitting(task.asked)) > 1]
+
+
+def fitting(asked: Asked) -> list[tuple[Config, float]]:
+    """The configs that fit the GPU, fastest predicted first, with the predicted seconds."""
+    predicted = ((config, predict(asked.work(config), asked.gpu)) for config in asked.space)
+    return sorted(((config, it.seconds) for config, it in predicted if it is not None), key=lambda pair: pair[1])
+
+
+def only(found: Iterable[Task], spaces: Iterable[str]) -> list[Task]:
+    """The tasks of these search spaces."""
+    wanted = set(spaces)
+    return [task for task in found if task.asked.space.name in wanted]

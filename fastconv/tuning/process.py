@@ -1,0 +1,201 @@
+"""The measuring worker, a process of its own: an illegal access, an abort or a hang ends it and not the run.
+
+Both sides of one connection. The parent sends a problem and a config as JSON, the worker answers with a time or with
+why there is none. A worker that ends without an answer, or gives none in time, is why there is none, and the next
+question starts a new one. Neither side needs torch; the parent never touches a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+import fastconv
+from fastconv.autotune import Config, Gpu, Problem
+from fastconv.autotune.measure import Failed
+
+PATIENCE = 30.0  # seconds for one answer; a first one allocates, draws operands and makes the reference
+START = 300.0  # seconds until a worker has imported torch and found its GPU, on a disk that is asked by many at once
+COMMAND = (sys.executable, "-m", "fastconv.tuning.worker")
+
+# Seconds of one measurement of a config, or of PyTorch's own op (None).
+Measure = Callable[[Problem, "Config | None"], float]
+
+
+class WorkerError(RuntimeError):
+    """A worker does not start; the message is one line."""
+
+
+class Refused(Exception):
+    """What a `Measure` raises where there is no time: one of `records.FAILURES`, and why. ``fatal``: the process is
+    of no more use."""
+
+    def __init__(self, status: str, why: str, fatal: bool = False) -> None:
+        super().__init__(why)
+        self.status, self.fatal = status, fatal
+
+
+class Worker:
+    """A measuring process, started when it is first asked, and again where one has ended. To be closed."""
+
+    def __init__(self, command: Sequence[str] = COMMAND, patience: float = PATIENCE, start: float = START) -> None:
+        self._command, self._patience, self._start = tuple(command), patience, start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._errors: IO[bytes] | None = None
+        self._gpu: Gpu | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def gpu(self) -> Gpu:
+        """What it measures on. Raises WorkerError."""
+        self._started()
+        assert self._gpu is not None
+        return self._gpu
+
+    def run(self, problem: Problem, config: Config | None) -> float | Failed:
+        """Seconds of one measurement, or why there is none. Raises WorkerError."""
+        request = json.dumps({"problem": problem.json, "config": None if config is None else dict(config)}).encode()
+        for last in (False, True):
+            connection = self._started()
+            try:
+                connection.send_bytes(request)
+                if not connection.poll(self._patience):
+                    return Failed("hung", f"no answer within {self._patience:g} s")
+                answer = json.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                code, said = self._ended()
+                if code != -signal.SIGKILL:
+                    return Failed("crashed", f"{_ending(code)}{said}")
+                if last:
+                    return Failed("out_of_memory", f"killed twice, as happens where the host's memory ends{said}")
+                continue  # killed by somebody: not the config's fault, unless it is again
+            else:
+                request = b""
+                if answer.get("fatal"):
+                    self.close()
+                return answer["seconds"] if "seconds" in answer else Failed(answer["status"], answer["why"])
+            finally:
+                # Interrupted, hung or ended: an answer that comes later would be taken for the next question's.
+                if request and self._connection is connection:
+                    self.close()
+        raise AssertionError
+
+    def close(self) -> None:
+        """End the process, whatever it does; another question starts a new one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._connection is not None:
+            self._connection.close()
+        if self._errors is not None:
+            self._errors.close()
+        self._process = self._connection = self._errors = None
+
+    def _started(self) -> Connection:
+        if self._connection is not None:
+            return self._connection
+        here, there = Pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
+        root = str(Path(fastconv.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [*self._command, str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self._errors,
+            stderr=self._errors,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is the parent's, which decides when it ends
+        )
+        there.close()
+        self._connection = here
+        try:
+            if not here.poll(self._start):
+                raise WorkerError(f"the measuring process has not started within {self._start:g} s")
+            ready = json.loads(here.recv_bytes())
+        except (EOFError, OSError):
+            code, said = self._ended()
+            raise WorkerError(f"the measuring process does not start: {_ending(code)}{said}") from None
+        except BaseException:
+            self.close()
+            raise
+        if "why" in ready:
+            self.close()
+            raise WorkerError(f"the measuring process does not start: {ready['why']}")
+        self._gpu = Gpu(**ready["gpu"])
+        return here
+
+    def _ended(self) -> tuple[int, str]:
+        """Exit code of a process that hung up, and the last line it wrote, with a colon before it."""
+        assert self._process is not None and self._errors is not None
+        try:
+            code = self._process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            code = 0
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4096))
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        self.close()
+        return code, f": {last[:300]}" if last else ""
+
+
+def _ending(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
+    """The worker's side: ``start()`` finds its GPU; then a measurement for each question, until the parent is gone."""
+    _end_with_parent()
+    connection = Connection(descriptor)
+
+    def answer(**values: Any) -> None:
+        connection.send_bytes(json.dumps(values).encode())
+
+    try:
+        gpu, measure = start()
+    except Exception as error:
+        answer(why=_line(error))
+        return
+    answer(gpu=dataclasses.asdict(gpu))
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer(seconds=measure(Problem.of(**request["problem"]), request["config"]))
+        except Refused as refused:
+            answer(status=refused.status, why=str(refused), fatal=refused.fatal)
+        except MemoryError as error:
+            answer(status="out_of_memory", why=_line(error))
+        except Exception as error:
+            answer(status="failed", why=_line(error))
+
+
+def _end_with_parent() -> None:
+    """Be killed when the parent is, even inside a kernel that does not end. Linux alone has this."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -1,0 +1,317 @@
+"""A problem as something to run: its operands, our kernel's call, PyTorch's own op, what both are held against.
+
+The same calls are made on tensors without data, to find what is asked and launched, and with data, to measure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from fastconv.autotune import Choice, Config, Gpu, Problem, Space, Work
+from fastconv.autotune.choose import Asked, ask, fixed
+from fastconv.kernels import conv, dispatch, pool
+from fastconv.kernels.batch_norm import Activated, batch_norm_act_sums
+from fastconv.kernels.call import execute
+from fastconv.kernels.launch import Launch, decisions, record
+from fastconv.kernels.layout import PACKED, packed_taps, strides_like
+from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
+from fastconv.kernels.tiles import considering
+from fastconv.kernels.tuned import CALLER, conv_of, pool_of
+
+Call = Callable[[], Tensor]
+Operands = tuple[Tensor, ...]
+
+
+class Unmeasurable(ValueError):
+    """No call of this version of fastconv asks about such a problem; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    scale: float = 1.0
+
+    def empty(self, device: torch.device | None = None) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``ours`` and ``pytorch`` make a call of operands; PyTorch's may take them in wider types, and is then what both
+    are held against."""
+
+    problem: Problem
+    operands: tuple[Operand, ...]
+    ours: Callable[[Operands, Gpu], Call]
+    pytorch: Callable[[Operands], Call]
+    depth: int  # products or elements that one result sums
+    family: str | None  # that asks about the problem
+    native: bool = True  # PyTorch's call is an op of its own, so that its time means something
+
+    @property
+    def precision(self) -> str:
+        return str(dict(self.problem.kind).get("precision", "ieee"))
+
+    @contextlib.contextmanager
+    def serving(self, config: Config | None, gpu: Gpu) -> Iterator[list[Asked]]:
+        """Inside the block calls are planned for ``gpu`` with ``config`` (None: as chosen); what they ask is collected.
+
+        Raises ValueError where a call asks and the config is not of its space or does not fit.
+        """
+        found: list[Asked] = []
+
+        def consider(space: Space, features: Any, work: Callable[[Config], Work], on: Gpu, choice: Choice) -> Choice:
+            if CALLER.problem(space.name, features) != self.problem:
+                return choice
+            found.append(ask(space, features, work, on, CALLER))
+            return choice if config is None else fixed(space, config, work, on)
+
+        with contextlib.ExitStack() as stack:
+            if self.family is not None:
+                stack.enter_context(dispatch.only_family(self.family))
+            stack.enter_context(dispatch.use_target(gpu))
+            stack.enter_context(_precision(self.precision))
+            stack.enter_context(considering(consider))
+            stack.enter_context(decisions())
+            yield found
+
+    def planned(self, gpu: Gpu, config: Config | None = None) -> tuple[Asked | None, list[Launch]]:
+        """(what a call asks, or None where it is not about this problem; what it launches), found without data."""
+        with FakeTensorMode(), self.serving(config, gpu) as found, record() as records:
+            self.ours(tuple(each.empty() for each in self.operands), gpu)()
+        launches = {it.launch.compile_key: it.launch for it in records}
+        return (found[0] if found else None), list(launches.values())
+
+
+def subject_of(problem: Problem, gpu: Gpu) -> tuple[Subject, Asked]:
+    """How ``problem`` is run on ``gpu``, by the kernel family that asks about it. Raises Unmeasurable."""
+    try:
+        subject, families = _subject(problem)
+    except (KeyError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise Unmeasurable(f"{problem.describe()}: not a problem of this version's kernels ({why})") from error
+    for family in families:
+        candidate = replace(subject, family=family)
+        try:
+            asked, _ = candidate.planned(gpu)
+        except (conv.Uncovered, ValueError):
+            continue
+        if asked is not None:
+            return candidate, asked
+    raise Unmeasurable(f"{problem.describe()}: no kernel of this version asks about it on the {gpu.name}")
+
+
+def _subject(problem: Problem) -> tuple[Subject, Sequence[str | None]]:
+    """The call, and the families that may serve it."""
+    kind = dict(problem.kind)
+    if problem.space.startswith("pixels"):
+        return _sums(problem), (None,)
+    # A space of one direction names it, of several the problem does.
+    direction = str(kind.get("direction", "wgrad" if "wgrad" in problem.space else "fprop"))
+    if direction not in (*DIRECTIONS, *POOL_DIRECTIONS):
+        raise ValueError(f"no direction {direction!r}")
+    families = [family.name for family in dispatch.FAMILIES[direction]]
+    if direction in POOL_DIRECTIONS:
+        return _pool(problem, pool_of(problem), direction, bool(kind["channels_last"])), families
+    return _convolution(problem, conv_of(problem), direction), families
+
+
+@contextlib.contextmanager
+def _precision(precision: str) -> Iterator[None]:
+    """fp32 convolutions, ours and PyTorch's, as the problem has them."""
+    settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# Convolutions.
+
+
+def _convolution(problem: Problem, it: ConvProblem, direction: str) -> Subject:
+    depthwise = it.groups > 1 and it.in_channels == it.groups
+    x = Operand(it.input_shape, strides_like(it.input_shape, True), it.dtype)
+    y = Operand(it.output_shape, strides_like(it.output_shape, True), it.dtype)
+    strides = packed_taps(it.weight_shape) if depthwise else strides_like(it.weight_shape, True)
+    per_output = math.prod(it.weight_shape[1:])
+    w = Operand(it.weight_shape, strides, it.dtype, per_output**-0.5)
+    operands = {"fprop": (x, w), "dgrad": (y, w), "wgrad": (x, y)}[direction]
+
+    def ours(tensors: Operands, gpu: Gpu) -> Call:
+        if direction == "wgrad":
+            format = PACKED if depthwise else 1
+            arguments = it.filter_size, it.stride, it.padding, it.dilation, it.groups, format
+            call = conv._prepare_wgrad(gpu, tensors, *arguments)
+            return lambda: execute(call, tensors)[0]
+        all_operands = (*tensors, None, *conv.NO_EPILOGUE)
+        call = conv._prepare_gather(direction, it, gpu, all_operands, True)
+        return lambda: execute(call, all_operands)[0]
+
+    depth = {
+        "fprop": per_output,
+        "dgrad": it.out_channels // it.groups * it.taps,
+        "wgrad": it.output_pixels,
+    }[direction]
+    return Subject(problem, operands, ours, partial(_pytorch_convolution, it, direction), depth, None, _even(it))
+
+
+def _even(it: ConvProblem) -> bool:
+    """Whether PyTorch has it as one convolution: padded alike on both sides."""
+    return all(pad >= 0 for pad in it.padding) and it.output_size == tuple(
+        (h + 2 * pad - d * (r - 1) - 1) // s + 1
+        for h, pad, d, r, s in zip(it.input_size, it.padding, it.dilation, it.filter_size, it.stride, strict=True)
+    )
+
+
+def _pytorch_convolution(it: ConvProblem, direction: str, tensors: Operands) -> Call:
+    padding, sides = it.padding, [0] * 2 * it.rank
+    if not _even(it):
+        # What each axis lacks, and is too much, at its end: F.pad names the last axis first.
+        extents = zip(it.output_size, it.stride, it.dilation, it.filter_size, it.input_size, it.padding, strict=True)
+        after = [(p - 1) * s + d * (r - 1) + 1 - h - pad for p, s, d, r, h, pad in extents]
+        sides = [side for axis in reversed(range(it.rank)) for side in (it.padding[axis], after[axis])]
+        padding = (0,) * it.rank
+    arguments = it.stride, padding, it.dilation, False, (0,) * it.rank, it.groups
+
+    def padded(x: Tensor) -> Tensor:
+        return F.pad(x, sides) if any(sides) else x
+
+    if direction == "fprop":
+        x, w = tensors
+        return lambda: torch.ops.aten.convolution(padded(x), w, None, *arguments)
+
+    def gradient(dy: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
+        mask = [index == which for index in range(3)]
+        return torch.ops.aten.convolution_backward(dy, padded(x), w, None, *arguments, mask)[which]
+
+    if direction == "dgrad":
+        dy, w = tensors
+        x = dy.new_empty_strided(it.input_shape, strides_like(it.input_shape, True))
+
+        def input_gradient() -> Tensor:
+            dx = gradient(dy, x, w, 0)
+            return F.pad(dx, [-side for side in sides]) if any(sides) else dx
+
+        return input_gradient
+    x, dy = tensors
+    w = x.new_empty_strided(it.weight_shape, strides_like(it.weight_shape, True))
+    return lambda: gradient(dy, x, w, 1)
+
+
+# Pools.
+
+
+def _pool(problem: Problem, it: PoolProblem, direction: str, channels_last: bool) -> Subject:
+    # Tables tell no norms apart: every one but the plain ones takes its powers by logarithms.
+    it = replace(it, norm=2.0 if it.kind == "lp" else 0.0)
+    geometry = pool.ADAPTIVE if it.adaptive else (it.window, it.stride, it.padding, it.dilation)
+    x = Operand(it.input_shape, strides_like(it.input_shape, channels_last), it.dtype)
+    dy = Operand(it.output_shape, strides_like(it.output_shape, channels_last), it.dtype)
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        if it.kind == "max":
+            return pool.max_pool(x, it.output_size, geometry, it.index)
+        if it.kind == "average":
+            return (pool.average_pool(x, it.output_size, geometry, it.include_padding, it.divisor),)
+        return (pool.lp_pool(x, it.output_size, geometry, it.norm),)
+
+    def ours(tensors: Operands, gpu: Gpu) -> Call:
+        x = tensors[0]
+        if direction == "forward":
+            return lambda: forward(x)[0]
+        dy = tensors[1]
+        kept = forward(x)[-1]
+        if it.kind == "max":
+            return lambda: pool.max_pool_backward(dy, kept, it.input_size, geometry, channels_last)
+        if it.kind == "average":
+            sums = it.include_padding, it.divisor
+            return lambda: pool.average_pool_backward(dy, it.input_size, geometry, channels_last, *sums)
+        return lambda: pool.lp_pool_backward(dy, kept, x, geometry, channels_last, it.norm)
+
+    operands = (x,) if direction == "forward" else (x, dy)
+    return Subject(problem, operands, ours, partial(_pytorch_pool, it, direction), it.taps, None)
+
+
+def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:
+    x = tensors[0]
+    names = {"max": "max", "average": "avg", "lp": "lp"}
+    function = getattr(F, f"{'adaptive_' if it.adaptive else ''}{names[it.kind]}_pool{it.rank}d")
+    arguments: dict[str, Any] = {"output_size": it.output_size}
+    if not it.adaptive:
+        sizes = zip(it.input_size, it.padding, it.dilation, it.window, it.stride, strict=True)
+        floors = tuple((h + 2 * pad - d * (r - 1) - 1) // s + 1 for h, pad, d, r, s in sizes)
+        arguments = {"kernel_size": it.window, "stride": it.stride, "ceil_mode": floors != it.output_size}
+        if it.kind != "lp":
+            arguments["padding"] = it.padding
+        if it.kind == "max":
+            arguments["dilation"] = it.dilation
+        if it.kind == "average":
+            arguments["count_include_pad"] = it.include_padding
+            # One-dimensional averages have no divisor of their own.
+            arguments |= {"divisor_override": it.divisor} if it.divisor else {}
+    if it.kind == "lp":
+        function = partial(function, norm_type=it.norm)
+    if direction == "forward":
+        return lambda: function(x, **arguments)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, **arguments)
+    dy = tensors[1]
+    return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+
+
+# Sums over pixels: a bias's gradient, or those of batch norm.
+
+
+def _sums(problem: Problem) -> Subject:
+    kind, channels = dict(problem.kind), dict(problem.channels)["C"]
+    moved, element = int(kind["moved"]), int(kind["element"])
+    if not problem.space.startswith("pixels_split"):
+        raise ValueError("a pass with one config")
+    dtype = {2: torch.bfloat16, 4: torch.float32}[element]
+    shape = (1, channels, dict(problem.sizes)["pixels"])
+    large = Operand(shape, strides_like(shape, True), dtype)
+    vector = Operand((channels,), (1,), torch.float32)
+    if moved == 1:
+
+        def bias(tensors: Operands) -> Call:
+            return lambda: tensors[0].sum((0, 2))
+
+        return Subject(
+            problem, (large,), lambda tensors, gpu: partial(conv.channel_sum, *tensors), bias, shape[2], None
+        )
+    # The gradient behind the activation comes from z where there are three; a fourth is a residual.
+    how = Activated(1e-5, "identity" if moved == 2 else "relu")
+
+    def ours(tensors: Operands, gpu: Gpu) -> Call:
+        dz, y, mean, *further = tensors
+        z, residual = (*further, None, None)[:2]
+        norm = mean, torch.ones_like(mean), None, None
+        return lambda: batch_norm_act_sums(dz, y, z, norm, None, residual, how)
+
+    def pytorch(tensors: Operands) -> Call:
+        dz, y, mean, *further = tensors
+
+        def sums() -> Tensor:
+            g = dz * (further[0] > 0) if further else dz
+            xhat = (y - mean[:, None]) * (1 + how.eps) ** -0.5
+            return torch.stack([g.sum((0, 2)), (g * xhat).sum((0, 2)), torch.zeros_like(mean)])
+
+        return sums
+
+    operands = (large, large, vector, *(large,) * (moved - 2))
+    return Subject(problem, operands, ours, pytorch, shape[2], None, native=False)
