@@ -39,9 +39,9 @@ class Launch:
     again: dict[int, Callable[..., None]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "arguments", {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
-        )
+        # Fused products and sums: Triton's default now, and not for ever.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        object.__setattr__(self, "arguments", {**self.constants, **options})
         object.__setattr__(self, "again", {})
 
     @cached_property

@@ -149,8 +149,10 @@ def _sizes(text: int | str) -> tuple[int, ...]:
 def version_of(space: str) -> Version:
     """The code that a problem of this space would be measured under."""
     named = [files for name, files in FILES.items() if space.startswith(name)]
-    files = named[0] if named else (max((f for f, _ in _jit_functions() if space.startswith(f)), key=len),)
-    # Triton fuses products and sums unless told otherwise, and no launch of ours tells it.
+    files = (
+        named[0] if named else (max((f for f, _ in _jit_functions() if space.startswith(f)), key=len, default=space),)
+    )
+    # Every launch has products and sums fused.
     return Version(triton.__version__, source_hash(files), True, POLICY)
 
 

@@ -53,7 +53,7 @@ def test_the_binary_is_kept_and_gets_every_argument_in_the_kernels_order(on_gpu:
     launch = Launch(kernel, (7, 2, 1), ("*fp32", None), (4, 0.5), {"ACT": len, "BLOCK": 64}, 4, 3)
     for _ in range(3):
         run(launch, x, None)
-    named = {"ACT": len, "BLOCK": 64, "num_warps": 4, "num_stages": 3}
+    named = {"ACT": len, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     again = ("again", (7, 2, 1), x, None, 4, 0.5, 64, len)
     assert kernel.made == [("first", (7, 2, 1), x, None, 4, 0.5, named), again, again]
 
