@@ -329,13 +329,14 @@ def session(
     """
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
-    ended = {(each.problem, each.version, each.gpu) for each in known if isinstance(each, Tuned)}
+    ended = {(each.problem, each.version, each.gpu, each.multiprocessors) for each in known if isinstance(each, Tuned)}
     open_tasks = [task for task in tasks if again or _identity(task.asked) not in ended]
     open_tasks.sort(key=lambda task: -share_of(task))
     earlier: dict[tuple[object, ...], list[Measured]] = {}
     for each in known:
         if isinstance(each, Measured) and not (again and each.status == "ok"):
-            earlier.setdefault((each.problem, each.version, each.gpu), []).append(each)
+            identity = each.problem, each.version, each.gpu, each.multiprocessors
+            earlier.setdefault(identity, []).append(each)
     end = clock() + budget
     found: list[Tuned] = []
     left = sum(map(share_of, open_tasks))
@@ -375,4 +376,4 @@ def expected_gain(asked: Asked) -> float:
 
 
 def _identity(asked: Asked) -> tuple[object, ...]:
-    return asked.problem, asked.version, asked.gpu.name
+    return asked.problem, asked.version, asked.gpu.name, asked.gpu.multiprocessors

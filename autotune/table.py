@@ -33,11 +33,11 @@ _FILE = schema.record(
 
 
 class Table:
-    """Tuned problems of one GPU. Of two that are alike the later one counts."""
+    """Tuned problems of one GPU. Of two entries for one problem and version the later counts, by date."""
 
     def __init__(self, entries: Iterable[Tuned] = ()) -> None:
         self._exact: dict[tuple[Problem, Version], Tuned] = {}
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: entry.date):
             self._exact[entry.problem, entry.version] = entry
         self._families: dict[tuple[Any, ...], list[Tuned]] = {}
         for entry in self._exact.values():
@@ -95,7 +95,7 @@ def read_table(path: Path) -> list[Tuned]:
 def write_table(path: Path, entries: Iterable[Tuned], fastconv: str, date: str, model: str | None = None) -> None:
     """Publish a table of one GPU's entries, sorted, a problem a line. ``fastconv``: the version or commit that wrote
     it; ``model``: of a lock file. Raises ValueError for no entries or several GPUs, OSError."""
-    entries = sorted(entries, key=lambda entry: entry.date)
+    entries = list(entries)
     gpus = {(entry.gpu, entry.multiprocessors) for entry in entries}
     if len(gpus) != 1:
         raise ValueError(f"{path}: a table holds the measurements of one GPU, but got {len(gpus)}")

@@ -20,6 +20,12 @@ def pytest_report_header() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "numpy")) + f", kernels {mode}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nobodys_measurements(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tiles are what every machine chooses, not what somebody once measured on this one."""
+    os.environ["FASTCONV_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # The same numbers whichever tests ran before in this process.
     torch.manual_seed(0)

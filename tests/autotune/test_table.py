@@ -22,7 +22,8 @@ def names(entries: list[Any]) -> list[Any]:
 
 
 def test_exact_is_of_one_version_and_the_latest() -> None:
-    table = Table([tuned(seconds=1.0), tuned(seconds=2.0), tuned(version=OTHER, seconds=3.0)])
+    old = tuned(seconds=4.0, date="2024-12-31T23:59:59Z")
+    table = Table([tuned(seconds=1.0), tuned(seconds=2.0), tuned(version=OTHER, seconds=3.0), old])
     assert len(table) == 2
     found = table.exact(problem(), VERSION)
     assert found is not None and found.seconds == 2.0

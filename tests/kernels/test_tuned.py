@@ -142,6 +142,10 @@ def test_every_space_has_the_source_of_its_kernels() -> None:
     )
 
 
+def test_space_of_another_release_has_a_version_of_its_own() -> None:
+    assert tuned.version_of("winograd").source not in {tuned.version_of(space.name).source for space in spaces()}
+
+
 def test_source_is_the_kernels_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = """
 import triton
