@@ -323,11 +323,13 @@ def draw(passes: Sequence[Any], path: Path) -> None:
     import re
     import textwrap
 
-    from matplotlib.figure import Figure
-
     from fastconv.cli import BadUsage
     from fastconv.cli.measure.tables import _tile
 
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise BadUsage("--plot needs matplotlib: pip install 'fastconv[cli]'") from error
     shown = [it for it in passes if it.considered is not None]
     if not shown:
         raise BadUsage("--plot: these passes have one form and no tile to choose")
@@ -358,7 +360,10 @@ def draw(passes: Sequence[Any], path: Path) -> None:
         axes.set_xticks(range(len(order)), order, rotation=90, fontsize=7)
         axes.set(ylabel="microseconds, predicted", title=f"{it.found.name}  {it.problem}, {it.gpu.name}")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise BadUsage(f"--plot {path}: {error.strerror}") from error
 
 
 class _progress:
