@@ -126,7 +126,7 @@ ENTRIES = (
         "dense",
         ("resnet50", "vgg16", "unet"),
         lambda call: call.groups == 1 and not call.first,
-        speed=0.5,
+        speed=0.6,
         rivals=(EAGER,),
         batches=(64, 256),
         turn=3,
