@@ -8,11 +8,11 @@ from typing import Any
 
 from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
-COMMANDS = ("bench", "check", "explain", "inspect")
+COMMANDS = ("bench", "cache", "check", "explain", "inspect")
 # What these compute with: kernels that run on a GPU, or interpreted where there is none.
 NUMERIC = ("bench", "check", "explain")
 # What compiles for GPUs that need not be here.
-COMPILING = ("inspect",)
+COMPILING = ("inspect")
 
 
 class BadUsage(Exception):
