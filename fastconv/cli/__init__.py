@@ -12,7 +12,7 @@ COMMANDS = ("bench", "cache", "check", "explain", "inspect")
 # What these compute with: kernels that run on a GPU, or interpreted where there is none.
 NUMERIC = ("bench", "check", "explain")
 # What compiles for GPUs that need not be here.
-COMPILING = ("inspect")
+COMPILING = ("inspect",)
 
 
 class BadUsage(Exception):
