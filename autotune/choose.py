@@ -50,6 +50,7 @@ class Regime(NamedTuple):
 
     tune: str = "cached"  # one of TUNE: "off" the cost model alone; "first", "force": the measurer may run
     stable: bool = False
+    fastest: bool = True  # PyTorch's own op where it was measured faster
 
 
 CACHED = Regime()
@@ -193,7 +194,7 @@ def _decide(
     may_measure = regime.tune == "force" or (regime.tune == "first" and not _exact(known, problem, version))
     if may_measure and not known.lock.exact(problem, version):
         _measure(Asked(space, features, work, gpu, problem, version, model), known)
-    choice = _look_up(known, problem, version, space, work, gpu, model, regime.stable)
+    choice = _look_up(known, problem, version, space, work, gpu, model, regime)
     if choice.source in (NEAREST, COST_MODEL) and caller.live(gpu):
         _note(Met(problem, gpu.name, gpu.multiprocessors, version, now()))
     return choice
@@ -211,8 +212,10 @@ def _look_up(
     work: Callable[[Config], Work],
     gpu: Gpu,
     model: Choice,
-    stable: bool,
+    regime: Regime,
 ) -> Choice:
+    stable = regime.stable
+
     def usable(config: Config) -> Prediction | None:
         if config not in space or (stable and not space.same_order(config, model.config)):
             return None
@@ -224,7 +227,8 @@ def _look_up(
             config, measured = _of_order(entry, space, model.config) if stable else (entry.config, entry.seconds)
             prediction = usable(config)
             if prediction is not None:
-                faster = entry.pytorch is not None and entry.pytorch * (1 + entry.noise) < measured
+                pytorch = entry.pytorch if regime.fastest else None
+                faster = pytorch is not None and pytorch * (1 + entry.noise) < measured
                 of = None if entry is exact else entry.problem.describe()
                 return Choice(config, source, prediction.seconds, prediction.bound, measured, faster, of)
     near = [entry for table in (known.user, known.shipped) for entry in table.nearest(problem, version)]

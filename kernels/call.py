@@ -11,12 +11,22 @@ from typing import Any
 
 import torch
 
+from fastconv.autotune.choose import on_change
 from fastconv.kernels import dispatch
 from fastconv.kernels.descriptor import aligned
 from fastconv.kernels.launch import Launch, deciding, run
+from fastconv.kernels.tuned import regime
 
 Sizes = tuple[int, ...]
 Operands = tuple[torch.Tensor | None, ...]
+
+
+class Uncovered(NotImplementedError):
+    """No kernel family serves the call; the message says why."""
+
+
+class Slower(Uncovered):
+    """One would serve it, but PyTorch's own op was measured faster."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +43,17 @@ class Call:
     packed: int = 0  # elements of the second operand as the first launch lays it out for the second
 
 
-_calls: dict[tuple[Any, ...], Call] = {}
+# Of a call that PyTorch's own op serves: the exception that says so, and its message.
+_calls: dict[tuple[Any, ...], Any] = {}
 # A program that never meets the same sizes twice must not keep them all.
 MAX_CALLS = 8192
+# Nor may one outlive the tables that its tiles came from.
+on_change(_calls.clear)
 
 
 def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
-    """What ``prepare(gpu, operands, *arguments)`` returns, prepared at most once for what decides it."""
+    """What ``prepare(gpu, operands, *arguments)`` returns, or the Uncovered that it raises: prepared at most once for
+    what decides it."""
     first = operands[0]
     assert first is not None
     gpu = dispatch.target(first.device)
@@ -47,12 +61,20 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
         return prepare(gpu, operands, *arguments)
     precision = dispatch.fp32_precision(first.dtype)
     kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, aligned(t)) for t in operands])
-    key = (prepare, gpu.name, dispatch.single_family(), precision, kinds, arguments)
+    key = (prepare, gpu.name, dispatch.single_family(), regime(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
-        call = _calls[key] = prepare(gpu, operands, *arguments)
+        try:
+            call = prepare(gpu, operands, *arguments)
+        except Uncovered as refusal:
+            # (An exception that is kept would keep the operands, by its traceback.)
+            call = type(refusal), str(refusal)
+        _calls[key] = call
+    if isinstance(call, tuple) and isinstance(call[0], type):
+        refusal_type, reason = call
+        raise refusal_type(reason)
     return call
 
 

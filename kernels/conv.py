@@ -12,7 +12,7 @@ from torch import Tensor
 from fastconv.autotune import Config, Gpu
 from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.batch_norm import combine_statistics
-from fastconv.kernels.call import Call, Operands, Sizes, execute, prepared
+from fastconv.kernels.call import Call, Operands, Sizes, Slower, Uncovered, execute, prepared
 from fastconv.kernels.descriptor import aligned
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import Epilogue, check_operands
@@ -36,10 +36,6 @@ from fastconv.kernels.tiles import pixel_tile
 
 # The epilogue's operands: batch norm's mean, variance, weight and bias, PReLU's slope, the residual.
 NO_EPILOGUE = (None,) * 6
-
-
-class Uncovered(NotImplementedError):
-    """No kernel family serves the call; the message says why."""
 
 
 def conv_fprop(
@@ -293,7 +289,8 @@ def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[str, Config, tuple[Launch, ...]]:
     plan = dispatch.plan(direction, problem, gpu, layout)
     if plan.choice is None:
-        raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
+        refusal = Slower if plan.slower else Uncovered
+        raise refusal("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
     return plan.family, plan.choice.config, plan.launches
 
 

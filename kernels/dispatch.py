@@ -21,10 +21,11 @@ from fastconv.kernels import mend
 from fastconv.kernels.conv_depthwise import MAX_ROW, MAX_STRIDE, conv_depthwise, conv_depthwise_wgrad
 from fastconv.kernels.conv_gather import conv_gather, packed_groups
 from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad, gemm_unfit
+from fastconv.kernels.conv_pixels import conv_pixels
 from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
 from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
 from fastconv.kernels.conv_wgrad import conv_wgrad
-from fastconv.kernels.descriptor import bulk
+from fastconv.kernels.descriptor import ALIGNMENT, bulk
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch, decided
 from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_strides
@@ -37,6 +38,8 @@ from fastconv.kernels.tiles import (
     gather_tile,
     gemm_tile,
     gemm_wgrad_tile,
+    pixels_slower,
+    pixels_tile,
     pixels_wgrad_tile,
     pool_tile,
     rows_tile,
@@ -68,6 +71,7 @@ class Plan:
     choice: Choice | None
     launches: tuple[Launch, ...]
     reasons: tuple[tuple[str, str], ...]
+    slower: bool = False  # a kernel serves it, but PyTorch's own op was measured faster
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,37 @@ def _pixels_wgrad_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, la
     if not layout.aligned or not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
     return _gather_unsupported(direction, problem, gpu, layout)
+
+
+def _pixels_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    reason = _unfit_for_bulk_copies(problem, gpu, layout)
+    if reason is not None:
+        return reason
+    if direction == "dgrad" and problem.dtype is torch.float32:
+        return "tensor cores do not transpose float32 in shared memory"
+    c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    width = ALIGNMENT // problem.dtype.itemsize
+    if c % width or k % width:
+        return (
+            f"bulk copies begin at multiples of 16 bytes, {c} to {k} channels do not: a gather reads them as they lie"
+        )
+    if problem.groups > 1 and (c % 64 or k % 64):
+        return f"groups of {c} to {k} channels fill no tile"
+    if problem.batch < 16:
+        return f"{problem.batch} images leave most of a box empty"
+    shapes = problem.lifted.input_shape, problem.lifted.output_shape
+    views = zip(shapes[:: -1 if direction == "dgrad" else 1], (layout.source, layout.other), strict=True)
+    if not all(bulk(problem.dtype, *view) for view in views):
+        return "operands whose pixels do not lie at multiples of 16 bytes"
+    precision = fp32_precision(problem.dtype)
+    return _gather_unsupported(direction, problem, gpu, layout) or pixels_slower(direction, problem, precision, gpu)
+
+
+def _plan_pixels(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    precision = fp32_precision(problem.dtype)
+    choice = pixels_tile(direction, problem, precision, gpu)
+    source, other, bias, epilogue = layout.source, layout.other, layout.bias, layout.epilogue
+    return choice, (conv_pixels(direction, problem, choice.config, precision, source, other, bias, epilogue),)
 
 
 def _plan_pixels_wgrad(
@@ -249,6 +284,7 @@ def _plan_depthwise(
 
 DEPTHWISE = Family("depthwise", _depthwise_unsupported, _plan_depthwise)
 GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
+PIXELS = Family("pixels", _pixels_unsupported, _plan_pixels)
 PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad)
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
 GEMM = Family("gemm", _gemm_unsupported, _plan_gemm)
@@ -256,8 +292,8 @@ GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     # An image's gradient is hardly ever asked for.
-    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, GATHER)),
-    "dgrad": (DEPTHWISE, GROUPED, GEMM, GATHER),
+    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS, GATHER)),
+    "dgrad": (DEPTHWISE, GROUPED, GEMM, PIXELS, GATHER),
     "wgrad": (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS_WGRAD, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }
@@ -273,6 +309,10 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
         reason = family.unsupported(direction, problem, gpu, layout)
         if reason is None:
             choice, launches = family.plan(direction, problem, gpu, layout)
+            # (What was measured had no epilogue; and what a pool keeps for backward PyTorch's own cannot read.)
+            if choice.pytorch_faster and direction in DIRECTIONS and layout.epilogue == PLAIN:
+                reasons.append((family.name, "PyTorch's own op was measured faster"))
+                return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons), slower=True))
             return decided(Plan(direction, problem, family.name, choice, launches, tuple(reasons)))
         reasons.append((family.name, reason))
     return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons)))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.call import Operands, Sizes, prepared
-from fastconv.kernels.conv import Uncovered
+from fastconv.kernels.call import Operands, Sizes, Uncovered, prepared
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.layout import Strides, contiguous_channels, is_channels_last, pixel_strides, strides_like

@@ -55,9 +55,9 @@ def agree(gpu: Gpu, tables: Tables) -> None:
 
 
 def may_measure(tune: str) -> str:
-    """The setting ``tune`` as a rank may follow it: where there are several none measures by its own clock."""
+    """A setting ``tune`` that measures, as a rank may follow it: where there are several none does by its own clock."""
     global _told
-    if tune in ("cached", "off") or world_size() == 1:
+    if world_size() == 1:
         return tune
     if not _told:
         _told = True

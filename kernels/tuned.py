@@ -6,6 +6,7 @@ import ast
 import hashlib
 from collections.abc import Callable, Hashable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import triton
 
 from fastconv.autotune import Caller, Choice, Config, Gpu, Problem, Regime, Space, Version, Work, gpu_named
 from fastconv.autotune import choose as ask
+from fastconv.autotune.choose import TUNE
 from fastconv.autotune.measure import POLICY
 from fastconv.kernels import mend, ranks
 from fastconv.kernels.conv_rows import Rows
 from fastconv.kernels.launch import deciding
 from fastconv.kernels.problem import ConvProblem, PoolProblem
-from fastconv.settings import settings
 
 # The files whose kernels a space is of, by the beginning of its name, where no file is called as that begins.
 FILES = {"pixels": ("batch_norm",), "pool": ("pool_window", "pool_gradient")}
@@ -189,18 +190,29 @@ def _jit_functions() -> dict[tuple[str, str], ast.FunctionDef]:
     return found
 
 
+# Who tells what the user set: (tune, numerics, prefer) for the thread that asks.
+_wishes: list[Callable[[], tuple[str, str, str]]] = []
+
+
+def ask_for_wishes(wishes: Callable[[], tuple[str, str, str]]) -> None:
+    """Let ``wishes()`` tell what the user set, for the thread that asks: settings are not the kernels'."""
+    _wishes[:] = [wishes]
+
+
 def regime() -> Regime:
-    """What the user set, for the thread that asks."""
-    in_backward = torch._C._current_graph_task_id() != -1
-    values = settings.values_in_backward if in_backward else settings.values
-    stable = values.numerics == "stable" or torch.are_deterministic_algorithms_enabled()
-    # (Ranks that measured by their own clock would disagree.)
-    tune = ranks.may_measure(values.tune)
-    return _REGIMES[tune, stable]
+    """What choices are made by, for the thread that asks."""
+    tune, numerics, prefer = _wishes[0]() if _wishes else ("cached", "fast", "fastest")
+    if tune in ("first", "force"):
+        # Ranks that measured by their own clock would disagree; what is captured must be known.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        tune = "cached" if capturing else ranks.may_measure(tune)
+    stable = numerics == "stable" or torch.are_deterministic_algorithms_enabled()
+    return _REGIMES[tune, stable, prefer == "fastest"]
 
 
 _REGIMES = {
-    (tune, stable): Regime(tune, stable) for tune in ("off", "cached", "first", "force") for stable in (False, True)
+    (tune, stable, fastest): Regime(tune, stable, fastest)
+    for tune, stable, fastest in product(TUNE, (False, True), (False, True))
 }
 
 

@@ -19,9 +19,11 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.kernels import conv as kernels
+from fastconv.kernels import tuned
+from fastconv.kernels.call import Slower
 from fastconv.kernels.layout import is_channels_last, strides_like, weight_format, weight_strides
 from fastconv.kernels.problem import conv_problem
-from fastconv.settings import settings
+from fastconv.settings import Values, settings
 
 log = logging.getLogger("fastconv")
 
@@ -42,15 +44,30 @@ def _operator(schema: str, implementation: Any, fake: Any) -> Any:
     return operator
 
 
+def _in_force() -> Values:
+    """The settings for the thread that asks: in backward it is autograd's."""
+    return settings.values_in_backward if torch._C._current_graph_task_id() != -1 else settings.values
+
+
+def _wishes() -> tuple[str, str, str]:
+    values = _in_force()
+    return values.tune, values.numerics, values.prefer
+
+
+tuned.ask_for_wishes(_wishes)
+
+
 @lru_cache(maxsize=1024)
 def _say_once(name: str, reason: str) -> None:
     log.info("%s runs PyTorch's own op: %s", name, reason)
 
 
 def _fall_back(name: str, reason: Exception) -> None:
-    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log."""
-    in_backward = torch._C._current_graph_task_id() != -1
-    if (settings.values_in_backward if in_backward else settings.values).strict:
+    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log.
+
+    Where PyTorch's op was measured faster, it is what ``settings(prefer="fastest")`` asks for: a line alone.
+    """
+    if _in_force().strict and not isinstance(reason, Slower):
         raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
     _say_once(name, str(reason))
 

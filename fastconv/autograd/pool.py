@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from fastconv.autograd.conv import _fall_back, _operator, _tracked
 from fastconv.kernels import pool as kernels
-from fastconv.kernels.conv import Uncovered
+from fastconv.kernels.call import Uncovered
 from fastconv.kernels.layout import is_channels_last, strides_like
 from fastconv.kernels.problem import largest_share, output_size
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import fastconv.functional as F
 from fastconv.autotune import Space
 from fastconv.autotune.gpus import H200
 from fastconv.autotune.records import Met, from_line
-from fastconv.kernels import dispatch, mend, tiles, tuned
+from fastconv.kernels import call, dispatch, mend, tiles, tuned
+from fastconv.kernels.call import Slower, prepared
+from fastconv.kernels.launch import record
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem, conv_problem
 
 ROOT = Path(__file__).parents[2]
@@ -192,15 +195,82 @@ def launcher(x):
     tuned.source_hash.cache_clear()
 
 
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capturing, tune in ((False, "first"), (True, "cached")):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        with fastconv.settings(tune="first"):
+            assert tuned.regime().tune == tune
+
+
 def test_regime_follows_settings_and_torch() -> None:
-    assert tuned.regime() == ("cached", False)
-    with fastconv.settings(tune="off", numerics="stable"):
-        assert tuned.regime() == ("off", True)
+    assert tuned.regime() == ("cached", False, True)
+    with fastconv.settings(tune="off", numerics="stable", prefer="triton"):
+        assert tuned.regime() == ("off", True, False)
     torch.use_deterministic_algorithms(True)
     try:
-        assert tuned.regime() == ("cached", True)
+        assert tuned.regime() == ("cached", True, True)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_call_is_prepared_anew_when_what_decided_it_changed() -> None:
+    asked: list[Any] = []
+
+    def prepare(gpu: Any, operands: Any) -> str:
+        asked.append(tuned.regime())
+        return "prepared"
+
+    def call() -> None:
+        prepared(prepare, (torch.empty(1),), ())
+
+    with dispatch.use_target(H200):
+        call(), call()
+        with fastconv.settings(numerics="stable"):
+            call(), call()
+        call()
+        assert [(it.tune, it.stable) for it in asked] == [("cached", False), ("cached", True)]
+        chooser.forget()
+        call(), call()
+    assert len(asked) == 3
+
+
+def test_refused_call_is_refused_again_without_being_prepared() -> None:
+    asked: list[Any] = []
+
+    def prepare(gpu: Any, operands: Any) -> str:
+        asked.append(operands)
+        raise Slower("measured so")
+
+    for _ in range(3):
+        with pytest.raises(Slower, match="measured so"):
+            prepared(prepare, (torch.empty(1),), ())
+    assert len(asked) == 1
+
+
+@pytest.mark.skipif(not mend.interpreting(), reason="runs kernels in the interpreter")
+def test_pytorchs_op_runs_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strict or not: it is no fallback. Fused calls, which were not measured, and ``prefer="triton"`` run ours."""
+    measured = lambda *question: replace(tuned.choose(*question), pytorch_faster=tuned.regime().fastest)  # noqa: E731
+    monkeypatch.setattr(tiles, "choose", measured)
+    x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3)
+    monkeypatch.setattr(call, "_calls", {})
+    with record() as launches, fastconv.settings(strict=True):
+        y = fastconv.functional.conv2d(x, weight)
+    assert torch.equal(y, torch.nn.functional.conv2d(x, weight)) and not launches
+    plan = dispatch.plan("fprop", conv_problem(*_SHAPES), H200)
+    assert plan.family == "pytorch" and plan.slower
+    assert plan.reasons[-1][1] == "PyTorch's own op was measured faster"
+    with record() as launches, fastconv.settings(prefer="triton"):
+        fastconv.functional.conv2d(x, weight)
+    assert launches
+    norm = [torch.ones(8) for _ in range(4)]
+    with record() as launches, fastconv.settings(strict=True):
+        fastconv.functional.conv2d_bn_act(x, weight, None, *norm, training=False, momentum=0.1, eps=1e-5)
+    assert launches
+
+
+_SHAPES = (2, 8, 5, 5), (8, 8, 3, 3), None, (1, 1), (0,) * 4, (1, 1), 1, torch.float32
 
 
 def test_planning_for_a_gpu_elsewhere_is_no_user_of_it() -> None:
@@ -269,7 +339,7 @@ def rank(index, size):
     tables = Tables([], {0: [entry(1)], 1: [entry(1)], 2: [entry(2)], 3: []}[index], [])
     ranks.agree(H200, tables)
     assert [e.config for e in tables.user.entries] == [{"TILE": 1}], tables.user.entries
-    assert ranks.may_measure("first") == ranks.may_measure("force") == "cached" and ranks.may_measure("off") == "off"
+    assert ranks.may_measure("first") == ranks.may_measure("force") == "cached"
     if index:
         # Of a GPU that rank 0 never asks about its own tables stay, after a while.
         ranks.WAIT = timedelta(seconds=0.2)
