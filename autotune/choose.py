@@ -46,7 +46,7 @@ class Choice:
 
 
 class Regime(NamedTuple):
-    """What the user set. ``stable``: one order of summation for each problem, whatever is tuned."""
+    """What the user set. ``stable``: one order of summation for each problem, whatever is tuned, so never PyTorch's."""
 
     tune: str = "cached"  # one of TUNE: "off" the cost model alone; "first", "force": the measurer may run
     stable: bool = False
@@ -227,7 +227,8 @@ def _look_up(
             config, measured = _of_order(entry, space, model.config) if stable else (entry.config, entry.seconds)
             prediction = usable(config)
             if prediction is not None:
-                pytorch = entry.pytorch if regime.fastest else None
+                # (Its order of summation is another.)
+                pytorch = entry.pytorch if regime.fastest and not stable else None
                 faster = pytorch is not None and pytorch * (1 + entry.noise) < measured
                 of = None if entry is exact else entry.problem.describe()
                 return Choice(config, source, prediction.seconds, prediction.bound, measured, faster, of)

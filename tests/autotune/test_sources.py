@@ -127,6 +127,10 @@ def test_choice_says_what_was_measured(ask: Asker) -> None:
     assert (bucket.source, bucket.measured) == ("measured here", 1e-5) and "N=32" in str(bucket.of)
     chooser.learn(entry(1, seconds=1e-5, pytorch=0.9e-5, noise=0.01))
     assert ask().pytorch_faster
+    for regime in (Regime(fastest=False), Regime(stable=True)):
+        ask.regime = regime
+        assert not ask().pytorch_faster
+    ask.regime = Regime()
     near = ask(N=128)
     assert near.source == "nearest problem" and near.measured is None and not near.pytorch_faster
 
