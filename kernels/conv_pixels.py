@@ -17,6 +17,7 @@ the batch and channels past the last are read as 0 and not written; only statist
 
 from __future__ import annotations
 
+from functools import cache
 from math import gcd
 
 import triton
@@ -257,6 +258,33 @@ def conv_pixels_kernel(
             tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
             ACT, RESIDUAL_AFTER, RANK, PIXELS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+
+
+@cache
+def taps_walked(direction: str, problem: ConvProblem, pixels: int, pairs: int) -> float:
+    """Taps that a program walks, on average; of ``pairs`` the rows of taps."""
+    lifted = problem.lifted
+    source, size = lifted.input_size, lifted.output_size
+    if direction == "dgrad":
+        source, size = size, source
+    walked = 1.0
+    for axis in range(2 if pairs else 3):
+        r, stride, padding, dilation = (
+            values[axis] for values in (lifted.filter_size, lifted.stride, lifted.padding, lifted.dilation)
+        )
+        met = 0
+        for first in range(0, size[axis], width := pixels if axis == 2 else 1):
+            for tap in range(r):
+                for i in range(first, first + width):
+                    if direction == "dgrad":
+                        at, rest = divmod(i + padding - tap * dilation, stride)
+                    else:
+                        at, rest = i * stride - padding + tap * dilation, 0
+                    if rest == 0 and 0 <= at < source[axis]:
+                        met += 1
+                        break
+        walked *= met / -(-size[axis] // width)
+    return walked
 
 
 def pixel_view(

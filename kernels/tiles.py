@@ -11,9 +11,11 @@ from operator import mul
 import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work
+from fastconv.autotune.choose import RESOLUTION, by_cost_model
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_gemm import resident, resident_bytes, walkers
+from fastconv.kernels.conv_pixels import taps_walked
 from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_wgrad import wgrad_flat
@@ -25,6 +27,8 @@ from fastconv.kernels.pool_window import tile as pool_blocks
 from fastconv.kernels.problem import ConvProblem, PoolProblem
 from fastconv.kernels.tuned import choose
 
+# A space, what identifies the problem, what a config makes of it, the GPU, and what parameters must cover.
+Asked = tuple[Space, Hashable, Callable[[Config], Work], Gpu, Mapping[str, int]]
 # Largest tensor that Triton allows, in elements.
 MAX_ELEMENTS = 1 << 20
 
@@ -94,13 +98,62 @@ WGRAD = Space(
     _matrix_tile("BLOCK_K", "BLOCK_C", "BLOCK_M"),
 )
 WGRAD_DENSE = Space("conv_wgrad_dense", WGRAD.ranges, _wgrad_tile)
+# (images of all pixels of a box, BLOCK_K, PAIRS) of the pixel GEMM -> its warps and stages. Of a byte from L2 128x128
+# makes 64 FLOP, 128x64 and 64x128 make 43, 256x128 makes 85; pairs of the first make 110, of the others 70 and 77.
+PIXELS_TILES = {
+    (128, 128, 0): (8, 3),
+    (128, 64, 0): (4, 4),
+    (64, 128, 0): (4, 4),
+    (64, 64, 0): (4, 4),
+    (32, 128, 0): (4, 4),
+    (32, 64, 0): (4, 4),
+    (256, 128, 0): (8, 3),
+    (256, 64, 0): (8, 3),
+    (128, 256, 0): (8, 3),
+    (128, 128, 1): (8, 3),
+    (128, 64, 1): (4, 4),
+    (64, 128, 1): (8, 4),
+}
+
+
+def _pixels_tile(line: int) -> Callable[[Config], str | None]:
+    """A tile of the pixel GEMM. A box is as wide as a line of shared memory, ``line`` elements; of pairs half of it."""
+
+    def valid(config: Config) -> str | None:
+        pixels, pairs = config["PIXELS"], config["PAIRS"]
+        images = pixels * config["BLOCK_N"]
+        if pixels > 1 and images != 128:
+            return f"{images} rows of several pixels, not 128"
+        if config["BLOCK_C"] != line // (1 + pairs):
+            return "boxes of another width than a line of shared memory, or half of one for pairs"
+        if PIXELS_TILES.get((images, config["BLOCK_K"], pairs)) != (config["num_warps"], config["num_stages"]):
+            return "no tile that compilers were seen to pipeline, or other warps or stages than it asks for"
+        return None
+
+    return valid
+
+
+CONV_PIXELS = Space(
+    "conv_pixels",
+    {
+        "BLOCK_N": (128, 64, 32, 16, 256),
+        "BLOCK_K": (128, 64, 256),
+        "BLOCK_C": (64, 32),
+        "PIXELS": (1, 2, 4, 8),
+        "PAIRS": (0, 1),
+        "num_warps": (8, 4),
+        "num_stages": (3, 4),
+    },
+    _pixels_tile(64),
+    order=("PAIRS",),
+)
+CONV_PIXELS_FP32 = Space("conv_pixels_fp32", {**CONV_PIXELS.ranges, "PAIRS": (0,)}, _pixels_tile(32), order=())
 # (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. Of one tap 128x128 makes 64 FLOP of a byte
 # from L2 and 64x64 makes 32; of three taps the first makes 96, of three and two outputs the second makes 64.
 PIXELS_WGRAD_TILES = {
     (128, 128, 3, 1): 8,
     (128, 64, 3, 2): 8,
     (64, 64, 3, 2): 4,
-    (64, 128, 3, 1): 8,
     (128, 64, 3, 1): 8,
     (64, 64, 3, 1): 4,
     (128, 128, 1, 1): 8,
@@ -139,9 +192,7 @@ PIXELS_WGRAD = Space(
     _pixels_wgrad_tile,
     free=("SPLITS",),
 )
-PIXELS_WGRAD_ROW = replace(
-    PIXELS_WGRAD, name="conv_pixels_wgrad_row", ranges={**PIXELS_WGRAD.ranges, "TAPS": (3, 1)}
-)
+PIXELS_WGRAD_ROW = replace(PIXELS_WGRAD, name="conv_pixels_wgrad_row", ranges={**PIXELS_WGRAD.ranges, "TAPS": (3, 1)})
 PIXELS_WGRAD_PAIR = replace(
     PIXELS_WGRAD, name="conv_pixels_wgrad_pair", ranges={**PIXELS_WGRAD_ROW.ranges, "COLUMNS": (2, 1)}
 )
@@ -361,6 +412,11 @@ def _is_dense(problem: ConvProblem, share: float, pack: int) -> bool:
 
 def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
     """The tile of fprop or dgrad; ``pack`` groups share one."""
+    return _choose(*_gather(direction, problem, precision, gpu, pack))
+
+
+def _gather(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, pack: int) -> Asked:
+    """What `gather_tile` chooses from."""
     groups = problem.groups // pack
     k, c = problem.out_channels // groups, problem.in_channels // groups
     pixels, phases = problem.output_pixels, 1
@@ -405,7 +461,7 @@ def gather_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, 
 
     width = {"BLOCK_K": k, "BLOCK_C": c} if pack > 1 else {}
     space = GATHER_SPLIT if _is_dense(problem, share, pack) else GATHER
-    return _choose(space, (direction, problem, precision, pack), work, gpu, width)
+    return space, (direction, problem, precision, pack), work, gpu, width
 
 
 def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
@@ -441,6 +497,74 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) ->
 
     space = WGRAD_DENSE if _is_dense(problem, share, pack) else WGRAD
     return _choose(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
+
+
+def pixels_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
+    """The tile of the pixel GEMM, fprop or dgrad."""
+    return _choose(*_pixels(direction, problem, precision, gpu))
+
+
+def pixels_slower(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> str | None:
+    """The cost model's reason to gather what the pixel GEMM could serve: it is predicted to take far longer."""
+    pixels, gather = (
+        by_cost_model(space, work, gpu).seconds
+        for space, _, work, *_ in (
+            _pixels(direction, problem, precision, gpu),
+            _gather(direction, problem, precision, gpu, 1),
+        )
+    )
+    if pixels <= (1 + RESOLUTION) * gather:
+        return None
+    return f"predicted to take {pixels / gather:.1f} times as long as a gather"
+
+
+def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Asked:
+    """What `pixels_tile` chooses from."""
+    lifted, groups, element = problem.lifted, problem.groups, problem.dtype.itemsize
+    share = matrix_share(problem.dtype, precision)
+    (_, c, *source), (_, k, *size) = lifted.input_shape, lifted.output_shape
+    if direction == "dgrad":
+        (c, source), (k, size) = (k, size), (c, source)
+    c, k = c // groups, k // groups
+    shared = lifted.filter_size[2]  # taps of a row
+    # Of x what the filter spans around a row of outputs, or around a plane, is read from DRAM once if L2 holds it.
+    spans = [min(n, d * (r - 1) + 1) for n, r, d in zip(source, lifted.filter_size, lifted.dilation, strict=True)]
+
+    def work(config: Config) -> Work:
+        n, m, pixels, pairs = (config[name] for name in ("BLOCK_N", "BLOCK_K", "PIXELS", "PAIRS"))
+        depth, rows = config["BLOCK_C"], n * pixels
+        columns = _cdiv(size[2], 2 if pairs else pixels)
+        boxes = (shared + 1) * rows + shared * m if pairs else rows + m
+        accumulators = rows * m * (1 + pairs) // (32 * config["num_warps"])
+        image = n * source[2] * c * groups * element
+        again = 1
+        if spans[1] * image > gpu.l2_bytes // 2:
+            again = spans[0] * spans[1]
+        elif spans[0] * source[1] * image > gpu.l2_bytes // 2:
+            again = spans[0]
+        return Work(
+            programs=_cdiv(problem.batch, n) * size[0] * size[1] * columns * _cdiv(k, m) * groups,
+            steps=max(1, round(taps_walked(direction, problem, pixels, pairs) * _cdiv(c, depth))),
+            step_flops=2 * rows * m * depth * (2 * shared if pairs else 1),
+            step_elements=boxes * depth,
+            step_bytes=boxes * depth * element,
+            dram_bytes=problem.bytes + (again - 1) * problem.batch * prod(source) * c * groups * element,
+            shared_memory=config["num_stages"] * boxes * depth * element,
+            registers=26 + accumulators,
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=share,
+        )
+
+    narrow = {"BLOCK_K": (64,)} if k <= 64 or groups > 1 else {}
+    if lifted.stride[2] > 1:
+        narrow["PIXELS"] = (1,)
+    # Tensor memory has no room for pairs as Triton lays them out.
+    if not (gpu.wgmma and element == 2 and shared == 3 and lifted.stride[2] == lifted.dilation[2] == 1):
+        narrow["PAIRS"] = (0,)
+    space = CONV_PIXELS if element == 2 else CONV_PIXELS_FP32
+    space = replace(space, ranges={**space.ranges, **narrow})
+    return space, (direction, problem, precision), work, gpu, {}
 
 
 def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
