@@ -65,38 +65,45 @@ def measured(chosen: list[operators.Task], progress: Progress, deadline: float =
     return {part["id"].removeprefix("operators-"): part for part in parts}
 
 
-def test_each_direction_of_each_entry_is_compared_then_timed(progress: Progress) -> None:
-    parts = measured(tasks(), progress)
-    expected = {
-        "dense": {"fprop", "dgrad", "wgrad", "together"},
-        "pool": {"forward", "forward, training", "backward", "together"},
-        "first-layer": {"fprop", "wgrad", "together"},
-    }
-    families = {"depthwise": "depthwise", "grouped": "grouped", "dense": "gather", "pool": "pool"}
-    assert parts.keys() == {entry.name for entry in ENTRIES}
-    for name, part in parts.items():
-        assert part["verdict"] == "right", part["reason"]
-        assert part["copy_bandwidth"] > 0 and part["matrix_rate"] > 0
-        assert {row["direction"] for row in part["rows"]} == expected.get(name, expected["dense"])
-        for row in part["rows"]:
-            assert row["status"] == "ok" and row["launches"] and row["bytes"] and row["noise"] >= 0
-            assert (row["tile"] is None) == (row["direction"] == "together")
-            assert (row["flops"] > 0) == (name != "pool")
-            assert row["family"] == families.get(name, row["family"])
-            assert [provider["provider"] for provider in row["providers"]] == list(registry.PROVIDERS)
-            for provider in row["providers"]:
-                assert provider["status"] == "ok", row
-                assert provider["ms"]["median"] > 0 and provider["alone_ms"]["median"] > 0
-        speeds = [row["speed"] for row in part["rows"]]
-        assert speeds == sorted(speeds)
-        assert {mean["network"] for mean in part["means"]} == {"tests.cli.tiny:every_kind", "all"}
-        directions = len(part["rows"]) - 1  # but for all together
-        assert sum(sum(counts.values()) for counts in part["families"].values()) == directions
-    bytes_moved = {row["direction"]: row["bytes"] for row in parts["pool"]["rows"]}
-    # What is kept has a byte for each maximum.
-    assert bytes_moved["forward"] < bytes_moved["forward, training"] == bytes_moved["backward"]
-    flops = {row["direction"]: row["flops"] for row in parts["dense"]["rows"]}
-    assert flops["together"] == flops["fprop"] + flops["dgrad"] + flops["wgrad"]
+DIRECTIONS = {
+    **{key: {"fprop", "dgrad", "wgrad", "together"} for key in ("dense", "depthwise", "grouped")},
+    "pool": {"forward", "forward, training", "backward", "together"},
+    "first-layer": {"fprop", "wgrad", "together"},
+}
+FAMILIES = {"depthwise": "depthwise", "grouped": "grouped", "dense": "gather", "pool": "pool"}
+
+
+def test_every_entry_is_measured_here() -> None:
+    assert DIRECTIONS.keys() == {entry.name for entry in ENTRIES}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_each_direction_is_compared_then_timed(name: str, progress: Progress) -> None:
+    (part,) = measured(tasks(name), progress).values()
+    assert (part["id"], part["verdict"]) == (f"operators-{name}", "right"), part["reason"]
+    assert part["copy_bandwidth"] > 0 and part["matrix_rate"] > 0
+    rows = {row["direction"]: row for row in part["rows"]}
+    assert rows.keys() == DIRECTIONS[name]
+    for row in part["rows"]:
+        assert row["status"] == "ok" and row["launches"] and row["bytes"] and row["noise"] >= 0
+        assert (row["tile"] is None) == (row["direction"] == "together")
+        assert (row["flops"] > 0) == (name != "pool")
+        assert row["family"] == FAMILIES.get(name, row["family"])
+        assert [provider["provider"] for provider in row["providers"]] == list(registry.PROVIDERS)
+        for provider in row["providers"]:
+            assert provider["status"] == "ok", row
+            assert provider["ms"]["median"] > 0 and provider["alone_ms"]["median"] > 0
+    speeds = [row["speed"] for row in part["rows"]]
+    assert speeds == sorted(speeds)
+    assert {mean["network"] for mean in part["means"]} == {"tests.cli.tiny:every_kind", "all"}
+    directions = len(rows) - 1  # but for all together
+    assert sum(sum(counts.values()) for counts in part["families"].values()) == directions
+    if name == "pool":
+        # What is kept has a byte for each maximum.
+        assert rows["forward"]["bytes"] < rows["forward, training"]["bytes"] == rows["backward"]["bytes"]
+    else:
+        apart = sum(rows[direction]["flops"] for direction in ("fprop", "dgrad", "wgrad") if direction in rows)
+        assert rows["together"]["flops"] == apart
 
 
 def test_what_is_launched_is_found_without_data() -> None:
@@ -162,18 +169,20 @@ def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.Mon
     assert part["verdict"] == "wrong"
 
 
-def test_one_family_alone_is_a_provider_of_its_own(progress: Progress) -> None:
+@pytest.mark.parametrize(("name", "served"), [("dense", "skipped"), ("depthwise", "ok")])
+def test_one_family_alone_is_a_provider_of_its_own(name: str, served: str, progress: Progress) -> None:
     names = ("fastconv:gather", "fastconv:depthwise")
-    parts = measured(tasks("dense", "depthwise", providers=names), progress)
-    for name, served in (("dense", "skipped"), ("depthwise", "ok")):
-        part = parts[name]
-        assert (part["verdict"], part["ours"]) == ("right", "fastconv:gather")
-        for row in part["rows"]:
-            entries = {entry["provider"]: entry for entry in row["providers"]}
-            assert row["family"] == "gather"
-            assert entries.keys() == {"eager", *names}
-            assert entries["fastconv:depthwise"]["status"] == served
-            assert all(not record.startswith("conv_depthwise") for record in row["launches"])
+    (part,) = measured(tasks(name, providers=names), progress).values()
+    assert (part["verdict"], part["ours"]) == ("right", "fastconv:gather")
+    for row in part["rows"]:
+        entries = {entry["provider"]: entry for entry in row["providers"]}
+        assert row["family"] == "gather"
+        assert entries.keys() == {"eager", *names}
+        assert entries["fastconv:depthwise"]["status"] == served
+        assert not [record for record in row["launches"] if record.startswith("conv_depthwise")]
+
+
+def test_a_family_that_serves_nothing_of_an_entry_is_skipped(progress: Progress) -> None:
     (part,) = measured(tasks("dense", providers=("fastconv:depthwise",)), progress).values()
     assert part["verdict"] == "skipped" and "8 input channels a group" in part["reason"]
 
