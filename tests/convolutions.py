@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
+from fastconv.arguments import expand
 from fastconv.kernels import conv, dispatch, mend
 from fastconv.kernels.launch import Record, record
 from fastconv.kernels.layout import strides_like
@@ -136,3 +139,24 @@ def check_random(problem: ConvProblem) -> None:
             family = dispatch.plan(name, problem, dispatch.target(value.device)).family
             tf32 = 0.0 if family == "depthwise" else 2.0**-10
         assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)
+
+
+@cache
+def of_networks(networks: tuple[str, ...], batches: tuple[int, ...]) -> tuple[tuple[ConvProblem, bool], ...]:
+    """The distinct convolutions of the layer lists of that name, in bf16, each with whether it has a bias. Transposed
+    ones are left out."""
+    # Not at the top: what reads lists needs the packages of the command line.
+    from fastconv.benchmarks.layer_lists import find
+
+    calls = [call for network in networks for call in find(network).calls if not call.pool and not call.transposed]
+    return tuple(dict.fromkeys((_problem(call, n), call.shapes[2] is not None) for n in batches for call in calls))
+
+
+def _problem(call: Any, n: int) -> ConvProblem:
+    (_, *x), weight, _ = call.shapes
+    arguments = dict(call.arguments)
+    stride, padding, dilation = (
+        expand(name, arguments[name], len(weight) - 2) for name in ("stride", "padding", "dilation")
+    )
+    groups = arguments["groups"]
+    return conv_problem((n, *x), weight, None, stride, padding * 2, dilation, groups, torch.bfloat16)

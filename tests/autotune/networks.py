@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
-
+from convolutions import of_networks
 from fastconv.autotune.choose import Asked, ask
 from fastconv.autotune.gpus import H200
 from fastconv.kernels import dispatch, tiles
@@ -18,9 +17,6 @@ NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
 
 @cache
 def questions() -> tuple[Asked, ...]:
-    from fastconv.cli import models
-    from fastconv.cli.measure.layers import distinct_layers
-
     found: dict[Any, Asked] = {}
 
     def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
@@ -28,11 +24,8 @@ def questions() -> tuple[Asked, ...]:
         found.setdefault(asked.problem, asked)
         return choice
 
-    with torch.device("meta"):
-        subjects = [models.load(name, 32, 224) for name in NETWORKS]
-        problems = [layer.problem for subject in subjects for layer in distinct_layers(subject, torch.bfloat16)]
     with tiles.considering(listen):
-        for problem in problems:
+        for problem in dict.fromkeys(problem for problem, _ in of_networks(NETWORKS, (32,))):
             for direction in DIRECTIONS:
                 dispatch.plan(direction, problem, H200)
     return tuple(found.values())

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from fastconv.cli import models, run
-from fastconv.cli.measure import block_times, host, layers, network, operator_times, results
+from fastconv.cli.measure import block_times, host, network, operator_times, results
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
@@ -176,16 +176,6 @@ def test_every_provider_runs_where_it_can(mode: str, progress: Progress, monkeyp
         if row["status"] == "ok":
             assert bool(row["launches"]) == name.startswith("fastconv")
             assert mode == "train" or row["difference"] < 0.02
-
-
-def test_layers_of_resnet50_are_found_without_computing() -> None:
-    found = layers.distinct_layers(models.load("resnet50", 64), torch.bfloat16)
-    assert sum(layer.count for layer in found) == 53
-    (first,) = (layer for layer in found if layer.problem.in_channels == 3)
-    assert not first.needs_dgrad
-    assert all(layer.needs_dgrad for layer in found if layer is not first)
-    # 4.09 billion multiplications an image.
-    assert sum(layer.count * layer.problem.flops for layer in found) / 64 == pytest.approx(2 * 4.09e9, rel=0.01)
 
 
 def test_host_time_of_both_functions_with_and_without_gradient() -> None:

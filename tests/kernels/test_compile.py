@@ -9,21 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.inspect import GPUS, LAYERS, Compiled, compile_all, launches_of, report
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_problem
-
-if TYPE_CHECKING:
-    from fastconv.cli.measure.layers import Layer
 
 pytestmark = [
     pytest.mark.compile,
@@ -39,19 +35,8 @@ PRODUCTS = ("conv_gather_kernel", "conv_wgrad_kernel")
 JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("torchvision", "rich", "typer") if find_spec(name) is None)
+missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
 needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
-
-
-@cache
-def network_layers() -> tuple[Layer, ...]:
-    """The distinct convolutions of the three networks at 224x224. On the meta device: no weight is drawn."""
-    from fastconv.cli import models
-    from fastconv.cli.measure.layers import distinct_layers
-
-    with torch.device("meta"):
-        subjects = [models.load(name, batch, 224) for name in NETWORKS for batch in BATCHES]
-        return tuple(layer for subject in subjects for layer in distinct_layers(subject, torch.bfloat16))
 
 
 def distinct(problems: Iterable[tuple[ConvProblem, bool]], gpu: Gpu) -> dict[tuple, tuple[str, ConvProblem, Launch]]:
@@ -108,7 +93,7 @@ def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binar
 @needs_networks
 @each_gpu
 def test_dense_layers_use_the_hardware(gpu: Gpu) -> None:
-    problems = [(layer.problem, layer.bias) for layer in network_layers() if layer.problem.groups == 1]
+    problems = [(problem, bias) for problem, bias in of_networks(NETWORKS, BATCHES) if problem.groups == 1]
     wrong = complaints(distinct(problems, gpu), gpu, dense_complaints)
     assert not wrong, wrong
 
@@ -116,7 +101,7 @@ def test_dense_layers_use_the_hardware(gpu: Gpu) -> None:
 @needs_networks
 @each_gpu
 def test_networks_share_binaries(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
-    launches = distinct([(layer.problem, layer.bias) for layer in network_layers()], gpu)
+    launches = distinct(of_networks(NETWORKS, BATCHES), gpu)
     record_property("line", f"{len(launches)} distinct compiles for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
     assert len(launches) < MOST_COMPILES
 

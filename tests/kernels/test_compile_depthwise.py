@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+from fastconv.kernels.problem import DIRECTIONS, conv_problem
 
 pytestmark = [
     pytest.mark.compile,
@@ -32,7 +32,7 @@ BATCHES = (32, 256)
 # Processes of pytest-xdist share the cores.
 JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("torchvision", "rich", "typer") if find_spec(name) is None)
+missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
 needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 NORM = ("*fp32",) * 4
@@ -41,18 +41,6 @@ EPILOGUES = {
     "inference": Epilogue(*NORM, act="silu"),
     "statistics": Epilogue(statistics=True),
 }
-
-
-@cache
-def problems() -> tuple[ConvProblem, ...]:
-    """The distinct depthwise convolutions of the networks at 224x224. On the meta device: no weight is drawn."""
-    from fastconv.cli import models
-    from fastconv.cli.measure.layers import distinct_layers
-
-    with torch.device("meta"):
-        subjects = [models.load(name, batch, 224) for name in NETWORKS for batch in BATCHES]
-        found = [layer.problem for subject in subjects for layer in distinct_layers(subject, torch.bfloat16)]
-    return tuple(dict.fromkeys(problem for problem in found if problem.groups > 1))
 
 
 def compiled(found: dict[tuple, tuple[str, Launch]], gpu: Gpu) -> Iterator[tuple[str, Launch, Compiled]]:
@@ -72,7 +60,7 @@ def complaint(binary: Compiled, allowed: int = 0) -> list[str]:
 @each_gpu
 def test_networks_layers(gpu: Gpu) -> None:
     found: dict[tuple, tuple[str, Launch]] = {}
-    for problem in problems():
+    for problem in dict.fromkeys(problem for problem, _ in of_networks(NETWORKS, BATCHES) if problem.groups > 1):
         for direction in DIRECTIONS:
             for name, epilogue in EPILOGUES.items() if direction == "fprop" else (("", PLAIN),):
                 plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=epilogue, packed=True))

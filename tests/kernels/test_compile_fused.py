@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import batch_norm, dispatch, mend
 from fastconv.kernels.batch_norm import Activated
@@ -32,7 +32,7 @@ TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 # Processes of pytest-xdist share the cores.
 JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("torchvision", "rich", "typer") if find_spec(name) is None)
+missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
 needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 NORM = ("*fp32",) * 4
@@ -44,16 +44,9 @@ EPILOGUES = {
 }
 
 
-@cache
 def problems() -> tuple[ConvProblem, ...]:
-    """The distinct convolutions of both networks at 224x224. On the meta device: no weight is drawn."""
-    from fastconv.cli import models
-    from fastconv.cli.measure.layers import distinct_layers
-
-    with torch.device("meta"):
-        subjects = [models.load(name, batch, 224) for name in ("resnet50", "vgg16_bn") for batch in (32, 256)]
-        found = [layer.problem for subject in subjects for layer in distinct_layers(subject, torch.bfloat16)]
-    return tuple(dict.fromkeys(found))
+    """The distinct convolutions of both networks. (VGG-16's with batch norm are those without.)"""
+    return tuple(dict.fromkeys(problem for problem, _ in of_networks(("resnet50", "vgg16"), (32, 256))))
 
 
 # The transposed convolutions of a DCGAN and of a U-Net, as (channels in, out, size in, filter, padding), stride 2.
