@@ -29,17 +29,18 @@ class Gpu:
         return self.arch == 0
 
     @property
-    def tma(self) -> bool:
-        """Whether tiles can be moved by bulk tensor copies."""
-        return self.arch >= 90
-
-    @property
     def wgmma(self) -> bool:
         return 90 <= self.arch < 100
 
     @property
     def tcgen05(self) -> bool:
         return 100 <= self.arch < 120
+
+    @property
+    def bulk(self) -> bool:
+        """Whether bulk tensor copies bring what its tensor cores read from shared memory. (Compute capability 12.0 has
+        such copies too, but its tensor cores read registers.)"""
+        return self.wgmma or self.tcgen05
 
 
 A100 = Gpu(
