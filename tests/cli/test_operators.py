@@ -70,7 +70,7 @@ DIRECTIONS = {
     "pool": {"forward", "forward, training", "backward", "together"},
     "first-layer": {"fprop", "wgrad", "together"},
 }
-FAMILIES = {"depthwise": "depthwise", "grouped": "grouped", "dense": "gather", "pool": "pool"}
+FAMILIES = {"depthwise": "depthwise", "grouped": "grouped", "pool": "pool"}
 
 
 def test_every_entry_is_measured_here() -> None:
