@@ -18,8 +18,9 @@ from fastconv.kernels.conv_gemm import resident, resident_bytes, walkers
 from fastconv.kernels.conv_pixels import taps_walked
 from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
+from fastconv.kernels.conv_spatial import rectangles
 from fastconv.kernels.conv_wgrad import wgrad_flat
-from fastconv.kernels.launch import decided
+from fastconv.kernels.launch import decided, decisions
 from fastconv.kernels.layout import common, vector
 from fastconv.kernels.pool_gradient import blocks_of
 from fastconv.kernels.pool_window import UNROLLED
@@ -254,6 +255,30 @@ GEMM_WGRAD = Space(
     },
     _gemm_wgrad_tile,
     free=("SPLITS",),
+)
+
+
+def _spatial_tile(config: Config) -> str | None:
+    if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get((config["BLOCK_M"], config["BLOCK_K"])):
+        return "other warps or copies in flight than its sides ask for"
+    if config["SPLITS"] > 1 and config["BLOCK_M"] > 64:
+        return "a split reduction of another tile than 64x64"
+    return None
+
+
+# Rows first, which every GPU's tensor cores take from shared memory.
+SPATIAL = Space(
+    "conv_spatial",
+    {
+        "SPLITS": (1, 2, 4, 8, 16),
+        "ROWS": (1, 4, 8),
+        "BLOCK_M": (128, 64),
+        "BLOCK_K": (128, 64),
+        "BLOCK_C": (64, 32),
+        "num_warps": (8, 4),
+        "num_stages": (3, 4),
+    },
+    _spatial_tile,
 )
 # As many runs as threads: then a NaN's tile is walked in few registers.
 ROWS = Space(
@@ -556,13 +581,16 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
             matrix_share=share,
         )
 
-    narrow = {"BLOCK_K": (64,)} if k <= 64 or groups > 1 else {}
+    space = CONV_PIXELS if element == 2 else CONV_PIXELS_FP32
+    # Near the best there may be a box that leaves half of its images empty.
+    narrow = {"BLOCK_N": tuple(n for n in space.ranges["BLOCK_N"] if n < 2 * problem.batch)}
+    if k <= 64 or groups > 1:
+        narrow["BLOCK_K"] = (64,)
     if lifted.stride[2] > 1:
         narrow["PIXELS"] = (1,)
     # Tensor memory has no room for pairs as Triton lays them out.
     if not (gpu.wgmma and element == 2 and shared == 3 and lifted.stride[2] == lifted.dilation[2] == 1):
         narrow["PAIRS"] = (0,)
-    space = CONV_PIXELS if element == 2 else CONV_PIXELS_FP32
     space = replace(space, ranges={**space.ranges, **narrow})
     return space, (direction, problem, precision), work, gpu, {}
 
@@ -612,6 +640,11 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     return _choose(space, problem, work, gpu, narrow)
 
 
+def _narrow(channels: int) -> dict[str, int]:
+    """What pins the columns of a tile that 64 cover: others would be multiplied for nothing."""
+    return {"BLOCK_K": 64} if channels <= 64 else {}
+
+
 def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     """The tile of a flat GEMM, fprop or dgrad, and into how many parts its reduction is split."""
     c, k, pixels = problem.in_channels, problem.out_channels, problem.output_pixels
@@ -653,7 +686,7 @@ def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) ->
     if stays:
         width = {"BLOCK_C": max(c, line), "BLOCK_K": min(k, 128)}
         return _choose(GEMM_RESIDENT, (direction, problem, precision), work, gpu, width)
-    return _choose(GEMM, (direction, problem, precision), work, gpu, {"BLOCK_C": line})
+    return _choose(GEMM, (direction, problem, precision), work, gpu, {"BLOCK_C": line, **_narrow(k)})
 
 
 def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
@@ -679,6 +712,44 @@ def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
 
     narrow = {name: 64 for name, channels in (("BLOCK_K", k), ("BLOCK_C", c)) if channels <= 64}
     return _choose(GEMM_WGRAD, problem, work, gpu, narrow)
+
+
+def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
+    """The tile of fprop or dgrad over rows or rectangles of pixels, and into how many parts its reduction is split."""
+    k, c, phases = problem.out_channels, problem.in_channels, 1
+    if direction == "dgrad":
+        k, c, phases = c, k, prod(map(min, problem.stride, problem.input_size))
+    pixels = problem.input_pixels if direction == "dgrad" else problem.output_pixels
+    element = problem.dtype.itemsize
+
+    def work(config: Config) -> Work:
+        m, n, depth, splits = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["SPLITS"]
+        return Work(
+            programs=rectangles(direction, problem, config) * _cdiv(k, n) * splits,
+            steps=max(1, _cdiv(problem.taps * _cdiv(c, depth), phases * splits)),
+            step_flops=2 * m * n * depth,
+            step_elements=(m + n) * depth,
+            step_bytes=(m + n) * depth * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + n) * depth * element,
+            registers=64 + m * n // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=matrix_share(problem.dtype, precision),
+            extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
+        )
+
+    # Of strided rows a copy takes one.
+    single = {"ROWS": 1} if direction == "fprop" and problem.lifted.stride[1] > 1 else {}
+    width = {"BLOCK_C": 128 // element, **_narrow(k), **single}
+    return _choose(SPATIAL, (direction, problem, precision), work, gpu, width)
+
+
+def predicted_faster(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> bool:
+    """Whether the gather is not predicted to take less time than rows or rectangles of pixels."""
+    with decisions():
+        tile, gathered = (of(direction, problem, precision, gpu) for of in (spatial_tile, gather_tile))
+    return tile.seconds <= gathered.seconds
 
 
 def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
