@@ -145,5 +145,5 @@ def test_gpus_are_those_promised_each_with_its_source() -> None:
 def test_unknown_gpu_is_scaled_from_the_nearest_architecture() -> None:
     gpu = describe("a half", 90, 66, 200 << 10, 25 << 20, None)
     assert gpu.matrix_rate == H100.matrix_rate / 2 and gpu.shared_memory == 200 << 10
-    assert gpu.wgmma and gpu.tma and not gpu.tcgen05
+    assert gpu.wgmma and gpu.bulk and not gpu.tcgen05
     assert "multiprocessors" in gpu.source

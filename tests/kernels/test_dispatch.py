@@ -1,15 +1,35 @@
-"""One family alone, where several would serve a call."""
+"""Every known GPU has a plan for each of the telling layers; and one family alone, where several would serve a call."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fastconv
 import fastconv.functional
+from fastconv.autotune import Gpu, known_gpus
 from fastconv.kernels import dispatch, launch, mend
+from fastconv.kernels.inspect import LAYERS
+from fastconv.kernels.problem import DIRECTIONS
 
-pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+# Of GPUs whose tensor cores read what bulk copies bring.
+BULK = {"gemm", "pixels", "spatial"}
+
+
+@pytest.mark.parametrize("gpu", known_gpus(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_gpu_serves_the_telling_layers(gpu: Gpu, dtype: torch.dtype) -> None:
+    families = set()
+    for layer in LAYERS:
+        for batch in (1, 20, 256):
+            for direction in DIRECTIONS:
+                plan = dispatch.plan(direction, replace(layer, batch=batch, dtype=dtype), gpu)
+                assert plan.launches, plan
+                families.add(plan.family)
+    assert bool(families & BULK) == gpu.bulk, families
 
 
 def kernels_of(x: torch.Tensor, weight: torch.Tensor, groups: int) -> set[str]:
@@ -19,6 +39,7 @@ def kernels_of(x: torch.Tensor, weight: torch.Tensor, groups: int) -> set[str]:
     return {record.name for record in records}
 
 
+@interpreted
 def test_one_family_serves_what_another_would_and_then_no_more() -> None:
     x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 1, 3, 3)
     usual = kernels_of(x, weight, 8)  # which is kept for the next call
@@ -28,6 +49,7 @@ def test_one_family_serves_what_another_would_and_then_no_more() -> None:
     assert kernels_of(x, weight, 8) == usual
 
 
+@interpreted
 def test_a_family_alone_says_why_it_does_not_serve() -> None:
     refusal = pytest.raises(RuntimeError, match=r"no kernel for this call \(depthwise: 8 input channels a group\)")
     with dispatch.only_family("depthwise"), refusal:
