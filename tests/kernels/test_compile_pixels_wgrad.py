@@ -1,0 +1,104 @@
+"""wgrad of the pixel GEMM compiled for GPUs that are not here: every tile of its space, and those of networks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from convolutions import of_networks
+from fastconv.autotune import Gpu
+from fastconv.autotune.gpus import B200, H200
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
+from fastconv.kernels.inspect import Compiled, compile_all
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.problem import ConvProblem, conv_problem
+from fastconv.kernels.tiles import PIXELS_WGRAD_PAIR, PIXELS_WGRAD_TILES
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
+]
+
+NETWORKS, BATCHES = ("resnet50", "vgg16", "unet"), (64, 256)
+TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}
+# The product in Triton's GPU dialect, with both of its operands in shared memory.
+PRODUCT = r"ttng\.(?:warp_group_dot|tc_gen5_mma) "
+IN_PLACE = PRODUCT + r".*: !ttg\.memdesc<[^>]*, #smem[^>]*>(?: \*|,) !ttg\.memdesc<[^>]*, #smem"
+# Processes of pytest-xdist share the cores.
+JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+each_gpu = pytest.mark.parametrize("gpu", (H200, B200), ids=lambda gpu: f"sm_{gpu.arch}")
+missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
+
+
+def layer(rank: int = 2, dtype: torch.dtype = torch.bfloat16) -> ConvProblem:
+    """A layer that any tile may serve."""
+    ones, shape = (1,) * rank, (256, *(14,) * rank)
+    return conv_problem((256, *shape), (256, 256, *(3,) * rank), None, ones, ones * 2, ones, 1, dtype)
+
+
+def tiles() -> Iterator[Launch]:
+    """One launch for each binary of the space."""
+    for config in PIXELS_WGRAD_PAIR:
+        if config["SPLITS"] == 2:
+            yield conv_pixels_wgrad(layer(), config)[0]
+
+
+def others() -> Iterator[Launch]:
+    """What else decides a binary, at the tile of most registers: rank, dtype, the layout of a dw that is stored."""
+    config = max(PIXELS_WGRAD_PAIR, key=lambda c: c["BLOCK_K"] * c["BLOCK_C"] * c["TAPS"] * c["BLOCK_N"] / c["SPLITS"])
+    assert config["SPLITS"] == 1
+    yield conv_pixels_wgrad(layer(3, torch.float16), config)[0]
+    yield conv_pixels_wgrad(layer(), config, channels_last=False)[0]
+
+
+def complaints(binary: Compiled) -> list[str]:
+    wrong = []
+    if binary.stack or binary.spills:
+        wrong.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
+    if binary.tensor_cores != TENSOR_CORES[binary.arch]:
+        wrong.append(f"tensor cores by {binary.tensor_cores}")
+    if binary.serialised:
+        wrong.append("waits for every wgmma")
+    if binary.arch == 90 and (set(binary.operands) != {"shared memory"} or 0 in binary.waits):
+        wrong.append(f"first operands from {binary.operands}, waits that leave {binary.waits} under way")
+    products = [line for line in binary.listings["ttgir"].splitlines() if re.search(PRODUCT, line)]
+    if not products or not all(re.search(IN_PLACE, line) for line in products):
+        wrong.append(f"operands that are not in shared memory: {products[:1]}")
+    if not any(opcode.startswith("UTMALDG") for opcode in binary.opcodes) or binary.global_accesses("LDG"):
+        wrong.append(f"loads by {[opcode for opcode in binary.opcodes if 'LDG' in opcode]}")
+    if binary.copies < 2:
+        wrong.append(f"{binary.copies} steps under way")
+    return wrong
+
+
+@each_gpu
+def test_every_tile_and_variant(gpu: Gpu) -> None:
+    launches = {launch.compile_key: launch for launch in (*tiles(), *others())}
+    assert len(launches) == 2 * len(PIXELS_WGRAD_TILES) + 2
+    compiled = compile_all([(launch, gpu) for launch in launches.values()], JOBS, listings=("ttgir",))
+    wrong = {
+        str((dict(launch.constants), launch.num_warps)): found
+        for key, launch in launches.items()
+        if (found := complaints(compiled[key, gpu.arch]))
+    }
+    assert not wrong, wrong
+
+
+@pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+@each_gpu
+def test_networks_take_few_tiles_of_the_space(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
+    """Those that are stored without a split are compiled too; the others are the space's."""
+    plans = [dispatch.plan("wgrad", problem, gpu) for problem, _ in of_networks(NETWORKS, BATCHES)]
+    launches = {plan.launches[0].compile_key: plan.launches[0] for plan in plans if plan.family == "pixels"}
+    known = {launch.compile_key for launch in tiles()}
+    fresh = [(launch, gpu) for key, launch in launches.items() if key not in known]
+    compiled = compile_all(fresh, JOBS, listings=("ttgir",))
+    assert not [found for binary in compiled.values() if (found := complaints(binary))]
+    record_property("line", f"{len(launches)} distinct pixel wgrads for {gpu.name}: {', '.join(NETWORKS)}, {BATCHES}")
+    assert 2 <= len(launches) <= 10
