@@ -8,11 +8,12 @@ from typing import Any
 
 from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
-COMMANDS = ("bench", "cache", "check", "explain", "inspect")
+COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
 # What these compute with: kernels that run on a GPU, or interpreted where there is none.
 NUMERIC = ("bench", "check", "explain")
 # What compiles for GPUs that need not be here.
-COMPILING = ("inspect",)
+COMPILING = ("inspect", "tune")
+INTERRUPTED = "interrupted; what was finished has been written"
 
 
 class BadUsage(Exception):
@@ -39,14 +40,14 @@ def run(arguments: list[str]) -> int:
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
         # A command's return value is its exit code; --help returns 0 or None.
-        return (
-            typer.main.get_command(_app(arguments)).main(arguments or ["--help"], "fastconv", standalone_mode=False)
-            or 0
-        )
+        command = typer.main.get_command(_app(arguments))
+        code = command.main(arguments or ["--help"], "fastconv", standalone_mode=False) or 0
+        # Newer typers make this of a KeyboardInterrupt, and say nothing.
+        return refuse(INTERRUPTED, code) if code == 130 else code
     except (usage_error, BadUsage) as error:
         return refuse(" ".join((error.format_message() if isinstance(error, usage_error) else str(error)).split()))
     except (typer.Abort, KeyboardInterrupt):
-        return refuse("interrupted; what was finished has been written", 130)
+        return refuse(INTERRUPTED, 130)
 
 
 def refuse(line: str, code: int = 2) -> int:

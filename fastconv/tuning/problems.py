@@ -19,6 +19,7 @@ from fastconv.benchmarks.registry import channels_last
 from fastconv.cli.measure.directions import TOGETHER, fakes, step
 from fastconv.cli.models import Subject
 from fastconv.kernels import dispatch
+from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import decisions
 from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import CALLER
@@ -30,17 +31,24 @@ Found = dict[Problem, Task]
 
 @contextlib.contextmanager
 def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
-    """Add to ``found`` what the calls inside the block ask, planned for ``gpu`` and each made ``times`` times; tensors
+    """Add to ``found`` what the calls inside the block run, planned for ``gpu`` and each made ``times`` times; tensors
     may be without data."""
+    considered: list[tuple[Choice, Asked]] = []
 
     def consider(space: Space, features: Any, work: Any, on: Gpu, choice: Choice) -> Choice:
-        problem = CALLER.problem(space.name, features)
-        before = found.get(problem) or Task(ask(space, features, work, on, CALLER), 0)
-        found[problem] = replace(before, count=before.count + times)
+        # One of its own, whose identity says what it is of.
+        choice = replace(choice)
+        considered.append((choice, ask(space, features, work, on, CALLER)))
         return choice
 
-    with dispatch.use_target(gpu), considering(consider), decisions():
+    with dispatch.use_target(gpu), considering(consider), decisions() as decided:
         yield
+    planned = {id(decision.choice) for decision in decided if isinstance(decision, Plan)}
+    for choice, asked in considered:
+        # Families ask about each other's tiles too, to compare; passes over pixels have no plan.
+        if id(choice) in planned or asked.space.name.startswith("pixels_split"):
+            before = found.get(asked.problem) or Task(asked, 0)
+            found[asked.problem] = replace(before, count=before.count + times)
 
 
 def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[Task]:
@@ -87,9 +95,3 @@ def fitting(asked: Asked) -> list[tuple[Config, float]]:
     """The configs that fit the GPU, fastest predicted first, with the predicted seconds."""
     predicted = ((config, predict(asked.work(config), asked.gpu)) for config in asked.space)
     return sorted(((config, it.seconds) for config, it in predicted if it is not None), key=lambda pair: pair[1])
-
-
-def only(found: Iterable[Task], spaces: Iterable[str]) -> list[Task]:
-    """The tasks of these search spaces."""
-    wanted = set(spaces)
-    return [task for task in found if task.asked.space.name in wanted]

@@ -1,0 +1,478 @@
+"""``fastconv tune``: finds the fastest tile of each kernel for the problems of a model, on the GPU that is here."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastconv.autotune import Gpu, Store, Tuned
+    from fastconv.autotune.measure import Step, Task
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+# For the time that is foretold: of a binary on one core, of a problem's measurements.
+COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5
+
+
+def tune(
+    model: Annotated[str | None, typer.Option(help="A name of torchvision's or timm's, or module:factory.")] = None,
+    layers: Annotated[str | None, typer.Option(help="A layer list by its name (resnet50), or a file.")] = None,
+    from_log: Annotated[bool, typer.Option("--from-log", help="What programs met untuned on this machine.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in the batch. 64.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of a model's image; its own, or 224.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. bfloat16.")] = None,
+    train: Annotated[bool, typer.Option("--train/--infer", help="A training step's problems, or inference's.")] = False,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only these search spaces: conv_gather,pool.")] = None,
+    budget: Annotated[str, typer.Option(help="Time to spend: 90s, 10m, 1h.")] = "10m",
+    top_k: Annotated[int, typer.Option(min=1, help="Configs that are compiled for each problem at first.")] = 16,
+    again: Annotated[bool, typer.Option("--again", help="Tune what is tuned already, too.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="A GPU that is not here (H200): nothing is measured then.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be measured, and measure nothing.")
+    ] = False,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="How well the cost model ranks what was measured, and what its choice costs."),
+    ] = False,
+    lock: Annotated[Path | None, typer.Option(help="Write the model's tiles to this file, for FASTCONV_LOCK.")] = None,
+    write_table: Annotated[
+        Path | None, typer.Option(help="Write the table of all that is tuned for this GPU into this folder.")
+    ] = None,
+) -> int:
+    """Measure the kernels' configs for a model's problems, and keep the fastest.
+
+    Every measurement is kept at once: Ctrl-C loses nothing, and the same command goes on where it was. The time goes
+    where the model's goes. Under torchrun (torchrun --nproc-per-node 8 -m fastconv.cli.tune ...) ranks share the work.
+    """
+    from fastconv.autotune import SchemaError
+    from fastconv.autotune.choose import store as user_store
+    from fastconv.cli import BadUsage, options
+
+    sources: dict[str, object] = {"--model": model, "--layers": layers, "--from-log": from_log}
+    given = [name for name, value in sources.items() if value]
+    if len(given) > 1:
+        raise BadUsage(f"{' and '.join(given)} exclude each other")
+    if not given and not report and write_table is None:
+        raise BadUsage(f"tune what? One of {', '.join(sources)}; or --report, --write-table")
+    if not given and (lock is not None or dry_run):
+        raise BadUsage(f"{'--lock' if lock else '--dry-run'} needs one of {', '.join(sources)}")
+    if lock is not None and from_log:
+        raise BadUsage("--lock is of a model or a layer list")
+    of_layers: dict[str, object] = {"--batch": batch, "--dtype": dtype, "--train": train}
+    for name in (name for name, value in of_layers.items() if value and not (model or layers)):
+        raise BadUsage(f"{name} says something of a model or a layer list")
+    if size is not None and not model:
+        raise BadUsage("--size needs --model")
+    wishes = Wishes(
+        *(model, layers, from_log, batch or 64, size, options.dtype(dtype or "bfloat16"), train),
+        *(_spaces(kernel), _seconds(budget), top_k, again),
+    )
+    measures = bool(given) and not dry_run and gpu is None
+    for path in (lock, write_table):
+        if path is not None and not (path.parent if path is lock else path).is_dir():
+            raise BadUsage(f"{path}: no such folder")
+    try:
+        store = user_store()
+        if measures:
+            _check_writable(store)
+            return _measure(wishes, store, report, lock, write_table)
+        target = options.gpu(gpu) if gpu else _here()
+        tasks = collect(wishes, store, target) if given else []
+        if dry_run:
+            _foretell(tasks, wishes, target, store)
+        return _write(tasks, wishes, target, store, report, lock, write_table)
+    except SchemaError as error:
+        raise BadUsage(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is to be tuned, and for how long."""
+
+    model: str | None
+    layers: str | None
+    from_log: bool
+    batch: int
+    size: int | None
+    dtype: torch.dtype
+    train: bool
+    spaces: tuple[str, ...]
+    budget: float
+    top_k: int
+    again: bool
+
+    @property
+    def name(self) -> str:
+        """Of what is tuned, as a lock file has it."""
+        name = self.model or Path(self.layers or "").stem
+        size = f" {self.size}px" if self.size else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{name} batch {self.batch}{size} {dtype} {'training' if self.train else 'inference'}"
+
+
+def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
+    """The problems that have a choice. Raises BadUsage where there are none."""
+    from fastconv.autotune import Met
+    from fastconv.benchmarks import layer_lists
+    from fastconv.cli import BadUsage, models
+    from fastconv.tuning import problems
+
+    left: list[str] = []
+    if wishes.model is not None:
+        subject = models.load(wishes.model, wishes.batch, wishes.size)
+        try:
+            tasks = problems.of_model(subject, wishes.dtype, wishes.train, gpu)
+        except Exception as error:  # the network's own code: anything
+            raise subject.refused(error) from error
+    elif wishes.layers is not None:
+        calls = layer_lists.find(wishes.layers).calls
+        tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
+    else:
+        tasks, left = problems.met([record for record in store.read(("met",)) if isinstance(record, Met)], gpu)
+    if wishes.spaces:
+        tasks = [task for task in tasks if task.asked.space.name in wishes.spaces]
+    if not tasks:
+        why = f" ({left[0]})" if left else ""
+        what = f" of {', '.join(wishes.spaces)}" if wishes.spaces else ""
+        where = "in the log, none" if wishes.from_log else "none"
+        raise BadUsage(f"of the problems{what} for the {gpu.name} {where} has configs to choose from{why}")
+    return tasks
+
+
+def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, write_table: Path | None) -> int:
+    """Tune on the GPU that is here, with the other ranks of the job if there are any."""
+    from contextlib import ExitStack
+
+    from fastconv.autotune.choose import reload, tables
+    from fastconv.autotune.measure import share_of
+    from fastconv.cli import BadUsage
+    from fastconv.kernels.compile import cores
+    from fastconv.tuning import sharing
+    from fastconv.tuning.bench import Benches
+    from fastconv.tuning.compiling import Compiler
+    from fastconv.tuning.process import Worker, WorkerError
+    from fastconv.tuning.run import Options, run
+
+    started = time.monotonic()
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(worker_command(sharing.local_rank())))
+        try:
+            gpu = worker.gpu
+            shared = sharing.join()
+            if shared is not None:
+                stack.enter_context(shared)
+            screen = _screen(shared is None or shared.rank == 0)
+            tasks = collect(wishes, store, gpu)
+            known = tables(gpu, _caller())
+            jobs = max(1, cores() // sharing.local_world_size())
+            compiler = stack.enter_context(Compiler(gpu, jobs))
+            open_tasks = [task for task in tasks if wishes.again or not known.user.exact(*_identity(task))]
+            compiler.ahead((it.asked for it in sorted(open_tasks, key=lambda it: -share_of(it))), wishes.top_k)
+            benches = Benches(worker, compiler.resources)
+            screen.print(
+                f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
+                f"{len(tasks)} problems, {len(tasks) - len(open_tasks)} of them tuned already"
+            )
+            watch = stack.enter_context(Watch(screen, len(open_tasks), started + wishes.budget))
+            found = run(
+                tasks,
+                benches,
+                store,
+                Options(wishes.budget, top_k=wishes.top_k, again=wishes.again, fastconv=written_by()),
+                seeds=lambda asked: [
+                    entry.config for table in (known.user, known.shipped) for entry in table.seeds(asked.problem)
+                ][:2],
+                tell=watch.tell,
+                shared=shared,
+                merge=sharing.local_rank() == 0,
+            )
+        except (WorkerError, sharing.RunLost) as error:
+            raise BadUsage(str(error)) from error
+    reload()
+    for line in summary(tasks, found, time.monotonic() - started, benches.failures):
+        screen.print(line)
+    if shared is not None and shared.rank != 0:
+        return 0
+    return _write(tasks, wishes, gpu, store, report, lock, write_table)
+
+
+def worker_command(device: int) -> list[str]:
+    """What measures on the GPU of this index. Raises BadUsage where there is none."""
+    from fastconv.cli import BadUsage
+    from fastconv.cli.interpreter import gpu_present
+    from fastconv.tuning.process import COMMAND
+
+    if not gpu_present():
+        raise BadUsage("PyTorch sees no GPU to measure on; --dry-run --gpu H200 says what would be tuned on one")
+    return [*COMMAND, "--device", str(device)]
+
+
+class Watch:
+    """Progress: the problem at hand with its best so far, how many have ended, how long it takes at most."""
+
+    def __init__(self, screen: Any, problems: int, end: float) -> None:
+        from rich import progress
+
+        columns = (
+            progress.BarColumn(20),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[left]} {task.description}"),
+        )
+        self._bar = progress.Progress(*columns, console=screen, transient=True)
+        self._task = self._bar.add_task("compiling", total=problems, left="")
+        self._end = end
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tell(self, step: Step) -> None:
+        left = max(0, round(self._end - time.monotonic()))
+        line = f"{step.asked.problem.describe()}: {step.measured} configs"
+        if step.failed:
+            line += f", {step.failed} failed"
+        if step.best_seconds is not None:
+            line += f", best {step.best_seconds * 1e6:.1f} us"
+            if step.default_seconds is not None:
+                line += f" of {step.default_seconds * 1e6:.1f}"
+        at_most = f"at most {left // 60}:{left % 60:02} left,"
+        self._bar.update(self._task, advance=int(step.done), description=line, left=at_most)
+
+
+def summary(tasks: Sequence[Task], found: Sequence[Tuned], seconds: float, failures: Any) -> list[Any]:
+    """What a run found: where it saves most first. Times are measured, each problem by itself."""
+    from fastconv.cli.measure.tables import _table, _tile
+
+    counts = {task.asked.problem: task.count for task in tasks}
+    best = {entry.problem: entry for entry in found if entry.problem in counts}
+    gains = {problem: counts[problem] * (it.default_seconds - it.seconds) for problem, it in best.items()}
+    lines: list[Any] = []
+    won = [problem for problem, entry in best.items() if entry.config != entry.default]
+    if won:
+        table = _table("kernel and problem", "times", "us", "default us", "PyTorch us", "noise", "tile")
+        for problem in sorted(won, key=lambda problem: -gains[problem]):
+            it = best[problem]
+            pytorch = "" if it.pytorch is None else f"{it.pytorch * 1e6:.1f}"
+            figures = f"{it.seconds * 1e6:.1f}", f"{it.default_seconds * 1e6:.1f}", pytorch, f"{it.noise:.1%}"
+            table.add_row(problem.describe(), str(counts[problem]), *figures, _tile(dict(it.config)))
+        lines.append(table)
+    before = sum(counts[problem] * it.default_seconds for problem, it in best.items())
+    line = f"{len(best)} problems tuned in {seconds:.0f} s: {len(won)} have another tile than the default"
+    if best:
+        line += f"; together {(before - sum(gains.values())) * 1e3:.2f} ms where the defaults take {before * 1e3:.2f}"
+        slower = sum(it.pytorch is not None and it.pytorch * (1 + it.noise) < it.seconds for it in best.values())
+        line += f"; PyTorch is faster at {slower}"
+    lines.append(line)
+    if failures:
+        lines.append(
+            "not measured, and not tried again: " + ", ".join(f"{n} {status}" for status, n in failures.items())
+        )
+    return lines
+
+
+def _foretell(tasks: Sequence[Task], wishes: Wishes, gpu: Gpu, store: Store) -> None:
+    """What a run would do; all times are predicted."""
+    from fastconv.autotune.choose import tables
+    from fastconv.autotune.measure import expected_gain, share_of
+    from fastconv.cli.measure.tables import _table, _tile
+    from fastconv.kernels.compile import cores
+    from fastconv.tuning.problems import fitting
+
+    screen = _screen(True)
+    known = tables(gpu, _caller())
+    table = _table("kernel and problem", "times", "configs", "default us", "saves us", "default")
+    table.title = f"Predicted for the {gpu.name}; nothing is measured"
+    binaries = 0
+    open_tasks = []
+    for task in sorted(tasks, key=lambda task: -share_of(task)):
+        asked, configs = task.asked, fitting(task.asked)
+        tuned = known.user.exact(*_identity(task)) is not None and not wishes.again
+        if not tuned:
+            open_tasks.append(task)
+            binaries += min(wishes.top_k, len(configs))
+        times = f"{asked.choice.seconds * 1e6:.1f}", "tuned" if tuned else f"{expected_gain(asked) * 1e6:.1f}"
+        row = str(task.count), str(len(configs)), *times, _tile(dict(asked.choice.config))
+        table.add_row(asked.problem.describe(), *row)
+    screen.print(table)
+    whole, saved = (sum(map(f, open_tasks)) for f in (share_of, lambda task: task.count * expected_gain(task.asked)))
+    needed = max(binaries * COMPILE_SECONDS / cores(), len(open_tasks) * MEASURE_SECONDS)
+    screen.print(
+        f"{len(open_tasks)} problems to tune, {binaries} configs to compile at first: about {needed / 60:.0f} min of "
+        f"at most {wishes.budget / 60:.1f}; their defaults take {whole * 1e3:.2f} ms, the best tiles "
+        f"{(whole - saved) * 1e3:.2f} ms (predicted)"
+    )
+
+
+def _write(
+    tasks: Sequence[Task], wishes: Wishes, gpu: Gpu, store: Store, report: bool, lock: Path | None, table: Path | None
+) -> int:
+    """What is asked for beside tuning: the report, a lock file, this GPU's table."""
+    from fastconv.autotune.choose import tables
+    from fastconv.autotune.table import Table, file_name
+    from fastconv.kernels.tuned import version_of
+
+    if report:
+        for line in report_of(store, gpu):
+            _screen(True).print(line)
+    known = tables(gpu, _caller())
+    current = [
+        entry
+        for entry in Table([*known.shipped.entries, *known.user.entries]).entries
+        if entry.version == version_of(entry.problem.space)
+    ]
+    if lock is not None:
+        wanted = {task.asked.problem for task in tasks}
+        locked = [entry for entry in current if entry.problem in wanted]
+        _publish(lock, locked, wishes.name)
+        print(f"{lock}: {len(locked)} of {len(wanted)} problems; FASTCONV_LOCK={lock} makes programs use them")
+    if table is not None:
+        path = table / file_name(gpu.name)
+        _publish(path, current, None)
+        print(f"{path}: {len(current)} problems")
+    return 0
+
+
+def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
+    from fastconv.autotune.choose import now
+    from fastconv.autotune.table import write_table
+    from fastconv.cli import BadUsage
+
+    if not entries:
+        raise BadUsage(f"{path}: nothing of it is tuned yet for this GPU; nothing was written")
+    try:
+        write_table(path, entries, written_by(), now(), model and re.sub(r"[^A-Za-z0-9 ._+:,-]", "-", model))
+    except OSError as error:
+        raise BadUsage(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def report_of(store: Store, gpu: Gpu) -> list[Any]:
+    """By kernel: the cost model's ranking against what was measured, and how much its choice costs."""
+    from statistics import mean
+
+    from fastconv.autotune.records import Measured, Tuned
+    from fastconv.autotune.report import fits, summary
+    from fastconv.autotune.table import Table
+    from fastconv.cli.measure.tables import _table
+
+    records = [record for record in store.read(("measured", "tuned")) if record.of_gpu(gpu)]
+    found = fits(record for record in records if isinstance(record, Measured))
+    entries = Table(record for record in records if isinstance(record, Tuned)).entries
+    if not found:
+        return [f"nothing is measured yet on the {gpu.name}"]
+    table = _table(
+        "kernel", "problems", "rank correlation", "top-1 regret", "top-5 regret", "default's", "worst", "PyTorch faster"
+    )
+    table.title = f"The cost model against measurements on the {gpu.name}; regrets relative to the best measured"
+    for space in [*sorted({fit.problem.space for fit in found}), None]:
+        part = summary([fit for fit in found if space in (None, fit.problem.space)])
+        tuned = [entry for entry in entries if space in (None, entry.problem.space)]
+        assert part is not None
+        costs = [entry.default_seconds / entry.seconds - 1 for entry in tuned]
+        slower = sum(entry.pytorch is not None and entry.pytorch * (1 + entry.noise) < entry.seconds for entry in tuned)
+        table.add_row(
+            space or "all",
+            str(part.problems),
+            *(f"{part.correlation:.2f}", f"{part.top1:.1%}", f"{part.top5:.1%}"),
+            *((f"{mean(costs):.1%}", f"{max(costs):.1%}") if costs else ("", "")),
+            f"{slower} of {len(tuned)}",
+        )
+    return [table]
+
+
+def written_by() -> str:
+    """The version, with the commit where the code is a checkout."""
+    import fastconv
+    from fastconv.cli.measure.results import _output
+
+    folder = str(Path(fastconv.__file__).parent)
+    commit = _output("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return f"{fastconv.__version__}+{commit}" if commit else fastconv.__version__
+
+
+def _seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1.5h``, or seconds. Raises BadUsage."""
+    from fastconv.cli import BadUsage
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None:
+        raise BadUsage(f"--budget {text!r}: a time is expected, as 90s, 10m or 1h")
+    seconds = float(match[1]) * UNITS[match[2] or "s"]
+    if seconds <= 0:
+        raise BadUsage(f"--budget {text}: nothing can be measured in no time")
+    return seconds
+
+
+def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The search spaces of these names. Raises BadUsage with those there are."""
+    from fastconv.autotune import Space
+    from fastconv.cli import BadUsage
+    from fastconv.kernels import tiles
+
+    wanted = [name for value in names or () for name in value.split(",")]
+    known = sorted({each.name for each in vars(tiles).values() if isinstance(each, Space)})
+    for name in wanted:
+        if name not in known:
+            raise BadUsage(f"--kernel {name!r} is not one of {', '.join(known)}")
+    return tuple(wanted)
+
+
+def _check_writable(store: Store) -> None:
+    """Raise BadUsage where no measurement could be kept."""
+    import tempfile
+
+    from fastconv.cli import BadUsage
+
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=store.folder):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise BadUsage(f"{store.folder}: cannot be written ({why}); FASTCONV_CACHE_DIR names another place") from error
+
+
+def _here() -> Gpu:
+    """The GPU of this machine, or where there is none the H200."""
+    import torch
+
+    from fastconv.autotune.gpus import H200
+    from fastconv.kernels import dispatch
+
+    return dispatch.target(torch.device("cuda", 0)) if torch.cuda.is_available() else H200
+
+
+def _identity(task: Task) -> tuple[Any, Any]:
+    return task.asked.problem, task.asked.version
+
+
+def _caller() -> Any:
+    from fastconv.kernels.tuned import CALLER
+
+    return CALLER
+
+
+def _screen(speaks: bool) -> Any:
+    from rich.console import Console
+
+    from fastconv.cli.measure.screen import console
+
+    return console() if speaks else Console(quiet=True)
+
+
+if __name__ == "__main__":
+    from fastconv.cli import main
+
+    sys.argv[1:1] = ["tune"]
+    main()

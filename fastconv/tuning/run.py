@@ -1,0 +1,94 @@
+"""A tuning run over many problems, alone or shared by the ranks of one job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastconv.autotune import Config, Store, Tuned
+from fastconv.autotune.choose import Asked
+from fastconv.autotune.measure import Bench, Step, Task, session
+from fastconv.autotune.records import Record
+from fastconv.tuning.sharing import Shared
+
+KINDS = ("measured", "tuned")
+WAIT = 0.2  # seconds between two looks at what other ranks have
+LEAVE = 60.0  # seconds that ranks wait for each other at the end
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `session` takes, but for what is kept and claimed."""
+
+    budget: float  # seconds
+    trials: int = 16
+    top_k: int = 16
+    again: bool = False
+    fastconv: str = "unknown"
+
+
+def run(
+    tasks: Sequence[Task],
+    bench_of: Callable[[Asked], Bench],
+    store: Store,
+    options: Options,
+    *,
+    seeds: Callable[[Asked], Iterable[Config]] = lambda asked: (),
+    tell: Callable[[Step], object] = lambda step: None,
+    shared: Shared | None = None,
+    merge: bool = True,
+) -> list[Tuned]:
+    """Tune what is not tuned yet, in ``options.budget`` seconds: what was found, by all ranks.
+
+    With ``shared`` each rank takes a problem when it is free, and one of a lost rank's when nothing else is left; those
+    that ``merge`` put what the others found into their store. What is interrupted is in the store, and another run goes
+    on with it. Raises RunLost, WorkerError.
+    """
+    named: dict[str, Any] = {"trials": options.trials, "top_k": options.top_k, "again": options.again, "tell": tell}
+    named |= {"seeds": seeds, "fastconv": options.fastconv}
+    known = store.read(KINDS)
+    if shared is None:
+        return session(tasks, bench_of, store.append, budget=options.budget, known=known, **named)
+    end = time.monotonic() + options.budget
+    at_hand: list[Task] = []
+
+    def keep(record: Record) -> None:
+        store.append(record)
+        shared.keep(record)
+
+    def finish() -> None:
+        while at_hand:
+            shared.done(at_hand.pop())
+
+    def claim(task: Task) -> bool:
+        finish()
+        if shared.claim(task):
+            at_hand.append(task)
+        return bool(at_hand)
+
+    named |= {"claim": claim, "workers": shared.world_size}
+    session(tasks, bench_of, keep, budget=options.budget, known=known, **named)
+    finish()
+    # What a rank has begun is waited for, until it is done or the rank is lost.
+    while begun := shared.taken(shared.open(tasks)):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        lost = shared.to_take_over(begun)
+        if not lost:
+            time.sleep(WAIT)
+            continue
+        known = [*store.read(KINDS), *shared.records(lost)]
+        session(lost, bench_of, keep, budget=left, known=known, **named)
+        finish()
+        for task in lost:
+            # The lost rank may have found its winner, and not have said that it was done.
+            if shared.claim(task):
+                shared.done(task)
+    records = shared.records(shared.taken(tasks))
+    if merge:
+        store.add(records)
+    shared.leave(LEAVE)
+    return [record for record in records if isinstance(record, Tuned)]

@@ -1,0 +1,410 @@
+"""``fastconv tune`` with a worker that pretends to measure: nothing is lost, what fails is not tried again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastconv.autotune import Measured, Store, Tuned
+from fastconv.autotune.choose import Asked, load_lock, reload
+from fastconv.autotune.gpus import A100, H200
+from fastconv.autotune.measure import Failed, Resources, Task
+from fastconv.autotune.records import FAILURES, Met
+from fastconv.autotune.table import read_table
+from fastconv.benchmarks import layer_lists
+from fastconv.cli import run
+from fastconv.cli import tune as command
+from fastconv.kernels import mend
+from fastconv.kernels.tuned import version_of
+from fastconv.tuning import compiling, problems
+from tests.autotune.making import DATE, met, problem, tuned
+from tests.autotune.simulated import Timer
+from tests.tuning import pretending
+
+ROOT = Path(__file__).parents[2]
+LAYERS = """{"schema": "fastconv-layers/1", "network": "small", "image": [64, 28, 28]}
+{"count": 3, "function": "conv2d", "input": [64, 28, 28], "weight": [64, 64, 3, 3], "padding": 1}
+{"count": 1, "function": "conv2d", "input": [64, 28, 28], "weight": [128, 64, 1, 1], "stride": 2}
+{"count": 1, "function": "max_pool2d", "input": [128, 14, 14], "kernel_size": 2}
+"""
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Path:
+    path = tmp_path / "small.jsonl"
+    path.write_text(LAYERS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path / "cache"))
+    reload()
+    yield Store()
+    monkeypatch.undo()
+    reload()
+
+
+def tasks_of(layers: Path, train: bool = False) -> list[Task]:
+    return problems.of_layers(layer_lists.find(str(layers)).calls, 8, torch.bfloat16, train, H200)
+
+
+def times_of(tasks: Sequence[Task], seed: int = 0) -> dict[str, float]:
+    timer = Timer(H200, seed)
+    return {
+        pretending.key_of(task.asked.problem, config): timer.truth(task.asked.work(config), config)
+        for task in tasks
+        for config, _ in problems.fitting(task.asked)
+    }
+
+
+def estimated(self: Any, asked: Asked, configs: Sequence[Any]) -> list[Resources | Failed]:
+    """In the place of a compiler: what the cost model takes it for."""
+    works = [asked.work(config) for config in configs]
+    return [Resources(min(work.registers, 255), 0, work.shared_memory) for work in works]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setattr(compiling.Compiler, "_compile", estimated)
+
+    def pretend(times: dict[str, float], failures: dict[str, str] | None = None, **more: Any) -> Path:
+        line = pretending.write(tmp_path / "plan", H200, times, failures or {}, **more)
+        monkeypatch.setattr(command, "worker_command", lambda device: line)
+        return tmp_path / "plan"
+
+    return pretend
+
+
+def tuned_by(store: Store) -> list[Tuned]:
+    return [record for record in store.read(("tuned",)) if isinstance(record, Tuned)]
+
+
+def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
+    layers: Path, store: Store, pretend: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tasks = tasks_of(layers)
+    times = times_of(tasks)
+    plan = pretend(times, otherwise=1e-4)
+    line = ["tune", "--layers", str(layers), "--batch", "8", "--report", "--lock", str(tmp_path / "lock.json")]
+    assert run([*line, "--write-table", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"small batch 8 bfloat16 inference on the NVIDIA H200: {len(tasks)} problems, 0 of them tuned" in out
+    assert f"{len(tasks)} problems tuned in" in out and "rank correlation" in out
+    found = tuned_by(store)
+    assert {entry.problem for entry in found} == {task.asked.problem for task in tasks}
+    for entry in found:
+        keys = {name: time for name, time in times.items() if name.startswith(entry.problem.describe())}
+        assert times[pretending.key_of(entry.problem, entry.config)] <= 1.1 * min(keys.values())
+        assert entry.pytorch == pytest.approx(1e-4, rel=0.02) and entry.version == version_of(entry.problem.space)
+        assert entry.fastconv.startswith("0.")
+    # What is measured is what was asked of the worker, all of it.
+    kept = [record for record in store.read(("measured",)) if isinstance(record, Measured)]
+    assert Counter(pretending.key_of(r.problem, r.config) for r in kept) == Counter(pretending.asked(plan))
+    assert read_table(tmp_path / "lock.json") == sorted(
+        read_table(tmp_path / "lock.json"), key=lambda e: str(e.problem.json)
+    )
+    assert {e.problem for e in read_table(tmp_path / "nvidia-h200.json")} == {e.problem for e in found}
+    assert json.loads((tmp_path / "lock.json").read_text())["model"] == "small batch 8 bfloat16 inference"
+    before = len(pretending.asked(plan))
+    assert run(line[:5]) == 0
+    assert f"{len(tasks)} problems, {len(tasks)} of them tuned already" in capsys.readouterr().out
+    assert len(pretending.asked(plan)) == before
+    assert run([*line[:5], "--again"]) == 0
+    assert len(pretending.asked(plan)) > before
+
+
+def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend: Any) -> None:
+    from fastconv.autotune.choose import choose
+    from fastconv.kernels.tuned import CALLER
+
+    task = tasks_of(layers)[0]
+    second = problems.fitting(task.asked)[1][0]
+    assert second != task.asked.choice.config
+    times = dict.fromkeys(times_of([task]), 1e-3) | {pretending.key_of(task.asked.problem, second): 1e-5}
+    pretend(times, otherwise=1e-4)
+    lock = tmp_path / "lock.json"
+    assert run(["tune", "--layers", str(layers), "--batch", "8", "--lock", str(lock)]) == 0
+    store.clear()
+    reload()
+    load_lock(lock)
+    try:
+        asked = task.asked
+        choice = choose(asked.space, asked.features, asked.work, H200, CALLER)
+        assert choice.source == "lock file" and choice.config == second
+    finally:
+        load_lock(None)
+
+
+def test_what_fails_is_told_and_never_tried_again(
+    layers: Path, store: Store, pretend: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config is planted for every way to fail, each the fastest if it were measured."""
+    tasks = tasks_of(layers)
+    times = times_of(tasks)
+    ways = ("exception", "wrong", "abort", "segmentation fault", "memory", "illegal access")
+    statuses = dict(zip(ways, ("failed", "wrong", "crashed", "crashed", "out_of_memory", "crashed"), strict=True))
+    task = max(tasks, key=lambda task: len(problems.fitting(task.asked)))
+    configs = [config for config, _ in problems.fitting(task.asked) if config != task.asked.choice.config]
+    planted = {pretending.key_of(task.asked.problem, c): how for c, how in zip(configs, ways, strict=False)}
+    plan = pretend(times, planted)
+    assert run(["tune", "--layers", str(layers), "--batch", "8"]) == 0
+    out = capsys.readouterr().out
+    failed = [r for r in store.read(("measured",)) if isinstance(r, Measured) and r.status in FAILURES]
+    by_key = {pretending.key_of(r.problem, r.config): r.status for r in failed if r.config is not None}
+    assert by_key == {key: statuses[how] for key, how in planted.items() if key in by_key} and len(by_key) >= 4
+    assert "not measured, and not tried again: " in out
+    counted = Counter(pretending.asked(plan))
+    assert all(counted[key] == 1 for key in by_key)
+    assert {entry.problem for entry in tuned_by(store)} == {task.asked.problem for task in tasks}
+    assert run(["tune", "--layers", str(layers), "--batch", "8", "--again"]) == 0
+    counted = Counter(pretending.asked(plan))
+    assert all(counted[key] == 1 for key in by_key), "nor by another run"
+
+
+# A run in a process of its own, to be interrupted: its arguments are the plan, then the command line.
+PROGRAM = """
+import sys
+from tests.cli.test_tune import command, compiling, estimated
+from fastconv.cli import run
+plan, *line = sys.argv[1:]
+compiling.Compiler._compile = estimated
+command.worker_command = lambda device: [sys.executable, "-m", "tests.tuning.pretending", plan]
+sys.exit(run(line))
+"""
+
+
+def started(plan: Path, line: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(plan), *line],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(plan: Path, count: int) -> None:
+    end = time.monotonic() + 60
+    while len(pretending.asked(plan)) < count:
+        assert time.monotonic() < end, "it measures nothing"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_runs_lose_nothing_and_go_on(number: int, layers: Path, store: Store, pretend: Any) -> None:
+    tasks = tasks_of(layers)
+    plan = pretend(times_of(tasks), takes=0.02, otherwise=1e-4)
+    line = ["tune", "--layers", str(layers), "--batch", "8"]
+    process = started(plan, line)
+    wait_for(plan, random.Random(0).randint(20, 60))
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number), error
+    if number == signal.SIGINT:
+        assert error == "fastconv: interrupted; what was finished has been written\n"
+    before = pretending.asked(plan)
+    kept = [pretending.key_of(r.problem, r.config) for r in Store().read(("measured",)) if isinstance(r, Measured)]
+    assert kept in (before, before[:-1]), "all but what was in flight"
+    assert run(line) == 0
+    again = Counter(pretending.asked(plan)[len(before) :])
+    assert {entry.problem for entry in tuned_by(store)} == {task.asked.problem for task in tasks}
+    # Of a problem whose winner was found before nothing is measured again.
+    ended = {entry.problem for entry in Store().read(("tuned",))} & {
+        r.problem
+        for r in Store().read(("measured",))
+        if sum(key.startswith(r.problem.describe()) for key in before) > 44
+    }
+    assert not [key for key in again if any(key.startswith(each.describe()) for each in ended)]
+
+
+def test_the_budget_ends_a_run(layers: Path, store: Store, pretend: Any) -> None:
+    pretend(times_of(tasks_of(layers)), takes=0.2)
+    began = time.monotonic()
+    assert run(["tune", "--layers", str(layers), "--batch", "8", "--budget", "2s"]) == 0
+    assert time.monotonic() - began < 20
+    assert len(tuned_by(store)) < len(tasks_of(layers))
+
+
+def test_dry_run_measures_nothing(layers: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", "--layers", str(layers), "--batch", "8", "--train", "--gpu", "A100", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "Predicted for the NVIDIA A100; nothing is measured" in out
+    assert "conv_wgrad" in out and "direction=dgrad" in out and "pool" in out
+    assert not store.folder.exists()
+
+
+def test_the_log_is_what_programs_met(
+    store: Store, pretend: Any, layers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = tasks_of(layers)
+    asked = tasks[0].asked
+    for each in (asked.problem, problem("of_another_version")):
+        store.append(Met(each, H200.name, H200.multiprocessors, asked.version, DATE))
+    store.append(Met(tasks[-1].asked.problem, A100.name, A100.multiprocessors, asked.version, DATE))
+    pretend(times_of(tasks))
+    assert run(["tune", "--from-log"]) == 0
+    assert "What programs met on the NVIDIA H200: 1 problems" in capsys.readouterr().out
+    assert [entry.problem for entry in tuned_by(store)] == [asked.problem]
+
+
+def test_a_models_problems_and_only_those_of_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "tune --model tests.cli.tiny:every_kind --size 32 --batch 4 --train --dry-run --gpu H200"
+    assert run(line.split()) == 0
+    out = capsys.readouterr().out
+    spaces = {line.split()[1] for line in out.splitlines() if line.startswith("│ ") and "N=4" in line}
+    assert len(spaces) > 1
+    wanted = sorted(spaces)[0]
+    assert run([*line.split(), "--kernel", wanted]) == 0
+    out = capsys.readouterr().out
+    assert {line.split()[1] for line in out.splitlines() if line.startswith("│ ") and "N=4" in line} == {wanted}
+
+
+def test_the_report_holds_the_cost_model_against_measurements(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tune", "--report", "--gpu", "H200"]) == 0
+    assert "nothing is measured yet on the NVIDIA H200" in capsys.readouterr().out
+    times = {1: (1e-5, 2e-5), 2: (2e-5, 1e-5), 4: (3e-5, 3e-5), 8: (4e-5, 4e-5)}
+    for tile, (predicted, seconds) in times.items():
+        store.append(
+            Measured(problem(), H200.name, 132, tuned().version, {"TILE": tile}, "ok", seconds, predicted, DATE)
+        )
+    store.append(tuned(default_seconds=1.5e-5))
+    assert run(["tune", "--report", "--gpu", "H200"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "gemm" in line)
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == [
+        "1",
+        "0.80",
+        "100.0%",
+        "0.0%",
+        "50.0%",
+        "50.0%",
+        "0 of 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("tune", "tune what?"),
+        ("tune --layers LAYERS --from-log", "--layers and --from-log exclude each other"),
+        ("tune --layers LAYERS", "PyTorch sees no GPU to measure on; --dry-run"),
+        ("tune --layers LAYERS --budget 0", "--budget 0: nothing can be measured in no time"),
+        ("tune --layers LAYERS --budget 0m", "--budget 0m: nothing"),
+        ("tune --layers LAYERS --budget soon", "--budget 'soon': a time is expected, as 90s"),
+        ("tune --layers LAYERS --gpu GTX --dry-run", "gpu 'GTX' is not one of A100"),
+        ("tune --layers LAYERS --kernel cubic --dry-run", "--kernel 'cubic' is not one of conv_depthwise,"),
+        (
+            "tune --layers LAYERS --kernel conv_depthwise --dry-run --gpu H200",
+            "of conv_depthwise for the NVIDIA H200 none",
+        ),
+        ("tune --layers LAYERS --dtype int8 --dry-run", "--dtype 'int8' is not one of"),
+        ("tune --layers LAYERS --size 3 --dry-run", "--size needs --model"),
+        ("tune --layers LAYERS --lock nowhere/lock --gpu H200", "nowhere/lock: no such folder"),
+        ("tune --layers LAYERS --lock lock --gpu H200", "lock: nothing of it is tuned yet"),
+        ("tune --write-table nowhere", "nowhere: no such folder"),
+        ("tune --write-table . --gpu H200", "nvidia-h200.json: nothing of it is tuned yet"),
+        ("tune --from-log --gpu H200 --dry-run", "in the log, none"),
+        ("tune --from-log --batch 3", "--batch says something of a model"),
+        ("tune --report --lock lock", "--lock needs one of --model"),
+        ("tune --layers resnt --dry-run", "those there are: alexnet,"),
+        ("tune --layers BAD --dry-run", "bad.jsonl, line 2, field count: a positive integer is expected"),
+        ("tune --model resnt18 --dry-run", "resnet18"),
+        ("tune --model tests.cli.tiny:large --size 4 --dry-run", "does not run on a batch of 64x3x4x4"),
+    ],
+)
+def test_bad_usage_is_one_line_and_changes_nothing(
+    line: str,
+    why: str,
+    layers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(LAYERS.replace('"count": 3', '"count": 0'))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(str(ROOT))
+    words = [{"LAYERS": str(layers), "BAD": str(bad)}.get(word, word) for word in line.split()]
+    assert run(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastconv: ") and error.count("\n") == 1 and why in error
+    assert not list((tmp_path / "here").iterdir()) and not list((tmp_path / "cache").rglob("*.jsonl"))
+
+
+def test_a_store_that_cannot_be_written_ends_it_before_anything_is_measured(
+    layers: Path, pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = pretend({})
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(layers))  # a file where a folder is needed
+    reload()
+    assert run(["tune", "--layers", str(layers)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1 and not pretending.asked(plan)
+
+
+def test_a_worker_that_does_not_start_is_one_line(
+    layers: Path, pretend: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend({}, refuses="the driver is too old")
+    assert run(["tune", "--layers", str(layers)]) == 2
+    error = capsys.readouterr().err
+    assert "does not start: RuntimeError: the driver is too old" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("tune", ["first", "force"])
+def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastconv
+    from fastconv.tuning import first
+
+    monkeypatch.setattr(first, "Worker", lambda *_: pytest.fail("a worker was started"))
+    with fastconv.settings(tune=tune):
+        fastconv.functional.conv2d(torch.randn(1, 16, 3, 3), torch.randn(16, 16, 1, 1))
+        assert first.measure(problems_asked()) is None
+
+
+def problems_asked() -> Asked:
+    from fastconv.tuning.subject import subject_of
+
+    return subject_of(problems_first(), H200)[1]
+
+
+def problems_first() -> Any:
+    from tests.tuning.test_subject import CALLS, asked_by
+
+    return asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].asked.problem
+
+
+def test_asked_for_a_problem_is_tuned_once_with_the_worker(
+    layers: Path, store: Store, pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `settings.tune` has it, but for the GPU."""
+    from fastconv.tuning import first
+    from fastconv.tuning.process import Worker
+
+    task = tasks_of(layers)[0]
+    plan = pretend(times_of([task]))
+    monkeypatch.setattr(first, "live", lambda gpu: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with Worker([sys.executable, "-m", "tests.tuning.pretending", str(plan)]) as worker:
+        monkeypatch.setattr(first, "_workers", {0: worker})
+        found = first.measure(task.asked)
+    assert found is not None and found.problem == task.asked.problem
+    assert len(store.read(("measured",))) == len(pretending.asked(plan)) and not store.read(("tuned",))
+    assert met().problem != found.problem
