@@ -626,7 +626,7 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
             step_bytes=(columns * _cdiv(k, k_tiles) + pixels * _cdiv(c, c_tiles)) * config["BLOCK_N"] * element,
             dram_bytes=passes * operands + weight * element,
             shared_memory=config["num_stages"] * _pixels_wgrad_step(config) * element,
-            registers=34 + m * n * products // (32 * config["num_warps"]),
+            registers=40 + m * n * products // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=matrix_share(problem.dtype, "ieee"),
