@@ -108,6 +108,8 @@ PIXELS_TILES = {
     (64, 64, 0): (4, 4),
     (32, 128, 0): (4, 4),
     (32, 64, 0): (4, 4),
+    (16, 128, 0): (4, 4),
+    (16, 64, 0): (4, 4),
     (256, 128, 0): (8, 3),
     (256, 64, 0): (8, 3),
     (128, 256, 0): (8, 3),
@@ -888,8 +890,9 @@ def rows_wgrad_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) 
             extra_bytes=2 * partials * prod(problem.weight_shape) * 4 if partials > 1 else 0,
         )
 
-    # All rows of a filter in one program where registers allow, so that dy is read once.
-    width = {"BLOCK_K": min(128, rows), "BLOCK_C": min(128, columns)}
+    # All rows of a filter in one program where registers and shared memory allow, so that dy is read once.
+    most = 128 if 4 * (128 + 128) * 32 * element <= gpu.shared_memory else 64
+    width = {"BLOCK_K": min(most, rows), "BLOCK_C": min(most, columns)}
     return _choose(ROWS_WGRAD, (problem, form, precision), work, gpu, width)
 
 

@@ -6,6 +6,7 @@ Maps are small: every program takes the interpreter's time. Plans are those of a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from convolutions import DEVICE, Case, depths, expected, trailing
 from fastconv.autotune import Choice, Config, gpus
 from fastconv.kernels import call, conv, dispatch, mend
+from fastconv.kernels.conv_pixels import taps_walked
 from fastconv.kernels.launch import record
 from fastconv.kernels.layout import strides_like
 from fastconv.kernels.problem import ConvProblem
@@ -138,6 +140,20 @@ def test_each_direction_has_fifty_problems() -> None:
     assert len({case.name for case in CASES}) >= 50
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cost_model_counts_the_taps_that_are_walked(case: Case) -> None:
+    """One at a time; of neighbours in a box those of any, of a pair whole rows."""
+    problem = case.problem()
+    ones = (torch.ones(1, 1, *problem.input_size, dtype=torch.double), torch.ones(1, 1, *problem.output_size).double())
+    one = replace(problem, batch=1, in_channels=1, out_channels=1, groups=1)
+    weight = torch.ones(one.weight_shape, dtype=torch.double)
+    for direction, met in zip(("fprop", "dgrad"), expected(one, *ones, weight), strict=False):
+        assert taps_walked(direction, problem, 1, 0) == pytest.approx(met.mean().item())
+        assert taps_walked(direction, problem, 4, 0) >= met.mean().item() * (1 - 1e-9)
+        rows = problem.taps // problem.filter_size[-1]
+        assert 0 < taps_walked(direction, problem, 1, 1) <= rows or not met.any()
+
+
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
 @pytest.mark.parametrize("sides", [ONE, FOUR, PAIRS, (32, 16, 16, 2, 0), (16, 16, 16, 2, 1)], ids=str)
 def test_every_tile_at_its_edges(direction: str, sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,3 +264,64 @@ def test_statistics(sides: tuple[int, ...], transposed: bool, monkeypatch: pytes
     true_var, true_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
     for value, reference in ((mean, true_mean), (var, true_var)):
         torch.testing.assert_close(value.cpu().double(), reference, rtol=1e-5, atol=1e-5)
+
+
+BIG = Case("", 64, 128, 128, (28, 28), (3, 3), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "dtype", "reason"),
+    [
+        (replace(BIG, n=15), "fprop", torch.bfloat16, "15 images leave most of a box empty"),
+        (
+            *(replace(BIG, c=100), "fprop", torch.bfloat16),
+            "bulk copies begin at multiples of 16 bytes, 100 to 128 channels do not: a gather reads them as they lie",
+        ),
+        (replace(BIG, groups=4), "dgrad", torch.float16, "groups of 32 to 32 channels fill no tile"),
+        (BIG, "dgrad", torch.float32, "tensor cores do not transpose float32 in shared memory"),
+    ],
+    ids=["images", "channels", "groups", "fp32"],
+)
+def test_what_it_does_not_serve(case: Case, direction: str, dtype: torch.dtype, reason: str) -> None:
+    problem = case.problem(dtype)
+    assert ("pixels", reason) in dispatch.plan(direction, problem, gpus.H200).reasons
+    assert dispatch.plan("fprop", BIG.problem(dtype), gpus.H200).family == "pixels"
+    assert dispatch.plan("fprop", BIG.problem(dtype), gpus.A100).family == "gather"
+
+
+@pytest.mark.parametrize("gpu", [gpus.H200, gpus.B200], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("images", [16, 24, 32, 48, 64, 100, 128, 256])
+def test_boxes_are_filled(images: int, gpu: gpus.Gpu) -> None:
+    """Few images lie in boxes of several pixels, and never in one that could be half as large."""
+    for stride in (1, 2):
+        problem = replace(BIG, n=images, stride=(stride, stride)).problem(torch.bfloat16)
+        for direction in ("fprop", "dgrad"):
+            plan = dispatch.plan(direction, problem, gpu)
+            if plan.family != "pixels":
+                assert any("times as long as a gather" in why for _, why in plan.reasons)
+                assert stride == 2 or images in (24, 48, 100)
+                continue
+            config = plan.choice.config
+            assert config["BLOCK_N"] < 2 * images
+            assert config["PIXELS"] == 1 or stride == 1
+            if stride == 1 and images < 64:
+                assert config["PIXELS"] * config["BLOCK_N"] == 128 or config["PAIRS"]
+
+
+def test_operands_apart_are_read_where_they_lie() -> None:
+    """A crop, and channels that begin at a multiple of 16 bytes; what begins elsewhere is gathered."""
+    generator = torch.Generator().manual_seed(0)
+    whole = integers((20, 4, 5, 40), 9, generator).bfloat16().to(DEVICE)
+    weight = integers((16, 16, 1, 1), 9, generator).bfloat16().to(DEVICE)
+    for x, name in (
+        (whole[:18, 1:3, 1:4, 8:24], "conv_pixels_kernel"),
+        (whole[::2, :1, ::2, 16:32][:, :, :, :], "conv_gather_kernel"),
+        (whole[:, :2, :2, 4:20], "conv_gather_kernel"),
+    ):
+        x = x.permute(0, 3, 1, 2)
+        with dispatch.use_target(gpus.H200), record() as records, pytest.MonkeyPatch.context() as patch:
+            name_tile(patch, ONE)
+            y = conv.conv_fprop(x, weight, None, (2, 2), (0,) * 4, (1, 1), 1)
+        reference = torch.conv2d(x.double().cpu(), weight.double().cpu(), stride=2)
+        assert_equal(y, reference, "fprop of a slice")
+        assert [it.name for it in records] == [name]

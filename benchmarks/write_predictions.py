@@ -1,0 +1,57 @@
+"""Print what the cost model predicts for each convolution of ResNet-50 on an H200, as `benchmarks/results/OPEN.md` has
+it: ``python -m fastconv.benchmarks.write_predictions``. No time in it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastconv.arguments import expand
+from fastconv.autotune import Gpu
+from fastconv.autotune.gpus import H200
+from fastconv.benchmarks.calls import Operator
+from fastconv.benchmarks.layer_lists import find
+from fastconv.kernels import dispatch
+from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+
+NETWORK, BATCH, GPU = "resnet50", 256, H200
+
+
+def problem_of(call: Operator, batch: int) -> ConvProblem:
+    """The problem of a convolution, not a transposed one, in bf16."""
+    weight = call.shapes[1]
+    assert weight is not None
+    arguments = dict(call.arguments)
+    stride, padding, dilation = (
+        expand(name, arguments[name], len(weight) - 2) for name in ("stride", "padding", "dilation")
+    )
+    groups = arguments["groups"]
+    return conv_problem((batch, *call.input[1:]), weight, None, stride, padding * 2, dilation, groups, torch.bfloat16)
+
+
+def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
+    """Lines of markdown: each direction's family, predicted microseconds and what bounds them, beside the roofline: the
+    problem's FLOPs and, each operand moved once, its bytes at the GPU's peak rates."""
+    yield "| layer | count | roofline, us | " + " | ".join(DIRECTIONS) + " |"
+    yield "|---" * (3 + len(DIRECTIONS)) + "|"
+    for call, count in find(network).calls.items():
+        if call.pool or call.transposed:
+            continue
+        problem = problem_of(call, batch)
+        roofline = 1e6 * max(problem.flops / gpu.matrix_rate, problem.bytes / gpu.bandwidth)
+        cells = [problem.describe().removesuffix(" bfloat16"), str(count), f"{roofline:.0f}"]
+        for direction in DIRECTIONS:
+            plan = dispatch.plan(direction, problem, gpu)
+            if direction == "dgrad" and not call.needs_dx:
+                cells.append("not asked for")
+            elif plan.choice is None:
+                cells.append("PyTorch's")
+            else:
+                cells.append(f"{plan.family} {1e6 * plan.choice.seconds:.0f} ({plan.choice.bound})")
+        yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(table(NETWORK, BATCH, GPU)))
