@@ -24,6 +24,7 @@ from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad, gemm_unfit
 from fastconv.kernels.conv_pixels import conv_pixels
 from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
 from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
+from fastconv.kernels.conv_spatial import conv_spatial, spatial_unfit
 from fastconv.kernels.conv_wgrad import conv_wgrad
 from fastconv.kernels.descriptor import ALIGNMENT, bulk
 from fastconv.kernels.epilogue import PLAIN, Epilogue
@@ -42,8 +43,10 @@ from fastconv.kernels.tiles import (
     pixels_tile,
     pixels_wgrad_tile,
     pool_tile,
+    predicted_faster,
     rows_tile,
     rows_wgrad_tile,
+    spatial_tile,
     wgrad_tile,
 )
 
@@ -217,6 +220,21 @@ def _plan_gemm(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -
     return choice, conv_gemm(direction, problem, choice.config, precision, gpu, layout.source, bias, epilogue)
 
 
+def _spatial_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    unfit = spatial_unfit(direction, problem, layout.source) or _unfit_for_bulk_copies(problem, gpu, layout)
+    if unfit is None and not predicted_faster(direction, problem, fp32_precision(problem.dtype), gpu):
+        return "tiles of rows and rectangles that fit the image badly: predicted slower than the gather's"
+    return unfit
+
+
+def _plan_spatial(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    precision = fp32_precision(problem.dtype)
+    choice = spatial_tile(direction, problem, precision, gpu)
+    return choice, conv_spatial(
+        direction, problem, choice.config, precision, layout.source, layout.bias, layout.epilogue
+    )
+
+
 def _rows_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     form = row_form(problem, layout.source)
     if isinstance(form, str):
@@ -288,12 +306,13 @@ PIXELS = Family("pixels", _pixels_unsupported, _plan_pixels)
 PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad)
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
 GEMM = Family("gemm", _gemm_unsupported, _plan_gemm)
+SPATIAL = Family("spatial", _spatial_unsupported, _plan_spatial)
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     # An image's gradient is hardly ever asked for.
-    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS, GATHER)),
-    "dgrad": (DEPTHWISE, GROUPED, GEMM, PIXELS, GATHER),
+    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS, SPATIAL, GATHER)),
+    "dgrad": (DEPTHWISE, GROUPED, GEMM, PIXELS, SPATIAL, GATHER),
     "wgrad": (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS_WGRAD, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }

@@ -112,7 +112,7 @@ def test_random_values_within_rounding(case: Case, dtype: torch.dtype) -> None:
 def test_each_direction_has_fifty_problems() -> None:
     problems = {case.problem() for case in CASES}
     for direction in DIRECTIONS:
-        served = [p for p in problems if dispatch.plan(direction, p, gpus.H200).family == "gather"]
+        served = [p for p in problems if dispatch.plan(direction, p, gpus.A100).family == "gather"]
         assert len(served) >= 50, direction
 
 
@@ -221,7 +221,7 @@ def test_offsets_past_2_to_31_elements_are_wide(direction: str) -> None:
 
     def launch(size: int) -> Launch:
         problem = Case("", 2, 64, 64, (size, size), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
-        return dispatch.plan(direction, problem, gpus.H200).launches[0]
+        return dispatch.plan(direction, problem, gpus.A100).launches[0]
 
     assert launch(4096).constants["WIDE"] is False  # 2^31 elements, the last at 2^31 - 1
     assert launch(4097).constants["WIDE"] is True
@@ -231,7 +231,7 @@ def test_offsets_past_2_to_31_elements_are_wide(direction: str) -> None:
 def test_linear_wgrad_is_wide_where_either_operand_is(c: int, k: int) -> None:
     """A 1x1 layer's pixels are walked by one stride; of 2^25 pixels only the wider operand passes 2^31 elements."""
     problem = Case("", 2, c, k, (4096, 4096), (1, 1)).problem(torch.bfloat16)
-    constants = dispatch.plan("wgrad", problem, gpus.H200).launches[0].constants
+    constants = dispatch.plan("wgrad", problem, gpus.A100).launches[0].constants
     assert constants["LINEAR"] is True and constants["WIDE"] is True
 
 
@@ -278,11 +278,11 @@ def test_empty_batch_launches_nothing() -> None:
 
 def test_uncovered_problems_say_why() -> None:
     problem = Case("", 1, 300000, 300000, (1, 1), (1, 1), groups=100000).problem()
-    plan = dispatch.plan("fprop", problem, gpus.H200)
+    plan = dispatch.plan("fprop", problem, gpus.A100)
     assert plan.family == "pytorch"
     assert plan.reasons[-1] == ("gather", "100000 groups are more than a grid's second axis holds")
     huge = Case("", 2, 1, 1, (2**16, 2**15), (1, 1)).problem()
-    assert "2^31 pixels" in dispatch.plan("fprop", huge, gpus.H200).reasons[-1][1]
+    assert "2^31 pixels" in dispatch.plan("fprop", huge, gpus.A100).reasons[-1][1]
     old = gpus.describe("an older GPU", 75, 40, 64 << 10, 4 << 20, None)
     assert "7.5" in dispatch.plan("fprop", Case("", 1, 16, 16, (4, 4), (1, 1)).problem(), old).reasons[-1][1]
 
