@@ -187,7 +187,12 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
                 tasks,
                 benches,
                 store,
-                Options(wishes.budget, top_k=wishes.top_k, again=wishes.again, fastconv=written_by()),
+                Options(
+                    max(1.0, started + wishes.budget - time.monotonic()),
+                    top_k=wishes.top_k,
+                    again=wishes.again,
+                    fastconv=written_by(),
+                ),
                 seeds=lambda asked: [
                     entry.config for table in (known.user, known.shipped) for entry in table.seeds(asked.problem)
                 ][:2],

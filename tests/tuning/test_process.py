@@ -136,6 +136,7 @@ def test_the_parent_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 def test_the_real_worker_measures_what_it_is_asked() -> None:
     from tests.tuning.test_subject import tiny
