@@ -141,8 +141,8 @@ def _plan_packed(
 
 
 def _pixels_wgrad_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    if not gpu.tma:
-        return "no bulk tensor copies"
+    if not gpu.bulk:
+        return "no tensor cores that read what bulk copies bring"
     if problem.dtype is torch.float32:
         return "tensor cores do not transpose float32 in shared memory"
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
@@ -197,8 +197,8 @@ def _plan_pixels_wgrad(
 
 
 def _unfit_for_bulk_copies(problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    if not gpu.tma:
-        return "no bulk tensor copies"
+    if not gpu.bulk:
+        return "no tensor cores that read what bulk copies bring"
     if not layout.aligned:
         return "an operand that does not begin at a multiple of 16 bytes"
     if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
