@@ -4,7 +4,7 @@
 #   TRITON=3.6.0       another Triton, in an environment of its own over .venv
 #   JOBS=2             test processes
 #   OUT=dir ARGS=...   bench, gpu: where results go; bench: further arguments
-#   STAGE=models       gpu: some stages of tests, operators, blocks, models
+#   STAGE=models       gpu: some stages of tests, operators, blocks, models, tuning
 SHELL = bash
 PYTHON ?= python3
 VENV ?= .venv$(TRITON:%=-triton-%)

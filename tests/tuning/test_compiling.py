@@ -1,0 +1,127 @@
+"""What configs take of a GPU that is not here, by the compiler, and that the worker is spared what cannot be good."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastconv.autotune.gpus import H200
+from fastconv.autotune.measure import Failed, Resources, tune
+from fastconv.autotune.records import Measured, Record
+from fastconv.kernels.conv import Uncovered
+from fastconv.tuning import compiling, problems, subject
+from fastconv.tuning.bench import Benches
+from fastconv.tuning.compiling import Compiler
+from fastconv.tuning.process import Worker
+from tests.tuning import pretending
+from tests.tuning.test_subject import CALLS, asked_by
+
+
+def asked() -> Any:
+    return asked_by(CALLS["grouped"], torch.bfloat16, H200)[0].asked
+
+
+@pytest.mark.compile
+def test_registers_and_shared_memory_are_the_compilers() -> None:
+    question = asked()
+    configs = [config for config, _ in problems.fitting(question)]
+    with Compiler(H200) as compiler:
+        found = compiler.resources(question, configs[:2])
+        assert all(isinstance(each, Resources) and 0 < each.registers <= 255 for each in found)
+        compiler.ahead([question], 2)
+        began = time.monotonic()
+        assert compiler.resources(question, configs[:2]) == found
+        assert time.monotonic() - began < 5, "each binary once"
+
+
+def of(registers: int, spills: int = 0) -> Any:
+    from fastconv.kernels.inspect import Resources
+
+    return Resources(registers, spills, 1024)
+
+
+def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked()
+    configs = [config for config, _ in problems.fitting(question)]
+    compiled: list[Any] = []
+
+    def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
+        compiled.extend(candidates)
+        return {key: "kernel does not compile" if len(compiled) == 1 else of(99) for key in candidates}
+
+    monkeypatch.setattr(compiling, "resources", resources)
+    with Compiler(H200, 3) as compiler:
+        assert compiler.resources(question, configs[:1]) == [Failed("failed", "kernel does not compile")]
+        both = compiler.resources(question, configs[:2])
+        assert both == [Failed("failed", "kernel does not compile"), Resources(99, 0, 1024)]
+        assert len(compiled) == len(set(compiled)) == 2
+        planned = subject.Subject.planned
+
+        def refuses(self: Any, gpu: Any, config: Any = None) -> Any:
+            if config == configs[2]:
+                raise Uncovered("gather: no")
+            return planned(self, gpu, config)
+
+        monkeypatch.setattr(subject.Subject, "planned", refuses)
+        assert compiler.resources(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
+
+
+def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (asked_by(CALLS[name], torch.bfloat16, H200)[0].asked for name in ("grouped", "1x1", "max"))
+    begun, go_on = threading.Event(), threading.Event()
+    threads: list[str] = []
+
+    def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        if threads[-1] != "MainThread":
+            begun.set()
+            assert go_on.wait(30)
+        return {key: of(64) for key in candidates}
+
+    monkeypatch.setattr(compiling, "resources", resources)
+    with Compiler(H200) as compiler:
+        compiler.ahead([first, second, third], 2)
+        assert begun.wait(30)
+        # Not begun yet: it is not waited for.
+        assert compiler.resources(third, [problems.fitting(third)[0][0]]) == [Resources(64, 0, 1024)]
+        assert threads[-1] == "MainThread"
+        go_on.set()
+        configs = [config for config, _ in problems.fitting(first)[:2]]
+        assert len(compiler.resources(first, configs)) == 2
+        assert threads.count("MainThread") == 1, "waited for, and not compiled again"
+
+
+def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path: Path) -> None:
+    question = asked()
+    configs = [config for config, _ in problems.fitting(question)]
+    default = question.choice.config
+    bad = {index: config for index, config in enumerate(configs) if config != default and index < 4}
+    kept: list[Record] = []
+
+    def compiled(asked: Any, found: Any) -> list[Any]:
+        said: dict[int, Resources | Failed] = {
+            0: Resources(255, 16, 0),
+            1: Failed("failed", "no"),
+            2: Resources(64, 0, 1 << 20),
+        }
+        return [
+            said.get(configs.index(c), Resources(64, 0, 1024)) if c in bad.values() else Resources(64, 0, 1024)
+            for c in found
+        ]
+
+    plan = tmp_path / "plan"
+    command = pretending.write(plan, H200, {}, {}, otherwise=1e-4)
+    with Worker(command) as worker:
+        benches = Benches(worker, compiled)
+        found = tune(question, benches(question), kept.append, top_k=len(configs))
+    assert found is not None
+    never = {pretending.key_of(question.problem, config) for index, config in bad.items() if index < 3}
+    assert never and not never & set(pretending.asked(plan))
+    failed = {r.status for r in kept if isinstance(r, Measured) and r.status != "ok"}
+    assert failed <= {"spills", "failed", "too_large"} and len(failed) >= 2
+    assert benches.failures["failed"] == (1 in bad)
