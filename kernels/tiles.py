@@ -14,7 +14,7 @@ from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.autotune.choose import RESOLUTION, by_cost_model
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
-from fastconv.kernels.conv_gemm import resident, resident_bytes, walkers
+from fastconv.kernels.conv_gemm import LINE, resident, resident_bytes, walkers
 from fastconv.kernels.conv_pixels import taps_walked
 from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
@@ -151,14 +151,15 @@ CONV_PIXELS = Space(
     order=("PAIRS",),
 )
 CONV_PIXELS_FP32 = Space("conv_pixels_fp32", {**CONV_PIXELS.ranges, "PAIRS": (0,)}, _pixels_tile(32), order=())
-# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. Of one tap 128x128 makes 64 FLOP of a byte
-# from L2 and 64x64 makes 32; of three taps the first makes 96, of three and two outputs the second makes 64.
+# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. Of one tap 128x256 makes 85 FLOP of a byte
+# from L2, 128x128 makes 64 and 64x64 makes 32; of three taps the second makes 96, of three and two outputs the last 64.
 PIXELS_WGRAD_TILES = {
     (128, 128, 3, 1): 8,
     (128, 64, 3, 2): 8,
     (64, 64, 3, 2): 4,
     (128, 64, 3, 1): 8,
     (64, 64, 3, 1): 4,
+    (128, 256, 1, 1): 8,
     (128, 128, 1, 1): 8,
     (64, 64, 1, 1): 4,
 }
@@ -184,9 +185,9 @@ PIXELS_WGRAD = Space(
     "conv_pixels_wgrad",
     {
         "BLOCK_N": (64, 32),
-        "BLOCK_K": (128, 64),
-        "BLOCK_C": (128, 64),
         "TAPS": (1,),
+        "BLOCK_K": (128, 64),
+        "BLOCK_C": (256, 128, 64),
         "COLUMNS": (1,),
         "num_warps": (8, 4),
         "num_stages": (4, 3),
@@ -202,8 +203,6 @@ PIXELS_WGRAD_PAIR = replace(
 # Of the flat GEMM, (rows, columns) of a tile -> its warps and stages: what is read from L2 for a product falls with the
 # first, two programs fit a multiprocessor of the next ones.
 GEMM_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (4, 3), (64, 64): (4, 4)}
-# (Its weight's gradient has rows and columns alike.)
-GEMM_WGRAD_TILES = GEMM_TILES | {(64, 256): (8, 3), (64, 128): (4, 3)}
 
 
 def _gemm_tile(config: Config) -> str | None:
@@ -216,8 +215,10 @@ def _gemm_tile(config: Config) -> str | None:
 
 
 def _gemm_wgrad_tile(config: Config) -> str | None:
-    if (config["num_warps"], config["num_stages"]) != GEMM_WGRAD_TILES.get((config["BLOCK_K"], config["BLOCK_C"])):
+    if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get((config["BLOCK_K"], config["BLOCK_C"])):
         return "other warps or copies in flight than its sides ask for"
+    if config["BLOCK_K"] > config["BLOCK_C"]:
+        return "a binary that few layers would share"
     return None
 
 
@@ -238,11 +239,11 @@ GEMM_RESIDENT = Space(
     "conv_gemm_resident",
     {
         "SPLITS": (1,),
-        "BLOCK_M": (128, 64),
+        "BLOCK_M": (128,),
         "BLOCK_K": (128, 64),
-        "BLOCK_C": (256, 128, 64, 32),
+        "BLOCK_C": (64, 32),
         "num_warps": (8,),
-        "num_stages": (3,),
+        "num_stages": (4,),
     },
 )
 GEMM_WGRAD = Space(
@@ -638,8 +639,12 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     space = PIXELS_WGRAD
     if problem.filter_size[-1] >= 3:
         space = PIXELS_WGRAD_PAIR if pairs_of_outputs(problem, 3) else PIXELS_WGRAD_ROW
-    narrow = {name: width for name, width in (("BLOCK_K", k), ("BLOCK_C", c)) if width <= 64}
-    return _choose(space, problem, work, gpu, narrow)
+    # None that is half empty.
+    fitting = {
+        name: tuple(side for side in space.ranges[name] if side == 64 or side < 2 * width)
+        for name, width in (("BLOCK_K", k), ("BLOCK_C", c))
+    }
+    return _choose(replace(space, ranges={**space.ranges, **fitting}), problem, work, gpu)
 
 
 def _narrow(channels: int) -> dict[str, int]:
@@ -683,12 +688,8 @@ def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) ->
             extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
         )
 
-    # A box is at least as wide as the lines of shared memory that bulk copies write.
-    line = 128 // element
-    if stays:
-        width = {"BLOCK_C": max(c, line), "BLOCK_K": min(k, 128)}
-        return _choose(GEMM_RESIDENT, (direction, problem, precision), work, gpu, width)
-    return _choose(GEMM, (direction, problem, precision), work, gpu, {"BLOCK_C": line, **_narrow(k)})
+    space = GEMM_RESIDENT if stays else GEMM
+    return _choose(space, (direction, problem, precision), work, gpu, {"BLOCK_C": LINE // element, **_narrow(k)})
 
 
 def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
@@ -712,7 +713,7 @@ def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
             extra_bytes=2 * splits * prod(problem.weight_shape) * 4 if splits > 1 else 0,
         )
 
-    narrow = {name: 64 for name, channels in (("BLOCK_K", k), ("BLOCK_C", c)) if channels <= 64}
+    narrow = {"BLOCK_K": 64, "BLOCK_C": 64} if max(c, k) <= 64 else {}
     return _choose(GEMM_WGRAD, problem, work, gpu, narrow)
 
 
@@ -743,7 +744,7 @@ def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu)
 
     # Of strided rows a copy takes one.
     single = {"ROWS": 1} if direction == "fprop" and problem.lifted.stride[1] > 1 else {}
-    width = {"BLOCK_C": 128 // element, **_narrow(k), **single}
+    width = {"BLOCK_C": LINE // element, **_narrow(k), **single}
     return _choose(SPATIAL, (direction, problem, precision), work, gpu, width)
 
 
