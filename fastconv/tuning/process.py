@@ -109,8 +109,9 @@ class Worker:
         self._process = self._connection = self._errors = None
 
     def _started(self) -> Connection:
-        if self._connection is not None:
+        if self._connection is not None and self._process is not None and self._process.poll() is None:
             return self._connection
+        self.close()  # one that has ended between two questions
         here, there = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         root = str(Path(fastconv.__file__).parents[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 
 from fastconv.autotune.gpus import H200, INTERPRETER
-from fastconv.autotune.measure import Failed
+from fastconv.autotune.measure import Failed, Resources, tune
 from fastconv.kernels import mend
+from fastconv.tuning.bench import Benches
 from fastconv.tuning.process import Worker, WorkerError
 from tests.autotune.making import problem
+from tests.autotune.test_measure import question
 from tests.tuning import pretending
 
 CONFIG = {"TILE": 1}
@@ -74,6 +77,39 @@ def test_a_worker_that_somebody_kills_costs_nothing(tmp_path: Path) -> None:
     assert len(pretending.asked(tmp_path / "plan")) == 2
 
 
+def test_kills_at_random_moments_cost_no_config(tmp_path: Path) -> None:
+    """A run goes on over a worker that is killed again and again, and blames nobody."""
+    generator = random.Random(0)
+    ended = threading.Event()
+    kept: list[Any] = []
+    kills = 0
+
+    def killing(it: Worker) -> None:
+        nonlocal kills
+        next_at = generator.randint(3, 9)
+        while not ended.wait(0.002):
+            # A few answers lie between two kills, so that no config is in flight at both.
+            if len(pretending.asked(tmp_path / "plan")) >= next_at and it._process is not None:
+                time.sleep(generator.uniform(0, 0.04))
+                it._process.kill()
+                kills += 1
+                next_at = len(pretending.asked(tmp_path / "plan")) + generator.randint(3, 9)
+
+    with worker(tmp_path, takes=0.02) as it:
+        killer = threading.Thread(target=killing, args=(it,))
+        killer.start()
+        try:
+            asked = question()
+            benches = Benches(it, lambda asked, configs: [Resources(64, 0, 1024) for _ in configs])
+            found = tune(asked, benches(asked), kept.append)
+        finally:
+            ended.set()
+            killer.join()
+    assert found is not None and kills >= 3
+    assert all(record.status == "ok" for record in kept[:-1])
+    assert len(pretending.asked(tmp_path / "plan")) - len(kept[:-1]) <= kills
+
+
 def test_an_interrupt_ends_the_worker_and_its_answer_is_nobodys(tmp_path: Path) -> None:
     with worker(tmp_path, takes=0.5) as it:
         assert it.gpu == H200
@@ -108,6 +144,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
 import os, threading
 from fastconv.tuning.process import Worker
 from tests.autotune.making import problem
+from tests.autotune.test_measure import question
 it = Worker({command!r})
 it.gpu
 print(it._process.pid, flush=True)

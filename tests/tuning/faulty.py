@@ -1,0 +1,54 @@
+"""A worker on a GPU whose configs do harm: ``python -m tests.tuning.faulty HOW DESCRIPTOR``; PyTorch's op does none."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config, Gpu, Problem
+from fastconv.tuning.process import Measure, serve
+from fastconv.tuning.worker import Measuring, on_device
+
+
+@triton.jit
+def harmful_kernel(flag_ptr, address, ENDLESS: tl.constexpr):
+    """Waits for what nobody does, or writes where nothing is."""
+    if ENDLESS:
+        flag = tl.load(flag_ptr, volatile=True)
+        while flag == 0:
+            flag = tl.load(flag_ptr, volatile=True)
+    else:
+        tl.store(address.to(tl.pointer_type(tl.int32)), 1)
+
+
+def start(how: str) -> tuple[Gpu, Measure]:
+    gpu, measure = on_device(0)
+    assert isinstance(measure, Measuring)
+
+    def harm(problem: Problem, config: Config | None) -> float:
+        if config is not None:
+            # As a config's own kernel would, inside of what tells a dead GPU from a mere error.
+            measure._current = _Harm(how)  # type: ignore[assignment]
+            measure._current.subject.problem = problem  # type: ignore[misc]
+        return measure(problem, config)
+
+    return gpu, harm
+
+
+class _Harm:
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.subject = type("Subject", (), {"problem": None})()
+
+    def seconds(self, config: Config | None) -> float:
+        flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+        harmful_kernel[(1,)](flag, 1 << 52, self.how == "hang")
+        torch.cuda.synchronize()
+        return 1.0
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[2]), lambda: start(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""What only a GPU can walk of measuring: events, CUDA graphs, cuDNN, kernels that kill the process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastconv
+from fastconv.autotune import Store
+from fastconv.autotune.choose import reload
+from fastconv.autotune.measure import Failed
+from fastconv.cli.measure.clock import CudaClock
+from fastconv.kernels import dispatch
+from fastconv.tuning import first, problems, worker
+from fastconv.tuning.process import COMMAND, Worker
+from fastconv.tuning.subject import subject_of
+from tests.tuning.test_subject import CALLS, asked_by
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
+    reload()
+    yield Store()
+    monkeypatch.undo()
+    reload()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_direction_is_right_and_timed(name: str) -> None:
+    gpu = dispatch.target(torch.device("cuda"))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        measure = worker.Measuring(gpu, torch.device("cuda"), CudaClock())
+        for task in asked_by(CALLS[name], torch.bfloat16, gpu):
+            configs = [config for config, _ in problems.fitting(task.asked)]
+            for config in (configs[0], configs[-1]):
+                seconds = [measure(task.asked.problem, config) for _ in range(2)]
+                assert all(1e-7 < each < 1e-2 for each in seconds)
+            if subject_of(task.asked.problem, gpu)[0].native:
+                assert 1e-7 < measure(task.asked.problem, None) < 1e-2
+
+
+@pytest.mark.parametrize(("how", "status"), [("illegal access", "crashed"), ("hang", "hung")])
+def test_harm_ends_the_worker_alone(how: str, status: str) -> None:
+    gpu = dispatch.target(torch.device("cuda"))
+    asked = asked_by(CALLS["1x1"], torch.bfloat16, gpu)[0].asked
+    with Worker([sys.executable, "-m", "tests.tuning.faulty", how], patience=15.0) as it:
+        assert it.gpu == gpu
+        assert isinstance(it.run(asked.problem, None), float)
+        failed = it.run(asked.problem, asked.choice.config)
+        assert isinstance(failed, Failed) and failed.status == status, failed
+        assert isinstance(it.run(asked.problem, None), float)
+
+
+def test_asked_for_a_call_is_tuned_when_it_is_first_met(store: Store) -> None:
+    x = torch.randn(16, 64, 14, 14, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w = torch.randn(128, 64, 3, 3, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(x, w, padding=1)
+    try:
+        with fastconv.settings(tune="first", prefer="triton"):
+            for _ in range(2):
+                y = fastconv.functional.conv2d(x, w, padding=1)
+                torch.testing.assert_close(y, expected, rtol=3e-2, atol=1.0)
+                found = store.read(("tuned",))
+                assert len(found) >= 1
+        count = len(store.read(("measured",)))
+        fastconv.functional.conv2d(x, w, padding=1)
+        assert len(store.read(("measured",))) == count
+    finally:
+        for each in first._workers.values():
+            each.close()
+
+
+def test_the_worker_is_on_the_device_it_is_told() -> None:
+    with Worker([*COMMAND, "--device", "0"]) as it:
+        assert it.gpu == dispatch.target(torch.device("cuda", 0))
