@@ -102,7 +102,8 @@ def conv_pixels_wgrad_kernel(
 
     k = group * K + pid_k * BLOCK_K
     c = group * C + pid_c * BLOCK_C
-    acc = ()
+    # (Triton would evaluate annotations.)
+    acc = ()  # type: tuple[tl.tensor, ...]
     for _i in tl.static_range(COLUMNS * TAPS):
         acc = acc + (tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32),)
     # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
@@ -116,10 +117,10 @@ def conv_pixels_wgrad_kernel(
             d = y_o * stride_d + tap_d
             h = y_p * stride_h + tap_h
             w = y_q * stride_w + tap_w
-            x_steps = ()
+            x_steps = ()  # type: tuple[tl.tensor, ...]
             for i in tl.static_range(COLUMNS + TAPS - 1):
                 x_steps = x_steps + (read(x, d, h, w + i * dilation_w, n, c, RANK, BLOCK_N, BLOCK_C),)
-            sums = ()
+            sums = ()  # type: tuple[tl.tensor, ...]
             for column in tl.static_range(COLUMNS):
                 dy_step = read(dy, y_o, y_p, y_q + column, n, k, RANK, BLOCK_N, BLOCK_K).T
                 for i in tl.static_range(TAPS):
