@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from fastconv.autotune import Gpu, Store, Tuned
-    from fastconv.autotune.measure import Step, Task
+    from fastconv.autotune.measure import Task
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
-# For the time that is foretold: of a binary on one core, of a problem's measurements.
-COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5
 
 
 def tune(
@@ -88,9 +86,14 @@ def tune(
         target = options.gpu(gpu) if gpu else _here()
         tasks = collect(wishes, store, target) if given else []
         if dry_run:
-            _foretell(tasks, wishes, target, store)
+            from fastconv.autotune.choose import tables
+            from fastconv.cli import tuned
+
+            known = tables(target, _caller())
+            for line in tuned.foretold(tasks, known, target, wishes.top_k, wishes.budget, wishes.again):
+                _screen(True).print(line)
         return _write(tasks, wishes, target, store, report, lock, write_table)
-    except SchemaError as error:
+    except (SchemaError, OSError) as error:  # of a lock file that is in force, of the store
         raise BadUsage(str(error)) from error
 
 
@@ -154,7 +157,7 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
 
     from fastconv.autotune.choose import reload, tables
     from fastconv.autotune.measure import share_of
-    from fastconv.cli import BadUsage
+    from fastconv.cli import BadUsage, tuned
     from fastconv.kernels.compile import cores
     from fastconv.tuning import sharing
     from fastconv.tuning.bench import Benches
@@ -182,7 +185,7 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
                 f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
                 f"{len(tasks)} problems, {len(tasks) - len(open_tasks)} of them tuned already"
             )
-            watch = stack.enter_context(Watch(screen, len(open_tasks), started + wishes.budget))
+            watch = stack.enter_context(tuned.Watch(screen, len(open_tasks), started + wishes.budget))
             found = run(
                 tasks,
                 benches,
@@ -203,7 +206,7 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
         except (WorkerError, sharing.RunLost) as error:
             raise BadUsage(str(error)) from error
     reload()
-    for line in summary(tasks, found, time.monotonic() - started, benches.failures):
+    for line in tuned.found(tasks, found, time.monotonic() - started, benches.failures):
         screen.print(line)
     if shared is not None and shared.rank != 0:
         return 0
@@ -221,105 +224,6 @@ def worker_command(device: int) -> list[str]:
     return [*COMMAND, "--device", str(device)]
 
 
-class Watch:
-    """Progress: the problem at hand with its best so far, how many have ended, how long it takes at most."""
-
-    def __init__(self, screen: Any, problems: int, end: float) -> None:
-        from rich import progress
-
-        columns = (
-            progress.BarColumn(20),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[left]} {task.description}"),
-        )
-        self._bar = progress.Progress(*columns, console=screen, transient=True)
-        self._task = self._bar.add_task("compiling", total=problems, left="")
-        self._end = end
-
-    def __enter__(self) -> Watch:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def tell(self, step: Step) -> None:
-        left = max(0, round(self._end - time.monotonic()))
-        line = f"{step.asked.problem.describe()}: {step.measured} configs"
-        if step.failed:
-            line += f", {step.failed} failed"
-        if step.best_seconds is not None:
-            line += f", best {step.best_seconds * 1e6:.1f} us"
-            if step.default_seconds is not None:
-                line += f" of {step.default_seconds * 1e6:.1f}"
-        at_most = f"at most {left // 60}:{left % 60:02} left,"
-        self._bar.update(self._task, advance=int(step.done), description=line, left=at_most)
-
-
-def summary(tasks: Sequence[Task], found: Sequence[Tuned], seconds: float, failures: Any) -> list[Any]:
-    """What a run found: where it saves most first. Times are measured, each problem by itself."""
-    from fastconv.cli.measure.tables import _table, _tile
-
-    counts = {task.asked.problem: task.count for task in tasks}
-    best = {entry.problem: entry for entry in found if entry.problem in counts}
-    gains = {problem: counts[problem] * (it.default_seconds - it.seconds) for problem, it in best.items()}
-    lines: list[Any] = []
-    won = [problem for problem, entry in best.items() if entry.config != entry.default]
-    if won:
-        table = _table("kernel and problem", "times", "us", "default us", "PyTorch us", "noise", "tile")
-        for problem in sorted(won, key=lambda problem: -gains[problem]):
-            it = best[problem]
-            pytorch = "" if it.pytorch is None else f"{it.pytorch * 1e6:.1f}"
-            figures = f"{it.seconds * 1e6:.1f}", f"{it.default_seconds * 1e6:.1f}", pytorch, f"{it.noise:.1%}"
-            table.add_row(problem.describe(), str(counts[problem]), *figures, _tile(dict(it.config)))
-        lines.append(table)
-    before = sum(counts[problem] * it.default_seconds for problem, it in best.items())
-    line = f"{len(best)} problems tuned in {seconds:.0f} s: {len(won)} have another tile than the default"
-    if best:
-        line += f"; together {(before - sum(gains.values())) * 1e3:.2f} ms where the defaults take {before * 1e3:.2f}"
-        slower = sum(it.pytorch is not None and it.pytorch * (1 + it.noise) < it.seconds for it in best.values())
-        line += f"; PyTorch is faster at {slower}"
-    lines.append(line)
-    if failures:
-        lines.append(
-            "not measured, and not tried again: " + ", ".join(f"{n} {status}" for status, n in failures.items())
-        )
-    return lines
-
-
-def _foretell(tasks: Sequence[Task], wishes: Wishes, gpu: Gpu, store: Store) -> None:
-    """What a run would do; all times are predicted."""
-    from fastconv.autotune.choose import tables
-    from fastconv.autotune.measure import expected_gain, share_of
-    from fastconv.cli.measure.tables import _table, _tile
-    from fastconv.kernels.compile import cores
-    from fastconv.tuning.problems import fitting
-
-    screen = _screen(True)
-    known = tables(gpu, _caller())
-    table = _table("kernel and problem", "times", "configs", "default us", "saves us", "default")
-    table.title = f"Predicted for the {gpu.name}; nothing is measured"
-    binaries = 0
-    open_tasks = []
-    for task in sorted(tasks, key=lambda task: -share_of(task)):
-        asked, configs = task.asked, fitting(task.asked)
-        tuned = known.user.exact(*_identity(task)) is not None and not wishes.again
-        if not tuned:
-            open_tasks.append(task)
-            binaries += min(wishes.top_k, len(configs))
-        times = f"{asked.choice.seconds * 1e6:.1f}", "tuned" if tuned else f"{expected_gain(asked) * 1e6:.1f}"
-        row = str(task.count), str(len(configs)), *times, _tile(dict(asked.choice.config))
-        table.add_row(asked.problem.describe(), *row)
-    screen.print(table)
-    whole, saved = (sum(map(f, open_tasks)) for f in (share_of, lambda task: task.count * expected_gain(task.asked)))
-    needed = max(binaries * COMPILE_SECONDS / cores(), len(open_tasks) * MEASURE_SECONDS)
-    screen.print(
-        f"{len(open_tasks)} problems to tune, {binaries} configs to compile at first: about {needed / 60:.0f} min of "
-        f"at most {wishes.budget / 60:.1f}; their defaults take {whole * 1e3:.2f} ms, the best tiles "
-        f"{(whole - saved) * 1e3:.2f} ms (predicted)"
-    )
-
-
 def _write(
     tasks: Sequence[Task], wishes: Wishes, gpu: Gpu, store: Store, report: bool, lock: Path | None, table: Path | None
 ) -> int:
@@ -329,7 +233,9 @@ def _write(
     from fastconv.kernels.tuned import version_of
 
     if report:
-        for line in report_of(store, gpu):
+        from fastconv.cli import tuned
+
+        for line in tuned.ranked(store, gpu):
             _screen(True).print(line)
     known = tables(gpu, _caller())
     current = [
@@ -360,40 +266,6 @@ def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
         write_table(path, entries, written_by(), now(), model and re.sub(r"[^A-Za-z0-9 ._+:,-]", "-", model))
     except OSError as error:
         raise BadUsage(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def report_of(store: Store, gpu: Gpu) -> list[Any]:
-    """By kernel: the cost model's ranking against what was measured, and how much its choice costs."""
-    from statistics import mean
-
-    from fastconv.autotune.records import Measured, Tuned
-    from fastconv.autotune.report import fits, summary
-    from fastconv.autotune.table import Table
-    from fastconv.cli.measure.tables import _table
-
-    records = [record for record in store.read(("measured", "tuned")) if record.of_gpu(gpu)]
-    found = fits(record for record in records if isinstance(record, Measured))
-    entries = Table(record for record in records if isinstance(record, Tuned)).entries
-    if not found:
-        return [f"nothing is measured yet on the {gpu.name}"]
-    table = _table(
-        "kernel", "problems", "rank correlation", "top-1 regret", "top-5 regret", "default's", "worst", "PyTorch faster"
-    )
-    table.title = f"The cost model against measurements on the {gpu.name}; regrets relative to the best measured"
-    for space in [*sorted({fit.problem.space for fit in found}), None]:
-        part = summary([fit for fit in found if space in (None, fit.problem.space)])
-        tuned = [entry for entry in entries if space in (None, entry.problem.space)]
-        assert part is not None
-        costs = [entry.default_seconds / entry.seconds - 1 for entry in tuned]
-        slower = sum(entry.pytorch is not None and entry.pytorch * (1 + entry.noise) < entry.seconds for entry in tuned)
-        table.add_row(
-            space or "all",
-            str(part.problems),
-            *(f"{part.correlation:.2f}", f"{part.top1:.1%}", f"{part.top5:.1%}"),
-            *((f"{mean(costs):.1%}", f"{max(costs):.1%}") if costs else ("", "")),
-            f"{slower} of {len(tuned)}",
-        )
-    return [table]
 
 
 def written_by() -> str:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from fastconv.autotune import Config, Gpu, Problem
@@ -18,6 +19,7 @@ from fastconv.tuning.problems import fitting
 from fastconv.tuning.subject import Subject, subject_of
 
 Found = Resources | Failed
+Candidates = dict[Hashable, Sequence[Launch]]
 
 # One thread at a time: what plans are made under is the process's.
 _planning = threading.Lock()
@@ -31,48 +33,56 @@ class Compiler:
         self._subjects: dict[Problem, Subject] = {}
         self._binaries: dict[Any, Found] = {}
         self._ahead: dict[Problem, Future[list[Found]]] = {}
-        self._background = ThreadPoolExecutor(1, "fastconv-compile")
+        # Processes are forked by threads that no Ctrl-C reaches, and inherit that: it is the main thread's.
+        self._background, self._asked = (ThreadPoolExecutor(1, name, _block_interrupts) for name in ("ahead", "asked"))
 
     def __enter__(self) -> Compiler:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave what is not begun yet."""
-        self._background.shutdown(wait=True, cancel_futures=True)
+        for executor in (self._background, self._asked):
+            executor.shutdown(wait=True, cancel_futures=True)
 
     def ahead(self, questions: Iterable[Asked], top_k: int) -> None:
         """Compile what is predicted fastest for each, in this order, while others are measured."""
         for asked in questions:
             configs = [config for config, _ in fitting(asked)[:top_k]]
-            self._ahead[asked.problem] = self._background.submit(self._quietly, asked, configs)
+            self._ahead[asked.problem] = self._background.submit(self._compile, asked, configs)
 
     def resources(self, asked: Asked, configs: Sequence[Config]) -> list[Found]:
         """What each config takes, or why it does not compile."""
         coming = self._ahead.pop(asked.problem, None)
         if coming is not None and not coming.cancel():
             coming.result()
-        return self._compile(asked, configs)
-
-    def _quietly(self, asked: Asked, configs: Sequence[Config]) -> list[Found]:
-        # What it forks inherits this: Ctrl-C is the main thread's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        return self._compile(asked, configs)
+        return self._asked.submit(self._compile, asked, configs).result()
 
     def _compile(self, asked: Asked, configs: Sequence[Config]) -> list[Found]:
         with _planning:
             planned = [self._planned(asked.problem, config) for config in configs]
         launches = [it for each in planned if not isinstance(each, Failed) for it in each]
-        missing: dict[Hashable, list[Launch]] = {}
-        missing |= {it.compile_key: [it] for it in launches if it.compile_key not in self._binaries}
-        for key, found in resources(missing, self.gpu, self._jobs).items() if missing else ():
-            if isinstance(found, str):
-                self._binaries[key] = Failed("failed", found)
-            else:
-                self._binaries[key] = Resources(found.registers, found.spills, found.shared_memory)
+        missing: Candidates = {it.compile_key: [it] for it in launches if it.compile_key not in self._binaries}
+        self._binaries |= self._read(missing)
         return [
             each if isinstance(each, Failed) else _most([self._binaries[it.compile_key] for it in each])
             for each in planned
         ]
+
+    def _read(self, candidates: Candidates) -> dict[Any, Found]:
+        if not candidates:
+            return {}
+        try:
+            found = resources(candidates, self.gpu, self._jobs)
+        except BrokenProcessPool:
+            # Some compiler has ended its process. Which one's launch that was is found by halves.
+            if len(candidates) == 1:
+                return {key: Failed("failed", "the compiler crashes") for key in candidates}
+            items, half = list(candidates.items()), len(candidates) // 2
+            return self._read(dict(items[:half])) | self._read(dict(items[half:]))
+        return {
+            key: Failed("failed", it) if isinstance(it, str) else Resources(it.registers, it.spills, it.shared_memory)
+            for key, it in found.items()
+        }
 
     def _planned(self, problem: Problem, config: Config) -> list[Launch] | Failed:
         if problem not in self._subjects:
@@ -81,6 +91,10 @@ class Compiler:
             return self._subjects[problem].planned(self.gpu, config)[1]
         except (Uncovered, ValueError) as error:
             return Failed("failed", f"cannot be planned: {error}")
+
+
+def _block_interrupts() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _most(binaries: Sequence[Found]) -> Found:

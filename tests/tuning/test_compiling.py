@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pyte
         assert compiler.resources(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
 
 
+def test_a_compiler_that_ends_its_process_costs_its_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked()
+    configs = [config for config, _ in problems.fitting(question)][:3]
+    it = subject.subject_of(question.problem, H200)[0]
+    (deadly,) = (launch.compile_key for launch in it.planned(H200, configs[1])[1])
+
+    def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
+        if deadly in candidates:
+            raise BrokenProcessPool("a process has ended")
+        return {key: of(64) for key in candidates}
+
+    monkeypatch.setattr(compiling, "resources", resources)
+    with Compiler(H200) as compiler:
+        found = compiler.resources(question, configs)
+    assert found == [Failed("failed", "the compiler crashes") if i == 1 else Resources(64, 0, 1024) for i in range(3)]
+
+
 def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (asked_by(CALLS[name], torch.bfloat16, H200)[0].asked for name in ("grouped", "1x1", "max"))
     begun, go_on = threading.Event(), threading.Event()
@@ -78,7 +96,7 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
 
     def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
         threads.append(threading.current_thread().name)
-        if threads[-1] != "MainThread":
+        if threads[-1].startswith("ahead"):
             begun.set()
             assert go_on.wait(30)
         return {key: of(64) for key in candidates}
@@ -89,11 +107,11 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
         assert begun.wait(30)
         # Not begun yet: it is not waited for.
         assert compiler.resources(third, [problems.fitting(third)[0][0]]) == [Resources(64, 0, 1024)]
-        assert threads[-1] == "MainThread"
+        assert threads[-1].startswith("asked")
         go_on.set()
         configs = [config for config, _ in problems.fitting(first)[:2]]
         assert len(compiler.resources(first, configs)) == 2
-        assert threads.count("MainThread") == 1, "waited for, and not compiled again"
+        assert sum(name.startswith("asked") for name in threads) == 1, "waited for, and not compiled again"
 
 
 def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""What ``fastconv tune`` shows: its progress, what it found, what it would do, how well the cost model ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+import rich.table
+from rich import progress
+from rich.console import Console
+
+from fastconv.autotune import Gpu, Problem, Store, Tuned
+from fastconv.autotune.choose import Tables
+from fastconv.autotune.measure import Step, Task, expected_gain, share_of
+from fastconv.autotune.records import Measured
+from fastconv.autotune.report import fits
+from fastconv.autotune.report import summary as means
+from fastconv.autotune.table import Table
+from fastconv.cli.measure.tables import _table, _tile
+from fastconv.kernels.compile import cores
+from fastconv.kernels.tuned import conv_of, pool_of
+from fastconv.tuning.problems import fitting
+
+# For the time that is foretold: of a binary on one core, of a problem's measurements.
+COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5
+
+
+class Watch:
+    """Progress: the problem at hand with its best so far, how many have ended, how long it takes at most."""
+
+    def __init__(self, screen: Console, problems: int, end: float) -> None:
+        columns = (
+            progress.BarColumn(20),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[left]} {task.description}"),
+        )
+        self._bar = progress.Progress(*columns, console=screen, transient=True)
+        self._task = self._bar.add_task("compiling", total=problems, left="")
+        self._end = end
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tell(self, step: Step) -> None:
+        left = max(0, round(self._end - time.monotonic()))
+        line = f"{' '.join(described(step.asked.problem))}: {step.measured} configs"
+        if step.failed:
+            line += f", {step.failed} failed"
+        if step.best_seconds is not None:
+            line += f", best {_us(step.best_seconds)} us"
+            if step.default_seconds is not None:
+                line += f" of {_us(step.default_seconds)}"
+        at_most = f"at most {left // 60}:{left % 60:02} left,"
+        self._bar.update(self._task, advance=int(step.done), description=line, left=at_most)
+
+
+def found(tasks: Sequence[Task], entries: Sequence[Tuned], seconds: float, failures: Mapping[str, int]) -> list[Any]:
+    """What a run found: where it saves most first. Times are measured, each problem by itself."""
+    counts = {task.asked.problem: task.count for task in tasks}
+    best = {entry.problem: entry for entry in entries if entry.problem in counts}
+    gains = {problem: counts[problem] * (it.default_seconds - it.seconds) for problem, it in best.items()}
+    lines: list[Any] = []
+    won = [problem for problem, entry in best.items() if entry.config != entry.default]
+    if won:
+        table = _problems("us", "default us", "PyTorch us", "noise", "tile")
+        for problem in sorted(won, key=lambda problem: -gains[problem]):
+            it = best[problem]
+            pytorch = "" if it.pytorch is None else _us(it.pytorch)
+            figures = _us(it.seconds), _us(it.default_seconds), pytorch, f"{it.noise:.1%}"
+            table.add_row(*described(problem), str(counts[problem]), *figures, _tile(dict(it.config)))
+        lines.append(table)
+    before = sum(counts[problem] * it.default_seconds for problem, it in best.items())
+    line = f"{len(best)} problems tuned in {seconds:.0f} s: {len(won)} have another tile than the default"
+    if best:
+        line += f"; together {(before - sum(gains.values())) * 1e3:.2f} ms where the defaults take {before * 1e3:.2f}"
+        line += f"; PyTorch is faster at {sum(map(_pytorch_faster, best.values()))}"
+    lines.append(line)
+    if failures:
+        said = ", ".join(f"{count} {status}" for status, count in failures.items())
+        lines.append(f"not measured, and not tried again: {said}")
+    return lines
+
+
+def foretold(tasks: Sequence[Task], known: Tables, gpu: Gpu, top_k: int, budget: float, again: bool) -> list[Any]:
+    """What a run would do; all times are predicted."""
+    table = _problems("configs", "default us", "saves us", "default")
+    table.title = f"Predicted for the {gpu.name}; nothing is measured"
+    binaries, open_tasks = 0, []
+    for task in sorted(tasks, key=lambda task: -share_of(task)):
+        asked, configs = task.asked, fitting(task.asked)
+        tuned = known.user.exact(asked.problem, asked.version) is not None and not again
+        if not tuned:
+            open_tasks.append(task)
+            binaries += min(top_k, len(configs))
+        times = _us(asked.choice.seconds), "tuned" if tuned else _us(expected_gain(asked))
+        row = str(task.count), str(len(configs)), *times, _tile(dict(asked.choice.config))
+        table.add_row(*described(asked.problem), *row)
+    whole = sum(map(share_of, open_tasks))
+    least = whole - sum(task.count * expected_gain(task.asked) for task in open_tasks)
+    needed = max(binaries * COMPILE_SECONDS / cores(), len(open_tasks) * MEASURE_SECONDS)
+    line = (
+        f"{len(open_tasks)} problems to tune, {binaries} configs to compile at first: about {needed / 60:.1f} min of "
+        f"at most {budget / 60:.1f}; their defaults take {whole * 1e3:.2f} ms, the best tiles {least * 1e3:.2f} "
+        "(predicted)"
+    )
+    return [table, line]
+
+
+def ranked(store: Store, gpu: Gpu) -> list[Any]:
+    """By kernel: the cost model's ranking against what was measured, and what its choice costs."""
+    records = [record for record in store.read(("measured", "tuned")) if record.of_gpu(gpu)]
+    each = fits(record for record in records if isinstance(record, Measured))
+    entries = Table(record for record in records if isinstance(record, Tuned)).entries
+    if not each:
+        return [f"nothing is measured yet on the {gpu.name}"]
+    columns = "rank correlation", "top-1 regret", "top-5 regret", "default's", "worst", "PyTorch faster"
+    table = _table("kernel", "problems", *columns)
+    table.title = f"The cost model against measurements on the {gpu.name}; regrets relative to the best measured"
+    for space in [*sorted({fit.problem.space for fit in each}), None]:
+        part = means([fit for fit in each if space in (None, fit.problem.space)])
+        assert part is not None
+        tuned = [entry for entry in entries if space in (None, entry.problem.space)]
+        costs = [entry.default_seconds / entry.seconds - 1 for entry in tuned]
+        table.add_row(
+            space or "all",
+            str(part.problems),
+            *(f"{part.correlation:.2f}", f"{part.top1:.1%}", f"{part.top5:.1%}"),
+            *((f"{mean(costs):.1%}", f"{max(costs):.1%}") if costs else ("", "")),
+            f"{sum(map(_pytorch_faster, tuned))} of {len(tuned)}",
+        )
+    return [table]
+
+
+def described(problem: Problem) -> tuple[str, str]:
+    """(kernel, the problem in the words of its operator); of another version's as tables know it."""
+    kind = dict(problem.kind)
+    try:
+        line = (pool_of(problem) if "pool" in kind else conv_of(problem)).describe()
+    except (KeyError, ValueError):
+        return problem.space, problem.describe().removeprefix(f"{problem.space} ")
+    return problem.space, f"{kind['direction']} {line}" if "direction" in kind else line
+
+
+def _problems(*columns: str) -> rich.table.Table:
+    """A table whose rows begin as `described` has them."""
+    table = _table("kernel", "problem", "times", *columns)
+    table.columns[1].justify = "left"
+    return table
+
+
+def _pytorch_faster(entry: Tuned) -> bool:
+    return entry.pytorch is not None and entry.pytorch * (1 + entry.noise) < entry.seconds
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f}"
