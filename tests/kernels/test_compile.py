@@ -84,7 +84,8 @@ def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binar
         if aligned and set(binary.global_accesses("LDGSTS")) != {16}:
             wrong.append(f"asynchronous loads of {binary.global_accesses('LDGSTS')} bytes")
     # A bias is read once, each thread its own few elements.
-    bias = launch.constants["BLOCK_K"] // 8 if launch.name == "conv_gather_kernel" and launch.pointers[2] else 0
+    biased = launch.name in ("conv_gather_kernel", "conv_gemm_kernel", "conv_pixels_kernel") and launch.pointers[2]
+    bias = launch.constants["BLOCK_K"] // 8 if biased else 0
     if aligned and sum(count for width, count in binary.load_bytes.items() if width < 16) > bias:
         wrong.append(f"loads of {binary.load_bytes} bytes")
     return wrong
@@ -186,7 +187,7 @@ def test_other_variants_do_not_spill(gpu: Gpu, precision: str, monkeypatch: pyte
 
 def test_report_has_a_row_for_each_binary() -> None:
     ticks: list[tuple[int, int]] = []
-    rows = report(LAYERS[1:2], GPUS[1:2], lambda *tick: ticks.append(tick))
+    rows = report(LAYERS[1:2], GPUS[:1], lambda *tick: ticks.append(tick))
     assert {(row["kernel"], row["direction"]) for row in rows} >= {
         ("conv_gather_kernel", "fprop"),
         ("conv_gather_kernel", "dgrad"),
@@ -194,4 +195,4 @@ def test_report_has_a_row_for_each_binary() -> None:
         ("channel_sum_kernel", "bias gradient"),
     }
     assert ticks[-1] == (len(rows), len(rows))
-    assert json.loads(json.dumps(rows))[0]["target"] == GPUS[1].name
+    assert json.loads(json.dumps(rows))[0]["target"] == GPUS[0].name
