@@ -26,8 +26,8 @@ from fastconv.kernels.layout import INT32_MAX, Strides, dense_strides, linear_st
 from fastconv.kernels.problem import ConvProblem
 from fastconv.kernels.reduce import split_sum
 
-# Reduced channels that one step covers, by their bytes. (128 of fp32 spill on one version of the compiler.)
-MOST_RESIDENT = {2: 256, 4: 64}
+# Bytes of a line of shared memory as bulk copies write it, and so the reduced channels that a step covers.
+LINE = 128
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _pixel_stride(shape: tuple[int, ...], strides: Strides | None) -> int | None
 
 def resident(channels: int, dtype: torch.dtype) -> bool:
     """Whether one step reduces all channels."""
-    return channels <= MOST_RESIDENT[dtype.itemsize]
+    return channels * dtype.itemsize <= LINE
 
 
 def conv_gemm(

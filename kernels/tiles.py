@@ -201,8 +201,8 @@ PIXELS_WGRAD_PAIR = replace(
     PIXELS_WGRAD, name="conv_pixels_wgrad_pair", ranges={**PIXELS_WGRAD_ROW.ranges, "COLUMNS": (2, 1)}
 )
 # Of the flat GEMM, (rows, columns) of a tile -> its warps and stages: what is read from L2 for a product falls with the
-# first, two programs fit a multiprocessor of the next ones.
-GEMM_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (4, 3), (64, 64): (4, 4)}
+# first, two programs and more fit a multiprocessor of the next ones. (Of 128x64 four warps spill statistics.)
+GEMM_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (8, 3), (64, 64): (4, 4)}
 
 
 def _gemm_tile(config: Config) -> str | None:
@@ -666,12 +666,12 @@ def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) ->
         if stays:
             walking = walkers(problem, tiles, columns, config, gpu)
             programs, steps = walking * columns, _cdiv(tiles, walking)
-            elements = m * depth + m * n
+            elements = m * depth + m * min(n, k)
             shared_memory = resident_bytes(problem, config)
         else:
             programs, steps = tiles * columns * splits, _cdiv(_cdiv(c, depth), splits)
-            elements = (m + n) * depth
-            shared_memory = config["num_stages"] * elements * element
+            elements = (m + min(n, k)) * depth
+            shared_memory = config["num_stages"] * (m + n) * depth * element
         return Work(
             programs=programs,
             steps=steps,
@@ -702,8 +702,8 @@ def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
             programs=_cdiv(k, m) * _cdiv(c, n) * splits,
             steps=_cdiv(_cdiv(problem.output_pixels, depth), splits),
             step_flops=2 * m * n * depth,
-            step_elements=(m + n) * depth,
-            step_bytes=(m + n) * depth * element,
+            step_elements=(min(m, k) + min(n, c)) * depth,
+            step_bytes=(min(m, k) + min(n, c)) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
             registers=64 + m * n // (32 * config["num_warps"]),

@@ -132,20 +132,20 @@ def test_pixels_are_read_where_they_lie() -> None:
     """Channels of a wider tensor, and a crop of images; a crop of rows has no one distance, an odd one no alignment."""
     generator = torch.Generator().manual_seed(0)
     whole = integers((3, 6, 5, 48), 9, generator).bfloat16().to(DEVICE)
-    for crop, kernel in (
-        (whole[..., 8:40], "conv_gemm_kernel"),
-        (whole[1:, ..., 16:], "conv_gemm_kernel"),
-        (whole[:1, :1, :1, 8:40], "conv_gemm_kernel"),
-        (whole[..., 4:36], "conv_gather_kernel"),
-        (whole[:, 1:, :, :32], "conv_gather_kernel"),
-        (whole[:1, :1, :1, :32].expand(3, 6, 5, 32), "conv_gather_kernel"),
+    for crop, served in (
+        (whole[..., 8:40], True),
+        (whole[1:, ..., 16:], True),
+        (whole[:1, :1, :1, 8:40], True),
+        (whole[..., 4:36], False),
+        (whole[:, 1:, :, :32], False),
+        (whole[:1, :1, :1, :32].expand(3, 6, 5, 32), False),
     ):
         x = crop.permute(0, 3, 1, 2)
         weight = integers((24, 32, 1, 1), 9, generator).bfloat16().to(DEVICE)
         with record() as records:
             y = conv.conv_fprop(x, weight, None, (1, 1), (0,) * 4, (1, 1), 1)
         assert_equal(y, torch.conv2d(x.double().cpu(), weight.double().cpu()), "fprop of a slice")
-        assert [r.name for r in records] == [kernel]
+        assert (records[0].name == "conv_gemm_kernel") is served
         assert records[0].shapes[0] == tuple(x.shape)
 
 
@@ -176,8 +176,6 @@ def test_tile_edges(channels: tuple[int, int], splits: int, gpu: Gpu, monkeypatc
     monkeypatch.setattr(dispatch, "gemm_tile", named)
     monkeypatch.setattr(dispatch, "gemm_wgrad_tile", named)
     monkeypatch.setattr(call, "_calls", {})
-    # (Channels that stay are fewer here.)
-    monkeypatch.setitem(conv_gemm.MOST_RESIDENT, 2, 64)
     problem = Case("", 3, *channels, (7, 9), (1, 1)).problem(torch.bfloat16)
     operands = _integers(problem)
     with dispatch.use_target(gpu), record() as records:

@@ -1,0 +1,178 @@
+"""The flat GEMM, and few images over rows and rectangles of pixels, compiled for GPUs that are not here, and read.
+
+At the tiles chosen for ResNet-50, a U-Net and EfficientNet-B0 at batch 64 and 256, and for ResNet-50 at batch 1;
+slowly, every tile of the spaces with the largest epilogues.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from convolutions import Case, of_networks
+from fastconv.autotune import Gpu, Space
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.conv_gather import conv_gather
+from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad
+from fastconv.kernels.conv_spatial import conv_spatial
+from fastconv.kernels.dispatch import Layout
+from fastconv.kernels.epilogue import PLAIN, Epilogue
+from fastconv.kernels.inspect import GPUS, Compiled, compile_all
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import pointer_type
+from fastconv.kernels.problem import DIRECTIONS
+from fastconv.kernels.tiles import GEMM, GEMM_RESIDENT, GEMM_WGRAD, SPATIAL
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
+]
+
+NETWORKS, BATCHES = ("resnet50", "unet", "efficientnet_b0"), (64, 256)
+PRODUCTS = ("conv_gemm_kernel", "conv_gemm_wgrad_kernel", "conv_spatial_kernel")
+TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}
+STATISTICS = Epilogue(statistics=True)
+JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+each_gpu = pytest.mark.parametrize("gpu", GPUS[1:], ids=lambda gpu: f"sm_{gpu.arch}")
+missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
+needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+
+
+def inference(dtype: torch.dtype) -> Epilogue:
+    """All that inference can have."""
+    return Epilogue(*("*fp32",) * 5, residual=pointer_type(dtype), act="prelu")
+
+
+def compiled(launches: Iterable[Launch], gpu: Gpu) -> list[tuple[Launch, Compiled]]:
+    """Each distinct product with its binary."""
+    distinct = {launch.compile_key: launch for launch in launches if launch.name in PRODUCTS}
+    binaries = compile_all(((launch, gpu) for launch in distinct.values()), JOBS)
+    return [(launch, binaries[key, gpu.arch]) for key, launch in distinct.items()]
+
+
+def complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
+    """What is wrong with the binaries, a line each."""
+    lines = []
+    for launch, binary in compiled(launches, gpu):
+        what = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
+        lines += [f"{launch.name} {what} {launch.num_warps} warps: {wrong}" for wrong in _wrong(binary, launch, gpu)]
+    return "\n".join(lines)
+
+
+def _wrong(binary: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
+    wrong = []
+    if binary.stack or binary.spills:
+        wrong.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
+    if binary.shared_memory > gpu.shared_memory:
+        wrong.append(f"{binary.shared_memory} bytes of shared memory")
+    if binary.tensor_cores != TENSOR_CORES[binary.arch]:
+        wrong.append(f"tensor cores by {binary.tensor_cores}")
+    # Of a rectangle Hopper takes the first operand through registers.
+    source = "registers" if launch.constants.get("ROWS", 1) > 1 else "shared memory"
+    if binary.arch == 90 and set(binary.operands) != {source}:
+        wrong.append(f"first operands from {binary.operands}")
+    if binary.serialised:
+        wrong.append("waits for every wgmma")
+    if binary.copies < 2:
+        wrong.append(f"{binary.copies} steps on their way while one is computed")
+    opcodes = {name.split(".")[0] for name in binary.opcodes}
+    if "UTMALDG" not in opcodes or "LDGSTS" in opcodes:
+        wrong.append("operands not moved by bulk copies")
+    statistics = launch.name != "conv_gemm_wgrad_kernel" and launch.pointers[-1] is not None
+    if not statistics and set(binary.global_accesses("STG")) != {16}:
+        wrong.append(f"stores of {binary.global_accesses('STG')} bytes")
+    return wrong
+
+
+def planned(family: str, networks: tuple[str, ...], batches: tuple[int, ...], gpu: Gpu) -> list[Launch]:
+    """What networks take of a family, plain, and fprop with statistics too."""
+    found: list[Launch] = []
+    for problem, _ in of_networks(networks, batches):
+        for direction in DIRECTIONS:
+            for epilogue in (PLAIN, STATISTICS)[: 2 if direction == "fprop" else 1]:
+                plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=epilogue))
+                found += plan.launches if plan.family == family else ()
+    return found
+
+
+@needs_networks
+@each_gpu
+def test_filters_of_one_tap_use_the_hardware(gpu: Gpu, record_property) -> None:
+    launches = planned("gemm", NETWORKS, BATCHES, gpu)
+    assert {launch.name for launch in launches} >= set(PRODUCTS[:2])
+    count = len({launch.compile_key for launch in launches})
+    record_property("line", f"{count} binaries of flat GEMMs for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
+    wrong = complaints(launches, gpu)
+    assert not wrong, wrong
+
+
+@needs_networks
+@each_gpu
+def test_few_images_use_the_hardware(gpu: Gpu) -> None:
+    launches = planned("spatial", ("resnet50",), (1,), gpu)
+    assert {launch.constants["DGRAD"] for launch in launches} == {True, False}
+    wrong = complaints(launches, gpu)
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_takes_fewer_instructions_than_the_gathers(rows: int) -> None:
+    """Why it may stand before the gather where the cost model, which does not count them, sees no difference."""
+    gpu = GPUS[1]
+    problem = Case("", 4, 128, 128, (56, 56), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
+    tile = {"BLOCK_M": 128, "BLOCK_K": 128, "BLOCK_C": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
+    launches = (
+        conv_spatial("fprop", problem, {**tile, "ROWS": rows}, "ieee")[0],
+        conv_gather("fprop", problem, tile, "ieee")[0],
+    )
+    binaries = compile_all([(launch, gpu) for launch in launches], JOBS)
+    spatial, gather = (binaries[launch.compile_key, gpu.arch] for launch in launches)
+    assert spatial.step is not None and gather.step is not None
+    assert spatial.step < 0.8 * gather.step and spatial.registers < gather.registers
+
+
+def every_tile(space: Space, dtype: torch.dtype) -> list[Launch]:
+    """The products of a space's tiles; of the numbers of splits one and another."""
+    exact = dtype is torch.float32
+    precision, epilogues = "tf32" if exact else "ieee", (PLAIN, inference(dtype), STATISTICS)
+    found: list[Launch] = []
+    for config in space:
+        if config["SPLITS"] > 2 or (space is not GEMM_WGRAD and (config["BLOCK_C"] == 32) is not exact):
+            continue
+        if space is GEMM_WGRAD:
+            found += conv_gemm_wgrad(Case("", 64, 256, 256, (56, 56), (1, 1)).problem(dtype), config)
+            continue
+        fused = epilogues if config["SPLITS"] == 1 else (PLAIN,)
+        for epilogue in fused:
+            how = {"bias": epilogue != PLAIN, "epilogue": epilogue}
+            for direction in ("fprop",) if exact or epilogue != PLAIN else ("fprop", "dgrad"):
+                if space is SPATIAL:
+                    for stride, rank in ((1, 2), (2, 2), (1, 3))[: 3 if epilogue == PLAIN else 1]:
+                        case = Case("", 4, 128, 128, (56,) * rank, (3,) * rank, (stride,) * rank, (1,) * rank)
+                        if stride == 1 or config["ROWS"] == 1 or direction == "dgrad":
+                            found += conv_spatial(direction, case.problem(dtype), config, precision, **how)
+                else:
+                    channels = config["BLOCK_C"] if space is GEMM_RESIDENT else 256
+                    sides = (channels, 256) if direction == "fprop" else (256, channels)
+                    case = Case("", 64, *sides, (56, 56), (1, 1))
+                    found += conv_gemm(direction, case.problem(dtype), config, precision, GPUS[1], **how)
+    return found
+
+
+@pytest.mark.slow
+@each_gpu
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [
+        *((space, torch.bfloat16) for space in (GEMM, GEMM_RESIDENT, GEMM_WGRAD, SPATIAL)),
+        *((space, torch.float32) for space in (GEMM, GEMM_RESIDENT, SPATIAL)),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_every_tile_uses_the_hardware(space: Space, dtype: torch.dtype, gpu: Gpu) -> None:
+    wrong = complaints(every_tile(space, dtype), gpu)
+    assert not wrong, wrong
