@@ -176,11 +176,16 @@ def test_the_parent_needs_no_torch() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 def test_the_real_worker_measures_what_it_is_asked() -> None:
+    from fastconv.tuning.subject import subject_of
     from tests.tuning.test_subject import tiny
 
-    asked = tiny()
+    asked = subject_of(tiny(), INTERPRETER)[1]
+    kept: list[Any] = []
     with Worker() as it:
         assert it.gpu == INTERPRETER
-        found = it.run(asked, None)
-        assert isinstance(found, float) and found > 0
-        assert it.run(problem(), CONFIG) == Failed("failed", it.run(problem(), CONFIG).message)  # type: ignore[union-attr]
+        unknown = it.run(problem(), CONFIG)
+        assert isinstance(unknown, Failed) and unknown.status == "failed" and "not a problem" in unknown.message
+        benches = Benches(it, lambda asked, configs: [Resources(0, 0, 0) for _ in configs])
+        found = tune(asked, benches(asked), kept.append, trials=6, top_k=4)
+    assert found is not None and found.problem == asked.problem and found.pytorch is not None
+    assert all(record.status == "ok" for record in kept[:-1]) and not benches.failures
