@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.layout import POINTER_TYPES
@@ -21,6 +22,12 @@ _INTEGERS: Any = (int, torch.SymInt)
 
 def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
+    # What is compiled takes the operators' own rules, and Dynamo knows none of these two.
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "a transform of torch.func is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
     dtype = dtype or x.dtype
     if dtype not in POINTER_TYPES:
         return f"{dtype} is not one of float32, float16, bfloat16"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as theirs
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv.functional as ours
@@ -425,3 +427,25 @@ def test_opcheck(name: str) -> None:
     """PyTorch's own check of an operator: schema, fakes of the right strides, tracing with symbolic sizes."""
     operator = getattr(torch.ops.fastconv, name).default
     torch.library.opcheck(operator, OPERATORS[name]())
+
+
+def test_transforms_and_forward_mode_run_pytorchs_op() -> None:
+    """An autograd.Function of ours would drop the tangent without a word."""
+    x, weight = torch.randn(2, 4, 6, 6, device=DEVICE), torch.randn(5, 4, 3, 3, device=DEVICE)
+
+    def net(functions: Any, x: torch.Tensor) -> torch.Tensor:
+        return functions.max_pool2d(functions.conv2d(x, weight, padding=1), 2).sin()
+
+    tangent = torch.randn_like(x)
+    expected = torch.func.jvp(partial(net, theirs), (x,), (tangent,))[1]
+    with settings(strict=True), record() as launches:
+        torch.testing.assert_close(torch.func.jvp(partial(net, ours), (x,), (tangent,))[1], expected)
+        with forward_ad.dual_level():
+            dual = net(ours, forward_ad.make_dual(x, tangent))
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
+        per_image = torch.func.vmap(torch.func.grad(lambda image: net(ours, image[None]).sum()))
+        reference = torch.func.vmap(torch.func.grad(lambda image: net(theirs, image[None]).sum()))
+        torch.testing.assert_close(per_image(x), reference(x))
+        assert not launches
+        net(ours, x)
+        assert launches
