@@ -28,7 +28,8 @@ pytestmark = [
 
 NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
 BATCHES = (32, 256)
-MOST_COMPILES = 60
+# The batch is a side of the pixel GEMM's tiles, so that two batches share few of its binaries.
+MOST_COMPILES = {False: 60, True: 90}
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCTS = ("conv_gather_kernel", "conv_wgrad_kernel")
 # Processes of pytest-xdist share the cores.
@@ -104,7 +105,7 @@ def test_dense_layers_use_the_hardware(gpu: Gpu) -> None:
 def test_networks_share_binaries(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
     launches = distinct(of_networks(NETWORKS, BATCHES), gpu)
     record_property("line", f"{len(launches)} distinct compiles for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
-    assert len(launches) < MOST_COMPILES
+    assert len(launches) < MOST_COMPILES[gpu.bulk]
 
 
 def problem(
