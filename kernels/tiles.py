@@ -639,17 +639,16 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     space = PIXELS_WGRAD
     if problem.filter_size[-1] >= 3:
         space = PIXELS_WGRAD_PAIR if pairs_of_outputs(problem, 3) else PIXELS_WGRAD_ROW
-    # None that is half empty.
-    fitting = {
+    return _choose(_fitting(space, BLOCK_K=k, BLOCK_C=c), problem, work, gpu)
+
+
+def _fitting(space: Space, **widths: int) -> Space:
+    """``space`` without the sides that so many channels leave half empty; 64 stays."""
+    sides = {
         name: tuple(side for side in space.ranges[name] if side == 64 or side < 2 * width)
-        for name, width in (("BLOCK_K", k), ("BLOCK_C", c))
+        for name, width in widths.items()
     }
-    return _choose(replace(space, ranges={**space.ranges, **fitting}), problem, work, gpu)
-
-
-def _narrow(channels: int) -> dict[str, int]:
-    """What pins the columns of a tile that 64 cover: others would be multiplied for nothing."""
-    return {"BLOCK_K": 64} if channels <= 64 else {}
+    return replace(space, ranges={**space.ranges, **sides})
 
 
 def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
@@ -688,8 +687,8 @@ def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) ->
             extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
         )
 
-    space = GEMM_RESIDENT if stays else GEMM
-    return _choose(space, (direction, problem, precision), work, gpu, {"BLOCK_C": LINE // element, **_narrow(k)})
+    space = _fitting(GEMM_RESIDENT if stays else GEMM, BLOCK_K=k)
+    return _choose(space, (direction, problem, precision), work, gpu, {"BLOCK_C": LINE // element})
 
 
 def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
@@ -713,8 +712,9 @@ def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
             extra_bytes=2 * splits * prod(problem.weight_shape) * 4 if splits > 1 else 0,
         )
 
-    narrow = {"BLOCK_K": 64, "BLOCK_C": 64} if max(c, k) <= 64 else {}
-    return _choose(GEMM_WGRAD, problem, work, gpu, narrow)
+    # Beside a wider side one of 64 may be half of 128, which reads the wider one's operand half as often.
+    least = 128 if max(c, k) > 64 else 64
+    return _choose(_fitting(GEMM_WGRAD, BLOCK_K=max(k, least), BLOCK_C=max(c, least)), problem, work, gpu)
 
 
 def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
@@ -744,8 +744,8 @@ def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu)
 
     # Of strided rows a copy takes one.
     single = {"ROWS": 1} if direction == "fprop" and problem.lifted.stride[1] > 1 else {}
-    width = {"BLOCK_C": LINE // element, **_narrow(k), **single}
-    return _choose(SPATIAL, (direction, problem, precision), work, gpu, width)
+    space, width = _fitting(SPATIAL, BLOCK_K=k), {"BLOCK_C": LINE // element, **single}
+    return _choose(space, (direction, problem, precision), work, gpu, width)
 
 
 def predicted_faster(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> bool:
