@@ -50,6 +50,7 @@ def tune(
 
     Every measurement is kept at once: Ctrl-C loses nothing, and the same command goes on where it was. The time goes
     where the model's goes. Under torchrun (torchrun --nproc-per-node 8 -m fastconv.cli.tune ...) ranks share the work.
+    Exit code 1 when a kernel's result is wrong.
     """
     from fastconv.autotune import SchemaError
     from fastconv.autotune.choose import store as user_store
@@ -92,7 +93,8 @@ def tune(
             known = tables(target, _caller())
             for line in tuned.foretold(tasks, known, target, wishes.top_k, wishes.budget, wishes.again):
                 _screen(True).print(line)
-        return _write(tasks, wishes, target, store, report, lock, write_table)
+        _write(tasks, wishes, target, store, report, lock, write_table)
+        return 0
     except (SchemaError, OSError) as error:  # of a lock file that is in force, of the store
         raise BadUsage(str(error)) from error
 
@@ -208,9 +210,9 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
     reload()
     for line in tuned.found(tasks, found, time.monotonic() - started, benches.failures):
         screen.print(line)
-    if shared is not None and shared.rank != 0:
-        return 0
-    return _write(tasks, wishes, gpu, store, report, lock, write_table)
+    if shared is None or shared.rank == 0:
+        _write(tasks, wishes, gpu, store, report, lock, write_table)
+    return 1 if benches.failures["wrong"] else 0
 
 
 def worker_command(device: int) -> list[str]:
@@ -226,7 +228,7 @@ def worker_command(device: int) -> list[str]:
 
 def _write(
     tasks: Sequence[Task], wishes: Wishes, gpu: Gpu, store: Store, report: bool, lock: Path | None, table: Path | None
-) -> int:
+) -> None:
     """What is asked for beside tuning: the report, a lock file, this GPU's table."""
     from fastconv.autotune.choose import tables
     from fastconv.autotune.table import Table, file_name
@@ -252,7 +254,6 @@ def _write(
         path = table / file_name(gpu.name)
         _publish(path, current, None)
         print(f"{path}: {len(current)} problems")
-    return 0
 
 
 def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:

@@ -36,8 +36,8 @@ def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
     considered: list[tuple[Choice, Asked]] = []
 
     def consider(space: Space, features: Any, work: Any, on: Gpu, choice: Choice) -> Choice:
-        # One of its own, whose identity says what it is of.
-        choice = replace(choice)
+        # One of its own, whose identity says what it is of; a problem that PyTorch is faster at is one all the same.
+        choice = replace(choice, pytorch_faster=False)
         considered.append((choice, ask(space, features, work, on, CALLER)))
         return choice
 

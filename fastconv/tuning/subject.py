@@ -77,14 +77,14 @@ class Subject:
                 return choice
             found.append(ask(space, features, work, on, CALLER))
             taken = choice if config is None else fixed(space, config, work, on)
-            # Whatever a family compares its prediction with, here it serves.
-            return replace(taken, seconds=0.0)
+            # Whatever a family's prediction is compared with, and PyTorch's time, here it serves.
+            return replace(taken, seconds=0.0, pytorch_faster=False)
 
         with contextlib.ExitStack() as stack:
             if self.family is not None:
                 stack.enter_context(dispatch.only_family(self.family))
             stack.enter_context(dispatch.use_target(gpu))
-            stack.enter_context(_precision(self.precision))
+            stack.enter_context(at_precision(self.precision))
             stack.enter_context(considering(consider))
             stack.enter_context(decisions())
             yield found
@@ -131,7 +131,7 @@ def _subject(problem: Problem) -> tuple[Subject, Sequence[str | None]]:
 
 
 @contextlib.contextmanager
-def _precision(precision: str) -> Iterator[None]:
+def at_precision(precision: str) -> Iterator[None]:
     """fp32 convolutions, ours and PyTorch's, as the problem has them."""
     settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, precision

@@ -8,10 +8,9 @@ graph, so that the host's time is not in it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fastconv.cli.measure.accuracy import PART, YARDSTICK, fp32_convolutions, to
 from fastconv.cli.measure.clock import Clock, CudaClock, HostClock, reason
 from fastconv.kernels import dispatch, mend
 from fastconv.tuning.process import Measure, Refused, serve
-from fastconv.tuning.subject import Operand, Subject, Unmeasurable, subject_of
+from fastconv.tuning.subject import Operand, Subject, Unmeasurable, at_precision, subject_of
 
 GUARD = 1 << 16  # bytes on either side of a tensor; a multiple of what allocations are aligned to
 NAN = 0xFF  # bytes that are NaN in every floating type, and a tap that no window of ours has
@@ -111,14 +110,14 @@ class _Problem:
         # PyTorch's own error is the yardstick, as far as it has an op for it.
         yardstick = 0.0
         if subject.native:
-            with self._precision():
+            with at_precision(self.subject.precision):
                 yardstick = worst(subject.pytorch(self.operands)(), self.reference)
         self.allowed = max(YARDSTICK * yardstick, tolerance(torch.finfo(dtype).eps, subject.depth))
 
     def seconds(self, config: Config | None) -> float:
         """The median of a few samples. Raises Refused where the result is wrong."""
         session = self.session
-        with self._precision():
+        with at_precision(self.subject.precision):
             key = None if config is None else tuple(sorted(config.items()))
             if key not in self.calls:
                 self.calls[key] = self._checked(config)
@@ -159,23 +158,19 @@ class _Problem:
         if self.session.device.type != "cuda":
             return call
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+            # (Not torch.cuda.graph, which gives the allocator's memory back each time.)
+            graph.capture_begin(pool=self.pool)
+            try:
                 call()
+            finally:
+                graph.capture_end()
         except RuntimeError:
             torch.cuda.synchronize()
             return call
         # What the graph reads stays alive with it.
         return lambda _call=call: graph.replay()  # type: ignore[misc]
-
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before, settings.fp32_precision = settings.fp32_precision, self.subject.precision
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before
 
     def _drawn(self, operand: Operand, generator: torch.Generator) -> Tensor:
         """Random values (zeros run faster) between guard bands."""

@@ -160,7 +160,7 @@ def test_what_fails_is_told_and_never_tried_again(
     configs = [config for config, _ in problems.fitting(task.asked) if config != task.asked.choice.config]
     planted = {pretending.key_of(task.asked.problem, c): how for c, how in zip(configs, ways, strict=False)}
     plan = pretend(times, planted)
-    assert run(["tune", "--layers", str(layers), "--batch", "8"]) == 0
+    assert run(["tune", "--layers", str(layers), "--batch", "8"]) == 1, "a wrong result"
     out = capsys.readouterr().out
     failed = [r for r in store.read(("measured",)) if isinstance(r, Measured) and r.status in FAILURES]
     by_key = {pretending.key_of(r.problem, r.config): r.status for r in failed if r.config is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
 from fastconv.autotune.measure import Task
 from fastconv.cli.measure.clock import HostClock
 from fastconv.kernels import mend
+from fastconv.kernels.tuned import CALLER
 from fastconv.tuning import problems, worker
 from fastconv.tuning.process import Refused
 from fastconv.tuning.subject import Unmeasurable, subject_of
 from fastconv.warmup import _Calls
+from tests.autotune.making import tuned
 
+choose = import_module("fastconv.autotune.choose")  # whose name the package gives to its function
 interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 
@@ -99,6 +104,25 @@ def test_problems_are_found_again_for_gpus(name: str, gpu: Any) -> None:
         assert (found.problem, found.choice) == (task.asked.problem, task.asked.choice)
         slowest = problems.fitting(found)[-1][0]
         assert subject.planned(gpu, slowest)[1], "a config that is forced is planned"
+
+
+def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that another run can find out whether it still is."""
+    (task, *_) = asked_by(CALLS["1x1"], torch.bfloat16, H200)
+    asked = task.asked
+    slow = tuned(asked.problem, asked.version, config=asked.choice.config, seconds=1e-3, pytorch=1e-6)
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
+    choose.Store().append(slow)
+    choose.reload()
+    try:
+        assert choose.choose(asked.space, asked.features, asked.work, H200, CALLER).pytorch_faster
+        assert asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].asked.problem == asked.problem
+        assert subject_of(asked.problem, H200)[1].problem == asked.problem
+    finally:
+        monkeypatch.undo()
+        choose.reload()
 
 
 @interpreted
