@@ -96,17 +96,16 @@ def test_networks_use_the_hardware(gpu: Gpu, record_property) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
     exact = dtype is torch.float32
-    space = CONV_PIXELS_FP32 if exact else CONV_PIXELS
     square = Case("", 256, 256, 256, (28, 28), (3, 3), (1, 1), (1, 1)).problem(dtype)
     cube = Case("", 256, 256, 256, (8, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1)).problem(dtype)
-    precision, directions = ("tf32", ("fprop",)) if exact else ("ieee", ("fprop", "dgrad"))
-    plain, *fused = epilogues(dtype)
+    plain, inference, training = epilogues(dtype)
+    if exact:
+        space, forms = CONV_PIXELS_FP32, ((square, "fprop", inference),)
+    else:
+        space, forms = CONV_PIXELS, ((square, "dgrad", inference), (square, "fprop", training), (cube, "dgrad", plain))
     launches = [
-        conv_pixels(direction, problem, config, precision, bias=epilogue != PLAIN, epilogue=epilogue)
-        for problem, direction, epilogue in (
-            *((square, directions[-1], epilogue) for epilogue in fused),
-            (cube, directions[0], plain),
-        )
+        conv_pixels(direction, problem, config, "tf32" if exact else "ieee", bias=epilogue != PLAIN, epilogue=epilogue)
+        for problem, direction, epilogue in forms
         for config in space
         if gpu.wgmma or not config["PAIRS"]
     ]
