@@ -45,7 +45,7 @@ CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
         (f"{CONV} --config BLOCK_M=128", "add --direction, one of fprop, dgrad, wgrad"),
         (
             f"{CONV} --direction fprop --config BLOCK_X=64",
-            "no parameter BLOCK_X in conv_gather_split, which has SPLITS",
+            "no parameter BLOCK_X in conv_spatial, which has SPLITS of 1, 2",
         ),
         (f"{CONV} --direction fprop --config BLOCK_M=48", "'BLOCK_M=48' is no parameter with a power of two"),
         (
