@@ -21,7 +21,7 @@ endif
 # one thread a process: the processes already fill the cores
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-.PHONY: setup test test-fast test-compile test-slow bench check gpu
+.PHONY: setup test test-fast test-compile test-slow test-tiles bench check gpu
 .DEFAULT_GOAL = test
 .NOTPARALLEL:
 
@@ -31,11 +31,16 @@ setup:
 
 test: test-fast test-compile test-slow
 
+# of another Triton what depends on it
 test-fast: setup
-	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow"
+	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow" $(if $(TRITON),tests/kernels tests/api)
 
 test-compile: setup
-	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m compile
+	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m "compile and not slow"
+
+# every tile of the spaces of bulk copies, chosen by a network or not: for who changes a kernel or a space
+test-tiles: setup
+	@.ci/stage "tiles" env -u TRITON_INTERPRET $(PYTEST) -m "compile and slow"
 
 test-slow: setup
 	@.ci/stage "slow tests" env TRITON_INTERPRET=1 $(PYTEST) -m "slow and not compile"
