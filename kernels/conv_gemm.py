@@ -195,8 +195,8 @@ def _pixel_stride(shape: tuple[int, ...], strides: Strides | None) -> int | None
 
 
 def resident(channels: int, dtype: torch.dtype) -> bool:
-    """Whether one step reduces all channels."""
-    return channels * dtype.itemsize <= LINE
+    """Whether one step reduces all channels. (Not of fp32: so few are rare, and some tiles spill.)"""
+    return dtype.itemsize == 2 and channels * dtype.itemsize <= LINE
 
 
 def conv_gemm(
