@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import defaultdict
 from importlib.metadata import version
 
@@ -13,6 +15,11 @@ import torch
 # Tests measure no time; a first call that imports or interprets is slow by right.
 hypothesis.settings.register_profile("fastconv", deadline=None)
 hypothesis.settings.load_profile("fastconv")
+
+
+# A shell's background job begins with Ctrl-C ignored, and so would every process that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
