@@ -270,6 +270,8 @@ GEMM_WGRAD = Space(
 def _spatial_tile(config: Config) -> str | None:
     if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get((config["BLOCK_M"], config["BLOCK_K"])):
         return "other warps or copies in flight than its sides ask for"
+    if (config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]) == (128, 64, 32):
+        return "a binary of fp32 that one version of the compiler spills"
     if config["SPLITS"] > 1 and config["BLOCK_M"] > 64:
         return "a split reduction of another tile than 64x64"
     return None
