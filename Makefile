@@ -21,6 +21,8 @@ endif
 # one thread a process: the processes already fill the cores
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
+COMPILED = tests/kernels/test_compile.py tests/kernels/test_launch.py tests/api/test_warmup.py -k "not variants"
+
 .PHONY: setup test test-fast test-compile test-slow test-tiles bench check gpu
 .DEFAULT_GOAL = test
 .NOTPARALLEL:
@@ -31,14 +33,14 @@ setup:
 
 test: test-fast test-compile test-slow
 
-# of another Triton what depends on it
+# of another Triton what depends on it most
 test-fast: setup
-	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow" $(if $(TRITON),tests/kernels tests/api)
+	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow" $(if $(TRITON),tests/kernels)
 
 test-compile: setup
-	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m "compile and not slow"
+	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m "compile and not slow" $(if $(TRITON),$(COMPILED))
 
-# every tile of the spaces of bulk copies, chosen by a network or not: for who changes a kernel or a space
+# every tile of the spaces of bulk copies, chosen by a network or not, with every epilogue: for who changes one of them
 test-tiles: setup
 	@.ci/stage "tiles" env -u TRITON_INTERPRET $(PYTEST) -m "compile and slow"
 

@@ -161,7 +161,8 @@ def test_values_outside_the_space_are_tried_where_they_fit() -> None:
 @compiling
 def test_json_has_what_the_tables_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = (
-        "inspect conv2d --input 64x64x28x28 --weight 64x64x3x3 --padding 1 --direction fprop --gpu h200 --bn --act relu"
+        "inspect conv2d --input 64x64x28x28 --weight 64x64x3x3 --padding 1 --direction fprop --gpu h200 "
+        "--family gather --bn --act relu"
     )
     compare = ["--compare", "BLOCK_M=128,BLOCK_K=64", "BLOCK_M=64,num_stages=2"]
     assert run([*line.split(), *compare, "--json"]) == 0

@@ -1,7 +1,7 @@
 """The flat GEMM, and few images over rows and rectangles of pixels, compiled for GPUs that are not here, and read.
 
-At the tiles chosen for ResNet-50, a U-Net and EfficientNet-B0 at batch 64 and 256, and for ResNet-50 at batch 1;
-slowly, every tile of the spaces with the largest epilogues.
+Slow: at the tiles chosen for ResNet-50, a U-Net and EfficientNet-B0 at batch 64 and 256, and for ResNet-50 at batch 1;
+and every tile of the spaces with the largest epilogues.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def planned(family: str, networks: tuple[str, ...], batches: tuple[int, ...], gp
     return found
 
 
+@pytest.mark.slow
 @needs_networks
 @each_gpu
 def test_filters_of_one_tap_use_the_hardware(gpu: Gpu, record_property) -> None:
@@ -110,6 +111,7 @@ def test_filters_of_one_tap_use_the_hardware(gpu: Gpu, record_property) -> None:
     assert not wrong, wrong
 
 
+@pytest.mark.slow
 @needs_networks
 @each_gpu
 def test_few_images_use_the_hardware(gpu: Gpu) -> None:

@@ -1,7 +1,7 @@
 """The pixel GEMM's fprop and dgrad compiled for GPUs that are not here, and the result read.
 
-At the tiles chosen for ResNet-50, VGG-16 and a U-Net at batch 64 and 256, plain and with the largest epilogues; slowly,
-every tile of the spaces.
+Slow: at the tiles chosen for ResNet-50, VGG-16 and a U-Net at batch 64 and 256, plain and with the largest epilogues;
+and every tile of the spaces.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def _wrong(binary: Compiled, launch: Launch) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 @each_gpu
 def test_networks_use_the_hardware(gpu: Gpu, record_property) -> None:

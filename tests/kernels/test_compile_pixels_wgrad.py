@@ -77,6 +77,7 @@ def complaints(binary: Compiled) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @each_gpu
 def test_every_tile_and_variant(gpu: Gpu) -> None:
     launches = {launch.compile_key: launch for launch in (*tiles(), *others())}
