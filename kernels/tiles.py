@@ -148,10 +148,9 @@ CONV_PIXELS = Space(
         "num_stages": (3, 4),
     },
     _pixels_tile(64),
-    order=("PAIRS",),
 )
 CONV_PIXELS_FP32 = Space(
-    "conv_pixels_fp32", {**CONV_PIXELS.ranges, "BLOCK_K": (128, 64), "PAIRS": (0,)}, _pixels_tile(32), order=()
+    "conv_pixels_fp32", {**CONV_PIXELS.ranges, "BLOCK_K": (128, 64), "PAIRS": (0,)}, _pixels_tile(32)
 )
 # (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. Of one tap 128x256 makes 85 FLOP of a byte
 # from L2, 128x128 makes 64 and 64x64 makes 32; of three taps the second makes 96, of three and two outputs the last 64.

@@ -153,8 +153,8 @@ def version_of(space: str) -> Version:
     files = (
         named[0] if named else (max((f for f, _ in _jit_functions() if space.startswith(f)), key=len, default=space),)
     )
-    # Every launch has products and sums fused.
-    return Version(triton.__version__, source_hash(files), True, POLICY)
+    # Sums of splits are a launch of their own, and measured with the first. Every launch has products and sums fused.
+    return Version(triton.__version__, source_hash((*files, "reduce")), True, POLICY)
 
 
 @cache

@@ -73,7 +73,7 @@ def compare(operator: Operator, case: Case, precision: str, device: torch.device
     groups = [leaves] if operator.gradients == "together" else [[], *([leaf] for leaf in leaves)]
     results: dict[str, tuple[torch.Tensor, list[str]]] = {}
     with (
-        fastconv.settings(strict=True),
+        fastconv.settings(strict=True, prefer="triton"),
         fp32_convolutions("tf32" if precision == "tf32" else "ieee"),
         poisoned_memory(),
     ):

@@ -46,7 +46,7 @@ def conditions(device: torch.device) -> Iterator[None]:
     """What rows are measured under: no falling back, gradients that are asked for again and again, and one stream for
     everything, since gradients run on their forward pass's and no graph is captured on the default one."""
     with (
-        fastconv.settings(strict=True),
+        fastconv.settings(strict=True, prefer="triton"),
         torch._functorch.config.patch(donated_buffer=False),
         torch.autograd.set_multithreading_enabled(False),
     ):

@@ -98,7 +98,7 @@ def _planned(task: Task, direction: str, bench: Bench) -> dict[str, Any]:
 
 
 def _plans(provider: Provider, operator: Operator, direction: str, bench: Bench) -> list[Plan]:
-    with FakeTensorMode(), fastconv.settings(strict=True):
+    with FakeTensorMode(), fastconv.settings(strict=True, prefer="triton"):
         call = prepared(provider, operator, direction, fakes(operator, bench.dtype, bench.device))
         with Traffic() as traffic:
             call()
