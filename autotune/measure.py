@@ -338,7 +338,30 @@ def session(
             identity = each.problem, each.version, each.gpu, each.multiprocessors
             earlier.setdefault(identity, []).append(each)
     end = clock() + budget
-    found: list[Tuned] = []
+
+    kept: list[Record] = []
+
+    def noted(record: Record) -> object:
+        kept.append(record)
+        return keep(record)
+
+    def attempt(task: Task, deadline: float) -> Tuned | None:
+        return tune(
+            task.asked,
+            bench_of(task.asked),
+            noted,
+            known=earlier.get(_identity(task.asked), ()),
+            seeds=seeds(task.asked),
+            trials=trials,
+            top_k=top_k,
+            deadline=min(end, deadline),
+            clock=clock,
+            tell=tell,
+            fastconv=fastconv,
+        )
+
+    found: list[Tuned | None] = []
+    late: list[Task] = []
     left = sum(map(share_of, open_tasks))
     for task in open_tasks:
         share, left = share_of(task) / left if left else 1.0, left - share_of(task)
@@ -346,22 +369,16 @@ def session(
             break
         if not claim(task):
             continue
-        entry = tune(
-            task.asked,
-            bench_of(task.asked),
-            keep,
-            known=earlier.get(_identity(task.asked), ()),
-            seeds=seeds(task.asked),
-            trials=trials,
-            top_k=top_k,
-            deadline=min(end, clock() + (end - clock()) * min(1.0, share * workers)),
-            clock=clock,
-            tell=tell,
-            fastconv=fastconv,
-        )
-        if entry is not None:
-            found.append(entry)
-    return found
+        before = len(kept)
+        found.append(attempt(task, clock() + (end - clock()) * min(1.0, share * workers)))
+        if found[-1] is None and len(kept) == before:
+            late.append(task)
+    # Compiling took all the time that these had; now it is done.
+    for task in late:
+        if clock() >= end:
+            break
+        found.append(attempt(task, end))
+    return [entry for entry in found if entry is not None]
 
 
 def share_of(task: Task) -> float:

@@ -179,7 +179,9 @@ def _pixels_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: 
     if not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
     precision = fp32_precision(problem.dtype)
-    return _gather_unsupported(direction, problem, gpu, layout) or pixels_slower(direction, problem, precision, gpu)
+    unfit = _gather_unsupported(direction, problem, gpu, layout)
+    # Asked for by name it is to be measured, whatever is predicted.
+    return unfit or (None if single_family() == "pixels" else pixels_slower(direction, problem, precision, gpu))
 
 
 def _plan_pixels(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
@@ -222,7 +224,9 @@ def _plan_gemm(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -
 
 def _spatial_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     unfit = spatial_unfit(direction, problem, layout.source) or _unfit_for_bulk_copies(problem, gpu, layout)
-    if unfit is None and not predicted_faster(direction, problem, fp32_precision(problem.dtype), gpu):
+    if unfit is not None or single_family() == "spatial":
+        return unfit
+    if not predicted_faster(direction, problem, fp32_precision(problem.dtype), gpu):
         return "tiles of rows and rectangles that fit the image badly: predicted slower than the gather's"
     return unfit
 

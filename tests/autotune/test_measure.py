@@ -293,6 +293,31 @@ def test_session_stops_when_its_time_is_up() -> None:
     assert len(session(many(), bench_of, lambda record: None, budget=15.0, clock=lambda: clock[0])) <= 2
 
 
+def test_session_comes_back_to_what_compiling_left_no_time_for() -> None:
+    clock, compiled = [0.0], set[Problem]()
+    tasks = many((1, 1, 1))
+
+    def bench_of(asked: Asked) -> Bench:
+        bench = Bench(asked)
+        resources, run = bench.resources, bench.run
+
+        def slowly(configs: Sequence[Config]) -> list[Resources | Failed]:
+            # Longer than a third of the budget for the first; the second time the binaries are there.
+            clock[0] += 0.01 if compiled else 40.0
+            compiled.add(asked.problem)
+            return resources(configs)
+
+        def timed(config: Config | None) -> float | Failed:
+            clock[0] += 0.01
+            return run(config)
+
+        bench.resources, bench.run = slowly, timed  # type: ignore[method-assign]
+        return bench
+
+    found = session(tasks, bench_of, lambda record: None, budget=90.0, clock=lambda: clock[0])
+    assert {entry.problem for entry in found} == {task.asked.problem for task in tasks}
+
+
 @pytest.mark.parametrize("budget", [0, -1.0])
 def test_session_needs_a_budget(budget: float) -> None:
     with pytest.raises(ValueError, match="budget must be over 0"):
