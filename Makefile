@@ -21,7 +21,8 @@ endif
 # one thread a process: the processes already fill the cores
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-COMPILED = tests/kernels/test_compile.py tests/kernels/test_launch.py tests/api/test_warmup.py -k "not variants"
+COMPILED = tests/kernels/test_compile.py tests/kernels/test_launch.py tests/api/test_warmup.py \
+	-k "sm_90 and not variants or launch or warmup"
 
 .PHONY: setup test test-fast test-compile test-slow test-tiles bench check gpu
 .DEFAULT_GOAL = test
@@ -40,7 +41,7 @@ test-fast: setup
 test-compile: setup
 	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m "compile and not slow" $(if $(TRITON),$(COMPILED))
 
-# every tile of the spaces of bulk copies, chosen by a network or not, with every epilogue: for who changes one of them
+# every tile of the spaces of bulk copies, chosen by a network or not, and more GPUs: for who changes a kernel or a space
 test-tiles: setup
 	@.ci/stage "tiles" env -u TRITON_INTERPRET $(PYTEST) -m "compile and slow"
 

@@ -31,7 +31,12 @@ NETWORKS = ("mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 BATCHES = (32, 256)
 # Processes of pytest-xdist share the cores.
 JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
+# Compiling takes long: of the others each when a kernel changes (`make test-tiles`).
+each_gpu = pytest.mark.parametrize(
+    "gpu",
+    [gpu if not gpu.tcgen05 else pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS],
+    ids=lambda gpu: f"sm_{gpu.arch}",
+)
 missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
 needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
