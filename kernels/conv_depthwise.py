@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from math import gcd, prod
+from math import prod
 
 import triton
 import triton.language as tl
@@ -443,11 +443,7 @@ def conv_depthwise(
     y_strides = y_strides or dense_strides(operands[1])
     # Where a result's channel does not read the one channel of its number, 16 bytes hold no vector of them.
     vec = vector(problem.dtype, k, x_channels, *x_strides, *y_strides) if x_channels == k else 1
-    gcds = tuple(map(gcd, lifted.dilation[:2], lifted.stride[:2]))
-    inverses = tuple(
-        pow(d // g, -1, s // g) if s > g else 0
-        for d, s, g in zip(lifted.dilation[:2], lifted.stride[:2], gcds, strict=True)
-    )
+    gcds, inverses = lifted.phases
     outputs = outputs_of(direction, problem, config)
     plan = row_schedule(direction, problem, outputs)
     phases = tuple(map(min, lifted.stride[:2], y_size[:2])) if dgrad else (1, 1)
@@ -476,8 +472,8 @@ def conv_depthwise(
             *lifted.stride[:2],
             *lifted.padding[:2],
             *lifted.dilation[:2],
-            *gcds,
-            *inverses,
+            *gcds[:2],
+            *inverses[:2],
             *epilogue.scalars,
         ),
         constants={

@@ -16,7 +16,7 @@ compiles; channel counts and strides come divided by VEC, which tells the compil
 
 from __future__ import annotations
 
-from math import gcd, prod
+from math import prod
 
 import torch
 import triton
@@ -449,10 +449,7 @@ def conv_gather(
     c, k = x_channels // groups, y_channels // groups
     vec_c, vec_k = vector(problem.dtype, c, *x_strides), vector(problem.dtype, k, *y_strides)
     vec_g = common(problem.dtype, c // pack, k // pack) if pack > 1 else 1
-    gcds = tuple(map(gcd, lifted.dilation, lifted.stride))
-    inverses = tuple(
-        pow(d // g, -1, s // g) if s > g else 0 for d, s, g in zip(lifted.dilation, lifted.stride, gcds, strict=True)
-    )
+    gcds, inverses = lifted.phases
     phases = tuple(map(min, lifted.stride, y_size)) if dgrad else (1, 1, 1)
     # Phases differ by at most one pixel along an axis; the largest sets the grid.
     pixels = problem.batch * prod(map(triton.cdiv, y_size, lifted.stride if dgrad else phases))

@@ -18,7 +18,6 @@ the batch and channels past the last are read as 0 and not written; only statist
 from __future__ import annotations
 
 from functools import cache
-from math import gcd
 
 import triton
 import triton.language as tl
@@ -328,10 +327,7 @@ def conv_pixels(
     filters, channels, *_ = lifted.weight_shape
     o, p, q = y_shape[2:]
     tiles = triton.cdiv(problem.batch, block_n) * o * p * triton.cdiv(q, 2 if pairs else pixels)
-    gcds = tuple(map(gcd, lifted.dilation, lifted.stride))
-    inverses = tuple(
-        pow(d // g, -1, s // g) if s > g else 0 for d, s, g in zip(lifted.dilation, lifted.stride, gcds, strict=True)
-    )
+    gcds, inverses = lifted.phases
     return Launch(
         kernel=conv_pixels_kernel,
         grid=(tiles * triton.cdiv(k, block_k), groups, 1),

@@ -12,7 +12,7 @@ Blackwell does not.
 
 from __future__ import annotations
 
-from math import gcd, prod
+from math import prod
 
 import torch
 import triton
@@ -272,10 +272,7 @@ def conv_spatial(
     last = problem.in_channels
     reduced = (c_block, k_block) if dgrad else (k_block, c_block)
     weight = Descriptor(dtype, (taps, problem.out_channels, last), (last, taps * last, 1), (1, *reduced))
-    gcds = tuple(map(gcd, lifted.dilation, lifted.stride))
-    inverses = tuple(
-        pow(d // g, -1, s // g) if s > g else 0 for d, s, g in zip(lifted.dilation, lifted.stride, gcds, strict=True)
-    )
+    gcds, inverses = lifted.phases
     splits, finishing = config["SPLITS"], epilogue
     if splits > 1:
         epilogue = PLAIN

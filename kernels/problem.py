@@ -111,6 +111,14 @@ class ConvProblem(_Windows):
             dilation=ones + self.dilation,
         )
 
+    @cached_property
+    def phases(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a walk by phases of the stride needs of each axis: the gcd of dilation and stride, and the inverse of
+        dilation / gcd modulo stride / gcd."""
+        gcds = tuple(map(math.gcd, self.dilation, self.stride))
+        axes = zip(self.dilation, self.stride, gcds, strict=True)
+        return gcds, tuple(pow(d // g, -1, s // g) if s > g else 0 for d, s, g in axes)
+
     def padded(self, direction: str) -> bool:
         """Whether a tap of a pixel can fall outside the operand that ``direction`` gathers from."""
         if direction == "dgrad":

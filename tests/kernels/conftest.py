@@ -3,12 +3,15 @@ touch nothing but their operands."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from fastconv.kernels import mend
+from convolutions import DEVICE
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch, mend
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +65,15 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
+
+
+@pytest.fixture
+def bulk_copies() -> Iterator[None]:
+    """The interpreter has them where it is told so."""
+    if DEVICE == "cuda":
+        if not dispatch.target(torch.device(DEVICE)).bulk:
+            pytest.skip("needs a GPU with bulk tensor copies")
+        yield
+    else:
+        with dispatch.use_target(gpus.H200):
+            yield

@@ -17,23 +17,11 @@ from fastconv.kernels.launch import record
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem
 from reference import assert_equal, exact_limit, integers
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
 HALVES = (torch.bfloat16, torch.float16)
 # A program walks many tiles.
 SMALL = replace(gpus.H200, name="a GPU of one multiprocessor", multiprocessors=1)
 KERNELS = {"fprop": "conv_gemm_kernel", "dgrad": "conv_gemm_kernel", "wgrad": "conv_gemm_wgrad_kernel"}
-
-
-@pytest.fixture(autouse=True)
-def bulk_copies() -> Iterator[None]:
-    """The interpreter has them where it is told so."""
-    if DEVICE == "cuda":
-        if not dispatch.target(torch.device(DEVICE)).bulk:
-            pytest.skip("needs a GPU with bulk tensor copies")
-        yield
-    else:
-        with dispatch.use_target(gpus.H200):
-            yield
 
 
 def _sizes() -> Iterator[Case]:

@@ -17,21 +17,9 @@ from fastconv.kernels.layout import strides_like
 from fastconv.kernels.problem import ConvProblem
 from reference import assert_close, assert_equal, exact_limit, integers
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
 HALVES = (torch.bfloat16, torch.float16)
 BOTH = ("fprop", "dgrad")
-
-
-@pytest.fixture(autouse=True)
-def bulk_copies() -> Iterator[None]:
-    """The interpreter has them where it is told so."""
-    if DEVICE == "cuda":
-        if not dispatch.target(torch.device(DEVICE)).bulk:
-            pytest.skip("needs a GPU with bulk tensor copies")
-        yield
-    else:
-        with dispatch.use_target(gpus.H200):
-            yield
 
 
 def _walks() -> Iterator[Case]:
