@@ -30,6 +30,7 @@ TRUST = 2.0
 LOCK, MEASURED, TABLE, NEAREST, COST_MODEL = "lock file", "measured here", "table", "nearest problem", "cost model"
 FIXED = "fixed"
 TUNE = ("off", "cached", "first", "force")
+MEASURING = TUNE[2:]
 
 log = logging.getLogger("fastconv")
 
@@ -140,6 +141,9 @@ _told: set[str] = set()
 _dependents: list[Callable[[], None]] = []
 _measurer: Callable[[Asked], Tuned | None] | None = None
 _measuring = threading.local()
+_one_measures = threading.Lock()
+# Problems that this process has measured, or tried to.
+_attempted: set[tuple[Problem, Version, Gpu]] = set()
 
 
 def choose(
@@ -150,12 +154,15 @@ def choose(
     ``work(config)`` says what a config makes of the problem. In order: the lock file, this user's measurements, the
     shipped table (each: the problem itself, then one whose batch and image are nearly its own), the nearest problem
     measured, the cost model; without a ``caller`` the cost model alone. Never measures, unless the regime is "first"
-    or "force" and a measurer is installed. Raises ValueError where nothing fits.
+    or "force", a measurer is installed and the caller is ``live``. Raises ValueError where nothing fits.
     """
     if caller is None or gpu.interpreted:
         caller, regime = None, CACHED
     else:
         regime = caller.regime()
+        if regime.tune in MEASURING and not caller.live(gpu):
+            # What is found by only looking is not kept for the call that will measure.
+            regime = regime._replace(tune="cached")
     key = (space.name, features, gpu, regime)
     choice = _choices.get(key)
     if choice is None:
@@ -191,17 +198,12 @@ def _decide(
         return model
     known = tables(gpu, caller)
     problem, version = caller.problem(space.name, features), caller.version(space.name)
-    may_measure = regime.tune == "force" or (regime.tune == "first" and not _exact(known, problem, version))
-    if may_measure and not known.lock.exact(problem, version):
-        _measure(Asked(space, features, work, gpu, problem, version, model), known)
+    if regime.tune in MEASURING:
+        _measure(Asked(space, features, work, gpu, problem, version, model), known, regime.tune == "force")
     choice = _look_up(known, problem, version, space, work, gpu, model, regime)
     if choice.source in (NEAREST, COST_MODEL) and caller.live(gpu):
         _note(Met(problem, gpu.name, gpu.multiprocessors, version, now()))
     return choice
-
-
-def _exact(known: Tables, problem: Problem, version: Version) -> bool:
-    return any(table.exact(problem, version) is not None for _, table in known.layers)
 
 
 def _look_up(
@@ -328,6 +330,7 @@ def reload() -> None:
         _store, _locked = None, None
         _tables.clear()
         _met.clear()
+        _attempted.clear()
     forget()
 
 
@@ -347,23 +350,30 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _measure(asked: Asked, known: Tables) -> None:
-    if _measurer is None:
-        _tell("tune='first' and 'force' need something that measures; none is installed, so tables decide")
-        return
+def _measure(asked: Asked, known: Tables, again: bool) -> None:
+    """Measure what no table has, or ``again`` what no lock file has; once a process, one thread at a time."""
     if getattr(_measuring, "now", False):
         return
-    _measuring.now = True
-    try:
-        entry = _measurer(asked)
-    except Exception as error:
-        _tell(f"{asked.problem.describe()}: not measured: {type(error).__name__}: {error}")
-        return
-    finally:
-        _measuring.now = False
-    if entry is not None:
-        store().append(entry)
-        known.user = Table([*known.user.entries, entry])
+    with _one_measures:
+        identity = asked.problem, asked.version, asked.gpu
+        layers = [known.lock] if again else [table for _, table in known.layers]
+        if identity in _attempted or any(table.exact(asked.problem, asked.version) for table in layers):
+            return
+        if _measurer is None:
+            _tell("tune='first' and 'force' need something that measures; none is installed, so tables decide")
+            return
+        _attempted.add(identity)
+        _measuring.now = True
+        try:
+            entry = _measurer(asked)
+        except Exception as error:
+            _tell(f"{asked.problem.describe()}: not measured: {type(error).__name__}: {error}")
+            return
+        finally:
+            _measuring.now = False
+        if entry is not None:
+            store().append(entry)
+            known.user = Table([*known.user.entries, entry])
 
 
 def _note(record: Met) -> None:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import atexit
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
 import fastconv
-from fastconv.autotune import Tuned
+from fastconv.autotune import Config, Tuned
 from fastconv.autotune.choose import Asked, store, tables
-from fastconv.autotune.measure import tune
-from fastconv.kernels.tuned import CALLER, live
+from fastconv.autotune.measure import Failed, Resources, Task, session
+from fastconv.kernels.tuned import CALLER, live, regime
 from fastconv.tuning.bench import Benches
 from fastconv.tuning.compiling import Compiler
 from fastconv.tuning.process import COMMAND, Worker
 
 log = logging.getLogger("fastconv")
-SECONDS = 20.0  # for one problem, its last paired run not counted
+SECONDS = 20.0  # for one problem, but for compiling and its last paired run
 
 _workers: dict[int, Worker] = {}
 
 
 def measure(asked: Asked) -> Tuned | None:
     """Tune one problem in a process beside this one, on the same GPU; None where it is not for a GPU that is here, or
-    while a CUDA graph is captured. Takes seconds, the first time more. Raises WorkerError."""
+    while a CUDA graph is captured. Takes seconds, the first time more. For one thread at a time. Raises WorkerError."""
     if not live(asked.gpu) or torch.cuda.is_current_stream_capturing():
         return None
     device = torch.cuda.current_device()
@@ -35,22 +36,30 @@ def measure(asked: Asked) -> Tuned | None:
     if worker is None:
         worker = _workers[device] = Worker([*COMMAND, "--device", str(device)])
         atexit.register(worker.close)
-    log.info("tuning %s", asked.problem.describe())
+    log.info("tuning %s on the %s", asked.problem.describe(), worker.gpu.name)
     known = tables(asked.gpu, CALLER)
     seeds = [entry.config for entry in (*known.user.seeds(asked.problem), *known.shipped.seeds(asked.problem))[:2]]
-    earlier = [each for each in store().read(("measured",)) if (each.problem, each.version) == _identity(asked)]
+    compiling = 0.0
     with Compiler(asked.gpu) as compiler:
+
+        def compiled(asked: Asked, configs: Sequence[Config]) -> list[Resources | Failed]:
+            nonlocal compiling
+            began = time.monotonic()
+            try:
+                return compiler.resources(asked, configs)
+            finally:
+                compiling += time.monotonic() - began
+
         # The records of its measurements are kept here, what was found by `choose`.
-        return tune(
-            asked,
-            Benches(worker, compiler.resources)(asked),
+        found = session(
+            [Task(asked)],
+            Benches(worker, compiled),
             lambda record: None if isinstance(record, Tuned) else store().append(record),
-            known=[each for each in earlier if each.of_gpu(asked.gpu)],  # type: ignore[misc]
-            seeds=seeds,
-            deadline=time.monotonic() + SECONDS,
+            budget=SECONDS,
+            known=store().read(("measured",)),
+            seeds=lambda asked: seeds,
+            again=regime().tune == "force",
+            clock=lambda: time.monotonic() - compiling,
             fastconv=fastconv.__version__,
         )
-
-
-def _identity(asked: Asked) -> tuple[object, object]:
-    return asked.problem, asked.version
+    return found[0] if found else None

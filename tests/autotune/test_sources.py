@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,7 @@ def test_first_measures_what_is_unknown_once(ask: Asker, caplog: pytest.LogCaptu
         return entry(2, of=asked.problem)
 
     ask.regime = Regime("first")
+    ask.live = True
     ask(N=1)
     assert "none is installed" in caplog.text
     chooser.install_measurer(measurer)
@@ -211,9 +214,47 @@ def test_first_measures_what_is_unknown_once(ask: Asker, caplog: pytest.LogCaptu
     chooser.reload()
     ask()
     assert len(measured) == 1
-    ask.regime = Regime("force")
-    ask(), ask()
-    assert len(measured) == 2
+    for regime in (Regime("force"), Regime("force", stable=True)):
+        ask.regime = regime
+        ask()
+        chooser.forget()
+        ask()
+    assert len(measured) == 2, "once a process"
+
+
+@pytest.mark.parametrize("tune", ["first", "force"])
+def test_threads_that_meet_a_problem_measure_it_once(ask: Asker, tune: str) -> None:
+    measured: list[Any] = []
+
+    def measurer(asked: Any) -> Tuned:
+        measured.append(asked)
+        time.sleep(0.1)
+        # As what compiles beside it asks: only to look.
+        ask.live = False
+        beside = threading.Thread(target=ask)
+        beside.start()
+        beside.join()
+        ask.live = True
+        return entry(2, of=asked.problem)
+
+    chooser.install_measurer(measurer)
+    ask.regime, ask.live = Regime(tune), True
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(measured) == 1 and ask().config == config(2)
+
+
+@pytest.mark.parametrize("tune", ["first", "force"])
+def test_what_is_chosen_while_looking_is_measured_when_it_is_met(ask: Asker, tune: str) -> None:
+    chooser.install_measurer(lambda asked: entry(2, of=asked.problem))
+    ask.regime = Regime(tune)
+    assert ask().source == "cost model"
+    ask.live = True
+    assert ask().config == config(2)
 
 
 def test_measurer_that_fails_costs_a_warning(ask: Asker, caplog: pytest.LogCaptureFixture) -> None:
@@ -221,7 +262,7 @@ def test_measurer_that_fails_costs_a_warning(ask: Asker, caplog: pytest.LogCaptu
         raise RuntimeError("no GPU left")
 
     chooser.install_measurer(measurer)
-    ask.regime = Regime("first")
+    ask.regime, ask.live = Regime("first"), True
     with caplog.at_level(logging.WARNING, "fastconv"):
         assert ask().source == "cost model"
     assert "RuntimeError: no GPU left" in caplog.text

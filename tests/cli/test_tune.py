@@ -28,6 +28,7 @@ from fastconv.cli import run
 from fastconv.cli import tune as command
 from fastconv.kernels import mend
 from fastconv.kernels.tuned import version_of
+from fastconv.settings import settings
 from fastconv.tuning import compiling, problems
 from tests.autotune.making import DATE, met, problem, tuned
 from tests.autotune.simulated import Timer
@@ -409,10 +410,9 @@ def problems_first() -> Any:
     return asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].asked.problem
 
 
-def test_asked_for_a_problem_is_tuned_once_with_the_worker(
-    layers: Path, store: Store, pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `settings.tune` has it, but for the GPU."""
+@pytest.fixture
+def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Task, Path]]:
+    """A problem, and the plan of the worker that `settings.tune` asks, as on a GPU."""
     from fastconv.tuning import first
     from fastconv.tuning.process import Worker
 
@@ -424,7 +424,36 @@ def test_asked_for_a_problem_is_tuned_once_with_the_worker(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with Worker([sys.executable, "-m", "tests.tuning.pretending", str(plan)]) as worker:
         monkeypatch.setattr(first, "_workers", {0: worker})
-        found = first.measure(task.asked)
+        yield task, plan
+
+
+def test_asked_for_a_problem_is_tuned_with_the_worker(measuring: tuple[Task, Path], store: Store) -> None:
+    from fastconv.tuning import first
+
+    task, plan = measuring
+    found = first.measure(task.asked)
     assert found is not None and found.problem == task.asked.problem
     assert len(store.read(("measured",))) == len(pretending.asked(plan)) and not store.read(("tuned",))
     assert met().problem != found.problem
+    # What an earlier process measured counts, unless all is to be measured again.
+    once = len(pretending.asked(plan))
+    first.measure(task.asked)
+    twice = len(pretending.asked(plan))
+    with settings(tune="force"):
+        first.measure(task.asked)
+    assert twice - once < once == len(pretending.asked(plan)) - twice
+
+
+def test_asked_for_compiling_takes_none_of_a_problems_time(
+    measuring: tuple[Task, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastconv.tuning import first
+
+    def slowly(self: Any, asked: Asked, configs: Sequence[Any]) -> list[Resources | Failed]:
+        time.sleep(0.6)
+        return estimated(self, asked, configs)
+
+    monkeypatch.setattr(compiling.Compiler, "_compile", slowly)
+    monkeypatch.setattr(first, "SECONDS", 0.5)
+    found = first.measure(measuring[0].asked)
+    assert found is not None and found.measurements > 5
