@@ -199,6 +199,34 @@ def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, m
     assert statuses == {"dense": {"skipped"}, "pool": {"ok"}}
 
 
+def test_torch_compile_has_its_share_where_not_every_row_can_be_measured(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    granted: list[float] = []
+    monkeypatch.setattr(operators, "ROW_SECONDS", 600.0)
+    monkeypatch.setattr(operators, "_typical", lambda seconds, guess: guess)
+    monkeypatch.setattr(operators, "_measure_task", lambda *given: granted.append(given[-1] - time.monotonic()))
+    # For 3 rows, in which case half of the time is for pools and for each entry's first case.
+    measured(tasks("pool", "depthwise") + tasks("pool", "depthwise"), progress, time.monotonic() + 2000)
+    assert granted == pytest.approx([1000, 1000, 1000, 0], abs=5)
+
+
+def test_torch_compile_is_first_planned_where_it_is_owed() -> None:
+    dense, pool, again = tasks("dense") + tasks("pool") + tasks("dense")
+    for task in (dense, pool, again):
+        task.rows = [{"providers": []} for _ in range(4)]
+    pace = operators.Pace(share=20.0, rows=[1.0] * 6, compiled=[3.0] * 6)
+    assert pace.for_compiling([dense, pool, again], True, 100.0) == 100 - 12 - 12  # there is time for all
+    assert pace.for_compiling([pool, again], True, 100.0) == 100 - 8
+    assert pace.for_compiling([dense, pool, again], True, 23.0) == 20 - 12  # of the share what pools leave
+    assert pace.for_compiling([pool, dense, again], False, 11.0) == 11  # no more than there is
+    assert pace.for_compiling([again, pool], False, 7.0) == 0
+    assert pace.for_compiling([again, pool], True, 7.0) == 7  # a pool that is not reached is owed nothing
+    pool.rows[0]["providers"] = [{"seconds": 5.0}, {}]
+    pace.note(pool, 13.0)
+    assert (pace.share, pace.rows[-1], pace.compiled[-1]) == (15.0, 2.0, 5.0)
+
+
 def test_what_is_much_faster_than_eager_is_measured_in_another_way(
     progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:

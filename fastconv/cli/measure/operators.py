@@ -29,6 +29,7 @@ from fastconv.kernels.dispatch import Plan
 from fastconv.traffic import Traffic
 
 ROW_SECONDS = 0.6  # that a row needs without torch.compile, until some have been measured
+COMPILE_SHARE = 0.5  # of the time, that torch.compile may take where there is not enough for every row
 
 
 @dataclass
@@ -51,6 +52,49 @@ class Task:
     def compiled(self) -> bool:
         """Whether it is owed a time of torch.compile: its entry is to be faster than that."""
         return COMPILED in self.entry.rivals and any(provider.name == COMPILED for provider in self.providers)
+
+
+@dataclass
+class Pace:
+    """How long rows take, and from that the time that torch.compile may take: what the rows to come do not need; where
+    there is not enough for them all, ``share`` seconds, for tasks that are owed a time of it, and with what these leave
+    for the first of every entry."""
+
+    share: float
+    rows: list[float] = field(default_factory=list)  # seconds of one, torch.compile left out
+    compiled: list[float] = field(default_factory=list)  # seconds of torch.compile for one
+
+    def for_compiling(self, tasks: Sequence[Task], first: bool, left: float) -> float:
+        """Seconds of torch.compile for the first of ``tasks``, the ``first`` of its entry or not, where ``left`` are
+        left for all of them."""
+        row = _typical(self.rows, ROW_SECONDS)
+        owed = 0.0 if tasks[0].compiled else self._owed(tasks, row, left)
+        spare = left - row * sum(len(task.rows) for task in tasks)
+        share = self.share if tasks[0].compiled or first else 0.0
+        return min(max(spare, share) - owed, left)
+
+    def _owed(self, tasks: Sequence[Task], row: float, left: float) -> float:
+        """What torch.compile will need in those of ``tasks`` that are owed it and that there is time for."""
+        each, owed = _typical(self.compiled, COMPILE_SECONDS), 0.0
+        for task in tasks:
+            compiling = each * len(task.rows) * task.compiled
+            left -= row * len(task.rows) + compiling
+            if left < 0:
+                break
+            owed += compiling
+        return owed
+
+    def note(self, task: Task, seconds: float) -> None:
+        """``task`` has taken so many."""
+        compiled = [it["seconds"] for row in task.rows for it in row["providers"] if "seconds" in it]
+        self.compiled += compiled
+        self.rows.append((seconds - sum(compiled)) / len(task.rows))
+        self.share -= sum(compiled)
+
+
+def _typical(seconds: list[float], guess: float) -> float:
+    """The median of the last ten; a guess until there are some."""
+    return statistics.median(seconds[-10:]) if len(seconds) > 5 else guess
 
 
 def plan_each(tasks: Sequence[Task], bench: Bench) -> None:
@@ -112,25 +156,24 @@ def measure(
     one for the target if any of its layers is among them.
 
     ``save`` gets a task's part after it. Rows that ``deadline`` leaves no time for say so; so do providers that fail.
-    torch.compile gets what time the tasks to come do not need, for entries that are owed to be faster than it first.
+    `Pace` says which rows torch.compile is measured in.
     """
     plan_each(tasks, bench)
     parts: dict[str, Part] = {}
     progress.begin("operators", len(tasks))
-    needed: list[float] = []  # seconds of a row, torch.compile left out
     with conditions(bench.device):
         limits = ceilings.measure(bench.device, bench.clock)
+        pace = Pace(COMPILE_SHARE * (deadline - time.monotonic()))
         for done, task in enumerate(tasks):
-            part, started = parts.setdefault(task.entry.name, _part(task, bench, limits)), time.monotonic()
+            first, started = task.entry.name not in parts, time.monotonic()
+            part = parts.setdefault(task.entry.name, _part(task, bench, limits))
             if started > deadline:
                 for row in task.rows:
                     row |= {"status": "skipped", "reason": "no time left"}
             else:
-                each = statistics.median(needed[-10:]) if len(needed) > 5 else ROW_SECONDS
-                coming = sum(_seconds(other, each, task.compiled) for other in tasks[done:])
-                _measure_task(task, bench, deadline, deadline - coming)
-                compiling = sum(p.get("seconds", 0.0) for row in task.rows for p in row["providers"])
-                needed.append((time.monotonic() - started - compiling) / len(task.rows))
+                compiling = pace.for_compiling(tasks[done:], first, deadline - started)
+                _measure_task(task, bench, deadline, started + compiling)
+                pace.note(task, time.monotonic() - started)
             for row in task.rows:
                 standing.stand(row, task.entry, task.ours.name, limits)
             part["rows"] = sorted((*part["rows"], *task.rows), key=standing.losses_first)
@@ -158,11 +201,6 @@ def _part(task: Task, bench: Bench, limits: ceilings.Ceilings) -> Part:
         "share_target": entry.share,
         "rows": [],
     }
-
-
-def _seconds(task: Task, each: float, owed: bool) -> float:
-    """What a task to come will need; where torch.compile is not ``owed`` to the one at hand, theirs that are."""
-    return len(task.rows) * (each + (COMPILE_SECONDS if task.compiled and not owed else 0.0))
 
 
 def _measure_task(task: Task, bench: Bench, deadline: float, compile_deadline: float) -> None:
