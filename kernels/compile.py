@@ -6,11 +6,10 @@ alignment and options, is computed by Triton. Pointers count as aligned to 16 by
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastconv.autotune import Gpu
 from fastconv.kernels import mend
+from fastconv.kernels.children import Ended, results_of
 from fastconv.kernels.descriptor import Descriptor
 from fastconv.kernels.launch import Launch, loaded
 from fastconv.kernels.layout import POINTER_TYPES
@@ -29,6 +29,7 @@ from fastconv.kernels.pool_window import INDEX_TYPES
 
 Result = TypeVar("Result")
 Key = tuple[Any, int]  # Launch.compile_key, Gpu.arch
+LIMIT = 120.0  # seconds for one binary: the slowest known take some ten on a busy machine
 _DTYPES = {name: dtype for dtype, name in (POINTER_TYPES | INDEX_TYPES | {torch.int64: "*i64"}).items()}
 
 
@@ -97,42 +98,34 @@ def compile_each(
 ) -> Compiled[Result]:
     """``make(binary)`` of each distinct binary, compiled once: by (launch.compile_key, gpu.arch).
 
-    In ``jobs`` processes (one a core unless given) that touch no GPU; ``progress(done, all)`` after each. Raises
-    RuntimeError under TRITON_INTERPRET: one process cannot both interpret and compile.
+    In ``jobs`` processes (one a core unless given) that touch no GPU; ``progress(done, all)`` after each. A compiler
+    that crashes or hangs is a failure of its binary. Raises RuntimeError under TRITON_INTERPRET: one process cannot
+    both interpret and compile.
     """
     if mend.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
-    distinct = {(launch.compile_key, gpu.arch): (launch, gpu.arch, make) for launch, gpu in wanted}
+    distinct = {(launch.compile_key, gpu.arch): (launch, gpu.arch) for launch, gpu in wanted}
     compiled: Compiled[Result] = Compiled({}, {})
-    if not distinct:
-        return compiled
-    with warnings.catch_warnings():
-        # Newer Pythons warn of forking beside other threads: what a child does here takes no lock of theirs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with ProcessPoolExecutor(
-            min(jobs or cores(), len(distinct)),
-            multiprocessing.get_context("fork"),
-            _work.extend,
-            (list(distinct.values()),),
-        ) as pool:
-            keys = {pool.submit(_compile_one, index): key for index, key in enumerate(distinct)}
-            for done, future in enumerate(as_completed(keys), 1):
-                made, failure = future.result()
-                if failure is None:
-                    compiled.results[keys[future]] = made
-                else:
-                    compiled.failures[keys[future]] = failure
-                if progress is not None:
-                    progress(done, len(distinct))
+    keys = list(distinct)
+    # Calls are inherited, because Triton's functions do not pickle.
+    calls = [partial(_compile_one, *each, make) for each in distinct.values()]
+    with closing(results_of(calls, jobs or cores(), LIMIT)) as results:
+        for done, (index, found) in enumerate(results, 1):
+            key = keys[index]
+            if isinstance(found, Ended):
+                found = None, f"the compiler {found.how}"
+            made, why = found
+            if why is None:
+                compiled.results[key] = made
+            else:
+                compiled.failures[key] = _failure(*distinct[key], why)
+            if progress is not None:
+                progress(done, len(distinct))
     return compiled
 
 
-# Of a worker process: inherited, because Triton's functions do not pickle.
-_work: list[tuple[Launch, int, Callable[[Binary], Any]]] = []
-
-
-def _compile_one(index: int) -> tuple[Any, str | None]:
-    launch, arch, make = _work[index]
+def _compile_one(launch: Launch, arch: int, make: Callable[[Binary], Any]) -> tuple[Any, str | None]:
+    """What is made of the binary, or why there is none."""
     driver.set_active(_Driver(arch))
     found: list[bool] = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
@@ -140,11 +133,14 @@ def _compile_one(index: int) -> tuple[Any, str | None]:
         kernel = launch.kernel.warmup(*operands(launch), *launch.scalars, grid=launch.grid, **launch.arguments)
         return make(Binary(kernel, arch, found == [True])), None
     except Exception as error:
-        why = _last_line(error)
-        return None, (
-            f"{launch.name} does not compile for sm_{arch} with {dict(launch.constants)}, {launch.num_warps} warps, "
-            f"{launch.num_stages} stages: {why}"
-        )
+        return None, _last_line(error)
+
+
+def _failure(launch: Launch, arch: int, why: str) -> str:
+    return (
+        f"{launch.name} does not compile for sm_{arch} with {dict(launch.constants)}, {launch.num_warps} warps, "
+        f"{launch.num_stages} stages: {why}"
+    )
 
 
 def _last_line(error: Exception) -> str:

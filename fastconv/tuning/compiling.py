@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from fastconv.autotune import Config, Gpu, Problem
@@ -33,8 +31,7 @@ class Compiler:
         self._subjects: dict[Problem, Subject] = {}
         self._binaries: dict[Any, Found] = {}
         self._ahead: dict[Problem, Future[list[Found]]] = {}
-        # Processes are forked by threads that no Ctrl-C reaches, and inherit that: it is the main thread's.
-        self._background, self._asked = (ThreadPoolExecutor(1, name, _block_interrupts) for name in ("ahead", "asked"))
+        self._background, self._asked = (ThreadPoolExecutor(1, name) for name in ("ahead", "asked"))
 
     def __enter__(self) -> Compiler:
         return self
@@ -62,27 +59,15 @@ class Compiler:
             planned = [self._planned(asked.problem, config) for config in configs]
         launches = [it for each in planned if not isinstance(each, Failed) for it in each]
         missing: Candidates = {it.compile_key: [it] for it in launches if it.compile_key not in self._binaries}
-        self._binaries |= self._read(missing)
+        found = resources(missing, self.gpu, self._jobs) if missing else {}
+        for key, it in found.items():
+            self._binaries[key] = (
+                Failed("failed", it) if isinstance(it, str) else Resources(it.registers, it.spills, it.shared_memory)
+            )
         return [
             each if isinstance(each, Failed) else _most([self._binaries[it.compile_key] for it in each])
             for each in planned
         ]
-
-    def _read(self, candidates: Candidates) -> dict[Any, Found]:
-        if not candidates:
-            return {}
-        try:
-            found = resources(candidates, self.gpu, self._jobs)
-        except BrokenProcessPool:
-            # Some compiler has ended its process. Which one's launch that was is found by halves.
-            if len(candidates) == 1:
-                return {key: Failed("failed", "the compiler crashes") for key in candidates}
-            items, half = list(candidates.items()), len(candidates) // 2
-            return self._read(dict(items[:half])) | self._read(dict(items[half:]))
-        return {
-            key: Failed("failed", it) if isinstance(it, str) else Resources(it.registers, it.spills, it.shared_memory)
-            for key, it in found.items()
-        }
 
     def _planned(self, problem: Problem, config: Config) -> list[Launch] | Failed:
         if problem not in self._subjects:
@@ -91,10 +76,6 @@ class Compiler:
             return self._subjects[problem].planned(self.gpu, config)[1]
         except (Uncovered, ValueError) as error:
             return Failed("failed", f"cannot be planned: {error}")
-
-
-def _block_interrupts() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _most(binaries: Sequence[Found]) -> Found:

@@ -7,7 +7,6 @@ question starts a new one. Neither side needs torch; the parent never touches a 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -24,6 +23,7 @@ from typing import IO, Any
 import fastconv
 from fastconv.autotune import Config, Gpu, Problem
 from fastconv.autotune.measure import Failed
+from fastconv.kernels.children import end_with_parent
 
 PATIENCE = 30.0  # seconds for one answer; a first one allocates, draws operands and makes the reference
 START = 300.0  # seconds until a worker has imported torch and found its GPU, on a disk that is asked by many at once
@@ -163,7 +163,7 @@ def _ending(code: int) -> str:
 
 def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
     """The worker's side: ``start()`` finds its GPU; then a measurement for each question, until the parent is gone."""
-    _end_with_parent()
+    end_with_parent()
     connection = Connection(descriptor)
 
     def answer(**values: Any) -> None:
@@ -188,13 +188,6 @@ def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
             answer(status="out_of_memory", why=_line(error))
         except Exception as error:
             answer(status="failed", why=_line(error))
-
-
-def _end_with_parent() -> None:
-    """Be killed when the parent is, even inside a kernel that does not end. Linux alone has this."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _line(error: BaseException) -> str:

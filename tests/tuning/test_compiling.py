@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +69,6 @@ def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pyte
 
         monkeypatch.setattr(subject.Subject, "planned", refuses)
         assert compiler.resources(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
-
-
-def test_a_compiler_that_ends_its_process_costs_its_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    question = asked()
-    configs = [config for config, _ in problems.fitting(question)][:3]
-    it = subject.subject_of(question.problem, H200)[0]
-    (deadly,) = (launch.compile_key for launch in it.planned(H200, configs[1])[1])
-
-    def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
-        if deadly in candidates:
-            raise BrokenProcessPool("a process has ended")
-        return {key: of(64) for key in candidates}
-
-    monkeypatch.setattr(compiling, "resources", resources)
-    with Compiler(H200) as compiler:
-        found = compiler.resources(question, configs)
-    assert found == [Failed("failed", "the compiler crashes") if i == 1 else Resources(64, 0, 1024) for i in range(3)]
 
 
 def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
