@@ -18,13 +18,22 @@ def inspect(
     input: Annotated[str | None, typer.Option(help="Its input's shape: 64x64x56x56.")] = None,
     weight: Annotated[str | None, typer.Option(help="A convolution's weight: 64x64x3x3.")] = None,
     kernel_size: Annotated[str | None, typer.Option(help="A pool's window: 3, or 3x2.")] = None,
+    norm_type: Annotated[float | None, typer.Option(help="Of an lp pool: 2 unless given.")] = None,
     output_size: Annotated[str | None, typer.Option(help="An adaptive pool's output: 7x7.")] = None,
     stride: Annotated[str | None, typer.Option(help="2, or 2x1. Of a convolution 1, of a pool its window.")] = None,
-    padding: Annotated[str | None, typer.Option(help="1, or 1x0.")] = None,
+    padding: Annotated[str | None, typer.Option(help="1, or 1x0; of a convolution also same.")] = None,
     output_padding: Annotated[str | None, typer.Option(help="A transposed convolution's.")] = None,
     dilation: Annotated[str | None, typer.Option(help="2, or 2x1.")] = None,
     groups: Annotated[int | None, typer.Option(min=1)] = None,
+    ceil_mode: Annotated[bool, typer.Option("--ceil-mode", help="A pool's windows over the edge count.")] = False,
+    exclude_padding: Annotated[
+        bool, typer.Option("--exclude-padding", help="Averages of what is inside: count_include_pad=False.")
+    ] = False,
+    return_indices: Annotated[bool, typer.Option("--return-indices", help="A max pool's, as PyTorch has them.")] = (
+        False
+    ),
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    precision: Annotated[str | None, typer.Option(help="Of float32: tf32, as PyTorch has it, or ieee.")] = None,
     bias: Annotated[bool, typer.Option("--bias")] = False,
     bn: Annotated[bool, typer.Option("--bn", help="Batch norm by running statistics behind the convolution.")] = False,
     statistics: Annotated[
@@ -63,10 +72,12 @@ def inspect(
     sizes = {"--input": input, "--weight": weight, "--kernel-size": kernel_size, "--output-size": output_size}
     sizes |= {"--stride": stride, "--padding": padding, "--output-padding": output_padding, "--dilation": dilation}
     further: dict[str, Any] = {"--groups": groups, "--bias": bias, "--bn": bn, "--statistics": statistics}
+    further |= {"--norm-type": norm_type, "--ceil-mode": ceil_mode, "--exclude-padding": exclude_padding}
+    further |= {"--return-indices": return_indices, "--precision": precision}
     further |= {"--act": act, "--residual": residual, "--contiguous": contiguous, "--infer": infer}
     further |= {"--direction": direction, "--family": family, "--config": config, "--compare": compare}
     further |= {"--plot": plot, "--sass": sass, "--ptx": ptx, "--ttgir": ttgir}
-    given = {name: value for name, value in (sizes | further).items() if value}
+    given = {name: value for name, value in (sizes | further).items() if value is not None and value is not False}
     target = options.gpu(gpu) if gpu else None
     if operator is None:
         for name in given:
@@ -89,6 +100,7 @@ def inspect(
         fused,
         not contiguous,
         not infer and (fused is None or statistics),
+        _precision(precision, dtype),
     )
     configs = [None if text is None else _config(text) for text in compare or (config,)]
     listings = [name for name, wanted in (("sass", sass), ("ptx", ptx), ("ttgir", ttgir)) if wanted]
@@ -96,7 +108,7 @@ def inspect(
     with _progress(json or bool(listings)) as progress:
         found = inspection.inspect(*arguments, progress)
     if plot is not None:
-        draw(found[0], plot)
+        draw(found, ("A", "B") if compare else ("this one",), plot)
     if json:
         _print_json({"passes": [it.json() for passes in found for it in passes]})
         return 0
@@ -122,9 +134,10 @@ TAKES = {
     "conv_transpose": (
         *("--weight", "--stride", "--padding", "--output-padding", "--dilation", "--groups", "--bias", *FUSED),
     ),
-    "max_pool": ("--kernel-size", "--stride", "--padding", "--dilation"),
-    "avg_pool": ("--kernel-size", "--stride", "--padding"),
-    "adaptive_max_pool": ("--output-size",),
+    "max_pool": ("--kernel-size", "--stride", "--padding", "--dilation", "--ceil-mode", "--return-indices"),
+    "avg_pool": ("--kernel-size", "--stride", "--padding", "--ceil-mode", "--exclude-padding"),
+    "lp_pool": ("--kernel-size", "--norm-type", "--stride", "--ceil-mode"),
+    "adaptive_max_pool": ("--output-size", "--return-indices"),
     "adaptive_avg_pool": ("--output-size",),
 }
 
@@ -163,16 +176,33 @@ def _sizes(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def _precision(precision: str | None, dtype: str) -> str:
+    from fastconv.cli import BadUsage, options
+
+    if precision not in (None, "tf32", "ieee"):
+        raise BadUsage(f"--precision {precision!r} is not one of tf32, ieee")
+    if precision is not None and options.dtype(dtype).itemsize < 4:
+        raise BadUsage(f"--precision is of float32's products, not of {dtype}'s: add --dtype float32")
+    return precision or "tf32"
+
+
 def _arguments(operator: str, given: dict[str, Any]) -> dict[str, Any]:
     """What torch.nn.functional's function of that name takes beside its tensors."""
     defaults: dict[str, Any] = {"--padding": "0", "--output-padding": "0", "--dilation": "1", "--groups": 1}
+    defaults |= {"--norm-type": 2.0, "--ceil-mode": False, "--return-indices": False}
     defaults["--stride"] = "1" if "conv" in operator else None
-    found = {}
+    found: dict[str, Any] = {}
     for name in TAKES[operator[:-2]]:
+        value = given.get(name, defaults.get(name))
         if name in (*FUSED, "--weight", "--bias"):
             continue
-        value = given.get(name, defaults.get(name))
-        found[name[2:].replace("-", "_")] = _sizes(name, value) if isinstance(value, str) else value
+        elif name == "--exclude-padding":
+            found["count_include_pad"] = not value
+        elif not isinstance(value, str) or (name == "--padding" and value == "same"):
+            found[name[2:].replace("-", "_")] = value
+        else:
+            sizes = _sizes(name, value)
+            found[name[2:].replace("-", "_")] = sizes[0] if len(sizes) == 1 else sizes
     return found
 
 
@@ -182,9 +212,8 @@ def _config(text: str) -> dict[str, int]:
     found = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        power = value.isdecimal() and int(value) > 0 and int(value) & (int(value) - 1) == 0
-        if not power and not (name == "num_stages" and value.isdecimal() and int(value) > 0):
-            raise BadUsage(f"config {text!r}: {part!r} is no parameter with a power of two, as BLOCK_M=128")
+        if not value.isdecimal():
+            raise BadUsage(f"config {text!r}: {part!r} is no parameter with a number, as BLOCK_M=128")
         found[name] = int(value)
     return found
 
@@ -318,8 +347,9 @@ def _time(prediction: dict[str, Any]) -> str:
     return f"{prediction['seconds'] * 1e6:.1f} us ({prediction['bound']})"
 
 
-def draw(passes: Sequence[Any], path: Path) -> None:
-    """What is predicted of every tile of each pass's space; above, what is not tried and why. Raises BadUsage."""
+def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> None:
+    """What is predicted of every tile of each pass's space, and by ``names`` the one that each of ``found`` has; above,
+    what is not tried and why. Raises BadUsage."""
     import re
     import textwrap
 
@@ -330,25 +360,29 @@ def draw(passes: Sequence[Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise BadUsage("--plot needs matplotlib: pip install 'fastconv[cli]'") from error
-    shown = [it for it in passes if it.considered is not None]
+    shown = [alike for alike in zip(*found, strict=True) if alike[0].considered is not None]
     if not shown:
         raise BadUsage("--plot: these passes have one form and no tile to choose")
-    figure = Figure(figsize=(10, 5 * len(shown)), layout="constrained")  # not pyplot: it would look for a display
-    for axes, it in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
-        standings = list(it.considered.standings(it.gpu))
-        blocks = [name for name in it.considered.space.ranges if name.startswith("BLOCK") or name == "OUTPUTS"]
 
-        def tile(config: Any, blocks: list[str] = blocks) -> str:
-            return _tile({name: config[name] for name in blocks}) or "1"
+    def tile(config: Any) -> str:
+        return _tile({name: it for name, it in config.items() if name not in ("SPLITS", "num_warps", "num_stages")})
 
+    spaces = [list(it.considered.standings(it.gpu)) for it, *_ in shown]
+    width = max(10.0, 0.12 * max(len({tile(config) for config, *_ in standings}) for standings in spaces))
+    figure = Figure(figsize=(width, 5 * len(shown)), layout="constrained")  # not pyplot: it would look for a display
+    for axes, alike, standings in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, spaces, strict=True):
+        it = alike[0]
         tried = [(tile(config), seconds * 1e6) for config, seconds, _ in standings if seconds is not None]
         order = list(dict.fromkeys(name for name, _ in sorted(tried, key=lambda pair: pair[1])))
         order += [name for name in dict.fromkeys(tile(config) for config, *_ in standings) if name not in order]
         axes.plot([order.index(name) for name, _ in tried], [us for _, us in tried], "o", label="predicted")
-        chosen = it.predicted(False)
-        if chosen is not None:
-            place = order.index(tile(it.config)) if tile(it.config) in order else 0
-            axes.plot(place, chosen[0] * 1e6, "s", fillstyle="none", markersize=12, color="black", label="this one")
+        for name, marker, taken in zip(names, "sD", alike, strict=False):
+            chosen = taken.predicted(False)
+            if tile(taken.config) not in order:
+                order.append(tile(taken.config))  # of values outside the space's
+            if chosen is not None:
+                style = {"fillstyle": "none", "markersize": 12, "color": "black", "linestyle": "none", "label": name}
+                axes.plot(order.index(tile(taken.config)), chosen[0] * 1e6, marker, **style)
         axes.axhline(it.roofline[0] * 1e6, color="gray", linewidth=0.8, label="roofline")
         top = max((us for _, us in tried), default=1.0)
         # Numbers aside a rule says the same of many configs.

@@ -28,11 +28,17 @@ from fastconv.kernels.problem import ConvProblem
 from fastconv.kernels.tiles import considering, matrix_share
 from fastconv.settings import settings
 from fastconv.traffic import Pass, Traffic
+from fastconv.tuning.subject import at_precision
 
 CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
-POOLS = tuple(f"{kind}_pool{rank}d" for kind in ("max", "avg") for rank in (1, 2, 3))
-ADAPTIVE = tuple(f"adaptive_{pool}" for pool in POOLS)
-OPERATORS = (*CONVOLUTIONS, *POOLS, *ADAPTIVE)
+POOLS = tuple(
+    f"{kind}_pool{rank}d" for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg") for rank in (1, 2, 3)
+)
+OPERATORS = (*CONVOLUTIONS, *POOLS)
+# What a config counts; its other parameters are sides of tensors, and Triton's are powers of two. (So are not the rows
+# of a filter, of which spaces list odd ones.)
+COUNTS = ("SPLITS", "TAPS", "COLUMNS", "OUTPUTS", "LINES", "num_stages")
+FLAGS = ("PAIRS",)
 Progress = Callable[[int, int], None]
 
 
@@ -58,6 +64,7 @@ class Call:
     fused: Fused | None = None
     channels_last: bool = True
     gradients: bool = True
+    precision: str = "tf32"  # of an fp32 convolution's products, else "ieee"
 
     def __call__(self) -> None:
         x = self._tensor(self.input)
@@ -65,6 +72,7 @@ class Call:
         function = getattr(functional, self.operator)
         if self.weight is None:
             y = function(x, **self.arguments)
+            y = y[0] if self.arguments.get("return_indices") else y
         else:
             w, b = self._tensor(self.weight), None
             channels = self.weight[0]
@@ -95,7 +103,7 @@ class Call:
             training=self.fused.statistics,
             momentum=0.1,
             eps=1e-5,
-            act=self.fused.act,
+            act=torch.nn.PReLU() if self.fused.act == "prelu" else self.fused.act,
             residual=residual,
             residual_after=False,
             **self.arguments,
@@ -138,6 +146,7 @@ class Inspected:
     considered: Considered | None  # None: a pass that has one form only
     binaries: tuple[Compiled, ...]
     gpu: Gpu
+    precision: str  # of an fp32 convolution's products
 
     @property
     def launches(self) -> tuple[Record, ...]:
@@ -171,7 +180,7 @@ class Inspected:
         problem = self.found.plan.problem if self.found.plan else None
         rate = self.gpu.vector_rate
         if isinstance(problem, ConvProblem) and any(binary.tensor_cores for binary in self.binaries):
-            rate = self.gpu.matrix_rate * matrix_share(problem.dtype, dispatch.fp32_precision(problem.dtype))
+            rate = self.gpu.matrix_rate * matrix_share(problem.dtype, self.precision)
         # What lies between two launches need not move.
         moved = problem.bytes if problem and len(self.launches) > 1 else self.found.bytes
         return max((self.flops / rate, "arithmetic"), (moved / self.gpu.bandwidth, "DRAM"))
@@ -274,7 +283,7 @@ def inspect(
             Inspected(
                 *(it, considered),
                 tuple(compiled[record.launch.compile_key, gpu.arch] for record in it.launches),
-                gpu,
+                *(gpu, call.precision),
             )
             for it, considered in passes
         ]
@@ -325,12 +334,17 @@ def _called(
         planned = dispatch.use_target(gpu), considering(consider), settings(strict=False), FakeTensorMode()
         grad = torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(call.gradients)
         with contextlib.ExitStack() as stack:
-            for context in (only, *planned, *grad):
+            for context in (only, *planned, at_precision(call.precision), *grad):
                 stack.enter_context(context)
             with Traffic() as traffic:
                 call()
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise BadUsage(reason(error)) from error
+    except AssertionError as error:
+        if not configs:
+            raise
+        tried = [considered[n].choice.config if n < len(considered) else given for n, given in configs.items()]
+        raise BadUsage(f"{'; '.join(map(_text, tried))}: the kernel takes no such tile for this problem") from error
     return traffic.passes, considered
 
 
@@ -340,6 +354,10 @@ def _best(space: Space, work: Callable[[Config], Work], gpu: Gpu, given: Config)
     if unknown:
         known = "; ".join(f"{name} of {', '.join(map(str, values))}" for name, values in space.ranges.items())
         raise BadUsage(f"no parameter {', '.join(unknown)} in {space.name}, which has {known}")
+    for name, value in given.items():
+        why = _untakable(space, name, value)
+        if why is not None:
+            raise BadUsage(f"{name}={value}: {why}")
     fixed = {name: (given[name],) if name in given else values for name, values in space.ranges.items()}
     everything = list(_combinations(replace(space, ranges=fixed)))
     tried = [config for config in everything if space.valid(config) is None] or everything
@@ -349,6 +367,16 @@ def _best(space: Space, work: Callable[[Config], Work], gpu: Gpu, given: Config)
         raise BadUsage(f"{_text(given)} does not fit a multiprocessor of the {gpu.name}")
     config, prediction = min(fitting, key=lambda pair: pair[1].seconds)
     return Choice(config, "the command line", prediction.seconds, prediction.bound)
+
+
+def _untakable(space: Space, name: str, value: int) -> str | None:
+    """Why no kernel of ``space`` can take this value of a parameter, or None."""
+    if name in FLAGS:
+        return None if value < 2 else "neither 0 nor 1"
+    if value < 1:
+        return "not at least 1"
+    counted = name in COUNTS or any(known & (known - 1) for known in space.ranges[name])
+    return None if counted or value & (value - 1) == 0 else "a tensor's side, which has to be a power of two"
 
 
 def _combinations(space: Space) -> Iterator[Config]:

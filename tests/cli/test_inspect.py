@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastconv.autotune import Choice
-from fastconv.autotune.gpus import A100, H200
+from fastconv import kernels
+from fastconv.autotune import Choice, Gpu
+from fastconv.autotune.gpus import A100, B200, H200, RTX5090
 from fastconv.cli import BadUsage, inspection, interpreter, run
-from fastconv.cli.inspection import Call, Considered, Fused, _best, _passes
+from fastconv.cli.inspect import draw
+from fastconv.cli.inspection import Call, Considered, Fused, Inspected, _best, _passes
 from fastconv.kernels import mend
 from fastconv.kernels.tiles import GATHER
 from fastconv.traffic import Pass
@@ -22,6 +29,8 @@ from fastconv.traffic import Pass
 compiling = pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
 interpreting = pytest.mark.skipif(not mend.interpreting(), reason="what only the interpreter's process refuses")
 CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
+# Rows of outputs that no two share: odd ones.
+PIXELS = "inspect conv2d --input 64x64x9x9 --weight 64x64x3x3 --padding 1 --family pixels --gpu h200"
 
 
 @pytest.mark.parametrize(
@@ -34,11 +43,16 @@ CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
         ("inspect adaptive_avg_pool2d --input 2x8x8x8 --kernel-size 2", "adaptive_avg_pool2d needs --output-size"),
         ("inspect max_pool2d --input 2x8x8x8 --kernel-size 2 --bn", "max_pool2d takes no --bn"),
         ("inspect conv2d --input 2x8x8 --weight 8x8x3x3 --kernel-size 2", "conv2d takes no --kernel-size"),
+        ("inspect lp_pool2d --input 2x8x8x8 --kernel-size 2 --padding 1", "lp_pool2d takes no --padding"),
+        ("inspect lp_pool2d --input 2x8x8x8 --kernel-size 2 --norm-type 0", "norm_type must not be zero"),
+        ("inspect avg_pool2d --input 2x8x8x8 --kernel-size 2 --return-indices", "avg_pool2d takes no --return-indices"),
         ("inspect conv2d --input 2xCx8x8 --weight 8x8x3x3", "--input '2xCx8x8': numbers with an x"),
         ("inspect conv2d --input 2x8x8x8 --weight 8x3x3x3", "to have 3 channels, but got 8 channels"),
         ("inspect max_pool2d --input 2x8x8x8 --kernel-size 3 --padding 2", "pad should be at most half"),
         (f"{CONV} --gpu GTX", "--gpu 'GTX' is not one of A100"),
         (f"{CONV} --dtype int8", "--dtype 'int8'"),
+        (f"{CONV} --precision ieee", "--precision is of float32's products, not of bfloat16's"),
+        (f"{CONV} --precision fp8 --dtype float32", "--precision 'fp8' is not one of tf32, ieee"),
         (f"{CONV} --direction up", "--direction 'up' is not one of fprop, dgrad, wgrad"),
         (f"{CONV} --family cubic", "no family 'cubic' among depthwise, gather"),
         (f"{CONV} --family rows --direction fprop", "no kernel serves fprop: rows: 64 input channels"),
@@ -47,7 +61,14 @@ CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
             f"{CONV} --direction fprop --config BLOCK_X=64",
             "no parameter BLOCK_X in conv_spatial, which has SPLITS of 1, 2",
         ),
-        (f"{CONV} --direction fprop --config BLOCK_M=48", "'BLOCK_M=48' is no parameter with a power of two"),
+        (f"{CONV} --direction fprop --config BLOCK_M", "'BLOCK_M' is no parameter with a number"),
+        (f"{CONV} --direction fprop --config BLOCK_M=48", "BLOCK_M=48: a tensor's side, which has to be a power of"),
+        (f"{CONV} --direction fprop --config SPLITS=0", "SPLITS=0: not at least 1"),
+        (f"{PIXELS} --direction fprop --config PAIRS=2", "PAIRS=2: neither 0 nor 1"),
+        (
+            f"{PIXELS} --direction wgrad --config COLUMNS=2,TAPS=2",
+            "COLUMNS=2,num_warps=8,num_stages=4,SPLITS=12: the kernel takes no such tile",
+        ),
         (
             f"{CONV} --family gather --direction fprop --config BLOCK_M=4096",
             "BLOCK_M=4096 does not fit a multiprocessor",
@@ -118,8 +139,50 @@ def test_passes_are_those_of_a_call() -> None:
     assert names(conv(Fused(True, None, False)), "fprop") == ["fprop, statistics"]
     pool = Call("max_pool2d", (2, 8, 8, 8), None, {"kernel_size": (3,), "stride": (2,), "padding": (1,)}, torch.float16)
     assert names(pool) == ["forward", "backward"]
+    indexed = dataclasses.replace(pool, arguments={**pool.arguments, "return_indices": True})
+    assert names(indexed) == ["forward", "indices", "backward"]
+    norm = Call("lp_pool1d", (2, 8, 9), None, {"norm_type": 3.0, "kernel_size": 2}, torch.bfloat16)
+    assert names(norm) == ["forward", "backward"]
     transposed = Call("conv_transpose1d", (2, 8, 9), (8, 4, 3), {"stride": (2,), "groups": 2}, torch.float32, bias=True)
     assert names(transposed) == ["dgrad", "fprop", "wgrad", "bias"]
+
+
+# 1x1, few outputs, few images, many, first layer, channels that no copy begins at, depthwise; windows of shares, of
+# whole images, that do not overlap.
+CONVOLUTIONS = (
+    ((64, 64, 28, 28), (128, 64, 1, 1), {}),
+    ((1, 512, 7, 7), (512, 512, 3, 3), {"padding": "same"}),
+    ((2, 32, 16, 16, 16), (32, 32, 3, 3, 3), {"padding": 1}),
+    ((64, 64, 14, 14), (64, 64, 3, 3), {"padding": 1}),
+    ((16, 3, 64, 64), (32, 3, 7, 7), {"stride": 2}),
+    ((16, 63, 14, 14), (64, 63, 3, 3), {}),
+    ((16, 64, 14, 14), (64, 1, 3, 3), {"groups": 64}),
+)
+POOLS = (
+    ("adaptive_max_pool2d", (2, 64, 56, 56), {"output_size": 3, "return_indices": True}),
+    ("adaptive_max_pool2d", (2, 64, 112, 112), {"output_size": 1}),
+    ("avg_pool3d", (2, 64, 8, 8, 8), {"kernel_size": 2, "count_include_pad": False}),
+)
+
+
+def of_calls() -> Iterator[Call]:
+    """Calls that take every kernel between them."""
+    for x, w, arguments in CONVOLUTIONS:
+        everything = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **arguments}
+        for fused in (None, Fused(True, "prelu", True)):
+            yield Call(f"conv{len(x) - 2}d", x, w, everything, torch.bfloat16, True, fused)
+    for operator, x, arguments in POOLS:
+        yield Call(operator, x, None, arguments, torch.bfloat16)
+
+
+@pytest.mark.parametrize("gpu", [A100, H200, B200, RTX5090], ids=lambda gpu: gpu.name)
+def test_every_kernel_is_of_some_call(gpu: Gpu) -> None:
+    passes = [passed for call in of_calls() for passed, _ in _passes(call, gpu, None, None, None)]
+    found = {record.name for passed in passes for record in passed.launches}
+    modules = [import_module(f"fastconv.kernels.{it.name}") for it in pkgutil.iter_modules(kernels.__path__)]
+    everything = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    bulk = ("pixels_kernel", "pixels_wgrad_kernel", "gemm_kernel", "gemm_wgrad_kernel", "spatial_kernel")
+    assert everything - found == (set() if gpu.bulk else {f"conv_{name}" for name in bulk})
 
 
 def considered() -> tuple[Pass, Considered]:
@@ -155,6 +218,51 @@ def test_values_outside_the_space_are_tried_where_they_fit() -> None:
     assert isinstance(choice, Choice) and choice.config["num_stages"] == 2
     with pytest.raises(BadUsage, match="does not fit a multiprocessor of the NVIDIA A100"):
         _best(GATHER, it.work, A100, {"num_stages": 1024})
+
+
+@pytest.mark.parametrize(
+    ("family", "direction", "config"),
+    [
+        ("pixels", "wgrad", {"TAPS": 3, "SPLITS": 3}),
+        ("pixels", "wgrad", {"TAPS": 2, "COLUMNS": 1, "SPLITS": 1}),
+        ("pixels", "fprop", {"PAIRS": 0}),
+        ("gather", "dgrad", {"SPLITS": 3}),
+        ("depthwise", "fprop", {"OUTPUTS": 5}),
+        ("depthwise", "wgrad", {"ROWS": 3, "OUTPUTS": 3}),
+    ],
+)
+def test_counts_are_whatever_a_kernel_takes(family: str, direction: str, config: dict[str, int]) -> None:
+    channels, groups = (1, 64) if family == "depthwise" else (64, 1)
+    arguments = {"stride": 1, "padding": 1, "dilation": 1, "groups": groups}
+    call = Call("conv2d", (64, 64, 14, 14), (64, channels, 3, 3), arguments, torch.bfloat16)
+    ((found, it),) = _passes(call, H200, family, direction, config)
+    assert it is not None and config.items() <= it.choice.config.items()
+    launch = found.launches[0].launch
+    assert all(launch.constants[name] == config[name] for name in launch.constants.keys() & config.keys())
+    assert len(found.launches) == 1 + (it.choice.config.get("SPLITS", 1) > 1)
+
+
+def test_float32_is_inspected_at_either_precision() -> None:
+    call = dataclasses.replace(conv(gradients=False), dtype=torch.float32)
+    for precision in ("tf32", "ieee"):
+        ((found, _),) = _passes(dataclasses.replace(call, precision=precision), A100, None, None, None)
+        assert found.launches[0].launch.constants["PRECISION"] == precision
+
+
+def test_a_plot_names_every_tile_and_marks_those_compared(tmp_path: Path) -> None:
+    call = Call("conv2d", (64, 64, 9, 9), (64, 64, 3, 3), {"padding": 1}, torch.bfloat16)
+    found = [
+        [Inspected(passed, it, (), H200, "tf32") for passed, it in _passes(call, H200, "pixels", "fprop", config)]
+        for config in ({"PAIRS": 0}, {"BLOCK_K": 32})
+    ]
+    draw(found, ("A", "B"), tmp_path / "space.svg")
+    words = re.findall("<!-- (.*) -->", (tmp_path / "space.svg").read_text())
+    (_, it), *_ = _passes(call, H200, "pixels", "fprop", None)
+    assert it is not None
+    sides = [[config[name] for name in ("BLOCK_N", "BLOCK_C", "PIXELS", "PAIRS")] for config, *_ in it.standings(H200)]
+    tiles = [word for word in words if re.match(r"N\d+ K64 C\d+", word)]
+    assert len(tiles) == len(set(tiles)) == len(set(map(tuple, sides)))
+    assert {"A", "B", "roofline", "N64 K64 C32 PAIRS"} <= set(words) and any("K32" in word for word in words)
 
 
 @pytest.mark.compile
