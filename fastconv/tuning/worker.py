@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastconv.autotune import Config, Gpu, Problem
 from fastconv.cli.measure.accuracy import PART, YARDSTICK, fp32_convolutions, tolerance
+from fastconv.cli.measure.capture import Captured
 from fastconv.cli.measure.clock import Clock, CudaClock, HostClock, reason
 from fastconv.kernels import dispatch, mend
 from fastconv.tuning.process import Measure, Refused, serve
@@ -102,7 +103,7 @@ class _Problem:
         self.guards = Guarded()
         self.operands = tuple(self._drawn(each, generator) for each in subject.operands)
         self.calls: dict[tuple[tuple[str, int], ...] | None, Callable[[], object]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if session.device.type == "cuda" else None
+        self.pool = torch.cuda.MemPool() if session.device.type == "cuda" else None
         dtype = self.operands[0].dtype
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         with fp32_convolutions("ieee"):
@@ -157,20 +158,16 @@ class _Problem:
         become one."""
         if self.session.device.type != "cuda":
             return call
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
+
+        def unread() -> None:
+            call()
+
         try:
-            # (Not torch.cuda.graph, which gives the allocator's memory back each time.)
-            graph.capture_begin(pool=self.pool)
-            try:
-                call()
-            finally:
-                graph.capture_end()
+            return Captured(unread, self.pool)
         except RuntimeError:
             torch.cuda.synchronize()
+            self.pool = torch.cuda.MemPool()
             return call
-        # What the graph reads stays alive with it.
-        return lambda _call=call: graph.replay()  # type: ignore[misc]
 
     def _drawn(self, operand: Operand, generator: torch.Generator) -> Tensor:
         """Random values (zeros run faster) between guard bands."""

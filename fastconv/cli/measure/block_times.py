@@ -19,6 +19,7 @@ from torch import nn
 
 from fastconv.cli.measure import network
 from fastconv.cli.measure.accuracy import Tensors
+from fastconv.cli.measure.capture import captured
 from fastconv.cli.measure.clock import Call, Clock, interleave, reason, spread, within
 from fastconv.cli.measure.network import YARDSTICK_PROVIDER, Replay, Workload, warm_up
 from fastconv.cli.measure.results import Part
@@ -239,7 +240,7 @@ def _measure_row(
             provider["host_ms"] = min(clock(step).host for _ in range(3))
             # What torch.compile moves, no operator that PyTorch dispatches shows.
             provider["bytes"] = None if name == COMPILED_PROVIDER else _bytes(step)
-            calls[name] = _captured(step, provider, work.device)
+            calls[name] = captured(Replay, step, provider, work.device)
         except Exception as error:
             provider |= {"status": "failed", "reason": reason(error)}
         provider["seconds"] = time.monotonic() - started
@@ -286,17 +287,3 @@ def _bytes(step: Callable[[], Any]) -> int:
     with Traffic() as traffic:
         step()
     return traffic.bytes
-
-
-def _captured(step: Callable[[], Any], provider: dict[str, Any], device: torch.device) -> Call:
-    """``step`` as a CUDA graph; as it is, with the reason, where it cannot become one."""
-    provider["graph"] = False
-    if device.type != "cuda":
-        return step
-    try:
-        replay = Replay(step)
-    except Exception as error:
-        provider["reason"] = f"no CUDA graph: {reason(error)}"
-        return step
-    provider["graph"] = True
-    return replay

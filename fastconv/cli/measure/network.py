@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastconv
 from fastconv.cli.measure.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
+from fastconv.cli.measure.capture import Captured
 from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
@@ -322,8 +323,8 @@ def warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Re
     return Ready(step, row), result
 
 
-class Replay:
-    """A captured step: replays it and returns what the captured call returned."""
+class Replay(Captured):
+    """A step, captured on a stream of its own once it has run there."""
 
     def __init__(self, step: Callable[[], Any]) -> None:
         side = torch.cuda.Stream()
@@ -331,18 +332,12 @@ class Replay:
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
                 step()
+            torch.cuda.synchronize()
+            _release(side.device)  # the graph takes nothing of what the allocator keeps
+            torch.cuda.reset_peak_memory_stats()
+            super().__init__(step)
         torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = step()
         self.peak_bytes = torch.cuda.max_memory_allocated()
-        self.step = step  # keeps the parameters, optimizer and input that the graph reads alive
-
-    def __call__(self) -> Any:
-        self.graph.replay()
-        return self.result
 
 
 def _gpu_kernels(step: Callable[[], Any]) -> int | None:

@@ -18,6 +18,7 @@ import fastconv
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
 from fastconv.cli.measure.accuracy import Tensors, against_yardstick
+from fastconv.cli.measure.capture import Captured, captured
 from fastconv.cli.measure.clock import Call, Clock, Sample, interleave, reason, spread, synchronize, within
 from fastconv.cli.measure.directions import Operands, Step, drawn, exact, step
 from fastconv.kernels import launch
@@ -58,24 +59,6 @@ def conditions(device: torch.device) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
-
-
-class Replayed:
-    """A call captured as a CUDA graph on the current stream; replays it."""
-
-    def __init__(self, call: Call) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # Not by torch.cuda.graph, which gives all of the allocator's memory back each time.
-        self.graph.capture_begin()
-        try:
-            self.result = call()
-        finally:
-            self.graph.capture_end()
-        self.call = call  # keeps the operands that the graph reads alive
-
-    def __call__(self) -> None:
-        self.graph.replay()
 
 
 def measure_row(
@@ -182,7 +165,7 @@ def _time(row: dict[str, Any], ready: dict[str, Step], bench: Bench, deadline: f
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()  # a graph's memory is its own, and none is given back while it is captured
     for name, call in ready.items():
-        replay = _captured(call, entries[name], bench.device)
+        replay = captured(Captured, call, entries[name], bench.device)
         samples[name] = partial(bench.clock, replay, cold=True)
         samples[name + ALONE] = partial(bench.clock, call, cold=True, alone=True)
     if EAGER in samples:
@@ -198,20 +181,6 @@ def _time(row: dict[str, Any], ready: dict[str, Step], bench: Bench, deadline: f
             entries[name] |= {"status": "failed", "reason": why}
     if "ms" in entries.get(EAGER, {}) and REPEATED not in rounds.failures:
         row["noise"] = abs(times[REPEATED]["median"] / times[EAGER]["median"] - 1)
-
-
-def _captured(call: Call, entry: dict[str, Any], device: torch.device) -> Call:
-    """``call`` as a CUDA graph; as it is, with the reason, where it cannot become one."""
-    entry["graph"] = False
-    if device.type != "cuda":
-        return call
-    try:
-        replayed = Replayed(call)
-    except Exception as error:
-        entry["reason"] = f"no CUDA graph: {reason(error)}"
-        return call
-    entry["graph"] = True
-    return replayed
 
 
 def _measure_again(
@@ -248,7 +217,7 @@ def _all_of(each: Sequence[Step], device: torch.device) -> Call:
             call()
 
     one_after_the_other()
-    return _captured(one_after_the_other, {}, device)
+    return captured(Captured, one_after_the_other, {}, device)
 
 
 def _host_sample(device: torch.device, call: Call) -> Sample:
