@@ -23,7 +23,7 @@ from fastconv.kernels.launch import deciding
 from fastconv.kernels.problem import ConvProblem, PoolProblem
 
 # The files whose kernels a space is of, by the beginning of its name, where no file is called as that begins.
-FILES = {"pixels": ("batch_norm",), "pool": ("pool_window", "pool_gradient")}
+FILES = {"pixels": ("batch_norm", "reduce"), "pool": ("pool_window", "pool_gradient")}
 _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 _OUTPUTS = {1: "Q", 2: "PQ", 3: "OPQ"}
 
@@ -149,44 +149,64 @@ def _sizes(text: int | str) -> tuple[int, ...]:
 @cache
 def version_of(space: str) -> Version:
     """The code that a problem of this space would be measured under."""
-    named = [files for name, files in FILES.items() if space.startswith(name)]
-    files = (
-        named[0] if named else (max((f for f, _ in _jit_functions() if space.startswith(f)), key=len, default=space),)
-    )
-    # Sums of splits are a launch of their own, and measured with the first. Every launch has products and sums fused.
-    return Version(triton.__version__, source_hash((*files, "reduce")), True, POLICY)
+    # Every launch has products and sums fused.
+    return Version(triton.__version__, source_hash(files_of(space)), True, POLICY)
+
+
+def files_of(space: str) -> tuple[str, ...]:
+    """The files of this folder, by their stems, whose kernels the space is of."""
+    for name, files in FILES.items():
+        if space.startswith(name):
+            return files
+    stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return (max((stem for stem in stems if space.startswith(stem)), key=len, default=space),)
 
 
 @cache
 def source_hash(files: tuple[str, ...]) -> str:
-    """Of the jit functions of these files and all that they call: their code alone, so that neither a comment nor a
-    launcher makes measurements stale."""
-    functions = _jit_functions()
-    reached: dict[tuple[str, str], str] = {}
-    waiting = [key for key in functions if key[0] in files]
-    while waiting:
-        key = waiting.pop()
-        if key in reached:
-            continue
-        node = functions[key]
-        reached[key] = ast.unparse(node)
-        names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-        waiting += [other for other in functions if other[1] in names]
-    text = "\n".join(f"{key} {code}" for key, code in sorted(reached.items()))
+    """Of all that is compiled for these files' launchers: its code alone, so that neither a comment nor a launcher
+    makes measurements stale."""
+    text = "\n".join(f"{key} {code}" for key, code in sorted(compiled_for(files).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def compiled_for(files: tuple[str, ...]) -> dict[tuple[str, str], str]:
+    """(file, name) -> the code of each kernel that functions of these files launch, of those of other files that they
+    call to launch more, and of all that kernels call and name."""
+    found: dict[tuple[str, str], str] = {}
+    waiting = [(file, name) for file in files for name, it in _names(file).items() if isinstance(it, ast.FunctionDef)]
+    met: set[tuple[str, str]] = set()
+    while waiting:
+        file, name = key = waiting.pop()
+        it = _names(file).get(name)
+        if it is None or key in met:
+            continue
+        met.add(key)
+        if isinstance(it, tuple):
+            waiting.append(it)
+            continue
+        if isinstance(it, ast.AnnAssign) or any("jit" in ast.unparse(each) for each in it.decorator_list):
+            found[key] = ast.unparse(it)
+        waiting += [(file, each.id) for each in ast.walk(it) if isinstance(each, ast.Name)]
+    return found
+
+
 @cache
-def _jit_functions() -> dict[tuple[str, str], ast.FunctionDef]:
-    """(file, name) -> each function of this folder that Triton compiles, without its docstring."""
-    found: dict[tuple[str, str], ast.FunctionDef] = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        for node in ast.parse(path.read_bytes()).body:
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
-                first = node.body[0]
-                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and len(node.body) > 1:
-                    del node.body[0]
-                found[path.stem, node.name] = node
+def _names(file: str) -> dict[str, ast.FunctionDef | ast.AnnAssign | tuple[str, str]]:
+    """What a file of this folder names: functions without their docstrings, constants that kernels may use, and
+    (file, name) of what it imports from another one."""
+    path = Path(__file__).with_name(f"{file}.py")
+    found: dict[str, ast.FunctionDef | ast.AnnAssign | tuple[str, str]] = {}
+    for node in ast.parse(path.read_bytes()).body if path.is_file() else ():
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None and len(node.body) > 1:
+                del node.body[0]
+            found[node.name] = node
+        elif isinstance(node, ast.AnnAssign) and "constexpr" in ast.unparse(node.annotation):
+            found[ast.unparse(node.target)] = node
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastconv.kernels."):
+            other = str(node.module).rpartition(".")[2]
+            found |= {each.asname or each.name: (other, each.name) for each in node.names}
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 import fastconv
 import fastconv.functional as F
 from fastconv.autotune import Space
-from fastconv.autotune.gpus import H200
+from fastconv.autotune.gpus import A100, H200
 from fastconv.autotune.records import Met, from_line
 from fastconv.kernels import call, dispatch, mend, tiles, tuned
 from fastconv.kernels.call import Slower, prepared
@@ -152,6 +152,7 @@ def test_space_of_another_release_has_a_version_of_its_own() -> None:
 def test_source_is_the_kernels_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = """
 import triton
+from fastconv.kernels.other import stranger, finish as other_finish
 
 @triton.jit
 def helper(x):
@@ -161,19 +162,36 @@ def helper(x):
 def conv_kernel(x):
     return helper(x)
 
-@triton.jit
-def unused(x):
-    return x
-
 def launcher(x):
-    return x
+    return conv_kernel
 """
     path, other = tmp_path / "conv.py", tmp_path / "other.py"
-    other.write_text("@triton.jit\ndef stranger(x):\n    return x\n")
+    beside = """
+import triton
+import triton.language as tl
 
-    def hashed(source: str) -> str:
+TWO: tl.constexpr = 2
+
+@triton.jit
+def stranger(x):
+    return x * TWO
+
+@triton.jit
+def helper(x):
+    return x
+
+@triton.jit
+def finish_kernel(x):
+    return x - 1
+
+def finish(x):
+    return Launch(finish_kernel)
+"""
+
+    def hashed(source: str, others: str = beside) -> str:
         path.write_text(source)
-        tuned._jit_functions.cache_clear()
+        other.write_text(others)
+        tuned._names.cache_clear()
         tuned.source_hash.cache_clear()
         return tuned.source_hash(("conv",))
 
@@ -185,14 +203,45 @@ def launcher(x):
         )
         assert hashed(same) == first
         assert hashed(original.replace("x + 1", "x + 2")) != first
-        other.write_text("@triton.jit\ndef stranger(x):\n    return x + 1\n")
-        assert hashed(original) == first
+        for old, new in (("return x\n", "return 0\n"), ("x - 1", "x - 2"), ("= 2", "= 3")):
+            changed = beside.replace(old, new)
+            assert changed != beside and hashed(original, changed) == first, "another file's function of one name"
         called = original.replace("return helper(x)", "return stranger(helper(x))")
-        second = hashed(called)
-        other.write_text("@triton.jit\ndef stranger(x):\n    return x + 2\n")
-        assert hashed(called) != second, "what another file's function does"
-    tuned._jit_functions.cache_clear()
+        assert hashed(called, beside.replace("= 2", "= 3")) != hashed(called), "what another file's function names"
+        launched = original.replace("return conv_kernel", "return conv_kernel, other_finish(x)")
+        assert hashed(launched) != first
+        assert hashed(launched, beside.replace("x - 1", "x - 2")) != hashed(launched), "what is launched after it"
+    tuned._names.cache_clear()
     tuned.source_hash.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [A100, H200], ids=["A100", "H200"])
+def test_source_holds_every_kernel_that_is_launched(gpu: Any) -> None:
+    """With its reduction split, where a space has that, so that a second launch follows."""
+    spaces_of: dict[int, tuple[Any, Space]] = {}
+
+    def split(space: Space, features: Any, work: Any, on: Any, choice: Any) -> Any:
+        choice = replace(choice, config=max(space, key=lambda config: config.get("SPLITS", 1)))
+        spaces_of[id(choice)] = choice, space
+        return choice
+
+    problems: list[Any] = [*CONVOLUTIONS.values(), convolution((1, 64, 56, 56), (64, 64, 3, 3))]
+    questions = [(direction, problem) for problem in problems for direction in DIRECTIONS]
+    questions += [
+        (direction, problem) for problem in POOLS.values() if not problem.adaptive for direction in POOL_DIRECTIONS
+    ]
+    launched: set[tuple[str, str]] = set()
+    with tiles.considering(split):
+        for direction, problem in questions:
+            plan = dispatch.plan(direction, problem, gpu)
+            space = spaces_of[id(plan.choice)][1]
+            for launch in plan.launches:
+                file = launch.kernel.fn.__module__.rpartition(".")[2]
+                assert (file, launch.name) in tuned.compiled_for(tuned.files_of(space.name)), (space.name, launch.name)
+                launched.add((space.name, launch.name))
+    if gpu is H200:
+        finished = {space for space, name in launched if name == "conv_finish_kernel"}
+        assert {"conv_gemm", "conv_spatial"} <= finished
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +372,7 @@ import torch.distributed as dist
 from datetime import timedelta
 from fastconv.autotune import Problem, Tuned, Version
 from fastconv.autotune.choose import Tables
-from fastconv.autotune.gpus import H200
+from fastconv.autotune.gpus import A100, H200
 from fastconv.kernels import ranks
 
 def entry(tile):
