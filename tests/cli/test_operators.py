@@ -16,7 +16,7 @@ from rich.console import Console
 
 import fastconv.functional
 from fastconv.benchmarks import layer_lists, registry
-from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS
+from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS, TARGET
 from fastconv.cli import models
 from fastconv.cli.measure import ceilings, operator_times, operators, standing
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
@@ -279,7 +279,21 @@ def test_what_times_mean_and_what_is_owed() -> None:
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (0.45, 1.5, 1.5)
     row["again"] = {"speed_over_eager": 3.5}
     standing.stand(row, dense, OURS, LIMITS)
-    assert row["speed_over_eager"] == 3.0
+    assert (row["speed_over_eager"], row["unconfirmed"]) == (3.0, None)
+
+
+def test_what_is_not_confirmed_is_no_win() -> None:
+    row = stood(None, {"resnet50": 1}, bytes=3_000_000_000, flops=0, large=False, reason=None)
+    row["providers"] = timed(eager=3.0, fastconv=1.0)
+    row["again"] = {"status": "failed", "reason": "OutOfMemoryError: tried to allocate 2 GiB", "copies": 2}
+    standing.stand(row, ENTRIES[1], OURS, LIMITS)
+    assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
+    assert (row["unconfirmed"], row["gb_per_s"], row["missed"]) == (3.0, 3000.0, [])
+    assert (standing.means([row]), standing.families([row])) == ([], {})
+    part = standing.targets([{"kind": "operators", "rows": [row]}], dataclasses.replace(TARGET, means={"fprop": 0.9}))
+    assert part is not None
+    (target,) = part["rows"]
+    assert (target["measured"], target["mean"], target["met"]) == (0, None, None)
 
 
 def stood(speed: float | None, networks: dict[str, int], **others: Any) -> dict[str, Any]:

@@ -16,18 +16,24 @@ Row = dict[str, Any]
 
 def stand(row: Row, entry: Entry, ours: str, ceilings: Ceilings) -> None:
     """Complete a row: speed over the fastest of PyTorch's, over the rivals and over eager channels_last, the lower of
-    both measurements where there are two; rates, shares of the ceilings, and what is owed and missed."""
+    both measurements where there are two; rates, shares of the ceilings, and what is owed and missed.
+
+    Where a second measurement should have been and failed there is no speed, and so no win: the first one's over eager
+    is "unconfirmed"."""
     times = {provider["provider"]: provider["ms"]["median"] for provider in row["providers"] if "ms" in provider}
     if ours not in times or row["status"] != "ok":
         return
     mine = times[ours]
     theirs = {name: time for name, time in times.items() if not name.startswith(OURS)}
-    again = row.get("again", {}).get("speed_over_eager")
-    believed = 1.0 if again is None else min(1.0, again / (theirs[EAGER] / mine))
+    believed: float | None = 1.0
+    if "again" in row:
+        again, once = row["again"].get("speed_over_eager"), theirs[EAGER] / mine
+        believed = None if again is None else min(1.0, again / once)
+        row["unconfirmed"] = once if again is None else None
 
     def speed(names: Iterable[str]) -> float | None:
         found = [theirs[name] for name in names if name in theirs]
-        return min(found) / mine * believed if found else None
+        return min(found) / mine * believed if found and believed is not None else None
 
     row["speed"], row["speed_over_rivals"] = speed(theirs), speed(entry.rivals)
     row["speed_over_eager"] = speed([EAGER])

@@ -132,7 +132,7 @@ def _remarks(row: dict[str, Any]) -> Iterable[str]:
     if "speed_over_eager" in again:
         yield f"{again['speed_over_eager']:.2f} of eager's in another way"
     elif again:
-        yield f"not measured again: {again['reason']}"
+        yield f"{row['unconfirmed']:.2f} of eager's, UNCONFIRMED: {again['reason']}"
 
 
 def _standing(part: Part) -> Iterable[RenderableType]:
