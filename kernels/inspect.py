@@ -83,7 +83,7 @@ class Compiled:
     tensor_cores: str | None  # "mma", "wgmma", "tcgen05"
     serialised: bool  # every wgmma is waited for before the next one
     step: int | None  # instructions of the loop around the tensor cores
-    operands: Mapping[str, int] = field(default_factory=dict)  # wgmma's first: "shared memory", "registers" -> how many
+    operands: Mapping[str, int] = field(default_factory=dict)  # where wgmma's or tcgen05's first lies -> how many
     waits: tuple[int, ...] = ()  # how many wgmma groups may go on at each wait of that loop
     step_opcodes: Mapping[str, int] = field(default_factory=dict)
     copies: int = 0  # steps whose operands are on their way to shared memory while one is computed
@@ -200,7 +200,7 @@ def _read(binary: Binary, listings: Sequence[str] = ()) -> Compiled:
         tensor_cores=cores,
         serialised=cores == "wgmma" and serialised(code),
         step=None if loop is None else len(loop),
-        operands=first_operands(code) if cores == "wgmma" else {},
+        operands=first_operands(code),
         waits=wgmma_waits(loop or code) if cores == "wgmma" else (),
         step_opcodes=Counter(opcode for _, opcode, _ in loop or ()),
         copies=copies,
@@ -227,10 +227,17 @@ def serialised(code: Code) -> bool:
 
 
 def first_operands(code: Code) -> dict[str, int]:
-    """Where wgmma's first operand comes from -> how many; the second is always in shared memory."""
-    # HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 has both there, HGMMA... R24, R4, gdesc[UR8], R24 one in registers.
-    sources = [operands.split(",")[1].strip() for _, opcode, operands in code if opcode.split(".")[0].endswith("GMMA")]
-    return dict(Counter("shared memory" if source.startswith("gdesc") else "registers" for source in sources))
+    """Where wgmma's or tcgen05's first operand comes from -> how many; the second is always in shared memory."""
+    # HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 has both there, HGMMA... R24, R4, gdesc[UR8], R24 one in registers;
+    # UTCHMMA gdesc[UR16], gdesc[UR20], tmem[UR22]... has both there, UTCHMMA tmem[UR4], gdesc[UR20]... one.
+    found: Counter[str] = Counter()
+    for _, opcode, operands in code:
+        whole, named = opcode.split(".")[0], [operand.strip() for operand in operands.split(",")]
+        if re.fullmatch(TENSOR_CORES["wgmma"], whole):
+            found["shared memory" if named[1].startswith("gdesc") else "registers"] += 1
+        elif re.fullmatch(TENSOR_CORES["tcgen05"], whole):
+            found["shared memory" if named[0].startswith("gdesc") else "tensor memory"] += 1
+    return dict(found)
 
 
 def wgmma_waits(code: Code) -> tuple[int, ...]:

@@ -323,7 +323,7 @@ def _cells(launch: dict[str, Any]) -> dict[str, str]:
         "programs a multiprocessor": f"{launch['occupancy']}, limited by {launch['occupancy_limit']}",
         "waves": "" if waves is None else f"{waves:.2f}",
         "tensor cores": cores,
-        "first operand in": ", ".join(launch["wgmma_operands"]),
+        "first operand in": ", ".join(launch["first_operands"]),
         "products that go on at a wait": ", ".join(map(str, launch["wgmma_waits"])),
         "copies in flight": copies if launch["copies_in_flight"] else "",
         "instructions": f"{sum(launch['mix'].values())}: {_counts(launch['mix'])}",

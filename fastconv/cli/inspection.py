@@ -244,7 +244,7 @@ def _launch(record: Record, binary: Compiled, gpu: Gpu) -> dict[str, Any]:
         "occupancy_limit": limit,
         "waves": math.prod(it.grid) / (programs * gpu.multiprocessors) if programs else None,
         "tensor_cores": binary.tensor_cores,
-        "wgmma_operands": dict(binary.operands),
+        "first_operands": dict(binary.operands),
         "wgmma_waits": list(binary.waits),
         "wgmma_serialised": binary.serialised,
         "copies_in_flight": binary.copies,

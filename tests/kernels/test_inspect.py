@@ -98,6 +98,9 @@ def test_waits_say_how_many_products_go_on() -> None:
 def test_the_first_operand_comes_from_shared_memory_or_registers() -> None:
     line = "        /*2470*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24 ;\n"
     assert first_operands(parse(PIPELINED + line)) == {"shared memory": 2, "registers": 1}
+    line = "        /*1e90*/      UTCHMMA %s[UR16], gdesc[UR20], tmem[UR22], tmem[UR50], idesc[UR51], !UPT ;\n"
+    assert first_operands(parse(line % "gdesc")) == {"shared memory": 1}
+    assert first_operands(parse(line % "tmem" + "        /*1ed0*/ UTCBAR [UR24], URZ ;\n")) == {"tensor memory": 1}
 
 
 def test_copies_in_flight_are_the_pipelines_buffers_but_one() -> None:
