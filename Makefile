@@ -5,6 +5,7 @@
 #   JOBS=2             test processes
 #   OUT=dir ARGS=...   bench, gpu: where results go; bench: further arguments
 #   STAGE=models       gpu: some stages of tests, operators, blocks, models, tuning
+#   FASTCONV_COMMIT=   gpu: what was measured, where there is no .git to ask
 SHELL = bash
 PYTHON ?= python3
 VENV ?= .venv$(TRITON:%=-triton-%)

@@ -270,13 +270,12 @@ def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
 
 
 def written_by() -> str:
-    """The version, with the commit where the code is a checkout."""
+    """The version, with the commit where it is known."""
     import fastconv
-    from fastconv.cli.measure.results import _output
+    from fastconv.cli.measure.results import commit
 
-    folder = str(Path(fastconv.__file__).parent)
-    commit = _output("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return f"{fastconv.__version__}+{commit}" if commit else fastconv.__version__
+    known = commit()
+    return f"{fastconv.__version__}+{known}" if known else fastconv.__version__
 
 
 def _seconds(text: str) -> float:

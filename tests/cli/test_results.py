@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fastconv.cli import BadUsage
-from fastconv.cli.measure import plots, tables
+from fastconv.cli.measure import plots, results, tables
 from fastconv.cli.measure.results import KINDS, SCHEMA, Results, read
 
 TIMES = {"median": 2.0, "p20": 1.5, "p80": 3.0, "samples": 5}
@@ -164,6 +165,28 @@ def test_the_environment_names_what_a_figure_depends_on(tmp_path: Path) -> None:
     assert {"gpu", "driver", "torch", "triton", "cudnn", "commit"} <= environment.keys()
     assert environment["torch"]
     assert environment["triton"]
+
+
+def test_the_commit_is_what_one_is_told_or_what_git_says_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str, folder: Path = tmp_path / "checkout") -> str:
+        names = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        done = subprocess.run(["git", *names, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    monkeypatch.delenv("FASTCONV_COMMIT", raising=False)
+    copy, worktree = tmp_path / "checkout" / "copy", tmp_path / "worktree"
+    copy.mkdir(parents=True)
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    git("worktree", "add", str(worktree))
+    first = git("rev-parse", "--short=12", "HEAD")
+    for checkout, said in ((copy.parent, first), (worktree, first), (copy, None)):
+        monkeypatch.setattr(results, "CHECKOUT", checkout)
+        assert results.commit() == said
+    monkeypatch.setenv("FASTCONV_COMMIT", "abc")
+    assert results.commit() == results.environment()["commit"] == "abc"
 
 
 @pytest.mark.parametrize("verdict", ["right", "skipped", "wrong", "failed"])

@@ -36,6 +36,7 @@ KINDS = {
     "compile": {"kernels"},
     "compiler": {"rows"},
 }
+CHECKOUT = Path(__file__).resolve().parents[3]
 VERDICTS = ("right", "wrong", "failed", "skipped")
 Part = dict[str, Any]
 
@@ -135,11 +136,21 @@ def environment() -> dict[str, Any]:
         "torchvision": _installed("torchvision"),
         "python": platform.python_version(),
         "fastconv": _installed("fastconv"),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": commit(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
     }
+
+
+def commit() -> str | None:
+    """What is in FASTCONV_COMMIT: of a copy without its repository nothing else tells. Else what git says of the
+    checkout that this file lies in; None where it lies in none."""
+    told = os.environ.get("FASTCONV_COMMIT")
+    # A checkout's .git is a folder, a worktree's a file; one further up is another project's.
+    if told or not (CHECKOUT / ".git").exists():
+        return told or None
+    return _output("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _installed(package: str) -> str | None:
