@@ -1,0 +1,31 @@
+"""The registry under pytest-benchmark: one operator of it, so that ``pytest benchmarks/`` works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastconv.kernels import mend
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+class Outcomes:
+    """A plugin that keeps how each test ended."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.found[report.nodeid.partition("[")[2]] = report.outcome
+
+
+@pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+def test_each_side_of_one_operator_is_run() -> None:
+    outcomes = Outcomes()
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable", "-k", "pool-backward and not compile")
+    assert pytest.main([str(BENCHMARKS), "-q", *options], plugins=[outcomes]) == pytest.ExitCode.OK
+    names = ("eager", "fastconv", "fastconv-nchw", "eager-nchw")
+    assert outcomes.found == {f"pool-backward-{name}]": "passed" for name in names}
