@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastconv.functional
 from fastconv.arguments import expand
-from fastconv.kernels.problem import conv_problem, conv_transpose_problem
+from fastconv.kernels.problem import ConvProblem, conv_problem, conv_transpose_problem
 
 FIRST_LAYER_CHANNELS = 4
 TENSORS = ("input", "weight", "bias")
@@ -60,6 +60,24 @@ class Operator:
     def output(self) -> tuple[int, ...]:
         """The shape of what it returns. Raises what torch raises where there is no such call."""
         return _output(self)
+
+    def problem(self, dtype: torch.dtype) -> ConvProblem:
+        """What a convolution, not a pool, is as a kernel's problem; of a transposed one that whose dgrad it is. Raises
+        what torch raises where there is no such call."""
+        weight, bias = self.shapes[1:]
+        assert weight is not None
+        arguments, rank = dict(self.arguments), len(self.input) - 2
+        groups, padding = arguments.pop("groups"), arguments.pop("padding")
+        sides: dict[str, tuple[int, ...]] = {name: expand(name, value, rank) for name, value in arguments.items()}
+        if self.transposed:
+            sides["padding"] = expand("padding", padding, rank)
+            return conv_transpose_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
+        if padding == "same":
+            totals = [d * (r - 1) for r, d in zip(weight[2:], sides["dilation"], strict=True)]
+            sides["padding"] = (*(total // 2 for total in totals), *(total - total // 2 for total in totals))
+        else:
+            sides["padding"] = expand("padding", 0 if padding == "valid" else padding, rank) * 2
+        return conv_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
 
     @property
     def elements(self) -> int:
@@ -135,25 +153,11 @@ class Operator:
 
 @cache
 def _output(operator: Operator) -> tuple[int, ...]:
-    arguments, rank = dict(operator.arguments), len(operator.input) - 2
     if operator.pool:
         call = getattr(F, operator.function)
-        return tuple(call(torch.empty(operator.input, device="meta"), **arguments).shape)
-    weight, bias = operator.shapes[1:]
-    assert weight is not None
-    groups, padding = arguments.pop("groups"), arguments.pop("padding")
-    sides: dict[str, tuple[int, ...]] = {name: expand(name, value, rank) for name, value in arguments.items()}
-    if operator.transposed:
-        sides["padding"] = expand("padding", padding, rank)
-        return conv_transpose_problem(
-            operator.input, weight, bias, groups=groups, dtype=torch.float32, **sides
-        ).input_shape
-    if padding == "same":
-        totals = [d * (r - 1) for r, d in zip(weight[2:], sides["dilation"], strict=True)]
-        sides["padding"] = (*totals, *(0,) * rank)  # the sum of both sides is all that a size depends on
-    else:
-        sides["padding"] = expand("padding", 0 if padding == "valid" else padding, rank) * 2
-    return conv_problem(operator.input, weight, bias, groups=groups, dtype=torch.float32, **sides).output_shape
+        return tuple(call(torch.empty(operator.input, device="meta"), **dict(operator.arguments)).shape)
+    problem = operator.problem(torch.float32)
+    return problem.input_shape if operator.transposed else problem.output_shape
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:

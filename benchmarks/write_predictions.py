@@ -8,27 +8,13 @@ from collections.abc import Iterator
 
 import torch
 
-from fastconv.arguments import expand
 from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import H200
-from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.layer_lists import find
 from fastconv.kernels import dispatch
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+from fastconv.kernels.problem import DIRECTIONS
 
 NETWORK, BATCH, GPU = "resnet50", 256, H200
-
-
-def problem_of(call: Operator, batch: int) -> ConvProblem:
-    """The problem of a convolution, not a transposed one, in bf16."""
-    weight = call.shapes[1]
-    assert weight is not None
-    arguments = dict(call.arguments)
-    stride, padding, dilation = (
-        expand(name, arguments[name], len(weight) - 2) for name in ("stride", "padding", "dilation")
-    )
-    groups = arguments["groups"]
-    return conv_problem((batch, *call.input[1:]), weight, None, stride, padding * 2, dilation, groups, torch.bfloat16)
 
 
 def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
@@ -39,7 +25,7 @@ def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
     for call, count in find(network).calls.items():
         if call.pool or call.transposed:
             continue
-        problem = problem_of(call, batch)
+        problem = call.with_batch(batch).problem(torch.bfloat16)
         roofline = 1e6 * max(problem.flops / gpu.matrix_rate, problem.bytes / gpu.bandwidth)
         cells = [problem.describe().removesuffix(" bfloat16"), str(count), f"{roofline:.0f}"]
         for direction in DIRECTIONS:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
-from fastconv.arguments import expand
 from fastconv.kernels import conv, dispatch, mend
 from fastconv.kernels.launch import Record, record
 from fastconv.kernels.layout import strides_like
@@ -143,20 +141,12 @@ def check_random(problem: ConvProblem) -> None:
 
 @cache
 def of_networks(networks: tuple[str, ...], batches: tuple[int, ...]) -> tuple[tuple[ConvProblem, bool], ...]:
-    """The distinct convolutions of the layer lists of that name, in bf16, each with whether it has a bias. Transposed
-    ones are left out."""
+    """The distinct convolutions of the layer lists of that name, in bf16, each with whether it has a bias. A transposed
+    one is the problem whose dgrad it is, which has none."""
     # Not at the top: what reads lists needs the packages of the command line.
     from fastconv.benchmarks.layer_lists import find
 
-    calls = [call for network in networks for call in find(network).calls if not call.pool and not call.transposed]
-    return tuple(dict.fromkeys((_problem(call, n), call.shapes[2] is not None) for n in batches for call in calls))
-
-
-def _problem(call: Any, n: int) -> ConvProblem:
-    (_, *x), weight, _ = call.shapes
-    arguments = dict(call.arguments)
-    stride, padding, dilation = (
-        expand(name, arguments[name], len(weight) - 2) for name in ("stride", "padding", "dilation")
-    )
-    groups = arguments["groups"]
-    return conv_problem((n, *x), weight, None, stride, padding * 2, dilation, groups, torch.bfloat16)
+    calls = [call for network in networks for call in find(network).calls if not call.pool]
+    biased = [(call, call.shapes[2] is not None and not call.transposed) for call in calls]
+    each = ((call.with_batch(n).problem(torch.bfloat16), bias) for n in batches for call, bias in biased)
+    return tuple(dict.fromkeys(each))
