@@ -75,10 +75,15 @@ def predict(work: Work, gpu: Gpu) -> Prediction | None:
     if dram > seconds:
         seconds, bound = dram, "DRAM"
     if work.extra_bytes:
-        seconds += LAUNCH + PROGRAM_LATENCY + work.extra_bytes / (gpu.bandwidth * DRAM_EFFICIENCY)
+        seconds += predict_pass(work.extra_bytes, gpu)
     if work.registers > MAX_REGISTERS:
         seconds *= SPILLING * work.registers / MAX_REGISTERS
     return Prediction(seconds + LAUNCH, bound, occupancy)
+
+
+def predict_pass(moved: int, gpu: Gpu) -> float:
+    """Predicted seconds of a launch that does nothing but move so many bytes: sums of splits, a copy."""
+    return LAUNCH + PROGRAM_LATENCY + moved / (gpu.bandwidth * DRAM_EFFICIENCY)
 
 
 def occupancy_of(work: Work, gpu: Gpu) -> int:

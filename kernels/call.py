@@ -91,6 +91,7 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
             for t, strides in zip(operands, call.copies, strict=True)
         )
     launch = call.launches[-1]
+    partials: tuple[torch.Tensor, ...] = ()
     if call.packed:
         packed = first.new_empty(call.packed)
         run(call.launches[0], operands[1], packed)
@@ -111,7 +112,6 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
         shapes = call.partials[:1], call.partials, call.partials
         partials = tuple(first.new_empty(shape, dtype=torch.float32) for shape in shapes)
         run(launch, *operands, out, *partials)
-        return out, *partials
     if call.returned is not None:
         out = out.new_empty_strided(call.shape, call.returned).copy_(out)
-    return (out,)
+    return out, *partials

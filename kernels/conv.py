@@ -13,16 +13,15 @@ from fastconv.autotune import Config, Gpu
 from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.batch_norm import combine_statistics
 from fastconv.kernels.call import Call, Operands, Sizes, Slower, Uncovered, execute, prepared
-from fastconv.kernels.descriptor import aligned
-from fastconv.kernels.dispatch import Layout
+from fastconv.kernels.descriptor import aligned, pitched
+from fastconv.kernels.dispatch import Layout, Plan
 from fastconv.kernels.epilogue import Epilogue, check_operands
-from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import (
     PACKED,
     contiguous_channels,
-    dense_channels_last,
     even_pixels,
     is_channels_last,
+    laid_out,
     linear_stride,
     packed_taps,
     pixel_strides,
@@ -199,14 +198,23 @@ def _prepare_gather(
         bias=bias is not None,
         epilogue=epilogue,
         aligned=_aligned(operands, copies),
+        copied=_copied(copies[0], returned),
     )
-    family, config, launches = _plan(direction, problem, gpu, layout)
-    if family == "depthwise":
+    plan, config = _plan(direction, problem, gpu, layout)
+    launches = plan.launches
+    if plan.family == "depthwise":
         copies[1] = None if weight_format(weight.shape, weight.stride()) == PACKED else packed_taps(weight.shape)
     else:
-        copies[1] = dense_channels_last(weight.shape, weight.stride())
+        # Bulk copies step from tap to tap by 16 bytes too.
+        wanted = pitched(weight.shape, weight.dtype) if launches[0].described else strides_like(weight.shape, True)
+        copies[1] = None if laid_out(weight.shape, weight.stride(), wanted) else wanted
+    if plan.layout.source != layout.source:
+        copies[0] = pitched(source.shape, source.dtype)
+    if plan.layout.other != layout.other:
+        strides, returned = pitched(shape, source.dtype), returned or strides
+        copies[-1] = None if residual is None else strides
     partials = (launches[-1].tiles, shape[1]) if statistics else None
-    if family == "rows":
+    if plan.family == "rows":
         packed = int(launches[0].scalars[-1])
         return Call(tuple(copies), launches, shape, strides, returned, partials=partials, packed=packed)
     workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
@@ -247,23 +255,29 @@ def _prepare_wgrad(
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     problem = _gradient_problem(dy, tuple(x.shape[1:]), shape, stride, padding, dilation, groups)
     strides = weight_strides(shape, format)
-    copies = (contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride()))
+    copies = [contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride())]
     if not problem.batch:
-        return Call(copies, (), shape, strides)
+        return Call(tuple(copies), (), shape, strides)
     layout = Layout(
         source=pixel_strides(x.shape, copies[0] or x.stride()),
         other=pixel_strides(dy.shape, copies[1] or dy.stride()),
         channels_last=format == 1,
         packed=format == PACKED,
         aligned=_aligned(operands, copies),
+        copied=_copied(*copies),
     )
-    family, config, launches = _plan("wgrad", problem, gpu, layout)
+    plan, config = _plan("wgrad", problem, gpu, layout)
+    launches = plan.launches
+    if plan.layout.source != layout.source:
+        copies[0] = pitched(x.shape, x.dtype)
+    if plan.layout.other != layout.other:
+        copies[1] = pitched(dy.shape, dy.dtype)
     # Where neighbouring outputs share a run, the gradients of each lie apart.
-    columns = launches[0].constants["COLUMNS"] if family == "rows" else 1
+    columns = launches[0].constants["COLUMNS"] if plan.family == "rows" else 1
     workspace = config["SPLITS"] * columns * prod(shape) if len(launches) > 1 else 0
-    if format == PACKED and family != "depthwise":
-        return Call(copies, launches, shape, strides_like(shape, False), strides, workspace=workspace)
-    return Call(copies, launches, shape, strides, workspace=workspace)
+    if format == PACKED and plan.family != "depthwise":
+        return Call(tuple(copies), launches, shape, strides_like(shape, False), strides, workspace=workspace)
+    return Call(tuple(copies), launches, shape, strides, workspace=workspace)
 
 
 def channel_sum(x: Tensor) -> Tensor:
@@ -286,12 +300,16 @@ def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
     return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[str, Config, tuple[Launch, ...]]:
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Plan, Config]:
     plan = dispatch.plan(direction, problem, gpu, layout)
     if plan.choice is None:
         refusal = Slower if plan.slower else Uncovered
         raise refusal("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    return plan.family, plan.choice.config, plan.launches
+    return plan, plan.choice.config
+
+
+def _copied(source: Sizes | None, other: Sizes | None) -> tuple[str, ...]:
+    return tuple(name for name, copy in (("source", source), ("other", other)) if copy is not None)
 
 
 def _aligned(operands: Operands, copies: Sequence[Sizes | None]) -> bool:

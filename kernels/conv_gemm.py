@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config, Gpu
 from fastconv.kernels.conv_gather import PART_K, finish, finish_splits
-from fastconv.kernels.descriptor import ALIGNMENT, Descriptor
+from fastconv.kernels.descriptor import ALIGNMENT, Descriptor, pitch
 from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import INT32_MAX, Strides, dense_strides, linear_stride, pointer_type, vector
@@ -168,12 +168,10 @@ def gemm_unfit(direction: str, problem: ConvProblem, source: Strides | None, oth
     if problem.input_size != problem.output_size or any(problem.padding) or any(s > 1 for s in problem.stride):
         return "pixels of input and output that are not the same"
     element = problem.dtype.itemsize
-    if any(channels * element % ALIGNMENT for channels in (problem.in_channels, problem.out_channels)):
-        return f"{problem.in_channels} to {problem.out_channels} channels: not all of {ALIGNMENT} bytes"
     if problem.dtype is torch.float32 and direction != "fprop":
         return "fp32 tensor cores take no operand whose reduced axis is not its last"
     for shape, strides in zip(_read(direction, problem), (source, other), strict=False):
-        stride = _pixel_stride(shape, strides)
+        stride = _pixel_stride(problem, shape, strides)
         if stride is None:
             return "pixels at uneven distances"
         if stride == 0 or stride * element % ALIGNMENT:
@@ -187,10 +185,10 @@ def _read(direction: str, problem: ConvProblem) -> tuple[tuple[int, ...], ...]:
     return {"fprop": (x,), "dgrad": (dy,), "wgrad": (x, dy)}[direction]
 
 
-def _pixel_stride(shape: tuple[int, ...], strides: Strides | None) -> int | None:
-    """`linear_stride`, and of a single pixel, which has none, that of a dense image."""
+def _pixel_stride(problem: ConvProblem, shape: tuple[int, ...], strides: Strides | None) -> int | None:
+    """`linear_stride`, and of a single pixel, which has none, one that bulk copies can step by."""
     if shape[0] * shape[2] * shape[3] * shape[4] == 1:
-        return shape[1]
+        return pitch(shape[1], problem.dtype)
     return linear_stride(shape, strides or dense_strides(shape))
 
 
@@ -219,12 +217,13 @@ def conv_gemm(
         c, k = k, c
     pixels, dtype = problem.output_pixels, problem.dtype
     (shape,) = _read(direction, problem)
-    stride = _pixel_stride(shape, x_strides)
+    stride = _pixel_stride(problem, shape, x_strides)
     assert stride is not None, "no flat GEMM"
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     m_block, k_block, c_block = tile.values()
     x = Descriptor(dtype, (pixels, c), (stride, 1), (m_block, c_block))
-    w = Descriptor(dtype, *(((c, k), (k, 1), (c_block, k_block)) if dgrad else ((k, c), (c, 1), (k_block, c_block))))
+    sides, box = ((c, k), (c_block, k_block)) if dgrad else ((k, c), (k_block, c_block))
+    w = Descriptor(dtype, sides, (pitch(problem.in_channels, dtype), 1), box)
     splits, finishing = config["SPLITS"], epilogue
     if splits > 1:
         epilogue = PLAIN
@@ -284,10 +283,10 @@ def conv_gemm_wgrad(
     c, k, pixels, dtype = problem.in_channels, problem.out_channels, problem.output_pixels, problem.dtype
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     k_block, c_block, m_block = tile.values()
-    strides = map(_pixel_stride, _read("wgrad", problem), (x_strides, dy_strides))
+    operands = zip(_read("wgrad", problem), (x_strides, dy_strides), (c_block, k_block), strict=True)
     x, dy = (
-        Descriptor(dtype, (pixels, channels), (stride or 0, 1), (m_block, block))
-        for channels, stride, block in zip((c, k), strides, (c_block, k_block), strict=True)
+        Descriptor(dtype, (pixels, shape[1]), (_pixel_stride(problem, shape, strides) or 0, 1), (m_block, block))
+        for shape, strides, block in operands
     )
     splits, vec = config["SPLITS"], vector(dtype, c)
     product = Launch(

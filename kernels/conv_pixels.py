@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.conv_gather import walk
-from fastconv.kernels.descriptor import Descriptor
+from fastconv.kernels.descriptor import Descriptor, pitch
 from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue, activated, normalise, statistics
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type
@@ -294,7 +294,7 @@ def pixel_view(
     n, c, *size = shape
     first = 3 - max(problem.rank, 2)
     # An axis of size one may have any stride, of which 0 is not said to be allowed.
-    steps = tuple(step or c for step in (*strides[1 + first :], strides[0]))
+    steps = tuple(step or pitch(c, problem.dtype) for step in (*strides[1 + first :], strides[0]))
     box = (*(1,) * (2 - first), pixels, images, channels)
     return Descriptor(problem.dtype, (*size[first:], n, c), (*steps, 1), box)
 
@@ -325,6 +325,7 @@ def conv_pixels(
     element = pointer_type(problem.dtype)
     y = pixel_view(problem, y_shape, y_strides or dense_strides(y_shape), block_n, block_k, pixels)
     filters, channels, *_ = lifted.weight_shape
+    step = pitch(channels, problem.dtype)
     o, p, q = y_shape[2:]
     tiles = triton.cdiv(problem.batch, block_n) * o * p * triton.cdiv(q, 2 if pairs else pixels)
     gcds, inverses = lifted.phases
@@ -336,7 +337,7 @@ def conv_pixels(
             Descriptor(
                 problem.dtype,
                 (problem.taps, filters, channels),
-                (channels, problem.taps * channels, 1),
+                (step, problem.taps * step, 1),
                 (1, block_c, block_k) if dgrad else (1, block_k, block_c),
             ),
             element if bias else None,

@@ -21,7 +21,7 @@ import triton.language as tl
 from fastconv.autotune import Config
 from fastconv.kernels.conv_gather import PART_K, finish, finish_splits, walk
 from fastconv.kernels.conv_pixels import taps_inside
-from fastconv.kernels.descriptor import ALIGNMENT, Descriptor
+from fastconv.kernels.descriptor import ALIGNMENT, Descriptor, pitch
 from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, linear_stride, pointer_type, vector, wide
@@ -203,8 +203,6 @@ def spatial_unfit(direction: str, problem: ConvProblem, x_strides: Strides | Non
     if problem.groups > 1:
         return f"{problem.groups} groups"
     element = problem.dtype.itemsize
-    if any(channels * element % ALIGNMENT for channels in (problem.in_channels, problem.out_channels)):
-        return f"{problem.in_channels} to {problem.out_channels} channels: not all of {ALIGNMENT} bytes"
     if problem.dtype is torch.float32 and direction != "fprop":
         return "fp32 tensor cores take no operand whose reduced axis is not its last"
     if direction == "fprop" and problem.input_size[-1] % problem.stride[-1]:
@@ -262,16 +260,16 @@ def conv_spatial(
     rows, m_block, k_block, c_block = tile.values()
     assert rows == 1 or dgrad or lifted.stride[1] == 1, "a copy takes neighbouring rows"
     phases = 1 if dgrad else lifted.stride[2]
-    image, row, column = (stride or c for stride in (_image_stride(shape, strides) or 0, *strides[2:]))
+    image, row, column = (stride or pitch(c, dtype) for stride in (_image_stride(shape, strides) or 0, *strides[2:]))
     x = Descriptor(
         *(dtype, (n * d, phases, h, w // phases, c), (image, column, row, phases * column, 1)),
         (1, 1, rows, m_block // rows, c_block),
     )
     taps = problem.taps
     # [taps, K, C] of the convolution, whichever is reduced.
-    last = problem.in_channels
+    step = pitch(problem.in_channels, dtype)
     reduced = (c_block, k_block) if dgrad else (k_block, c_block)
-    weight = Descriptor(dtype, (taps, problem.out_channels, last), (last, taps * last, 1), (1, *reduced))
+    weight = Descriptor(dtype, (taps, problem.out_channels, problem.in_channels), (step, taps * step, 1), (1, *reduced))
     gcds, inverses = lifted.phases
     splits, finishing = config["SPLITS"], epilogue
     if splits > 1:

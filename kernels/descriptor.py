@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastconv.kernels import mend
-from fastconv.kernels.layout import Strides, pointer_type
+from fastconv.kernels.layout import Strides, pointer_type, strides_like
 
 # What a bulk copy can start at and step by, in bytes.
 ALIGNMENT = 16
@@ -90,6 +90,16 @@ def aligned(t: torch.Tensor) -> bool:
     """Whether bulk copies may start where ``t`` does; of a tensor without data, as torch's allocator would place it."""
     start = t.storage_offset() * t.itemsize if isinstance(t, FakeTensor) else t.data_ptr()
     return start % ALIGNMENT == 0
+
+
+def pitch(channels: int, dtype: torch.dtype) -> int:
+    """The least distance of pixels, or of a weight's taps, of so many channels that bulk copies can step by."""
+    return -(-channels * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
+
+
+def pitched(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """The strides of a channels_last tensor with room behind its channels up to their `pitch`."""
+    return strides_like((shape[0], pitch(shape[1], dtype), *shape[2:]), True)
 
 
 def bulk(dtype: torch.dtype, shape: Sequence[int], strides: Strides | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -26,14 +26,15 @@ from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
 from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
 from fastconv.kernels.conv_spatial import conv_spatial, spatial_unfit
 from fastconv.kernels.conv_wgrad import conv_wgrad
-from fastconv.kernels.descriptor import ALIGNMENT, bulk
+from fastconv.kernels.descriptor import ALIGNMENT, bulk, pitched
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch import Launch, decided
-from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_strides
+from fastconv.kernels.layout import INT32_MAX, POINTER_TYPES, Strides, dense_strides, pixel_strides
 from fastconv.kernels.pool_gradient import pool_backward
 from fastconv.kernels.pool_window import pool_forward
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
 from fastconv.kernels.tiles import (
+    copies_slower,
     depthwise_tile,
     depthwise_wgrad_tile,
     gather_tile,
@@ -62,6 +63,7 @@ class Layout:
     channels_last: bool = True  # of dw; of a pool's tensors, else source holds the strides of planes
     packed: bool = False  # dw is [taps, K]
     aligned: bool = True  # every operand starts where a bulk copy may
+    copied: tuple[str, ...] = ()  # "source", "other": what is copied whichever family serves
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Plan:
     launches: tuple[Launch, ...]
     reasons: tuple[tuple[str, str], ...]
     slower: bool = False  # a kernel serves it, but PyTorch's own op was measured faster
+    layout: Layout = Layout()  # as the launches take it: another one's operands are copied to it first
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Family:
     name: str
     unsupported: Callable[[str, Any, Gpu, Layout], str | None]  # of a problem a reason, or None
     plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
+    moved: tuple[str, ...] = ()  # a layout's fields whose operands bulk copies move
 
 
 def _unserved(dtype: torch.dtype, gpu: Gpu) -> str | None:
@@ -146,8 +150,8 @@ def _pixels_wgrad_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, la
     if problem.dtype is torch.float32:
         return "tensor cores do not transpose float32 in shared memory"
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    if c % 8 or k % 8:
-        return f"bulk copies begin at multiples of 16 bytes, {c} to {k} channels do not"
+    if problem.groups > 1 and (c % 8 or k % 8):
+        return f"groups of {c} to {k} channels do not begin at multiples of 16 bytes"
     if problem.groups > 1 and min(c, k) < 32:
         return f"groups of {c} to {k} channels leave most of a tile empty"
     if problem.batch < 16:
@@ -165,11 +169,6 @@ def _pixels_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: 
     if direction == "dgrad" and problem.dtype is torch.float32:
         return "tensor cores do not transpose float32 in shared memory"
     c, k = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    width = ALIGNMENT // problem.dtype.itemsize
-    if c % width or k % width:
-        return (
-            f"bulk copies begin at multiples of 16 bytes, {c} to {k} channels do not: a gather reads them as they lie"
-        )
     if problem.groups > 1 and (c % 64 or k % 64):
         return f"groups of {c} to {k} channels fill no tile"
     if problem.batch < 16:
@@ -306,18 +305,19 @@ def _plan_depthwise(
 
 DEPTHWISE = Family("depthwise", _depthwise_unsupported, _plan_depthwise)
 GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
-PIXELS = Family("pixels", _pixels_unsupported, _plan_pixels)
-PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad)
+PIXELS = Family("pixels", _pixels_unsupported, _plan_pixels, ("source", "other"))
+PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad, ("source", "other"))
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
-GEMM = Family("gemm", _gemm_unsupported, _plan_gemm)
-SPATIAL = Family("spatial", _spatial_unsupported, _plan_spatial)
+GEMM = Family("gemm", _gemm_unsupported, _plan_gemm, ("source",))
+GEMM_WGRAD = Family("gemm", _gemm_unsupported, _plan_gemm, ("source", "other"))
+SPATIAL = Family("spatial", _spatial_unsupported, _plan_spatial, ("source",))
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     # An image's gradient is hardly ever asked for.
     **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS, SPATIAL, GATHER)),
     "dgrad": (DEPTHWISE, GROUPED, GEMM, PIXELS, SPATIAL, GATHER),
-    "wgrad": (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS_WGRAD, GATHER),
+    "wgrad": (DEPTHWISE, GROUPED, ROWS, GEMM_WGRAD, PIXELS_WGRAD, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
 }
 
@@ -329,16 +329,50 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     for family in FAMILIES[direction]:
         if only not in (None, family.name):
             continue
-        reason = family.unsupported(direction, problem, gpu, layout)
+        laid, reason = _fitted(family, direction, problem, gpu, layout)
         if reason is None:
-            choice, launches = family.plan(direction, problem, gpu, layout)
+            choice, launches = family.plan(direction, problem, gpu, laid)
             # (What was measured had no epilogue; and what a pool keeps for backward PyTorch's own cannot read.)
             if choice.pytorch_faster and direction in DIRECTIONS and layout.epilogue == PLAIN:
                 reasons.append((family.name, "PyTorch's own op was measured faster"))
                 return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons), slower=True))
-            return decided(Plan(direction, problem, family.name, choice, launches, tuple(reasons)))
+            return decided(Plan(direction, problem, family.name, choice, launches, tuple(reasons), layout=laid))
         reasons.append((family.name, reason))
     return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons)))
+
+
+def _fitted(family: Family, direction: str, problem: Any, gpu: Gpu, layout: Layout) -> tuple[Layout, str | None]:
+    """The layout as ``family`` would take it, and the reason against it, or None."""
+    copied: list[int] = []
+    if family.moved:
+        layout, copied = _with_room(family, direction, problem, layout)
+    reason = family.unsupported(direction, problem, gpu, layout)
+    # Asked for by name it is to be measured, whatever is predicted.
+    if reason is None and copied and single_family() is None:
+        reason = copies_slower(family.name, direction, problem, fp32_precision(problem.dtype), gpu, copied)
+    return layout, reason
+
+
+def _with_room(family: Family, direction: str, problem: ConvProblem, layout: Layout) -> tuple[Layout, list[int]]:
+    """How operands lie that bulk copies can step through: where channels are no multiple of 16 bytes and pixels lie as
+    close as these, with room behind each. And the bytes that each copy moves which that takes."""
+    dtype, shapes = problem.dtype, (problem.lifted.input_shape, problem.lifted.output_shape)
+    if direction == "dgrad":
+        shapes = shapes[::-1]
+
+    def odd(shape: tuple[int, ...]) -> bool:
+        return shape[1] * dtype.itemsize % ALIGNMENT > 0
+
+    strides, moved = {"source": layout.source, "other": layout.other}, {}
+    for name, shape in zip(strides, shapes, strict=True):
+        if name in family.moved and odd(shape) and not bulk(dtype, shape, strides[name]):
+            strides[name], moved[name] = pixel_strides(shape, pitched(shape, dtype)), prod(shape)
+    if direction != "wgrad" and odd(problem.weight_shape):
+        moved["weight"] = prod(problem.weight_shape)
+    if "other" in moved and layout.epilogue.residual:
+        moved["residual"] = moved["other"]
+    copied = [2 * dtype.itemsize * count for name, count in moved.items() if name not in layout.copied]
+    return replace(layout, source=strides["source"], other=strides["other"]), copied
 
 
 def fp32_precision(dtype: torch.dtype) -> str:

@@ -75,10 +75,10 @@ def contiguous_channels(shape: Sequence[int], strides: Sequence[int]) -> tuple[i
 def dense_channels_last(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
     """None where the tensor is channels_last without gaps, else the strides of such a copy."""
     dense = strides_like(shape, True)
-    return None if _laid_out(shape, strides, dense) else dense
+    return None if laid_out(shape, strides, dense) else dense
 
 
-def _laid_out(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]) -> bool:
+def laid_out(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]) -> bool:
     """Whether a tensor's elements lie as with the strides ``wanted``."""
     return all(size == 1 or have == want for size, have, want in zip(shape, strides, wanted, strict=True))
 
@@ -99,7 +99,7 @@ def weight_format(shape: Sequence[int], strides: Sequence[int]) -> int:
     if is_channels_last(shape, strides):
         return 1
     many = shape[1] == 1 and shape[0] > 1 and max(shape[2:]) > 1
-    return PACKED if many and _laid_out(shape, strides, packed_taps(shape)) else 0
+    return PACKED if many and laid_out(shape, strides, packed_taps(shape)) else 0
 
 
 def weight_strides(shape: Sequence[int], format: int) -> tuple[int, ...]:

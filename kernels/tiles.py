@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
 from operator import mul
@@ -12,6 +12,7 @@ import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.autotune.choose import RESOLUTION, by_cost_model
+from fastconv.autotune.cost_model import predict_pass
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_gemm import LINE, resident, resident_bytes, walkers
@@ -501,6 +502,11 @@ def _gather(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, pack
 
 def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Choice:
     """The tile of wgrad, and into how many parts its pixels are split; ``pack`` groups share one."""
+    return _choose(*_wgrad(problem, precision, gpu, pack))
+
+
+def _wgrad(problem: ConvProblem, precision: str, gpu: Gpu, pack: int) -> Asked:
+    """What `wgrad_tile` chooses from."""
     groups = problem.groups // pack
     k, c = problem.out_channels // groups, problem.in_channels // groups
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
@@ -531,7 +537,7 @@ def wgrad_tile(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) ->
         )
 
     space = WGRAD_DENSE if _is_dense(problem, share, pack) else WGRAD
-    return _choose(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
+    return space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {}
 
 
 def pixels_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
@@ -541,13 +547,8 @@ def pixels_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
 
 def pixels_slower(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> str | None:
     """The cost model's reason to gather what the pixel GEMM could serve: it is predicted to take far longer."""
-    pixels, gather = (
-        by_cost_model(space, work, gpu).seconds
-        for space, _, work, *_ in (
-            _pixels(direction, problem, precision, gpu),
-            _gather(direction, problem, precision, gpu, 1),
-        )
-    )
+    pixels = _predicted(*_pixels(direction, problem, precision, gpu))
+    gather = _predicted(*_gather(direction, problem, precision, gpu, 1))
     if pixels <= (1 + RESOLUTION) * gather:
         return None
     return f"predicted to take {pixels / gather:.1f} times as long as a gather"
@@ -607,6 +608,11 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
 
 def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     """The tile of the pixel GEMM's wgrad, and into how many parts its walk is split."""
+    return _choose(*_pixels_wgrad(problem, gpu))
+
+
+def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
+    """What `pixels_wgrad_tile` chooses from."""
     groups, element = problem.groups, problem.dtype.itemsize
     k, c = problem.out_channels // groups, problem.in_channels // groups
     weight = prod(problem.weight_shape)
@@ -646,7 +652,7 @@ def pixels_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     space = PIXELS_WGRAD
     if problem.filter_size[-1] >= 3:
         space = PIXELS_WGRAD_PAIR if pairs_of_outputs(problem, 3) else PIXELS_WGRAD_ROW
-    return _choose(_fitting(space, BLOCK_K=k, BLOCK_C=c), problem, work, gpu)
+    return _fitting(space, BLOCK_K=k, BLOCK_C=c), problem, work, gpu, {}
 
 
 def _fitting(space: Space, **widths: int) -> Space:
@@ -660,6 +666,11 @@ def _fitting(space: Space, **widths: int) -> Space:
 
 def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     """The tile of a flat GEMM, fprop or dgrad, and into how many parts its reduction is split."""
+    return _choose(*_gemm(direction, problem, precision, gpu))
+
+
+def _gemm(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Asked:
+    """What `gemm_tile` chooses from."""
     c, k, pixels = problem.in_channels, problem.out_channels, problem.output_pixels
     if direction == "dgrad":
         c, k = k, c
@@ -694,12 +705,21 @@ def gemm_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) ->
             extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
         )
 
-    space = _fitting(GEMM_RESIDENT if stays else GEMM, BLOCK_K=k)
-    return _choose(space, (direction, problem, precision), work, gpu, {"BLOCK_C": LINE // element})
+    width = {"BLOCK_C": LINE // element}
+    if stays and gpu.tcgen05 and _single(problem, k):
+        # (Of 256x64 an epilogue whose elements are stored one by one spills on Blackwell.)
+        width["BLOCK_K"] = 128
+    space = _fitting(GEMM_RESIDENT if stays else GEMM, BLOCK_K=max(k, width.get("BLOCK_K", 0)))
+    return space, (direction, problem, precision), work, gpu, width
 
 
 def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
     """The tile of a flat GEMM's wgrad, and into how many parts its pixels are split."""
+    return _choose(*_gemm_wgrad(problem, gpu))
+
+
+def _gemm_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
+    """What `gemm_wgrad_tile` chooses from."""
     c, k, element = problem.in_channels, problem.out_channels, problem.dtype.itemsize
 
     def work(config: Config) -> Work:
@@ -721,11 +741,16 @@ def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
 
     # Beside a wider side one of 64 may be half of 128, which reads the wider one's operand half as often.
     least = 128 if max(c, k) > 64 else 64
-    return _choose(_fitting(GEMM_WGRAD, BLOCK_K=max(k, least), BLOCK_C=max(c, least)), problem, work, gpu)
+    return _fitting(GEMM_WGRAD, BLOCK_K=max(k, least), BLOCK_C=max(c, least)), problem, work, gpu, {}
 
 
 def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
     """The tile of fprop or dgrad over rows or rectangles of pixels, and into how many parts its reduction is split."""
+    return _choose(*_spatial(direction, problem, precision, gpu))
+
+
+def _spatial(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Asked:
+    """What `spatial_tile` chooses from."""
     k, c, phases = problem.out_channels, problem.in_channels, 1
     if direction == "dgrad":
         k, c, phases = c, k, prod(map(min, problem.stride, problem.input_size))
@@ -752,7 +777,7 @@ def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu)
     # Of strided rows a copy takes one.
     single = {"ROWS": 1} if direction == "fprop" and problem.lifted.stride[1] > 1 else {}
     space, width = _fitting(SPATIAL, BLOCK_K=k), {"BLOCK_C": LINE // element, **single}
-    return _choose(space, (direction, problem, precision), work, gpu, width)
+    return space, (direction, problem, precision), work, gpu, width
 
 
 def predicted_faster(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> bool:
@@ -760,6 +785,24 @@ def predicted_faster(direction: str, problem: ConvProblem, precision: str, gpu: 
     with decisions():
         tile, gathered = (of(direction, problem, precision, gpu) for of in (spatial_tile, gather_tile))
     return tile.seconds <= gathered.seconds
+
+
+def copies_slower(
+    family: str, direction: str, problem: ConvProblem, precision: str, gpu: Gpu, copied: Sequence[int]
+) -> str | None:
+    """The cost model's reason to gather where a family of bulk copies is to have operands copied first, each of which
+    moves so many bytes, or its result afterwards: all together is predicted to take longer."""
+    if direction == "wgrad":
+        asked = (_gemm_wgrad if family == "gemm" else _pixels_wgrad)(problem, gpu)
+        gather = _wgrad(problem, precision, gpu, 1)
+    else:
+        asked = {"gemm": _gemm, "pixels": _pixels, "spatial": _spatial}[family](direction, problem, precision, gpu)
+        gather = _gather(direction, problem, precision, gpu, 1)
+    copying = sum(predict_pass(moved, gpu) for moved in copied)
+    ratio = (_predicted(*asked) + copying) / _predicted(*gather)
+    if ratio <= 1:
+        return None
+    return f"with {copying * 1e6:.0f} us of copies predicted to take {ratio:.2f} times as long as a gather"
 
 
 def depthwise_tile(direction: str, problem: ConvProblem, gpu: Gpu) -> Choice:
@@ -991,11 +1034,21 @@ def _choose(
     space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, width: Mapping[str, int] = {}
 ) -> Choice:
     """``width``: what a parameter must cover, and with its smallest value that does."""
-    space = INTERPRETED[space.name] if gpu.interpreted else space
-    if width:
-        fitted = {name: (min(v for v in space.ranges[name] if v >= least),) for name, least in width.items()}
-        space = replace(space, ranges={**space.ranges, **fitted})
+    space = _covering(space, width, gpu)
     choice = choose(space, features, work, gpu)
     for consider in _considering:
         choice = consider(space, features, work, gpu, choice)
     return decided(choice)
+
+
+def _predicted(
+    space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, width: Mapping[str, int]
+) -> float:
+    """Seconds by the cost model alone, whatever was measured: families are compared the same way on every machine."""
+    return by_cost_model(_covering(space, width, gpu), work, gpu).seconds
+
+
+def _covering(space: Space, width: Mapping[str, int], gpu: Gpu) -> Space:
+    space = INTERPRETED[space.name] if gpu.interpreted else space
+    fitted = {name: (min(v for v in space.ranges[name] if v >= least),) for name, least in width.items()}
+    return replace(space, ranges={**space.ranges, **fitted}) if fitted else space
