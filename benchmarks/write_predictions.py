@@ -1,10 +1,12 @@
-"""Print what the cost model predicts for each convolution of ResNet-50 on an H200, as `benchmarks/results/OPEN.md` has
-it: ``python -m fastconv.benchmarks.write_predictions``. No time in it was measured.
+"""Write what the cost model predicts for each convolution of ResNet-50 on an H200 into `benchmarks/results/OPEN.md`:
+``python -m fastconv.benchmarks.write_predictions``. No time in it was measured.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from fastconv.kernels import dispatch
 from fastconv.kernels.problem import DIRECTIONS
 
 NETWORK, BATCH, GPU = "resnet50", 256, H200
+OPEN = Path(__file__).parent / "results" / "OPEN.md"
 
 
 def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
@@ -39,5 +42,12 @@ def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def written(text: str) -> str:
+    """``text`` with the table of predictions in it as the cost model would have it now."""
+    header, *lines = table(NETWORK, BATCH, GPU)
+    before, _, after = text.partition(header)
+    return "\n".join((before + header, *lines)) + re.sub(r"\A(\n\|.*)*", "", after)
+
+
 if __name__ == "__main__":
-    print("\n".join(table(NETWORK, BATCH, GPU)))
+    OPEN.write_text(written(OPEN.read_text()))
