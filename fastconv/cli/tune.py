@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from fastconv.autotune import Gpu, Store, Tuned
     from fastconv.autotune.measure import Task
+    from fastconv.autotune.records import Record
+    from fastconv.tuning.process import Worker
+    from fastconv.tuning.sharing import Shared
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -49,8 +53,11 @@ def tune(
     """Measure the kernels' configs for a model's problems, and keep the fastest.
 
     Every measurement is kept at once: Ctrl-C loses nothing, and the same command goes on where it was. The time goes
-    where the model's goes. Under torchrun (torchrun --nproc-per-node 8 -m fastconv.cli.tune ...) ranks share the work.
-    Exit code 1 when a kernel's result is wrong.
+    where the model's goes. Under torchrun (torchrun --nproc-per-node 8 -m fastconv.cli.tune ...) ranks share the work:
+    one whose GPU cannot measure leaves its problems to the others, and so does one that is lost where the others keep
+    running. (torchrun itself stops all ranks when the process of one is lost, and starts them again as often as
+    --max-restarts says; what was measured is kept.) Exit code 1 when a kernel's result is wrong; of ranks it is rank
+    0's alone.
     """
     from fastconv.autotune import SchemaError
     from fastconv.autotune.choose import store as user_store
@@ -154,65 +161,96 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
 
 
 def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, write_table: Path | None) -> int:
-    """Tune on the GPU that is here, with the other ranks of the job if there are any."""
+    """Tune on the GPU that is here, with the other ranks of the job if there are any; the exit code."""
+    from contextlib import ExitStack
+
+    from fastconv.autotune import Measured, Tuned
+    from fastconv.cli import BadUsage, refuse, tuned
+    from fastconv.tuning import sharing
+    from fastconv.tuning.process import Worker, WorkerError
+    from fastconv.tuning.run import END
+
+    started = time.monotonic()
+    failures: Counter[str] = Counter()
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(worker_command(sharing.local_rank())))
+        try:
+            shared = sharing.join()
+            if shared is not None:
+                stack.enter_context(shared)
+            try:
+                tasks, records = _tune(wishes, store, worker, shared, started)
+                failed = [it for it in records if isinstance(it, Measured) and it.seconds is None and it.config]
+                failures.update(it.status for it in failed)
+                if shared is None or shared.leads():
+                    found = [it for it in records if isinstance(it, Tuned)]
+                    for line in tuned.found(tasks, found, time.monotonic() - started, failures):
+                        _screen(True).print(line)
+                    _write(tasks, wishes, worker.gpu, store, report, lock, write_table)
+            except WorkerError as error:
+                if shared is None:
+                    raise
+                shared.fail(str(error))
+            wrong = 1 if failures["wrong"] else 0
+            if shared is None:
+                return wrong
+            # Another exit code than 0 has torchrun stop what still runs: it is rank 0's alone, when all are done.
+            shared.meet("left", started + wishes.budget + 2 * END - time.monotonic())
+            if shared.rank > 0:
+                return 0
+            codes = [refuse(f"rank {rank}: {why}") for rank, why in shared.failures().items()]
+            return wrong or max(codes, default=0)
+        except (WorkerError, sharing.RunLost) as error:
+            raise BadUsage(str(error)) from error
+
+
+def _tune(
+    wishes: Wishes, store: Store, worker: Worker, shared: Shared | None, started: float
+) -> tuple[list[Task], list[Record]]:
+    """(the problems, what was measured and found of them). Raises BadUsage, WorkerError, RunLost."""
     from contextlib import ExitStack
 
     from fastconv.autotune.choose import reload, tables
     from fastconv.autotune.measure import share_of
-    from fastconv.cli import BadUsage, tuned
+    from fastconv.cli import tuned
     from fastconv.kernels.compile import cores
     from fastconv.tuning import sharing
     from fastconv.tuning.bench import Benches
     from fastconv.tuning.compiling import Compiler
-    from fastconv.tuning.process import Worker, WorkerError
     from fastconv.tuning.run import Options, run
 
-    started = time.monotonic()
+    gpu = worker.gpu
+    screen = _screen(shared is None or shared.rank == 0)
+    tasks = collect(wishes, store, gpu)
+    known = tables(gpu, _caller())
+    open_tasks = [task for task in tasks if wishes.again or not known.user.exact(*_identity(task))]
     with ExitStack() as stack:
-        worker = stack.enter_context(Worker(worker_command(sharing.local_rank())))
-        try:
-            gpu = worker.gpu
-            shared = sharing.join()
-            if shared is not None:
-                stack.enter_context(shared)
-            screen = _screen(shared is None or shared.rank == 0)
-            tasks = collect(wishes, store, gpu)
-            known = tables(gpu, _caller())
-            jobs = max(1, cores() // sharing.local_world_size())
-            compiler = stack.enter_context(Compiler(gpu, jobs))
-            open_tasks = [task for task in tasks if wishes.again or not known.user.exact(*_identity(task))]
-            compiler.ahead((it.asked for it in sorted(open_tasks, key=lambda it: -share_of(it))), wishes.top_k)
-            benches = Benches(worker, compiler.resources)
-            screen.print(
-                f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
-                f"{len(tasks)} problems, {len(tasks) - len(open_tasks)} of them tuned already"
-            )
-            watch = stack.enter_context(tuned.Watch(screen, len(open_tasks), started + wishes.budget))
-            found = run(
-                tasks,
-                benches,
-                store,
-                Options(
-                    max(1.0, started + wishes.budget - time.monotonic()),
-                    top_k=wishes.top_k,
-                    again=wishes.again,
-                    fastconv=written_by(),
-                ),
-                seeds=lambda asked: [
-                    entry.config for table in (known.user, known.shipped) for entry in table.seeds(asked.problem)
-                ][:2],
-                tell=watch.tell,
-                shared=shared,
-                merge=sharing.local_rank() == 0,
-            )
-        except (WorkerError, sharing.RunLost) as error:
-            raise BadUsage(str(error)) from error
+        compiler = stack.enter_context(Compiler(gpu, max(1, cores() // sharing.local_world_size())))
+        compiler.ahead((it.asked for it in sorted(open_tasks, key=lambda it: -share_of(it))), wishes.top_k)
+        screen.print(
+            f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
+            f"{len(tasks)} problems, {len(tasks) - len(open_tasks)} of them tuned already"
+        )
+        watch = stack.enter_context(tuned.Watch(screen, len(open_tasks), started + wishes.budget))
+        records = run(
+            tasks,
+            Benches(worker, compiler.resources),
+            store,
+            Options(
+                max(1.0, started + wishes.budget - time.monotonic()),
+                top_k=wishes.top_k,
+                again=wishes.again,
+                fastconv=written_by(),
+            ),
+            seeds=lambda asked: [
+                entry.config for table in (known.user, known.shipped) for entry in table.seeds(asked.problem)
+            ][:2],
+            tell=watch.tell,
+            shared=shared,
+            merge=sharing.local_rank() == 0,
+        )
     reload()
-    for line in tuned.found(tasks, found, time.monotonic() - started, benches.failures):
-        screen.print(line)
-    if shared is None or shared.rank == 0:
-        _write(tasks, wishes, gpu, store, report, lock, write_table)
-    return 1 if benches.failures["wrong"] else 0
+    return tasks, records
 
 
 def worker_command(device: int) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastconv.autotune import Config, Store, Tuned
+from fastconv.autotune import Config, Store
 from fastconv.autotune.choose import Asked
 from fastconv.autotune.measure import Bench, Step, Task, session
 from fastconv.autotune.records import Record
@@ -15,7 +15,7 @@ from fastconv.tuning.sharing import Shared
 
 KINDS = ("measured", "tuned")
 WAIT = 0.2  # seconds between two looks at what other ranks have
-LEAVE = 60.0  # seconds that ranks wait for each other at the end
+END = 120.0  # seconds that ranks wait for each other at the end: a last paired run, a compiler that hangs
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,25 @@ def run(
     tell: Callable[[Step], object] = lambda step: None,
     shared: Shared | None = None,
     merge: bool = True,
-) -> list[Tuned]:
-    """Tune what is not tuned yet, in ``options.budget`` seconds: what was found, by all ranks.
+) -> list[Record]:
+    """Tune what is not tuned yet, in ``options.budget`` seconds: what was measured and found, by all ranks.
 
     With ``shared`` each rank takes a problem when it is free, and one of a lost rank's when nothing else is left; those
-    that ``merge`` put what the others found into their store. What is interrupted is in the store, and another run goes
-    on with it. Raises RunLost, WorkerError.
+    that ``merge``, and the one that leads, put what the others found into their store. What is interrupted is in the
+    store, and another run goes on with it. Raises RunLost, WorkerError.
     """
     named: dict[str, Any] = {"trials": options.trials, "top_k": options.top_k, "again": options.again, "tell": tell}
     named |= {"seeds": seeds, "fastconv": options.fastconv}
     known = store.read(KINDS)
     if shared is None:
-        return session(tasks, bench_of, store.append, budget=options.budget, known=known, **named)
+        records: list[Record] = []
+
+        def noted(record: Record) -> None:
+            store.append(record)
+            records.append(record)
+
+        session(tasks, bench_of, noted, budget=options.budget, known=known, **named)
+        return records
     end = time.monotonic() + options.budget
     at_hand: list[Task] = []
 
@@ -87,8 +94,8 @@ def run(
             # The lost rank may have found its winner, and not have said that it was done.
             if shared.claim(task):
                 shared.done(task)
+    shared.meet("ended", END)
     records = shared.records(shared.taken(tasks))
-    if merge:
+    if merge or shared.leads():
         store.add(records)
-    shared.leave(LEAVE)
-    return [record for record in records if isinstance(record, Tuned)]
+    return records

@@ -1,8 +1,8 @@
 """One tuning run of many processes: what each takes and finds goes through torch.distributed's key-value store.
 
 A rank takes a problem by writing its name where nobody's is. While it runs it counts up its own heartbeat; one whose
-count has stood still is lost, and another rank takes over what it had begun, with its measurements. No collective:
-ranks may come, wait and end as they like. Clocks are never compared.
+count has stood still is lost, as is one that says it has failed, and another rank takes over what it had begun, with
+its measurements. No collective: ranks may come, wait and end as they like. Clocks are never compared.
 """
 
 from __future__ import annotations
@@ -97,13 +97,29 @@ class Shared:
                     found += [from_line(line, "another rank's record") for line in lines if line]
         return found
 
-    def leave(self, seconds: float) -> None:
-        """Wait until every rank that is not lost has left, so that nobody's store goes away; at most so long."""
+    def fail(self, why: str) -> None:
+        """This rank measures no more: let the others have what it had, and know why."""
+        with _store_errors():
+            self._store.set(f"failed/{self.rank}", why)
+
+    def failures(self) -> dict[int, str]:
+        """Why the ranks that have failed did, in one line each."""
+        keys = {rank: f"failed/{rank}" for rank in range(self.world_size)}
+        with _store_errors():
+            return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+
+    def leads(self) -> bool:
+        """Whether all ranks before this one are lost: it writes what the run has found. To be asked after `meet`."""
+        with _store_errors():
+            return all(self._is_lost(rank) for rank in range(self.rank))
+
+    def meet(self, where: str, seconds: float) -> None:
+        """Wait until every rank that is not lost has come to ``where``; at most so long."""
         end = time.monotonic() + seconds
         try:
-            self._store.set(f"left/{self.rank}", "1")
+            self._store.set(f"{where}/{self.rank}", "1")
             while time.monotonic() < end:
-                ranks = [rank for rank in range(self.world_size) if not self._store.check([f"left/{rank}"])]
+                ranks = [rank for rank in range(self.world_size) if not self._store.check([f"{where}/{rank}"])]
                 if all(self._is_lost(rank) for rank in ranks):
                     return
                 time.sleep(self._beat / 4)
@@ -114,9 +130,11 @@ class Shared:
         return self._store.check([f"done/{key}"])
 
     def _is_lost(self, rank: int) -> bool:
-        """Whether this rank has seen the other's heart stand still for long. Never of itself."""
+        """Whether the other has failed, or this rank has seen its heart stand still for long. Never of itself."""
         if rank == self.rank:
             return False
+        if self._store.check([f"failed/{rank}"]):
+            return True
         key = f"beat/{rank}"
         count = self._store.get(key) if self._store.check([key]) else b""
         now = time.monotonic()

@@ -175,12 +175,14 @@ def test_what_fails_is_told_and_never_tried_again(
     assert all(counted[key] == 1 for key in by_key), "nor by another run"
 
 
-# A run in a process of its own, to be interrupted: its arguments are the plan, then the command line.
+# A run in a process of its own: its arguments are the plan, with its rank where there are several, then the command
+# line.
 PROGRAM = """
-import sys
+import os, sys
 from tests.cli.test_tune import command, compiling, estimated
 from fastconv.cli import run
 plan, *line = sys.argv[1:]
+plan += os.environ.get("RANK", "")
 compiling.Compiler._compile = estimated
 command.worker_command = lambda device: [sys.executable, "-m", "tests.tuning.pretending", plan]
 sys.exit(run(line))
@@ -231,6 +233,34 @@ def test_interrupted_runs_lose_nothing_and_go_on(number: int, layers: Path, stor
         if sum(key.startswith(r.problem.describe()) for key in before) > 44
     }
     assert not [key for key in again if any(key.startswith(each.describe()) for each in ended)]
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_rank_that_cannot_measure_leaves_all_to_the_others(
+    layers: Path, store: Store, tmp_path: Path
+) -> None:
+    """And a wrong result, whichever rank met it, ends nobody before the lock file is written."""
+    tasks = tasks_of(layers)
+    wrong = pretending.key_of(tasks[0].asked.problem, problems.fitting(tasks[0].asked)[1][0])
+    pretending.write(tmp_path / "plan0", H200, {}, {}, refuses="the driver is too old")
+    pretending.write(tmp_path / "plan1", H200, times_of(tasks), {wrong: "wrong"})
+    program, lock = tmp_path / "program.py", tmp_path / "lock.json"
+    program.write_text(PROGRAM)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), str(tmp_path / "plan")]
+    line = [*torchrun, "tune", "--layers", str(layers), "--batch", "8", "--lock", str(lock)]
+    process = subprocess.run(
+        [sys.executable, "-m", *line],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = process.stderr
+    assert "fastconv: rank 0: the measuring process does not start: RuntimeError: the driver is too old" in said
+    assert process.returncode == 1 and "exitcode  : 2" in said and "exitcode  : 1" not in said, said
+    assert {entry.problem for entry in read_table(lock)} == {task.asked.problem for task in tasks}
+    assert f"{lock.name}: {len(tasks)} of {len(tasks)} problems" in process.stdout
 
 
 def test_the_budget_ends_a_run(layers: Path, store: Store, pretend: Any) -> None:

@@ -124,4 +124,3 @@ def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path: Path) -
     assert never and not never & set(pretending.asked(plan))
     failed = {r.status for r in kept if isinstance(r, Measured) and r.status != "ok"}
     assert failed <= {"spills", "failed", "too_large"} and len(failed) >= 2
-    assert benches.failures["failed"] == (1 in bad)

@@ -188,4 +188,4 @@ def test_the_real_worker_measures_what_it_is_asked() -> None:
         benches = Benches(it, lambda asked, configs: [Resources(0, 0, 0) for _ in configs])
         found = tune(asked, benches(asked), kept.append, trials=6, top_k=4)
     assert found is not None and found.problem == asked.problem and found.pytorch is not None
-    assert all(record.status == "ok" for record in kept[:-1]) and not benches.failures
+    assert all(record.status == "ok" for record in kept[:-1])

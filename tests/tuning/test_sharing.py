@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +82,22 @@ def test_a_lost_ranks_task_is_taken_over_once(ranks: list[Shared]) -> None:
     assert [b.claim(one), c.claim(one), b.claim(one)] == [True, False, True]
 
 
+def test_a_failed_ranks_task_is_taken_over_at_once_and_the_next_leads(ranks: list[Shared]) -> None:
+    a, b, c = ranks
+    one = task(1)
+    assert a.claim(one) and a.leads() and not b.leads()
+    a.fail("its worker does not start")
+    assert b.to_take_over([one]) == [one] and b.claim(one)
+    assert b.leads() and not c.leads() and c.failures() == {0: "its worker does not start"}
+    waiting = threading.Thread(target=b.meet, args=("left", 20.0))
+    waiting.start()
+    waiting.join(2 * BEAT)
+    assert waiting.is_alive(), "for c, not for a"
+    c.meet("left", 20.0)
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
 def test_a_store_that_is_gone_is_one_line() -> None:
     class Gone:
         def clone(self) -> Gone:
@@ -105,7 +122,7 @@ def test_without_torchrun_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> 
 RANK = """
 import sys
 from pathlib import Path
-from fastconv.autotune import Store
+from fastconv.autotune import Store, Tuned
 from fastconv.autotune.measure import Resources
 from fastconv.tuning import sharing
 from fastconv.tuning.bench import Benches
@@ -119,7 +136,8 @@ def compiled(asked, configs):
 with sharing.join() as shared, Worker([sys.executable, "-m", "tests.tuning.pretending", plan]) as worker:
     found = run([task(index) for index in range(PROBLEMS)], Benches(worker, compiled), Store(Path(folder)),
                 Options(60.0), shared=shared, merge=sharing.local_rank() == 0)
-print(len(found))
+    print(sum(isinstance(record, Tuned) for record in found))
+    shared.meet("left", 60.0)
 """
 
 
