@@ -1,90 +1,176 @@
-"""The host's time of one small conv2d, from the call to where the compiled kernel would be launched, part by part.
+"""The host's time of small calls, one for each family of kernels, from the call to where the compiled kernel would be
+launched, part by part.
 
-``python -m fastconv.benchmarks.host [--calls 10000] [--json]`` needs no GPU: the kernel is compiled for an H200, the
-tensors lie on the CPU, and what would launch it does nothing. A part is the difference of two medians: of the call cut
-off behind it, and cut off before it. The driver's own launch is not in it.
+``python -m fastconv.benchmarks.host [--family NAME ...] [--calls 10000] [--json]`` needs no GPU: kernels are compiled
+for an H200 and the tensors lie on the CPU. Three things stand in for the GPU: `fastconv.functional.served`, which runs,
+is told that the CPU's tensors may be taken, as under the interpreter; CUDA is not asked which GPU is the current one
+and whether it captures a graph; what would launch a binary does nothing. So the driver's launch is not in it, nor what
+Triton makes of descriptors there.
+
+A part is the difference of two medians: of the call cut off behind it, and cut off before it. The look-up of what was
+decided for a call is timed in whole calls: making the key, and beyond it the hit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+from rich.table import Table
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fastconv import functional
-from fastconv.autograd import conv as autograd
+from fastconv import arguments, functional, functional_pool
+from fastconv.autograd import conv as autograd_conv
+from fastconv.autograd import pool as autograd_pool
 from fastconv.autotune.gpus import H200
-from fastconv.kernels import call, conv, dispatch, mend
+from fastconv.cli.measure.screen import console
+from fastconv.kernels import call, conv, dispatch, mend, pool
 from fastconv.kernels.compile import _Driver
 
-CALLS, ROUNDS, WARM_UP = 10_000, 20, 200
-TARGET_US = 20.0
+CALLS, ROUNDS, WARM_UP = 10_000, 20, 20
+TARGET_US, HIT_TARGET_US = 20.0, 1.0
+PARTS = ("arguments", "autograd.Function", "operator boundary", "key", "hit", "allocation, copies", "launch")
+IMAGES, ROW = (16, 64, 16, 16), (16, 3, 32, 32)
+# By family, which is to serve alone: the input's shape, the weight's (of a pool its window), and other arguments.
+PROBLEMS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | int, dict[str, Any]]] = {
+    "gemm": (IMAGES, (64, 64, 1, 1), {}),
+    "pixels": (IMAGES, (64, 64, 3, 3), {"padding": 1}),
+    "spatial": ((1, 16, 8, 8), (16, 16, 3, 3), {"padding": 1}),
+    "gather": (IMAGES, (64, 64, 3, 3), {"padding": 1}),
+    "depthwise": (IMAGES, (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+    "grouped": (IMAGES, (64, 8, 3, 3), {"padding": 1, "groups": 8}),
+    "rows": (ROW, (64, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "pool": (IMAGES, 3, {"stride": 2, "padding": 1}),
+}
 
 
-def _ready(binary: CompiledKernel) -> None:
-    """In place of loading it onto a GPU."""
-    binary.module = binary.function = 0
-    binary._run = lambda *_: None
+@dataclass(frozen=True)
+class Subject:
+    """A call, and where it is cut off at ever later points: an attribute and what stands for the rest of the call; at
+    last before the launch, with the module whose look-up that is."""
+
+    call: Callable[[], object]
+    cuts: tuple[tuple[Any, str, Callable[..., object]], ...]
+    module: Any
 
 
-def measure(calls: int = CALLS) -> dict[str, Any]:
-    """Median microseconds of the whole call, with and without a graph for backward, and of its parts, in order."""
-    x = torch.randn(1, 16, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(16, 16, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = torch.empty_like(x)
-    # The call cut off at ever later points: where, and what stands for the rest.
-    cuts: tuple[tuple[str, Any, str, Any], ...] = (
-        ("arguments", functional.autograd, "conv", lambda *_: y),
-        ("autograd.Function", autograd, "conv_fprop", lambda *_: y.detach()),
-        ("operator boundary", autograd.kernels, "conv_fprop", lambda *_: y.detach()),
-        ("look-up of the call", conv, "execute", lambda *_: (y.detach(),)),
-        ("allocation of the result", call, "run", lambda *_: None),
+def _subject(family: str) -> Subject:
+    shape, weight, keywords = PROBLEMS[family]
+    x = torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    if isinstance(weight, int):
+        return _pool(x.requires_grad_(), weight, keywords)
+    w = torch.randn(weight, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = torch.nn.functional.conv2d(x, w.detach(), **keywords)
+
+    def rest(*_: Any) -> torch.Tensor:
+        return y.detach()  # (what a function of autograd's returns must not be what it returned before)
+
+    cuts = (
+        (functional.autograd, "conv", lambda *_: y),
+        (autograd_conv, "conv_fprop", rest),
+        (autograd_conv.kernels, "conv_fprop", rest),
+        (call, "run", lambda *_: None),
     )
+    return Subject(lambda: functional.conv2d(x, w, **keywords), cuts, conv)
+
+
+def _pool(x: torch.Tensor, window: int, keywords: dict[str, Any]) -> Subject:
+    y = torch.nn.functional.max_pool2d(x.detach(), window, **keywords)
+    taps = torch.empty_like(y, dtype=torch.uint8)
+
+    def rest(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return y.detach(), taps.detach()
+
+    cuts = (
+        (functional_pool.autograd, "max_pool", lambda *_: (y, None)),
+        (autograd_pool, "max_pool_op", rest),
+        (autograd_pool.kernels, "max_pool", rest),
+        (pool, "run", lambda *_: None),
+    )
+    return Subject(lambda: functional.max_pool2d(x, window, **keywords), cuts, pool)
+
+
+class _Clocked(dict[Any, Any]):
+    """Calls by their keys, with how many nanoseconds each look took."""
+
+    def __init__(self, calls: dict[Any, Any]) -> None:
+        super().__init__(calls)
+        self.taken: list[int] = []
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        started = time.perf_counter_ns()
+        found = dict.get(self, key, default)
+        self.taken.append(time.perf_counter_ns() - started)
+        return found
+
+
+@contextmanager
+def _on_an_h200() -> Iterator[None]:
+    """A process that takes the CPU's tensors for an H200's, as far as the launch."""
+
+    def ready(binary: CompiledKernel) -> None:
+        binary.module = binary.function = 0
+        binary._run = lambda *_: None
+
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(functional, "served", lambda x, dtype=None: None))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))
-        stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", _ready))
-        stack.enter_context(mock.patch.object(driver, "_active", _Driver(H200.arch)))
+        for owner, attribute, value in (
+            (arguments, "_INTERPRETING", True),
+            (torch.cuda, "current_device", lambda: None),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (CompiledKernel, "_init_handles", ready),
+            (driver, "_active", _Driver(H200.arch)),
+        ):
+            stack.enter_context(mock.patch.object(owner, attribute, value))
         stack.enter_context(dispatch.use_target(H200))
+        yield
 
-        def once() -> None:
-            functional.conv2d(x, w, padding=1)
 
-        samples: dict[str, list[float]] = {name: [] for name in (*(name for name, *_ in cuts), "", "without a graph")}
+def measure(family: str, gradient: bool, calls: int = CALLS) -> dict[str, Any]:
+    """Median microseconds of a family's whole call, with or without a graph for backward, and of its parts, in
+    order."""
+    with _on_an_h200(), dispatch.only_family(family), torch.set_grad_enabled(gradient):
+        subject = _subject(family)
+        subject.call()
+        stubs = [statistics.median(_times(rest, calls // ROUNDS)) for _, _, rest in subject.cuts]
+        samples: list[list[float]] = [[] for _ in range(len(subject.cuts) + 1)]
+        looks: list[int] = []
+        hits = _Clocked(call._calls)
+
+        def looked(*given: Any) -> Any:
+            started = time.perf_counter_ns()
+            found = call.prepared(*given)
+            looks.append(time.perf_counter_ns() - started)
+            return found
+
         for _ in range(ROUNDS):
-            for name, owner, attribute, stub in cuts:
-                with mock.patch.object(owner, attribute, stub):
-                    samples[name] += _times(once, calls // ROUNDS)
-            samples[""] += _times(once, calls // ROUNDS)
-            with torch.no_grad():
-                samples["without a graph"] += _times(once, calls // ROUNDS)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    reached = [medians[name] for name, *_ in cuts] + [medians[""]]
-    names = [*(name for name, *_ in cuts), "launch, up to the driver"]
-    parts = dict(zip(names, (b - a for a, b in zip([0.0, *reached], reached, strict=False)), strict=True))
-    return {
-        "calls": calls,
-        "target_us": TARGET_US,
-        "with_graph_us": medians[""],
-        "without_graph_us": medians["without a graph"],
-        "parts_us": parts,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-    }
+            for (owner, attribute, rest), times in zip(subject.cuts, samples, strict=False):
+                with mock.patch.object(owner, attribute, rest):
+                    times += _times(subject.call, calls // ROUNDS)
+            samples[-1] += _times(subject.call, calls // ROUNDS)
+            with mock.patch.object(subject.module, "prepared", looked):
+                _times(subject.call, calls // ROUNDS)
+            with mock.patch.object(call, "_calls", hits):
+                _times(subject.call, calls // ROUNDS)
+    whole = statistics.median(samples[-1])
+    reached = [statistics.median(times) - stub for times, stub in zip(samples, stubs, strict=False)]
+    parts = [b - a for a, b in zip([0.0, *reached], [*reached, whole], strict=True)]
+    look, hit = (statistics.median(taken) / 1e3 for taken in (looks, hits.taken))
+    parts[3:4] = [look - hit, hit, parts[3] - look]
+    return {"family": family, "gradient": gradient, "us": whole, "parts_us": dict(zip(PARTS, parts, strict=True))}
 
 
-def _times(call: Callable[[], None], calls: int) -> list[float]:
+def _times(call: Callable[[], object], calls: int) -> list[float]:
     """Microseconds of each call."""
     for _ in range(WARM_UP):
         call()
@@ -96,25 +182,31 @@ def _times(call: Callable[[], None], calls: int) -> list[float]:
     return times
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m fastconv.benchmarks.host", description=__doc__.splitlines()[0])
+    parser.add_argument("--family", action="append", choices=PROBLEMS, help="only this; repeat it for more")
     parser.add_argument("--calls", type=int, default=CALLS, help=f"default {CALLS}")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
+    if options.calls < ROUNDS:
+        parser.error(f"--calls {options.calls}: at least {ROUNDS} are needed")
     if mend.interpreting():
         parser.error("TRITON_INTERPRET is set, and one process cannot both interpret and compile")
-    result = measure(options.calls)
+    families = options.family or PROBLEMS
+    rows = [measure(family, gradient, options.calls) for family in families for gradient in (True, False)]
     if options.json:
-        print(json.dumps(result, indent=1))
+        facts = {"calls": options.calls, "target_us": TARGET_US, "hit_target_us": HIT_TARGET_US}
+        print(json.dumps({**facts, "python": platform.python_version(), "torch": torch.__version__, "rows": rows}))
         return 0
-    rows = {
-        "conv2d, keeping what backward needs": result["with_graph_us"],
-        "conv2d under no_grad": result["without_graph_us"],
-        **{f"  {name}": value for name, value in result["parts_us"].items()},
-    }
-    print(f"Median host time over {result['calls']} calls, 1x16x8x8, 3x3, bfloat16 (target {TARGET_US:.0f} us)")
-    for name, value in rows.items():
-        print(f"{name:40}{value:8.1f} us")
+    table = Table(title=f"Microseconds of the host, medians of {options.calls} calls")
+    for column in ("family", "whole", *PARTS):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    for row in rows:
+        numbers = (row["us"], *row["parts_us"].values())
+        name = f"{row['family']}, {'with' if row['gradient'] else 'no'} gradient"
+        table.add_row(name, *(f"{number:.1f}" for number in numbers))
+    targets = f"Targets: the whole {TARGET_US:.0f} with a gradient, the hit {HIT_TARGET_US:.0f}."
+    console().print(table, targets)
     return 0
 
 
