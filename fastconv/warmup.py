@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastconv.autograd.conv import implementations
 from fastconv.autotune import Gpu, known_gpus
+from fastconv.autotune.choose import MEASURING
 from fastconv.explain import _rejoin, _shared
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.kernels.compile import compile_each, load
+from fastconv.settings import settings
 
 log = logging.getLogger("fastconv")
 SECONDS = 2.0  # between two lines of progress
@@ -64,7 +66,8 @@ def warmup(
     ``gpu``: "H200" or another of the known ones, in the place of the device that the model is on, which may be the CPU;
     nothing is loaded then. ``progress(done, all)`` is called after each kernel; without it lines go to the log
     "fastconv" at level INFO. Under TRITON_INTERPRET, on a CPU and for a model without fastconv's layers there is
-    nothing to compile, as the result and a warning of the log say.
+    nothing to compile, as the result and a warning of the log say. Nothing is measured: where settings say "first" or
+    "force", the tiles are those of "cached", and the first call measures.
 
     Raises ValueError on an unknown ``gpu``; RuntimeError where a kernel does not compile, naming it, and while a CUDA
     graph is captured; else what the model raises.
@@ -81,7 +84,12 @@ def warmup(
     if devices and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("fastconv.warmup compiles, and a CUDA graph is being captured: call it before the capture")
     target = named or dispatch.target(devices[0])
-    with dispatch.use_target(named) if named else contextlib.nullcontext(), launch.record() as records:
+    with contextlib.ExitStack() as looking:
+        if named is not None:
+            looking.enter_context(dispatch.use_target(named))
+        if settings.tune in MEASURING:
+            looking.enter_context(settings(tune="cached"))
+        records = looking.enter_context(launch.record())
         note = _find(model, inputs, train, named is None)
     launches = list({record.launch.compile_key: record.launch for record in records}.values())
     if not launches:

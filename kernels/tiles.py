@@ -21,7 +21,7 @@ from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_spatial import rectangles
 from fastconv.kernels.conv_wgrad import wgrad_flat
-from fastconv.kernels.launch import decided, decisions
+from fastconv.kernels.launch import decided
 from fastconv.kernels.layout import common, vector
 from fastconv.kernels.pool_gradient import blocks_of
 from fastconv.kernels.pool_window import UNROLLED
@@ -782,9 +782,8 @@ def _spatial(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> 
 
 def predicted_faster(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> bool:
     """Whether the gather is not predicted to take less time than rows or rectangles of pixels."""
-    with decisions():
-        tile, gathered = (of(direction, problem, precision, gpu) for of in (spatial_tile, gather_tile))
-    return tile.seconds <= gathered.seconds
+    tile = _predicted(*_spatial(direction, problem, precision, gpu))
+    return tile <= _predicted(*_gather(direction, problem, precision, gpu, 1))
 
 
 def copies_slower(

@@ -19,7 +19,6 @@ from fastconv.benchmarks.registry import channels_last
 from fastconv.cli.measure.directions import TOGETHER, fakes, step
 from fastconv.cli.models import Subject
 from fastconv.kernels import dispatch
-from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import decisions
 from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import CALLER
@@ -33,22 +32,16 @@ Found = dict[Problem, Task]
 def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
     """Add to ``found`` what the calls inside the block run, planned for ``gpu`` and each made ``times`` times; tensors
     may be without data."""
-    considered: list[tuple[Choice, Asked]] = []
 
     def consider(space: Space, features: Any, work: Any, on: Gpu, choice: Choice) -> Choice:
-        # One of its own, whose identity says what it is of; a problem that PyTorch is faster at is one all the same.
-        choice = replace(choice, pytorch_faster=False)
-        considered.append((choice, ask(space, features, work, on, CALLER)))
-        return choice
+        asked = ask(space, features, work, on, CALLER)
+        before = found.get(asked.problem) or Task(asked, 0)
+        found[asked.problem] = replace(before, count=before.count + times)
+        # A problem that PyTorch is faster at is one all the same.
+        return replace(choice, pytorch_faster=False)
 
-    with dispatch.use_target(gpu), considering(consider), decisions() as decided:
+    with dispatch.use_target(gpu), considering(consider), decisions():
         yield
-    planned = {id(decision.choice) for decision in decided if isinstance(decision, Plan)}
-    for choice, asked in considered:
-        # Families ask about each other's tiles too, to compare; passes over pixels have no plan.
-        if id(choice) in planned or asked.space.name.startswith("pixels_split"):
-            before = found.get(asked.problem) or Task(asked, 0)
-            found[asked.problem] = replace(before, count=before.count + times)
 
 
 def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[Task]:

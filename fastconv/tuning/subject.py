@@ -77,8 +77,8 @@ class Subject:
                 return choice
             found.append(ask(space, features, work, on, CALLER))
             taken = choice if config is None else fixed(space, config, work, on)
-            # Whatever a family's prediction is compared with, and PyTorch's time, here it serves.
-            return replace(taken, seconds=0.0, pytorch_faster=False)
+            # Whatever PyTorch's time, here it serves.
+            return replace(taken, pytorch_faster=False)
 
         with contextlib.ExitStack() as stack:
             if self.family is not None:

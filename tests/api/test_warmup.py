@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv import arguments, warmup
+from fastconv.autotune.choose import forget
 from fastconv.autotune.gpus import A100, H200
-from fastconv.kernels import dispatch, launch, mend
+from fastconv.kernels import dispatch, launch, mend, tiles, tuned
+from fastconv.kernels.compile import Compiled
 from fastconv.warmup import Warmup, _find, gpu_called
 
 interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
@@ -111,6 +114,23 @@ def test_the_interpreter_compiles_nothing(caplog: pytest.LogCaptureFixture) -> N
     assert (done.kernels, done.gpu) == (0, None)
     assert str(done).startswith("nothing to compile: kernels are interpreted")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_it_looks_at_what_the_first_call_will_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    regimes = []
+
+    def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
+        regimes.append(tuned.regime().tune)
+        return choice
+
+    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(sys.modules["fastconv.warmup"], "compile_each", lambda *_: Compiled({}, {}))
+    model, x = converted(nn.Conv2d(16, 16, 1)), image(2, 16, 8, 8)
+    for tune, expected in (("first", "cached"), ("force", "cached"), ("off", "off")):
+        forget()
+        with fastconv.settings(tune=tune), tiles.considering(listen):
+            assert warmup(model, x, gpu="A100").kernels == 1
+        assert regimes.pop() == expected and not regimes
 
 
 def test_an_unknown_gpu_is_refused_by_name() -> None:

@@ -122,6 +122,27 @@ def test_everything_of_a_problem_tells_it_from_others() -> None:
             assert len(seen) == index + 2, field.name
 
 
+@pytest.mark.parametrize("gpu", [A100, H200], ids=["A100", "H200"])
+def test_only_the_tile_that_serves_is_asked_for(gpu: Any) -> None:
+    """What families are compared by is no question: else a problem would be known before a call met it."""
+    asked: list[Any] = []
+
+    def listen(space: Space, features: Any, work: Any, on: Any, choice: Any) -> Any:
+        asked.append(choice)
+        return choice
+
+    few = [convolution((1, 64, size, size), (64, 64, 3, 3)) for size in (3, 7, 56)]
+    families = set()
+    with tiles.considering(listen):
+        for problem in (*CONVOLUTIONS.values(), *few):
+            for direction in DIRECTIONS:
+                plan = dispatch.plan(direction, problem, gpu)
+                families.add(plan.family)
+                assert [id(choice) for choice in asked] == [id(plan.choice)], (direction, problem, plan.family)
+                asked.clear()
+    assert gpu is A100 or {"spatial", "gather"} <= families
+
+
 def test_pass_over_pixels_is_written_down() -> None:
     written = tuned.problem_of("pixels_split", (4096, 64, 2, 3))
     assert written.json["sizes"] == {"pixels": 4096} and written.json["channels"] == {"C": 64}
