@@ -214,7 +214,7 @@ def _prepare_gather(
         strides, returned = pitched(shape, source.dtype), returned or strides
         copies[-1] = None if residual is None else strides
     partials = (launches[-1].tiles, shape[1]) if statistics else None
-    if plan.family == "rows":
+    if plan.family in ("rows", "row_boxes"):
         packed = int(launches[0].scalars[-1])
         return Call(tuple(copies), launches, shape, strides, returned, partials=partials, packed=packed)
     workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0

@@ -47,8 +47,8 @@ class Rows:
     run: int  # used, rounded up to a power of two
 
 
-def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | str:
-    """The form with the shortest run and the widest loads, or the reason why there is none."""
+def rows_unfit(problem: ConvProblem, x_strides: Strides | None = None) -> str | None:
+    """Why the rows of a filter meet no runs of the image, or none so short, or None."""
     c, s = problem.in_channels, problem.filter_size[-1]
     if problem.groups > 1:
         return f"{problem.groups} groups"
@@ -58,9 +58,21 @@ def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | s
         return "one tap"
     if s > 1 and problem.dilation[-1] > 1:
         return "a dilated row is no run"
-    *others, pixel = x_strides or dense_strides(problem.lifted.input_shape)
+    pixel = (x_strides or dense_strides(problem.lifted.input_shape))[-1]
     if problem.input_size[-1] > 1 and pixel != c:
         return f"pixels of {c} channels lie {pixel} elements apart"
+    if s * c > LONGEST_RUN:
+        return f"{s * c} elements a row of the filter, more than {LONGEST_RUN}"
+    return None
+
+
+def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | str:
+    """The form with the shortest run and the widest loads, or the reason why there is none."""
+    unfit = rows_unfit(problem, x_strides)
+    if unfit is not None:
+        return unfit
+    c, s = problem.in_channels, problem.filter_size[-1]
+    *others, _ = x_strides or dense_strides(problem.lifted.input_shape)
     forms = []
     for columns in (1, 2):
         distance = problem.stride[-1] * c
@@ -70,8 +82,6 @@ def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | s
         form = Rows(columns, vec, shift, used, max(8, triton.next_power_of_2(used)))
         if vec * problem.dtype.itemsize >= 4 and form.run <= LONGEST_RUN:
             forms.append(form)
-    if s * c > LONGEST_RUN:
-        return f"{s * c} elements a row of the filter, more than {LONGEST_RUN}"
     if not forms:
         row, size = problem.input_size[-1] * c, problem.dtype.itemsize
         return f"rows of {row} elements of {size} bytes: no copy of 4 bytes begins each run"
@@ -395,20 +405,7 @@ def conv_rows(
     used = triton.cdiv(form.used, form.vec) * form.vec
     window = problem.filter_size[-1] * problem.in_channels
     runs = problem.output_pixels // problem.output_size[-1] * triton.cdiv(problem.output_size[-1], form.columns)
-    steps, block = triton.cdiv(rows_of(problem) * form.run, tile["BLOCK_C"]), 1024
-    elements = form.columns * k * steps * tile["BLOCK_C"]
-    pack = Launch(
-        kernel=conv_rows_pack_kernel,
-        grid=(triton.cdiv(elements, block), 1, 1),
-        pointers=(element, element),
-        scalars=(
-            *(k, rows_of(problem), window, form.shift, problem.stride[-1] * problem.in_channels),
-            *(steps * tile["BLOCK_C"] // form.run, elements),
-        ),
-        constants={"RUN": form.run, "BLOCK": block},
-        num_warps=4,
-        num_stages=1,
-    )
+    steps = triton.cdiv(rows_of(problem) * form.run, tile["BLOCK_C"])
     tiles = triton.cdiv(runs, tile["BLOCK_M"])
     product = Launch(
         kernel=conv_rows_kernel,
@@ -443,7 +440,26 @@ def conv_rows(
         num_stages=config["num_stages"],
         tiles=tiles,
     )
-    return pack, product
+    return pack_rows(problem, form, steps * tile["BLOCK_C"] // form.run), product
+
+
+def pack_rows(problem: ConvProblem, form: Rows, padded: int) -> Launch:
+    """The launch that lays out a weight as runs, so many ``padded`` rows of each channel; its last scalar counts the
+    elements."""
+    c, k, element = problem.in_channels, problem.out_channels, pointer_type(problem.dtype)
+    elements, block = form.columns * k * padded * form.run, 1024
+    return Launch(
+        kernel=conv_rows_pack_kernel,
+        grid=(triton.cdiv(elements, block), 1, 1),
+        pointers=(element, element),
+        scalars=(
+            *(k, rows_of(problem), problem.filter_size[-1] * c, form.shift, problem.stride[-1] * c),
+            *(padded, elements),
+        ),
+        constants={"RUN": form.run, "BLOCK": block},
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def conv_rows_wgrad(

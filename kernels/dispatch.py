@@ -23,6 +23,7 @@ from fastconv.kernels.conv_gather import conv_gather, packed_groups
 from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad, gemm_unfit
 from fastconv.kernels.conv_pixels import conv_pixels
 from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
+from fastconv.kernels.conv_row_boxes import box_form, conv_row_boxes
 from fastconv.kernels.conv_rows import Rows, conv_rows, conv_rows_wgrad, row_form
 from fastconv.kernels.conv_spatial import conv_spatial, spatial_unfit
 from fastconv.kernels.conv_wgrad import conv_wgrad
@@ -45,6 +46,7 @@ from fastconv.kernels.tiles import (
     pixels_wgrad_tile,
     pool_tile,
     predicted_faster,
+    row_boxes_tile,
     rows_tile,
     rows_wgrad_tile,
     spatial_tile,
@@ -86,6 +88,7 @@ class Family:
     unsupported: Callable[[str, Any, Gpu, Layout], str | None]  # of a problem a reason, or None
     plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
     moved: tuple[str, ...] = ()  # a layout's fields whose operands bulk copies move
+    trial: str | None = None  # why it serves only where it is asked for by name
 
 
 def _unserved(dtype: torch.dtype, gpu: Gpu) -> str | None:
@@ -258,6 +261,29 @@ def _plan_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -
     return choice, conv_rows(problem, form, choice.config, precision, source, other, layout.bias, layout.epilogue)
 
 
+def _row_boxes_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    form = box_form(problem, layout.source)
+    if isinstance(form, str):
+        return form
+    if problem.dtype is torch.float32:
+        return "float32, in which it is untried"
+    if problem.batch < 16:
+        return f"{problem.batch} images leave most of a box empty"
+    if not bulk(problem.dtype, problem.lifted.output_shape, layout.other):
+        return "a result whose pixels do not lie at multiples of 16 bytes"
+    return _unfit_for_bulk_copies(problem, gpu, layout)
+
+
+def _plan_row_boxes(
+    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout
+) -> tuple[Choice, tuple[Launch, ...]]:
+    form = box_form(problem, layout.source)
+    assert isinstance(form, Rows)
+    choice = row_boxes_tile(problem, form, gpu)
+    source, other, bias, epilogue = layout.source, layout.other, layout.bias, layout.epilogue
+    return choice, conv_row_boxes(problem, form, choice.config, source, other, bias, epilogue)
+
+
 def _pool_unsupported(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> str | None:
     # Rows are numbered in 32 bits, with room for the last tile: pixels, or the lines of planes.
     lines = problem.batch * problem.channels * max(prod(problem.input_size[:-1]), prod(problem.output_size[:-1]))
@@ -308,14 +334,20 @@ GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
 PIXELS = Family("pixels", _pixels_unsupported, _plan_pixels, ("source", "other"))
 PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad, ("source", "other"))
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
+ROW_BOXES = Family(
+    "row_boxes",
+    _row_boxes_unsupported,
+    _plan_row_boxes,
+    trial="no GPU has shown that boxes may begin between multiples of 16 bytes",
+)
 GEMM = Family("gemm", _gemm_unsupported, _plan_gemm, ("source",))
 GEMM_WGRAD = Family("gemm", _gemm_unsupported, _plan_gemm, ("source", "other"))
 SPATIAL = Family("spatial", _spatial_unsupported, _plan_spatial, ("source",))
 GATHER = Family("gather", _gather_unsupported, _plan_gather)
 POOL = Family("pool", _pool_unsupported, _plan_pool)
 FAMILIES: dict[str, tuple[Family, ...]] = {
-    # An image's gradient is hardly ever asked for.
-    **dict.fromkeys(DIRECTIONS, (DEPTHWISE, GROUPED, ROWS, GEMM, PIXELS, SPATIAL, GATHER)),
+    "fprop": (DEPTHWISE, GROUPED, ROW_BOXES, ROWS, GEMM, PIXELS, SPATIAL, GATHER),
+    # An image's gradient is hardly ever asked for: it has no rows.
     "dgrad": (DEPTHWISE, GROUPED, GEMM, PIXELS, SPATIAL, GATHER),
     "wgrad": (DEPTHWISE, GROUPED, ROWS, GEMM_WGRAD, PIXELS_WGRAD, GATHER),
     **dict.fromkeys(POOL_DIRECTIONS, (POOL,)),
@@ -327,7 +359,7 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     reasons: list[tuple[str, str]] = []
     only = single_family()
     for family in FAMILIES[direction]:
-        if only not in (None, family.name):
+        if only not in (None, family.name) or (family.trial and only is None):
             continue
         laid, reason = _fitted(family, direction, problem, gpu, layout)
         if reason is None:

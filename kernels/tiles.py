@@ -302,6 +302,11 @@ ROWS = Space(
         else "other warps or copies in flight than its sides ask for"
     ),
 )
+ROW_BOXES = Space(
+    "conv_row_boxes",
+    {"BLOCK_N": (128, 64), "BLOCK_K": (64, 32), "num_warps": (8, 4), "num_stages": (4,)},
+    lambda config: None if config["BLOCK_N"] == 16 * config["num_warps"] else "other warps than its sides ask for",
+)
 ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, WGRAD.valid)
 PIXELS = Space(
     "pixels",
@@ -913,6 +918,31 @@ def rows_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Cho
         )
 
     return _choose(ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)})
+
+
+def row_boxes_tile(problem: ConvProblem, form: Rows, gpu: Gpu) -> Choice:
+    """The tile of fprop by rows that bulk copies bring."""
+    element = problem.dtype.itemsize
+    *lines, outputs = problem.output_size
+    runs = prod(lines) * _cdiv(outputs, form.columns)
+
+    def work(config: Config) -> Work:
+        n, k = config["BLOCK_N"], form.columns * config["BLOCK_K"]
+        return Work(
+            programs=runs * _cdiv(problem.batch, n) * _cdiv(problem.out_channels, config["BLOCK_K"]),
+            steps=rows_of(problem),
+            step_flops=2 * n * k * form.run,
+            step_elements=(n + k) * form.run,
+            step_bytes=(n + k) * form.run * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (n + k) * form.run * element,
+            registers=40 + n * k // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=1.0,
+        )
+
+    return _choose(ROW_BOXES, (problem, form), work, gpu)
 
 
 def rows_wgrad_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Choice:

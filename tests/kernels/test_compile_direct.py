@@ -188,6 +188,18 @@ def test_first_layers_read_rows(gpu: Gpu) -> None:
     assert not any(wrong.values()), listed(found, wrong)
 
 
+def test_rows_by_bulk_copies() -> None:
+    """On trial, so of one layer on one GPU: both operands from shared memory, by copies that run ahead."""
+    gpu = GPUS[1]
+    with dispatch.only_family("row_boxes"):
+        _, product = dispatch.plan("fprop", FIRST[0], gpu).launches
+    binary = compile_all([(product, gpu)], JOBS)[product.compile_key, gpu.arch]
+    assert binary.spills == binary.stack == 0 and not binary.serialised
+    assert set(binary.operands) == {"shared memory"} and binary.copies >= 2
+    opcodes = {name.split(".")[0] for name in binary.opcodes}
+    assert {"UTMALDG", "UTMASTG"} <= opcodes and not opcodes & {"LDG", "LDGSTS", "STG"}
+
+
 @each_gpu
 def test_other_first_layers_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")

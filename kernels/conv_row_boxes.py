@@ -1,0 +1,194 @@
+"""Convolution of few input channels by the rows of its filter, as bulk copies: fprop, on trial.
+
+The product is `conv_rows`'s, the tile `conv_pixels`'s: BLOCK_N images of COLUMNS neighbouring outputs, which share runs
+of RUN elements. One copy brings them for each row of the filter. Rows outside the image are not walked, and what a run
+has outside its row is read as 0, which is the padding: nothing is masked and no address worked out. Bytes: x, w and y
+once each; rows of x again from L2.
+
+A run begins where its window does, which is seldom a multiple of 16 bytes. CUDA asks that of a view's start and strides
+and says nothing of a box's place; no GPU has shown it yet, and the interpreter refuses it. Until one has, no call is
+served so unless it asks for the family by name.
+
+Elements of a run beside an output's own window meet zero weights; where one of them is infinite the sum is a NaN, where
+`conv_rows` begins again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Config
+from fastconv.kernels.conv_pixels import finish_pixels, pixel_view, taps_inside
+from fastconv.kernels.conv_rows import LONGEST_RUN, Rows, pack_rows, rows_of, rows_unfit
+from fastconv.kernels.descriptor import ALIGNMENT, Descriptor
+from fastconv.kernels.epilogue import ACTIVATIONS, PLAIN, Epilogue
+from fastconv.kernels.launch import Launch
+from fastconv.kernels.layout import Strides, dense_strides, pointer_type
+from fastconv.kernels.problem import ConvProblem
+
+
+def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | str:
+    """The form with the fewest elements of a run for an output, or the reason why there is none."""
+    unfit = rows_unfit(problem, x_strides)
+    if unfit is not None:
+        return unfit
+    n, c, *size = problem.lifted.input_shape
+    strides = zip((n, *size), x_strides or dense_strides((n, c, *size)), strict=True)
+    if any(count > 1 and (step <= 0 or step * problem.dtype.itemsize % ALIGNMENT) for count, step in list(strides)[:3]):
+        return "rows that do not lie at multiples of 16 bytes"
+    window, distance = problem.filter_size[-1] * c, problem.stride[-1] * c
+    used = {columns: window + (columns - 1) * distance for columns in (1, 2)}
+    # (A product reduces 16 elements or more.)
+    forms = [Rows(columns, 1, 0, last, max(16, triton.next_power_of_2(last))) for columns, last in used.items()]
+    return min((form for form in forms if form.run <= LONGEST_RUN), key=lambda form: form.run / form.columns)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "O", "P", "Q", "K", "T", "R", "hop", "begin",
+        "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "eps", "a", "b",
+    ]
+)  # fmt: skip
+def conv_row_boxes_kernel(
+    x,  # [D, H, N, W * C], without D in rank 2
+    w,  # [COLUMNS * K, rows * RUN]
+    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
+    slope_ptr,  # of PReLU
+    residual,  # as y
+    y,  # [O, P, Q, N, K], without O in rank 2
+    tile_count_ptr,  # [tiles of BLOCK_N images of one pixel]
+    tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
+    N, D, H, O, P, Q, K, T, R,
+    hop,  # elements between two runs
+    begin,  # of the first run in its row
+    stride_d, stride_h,
+    padding_d, padding_h,
+    dilation_d, dilation_h,
+    eps,  # of batch norm
+    a, b,  # of the activation
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
+    RUN: tl.constexpr,
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # As `conv_pixels`: channel tiles fastest, then the outputs of a row, images last.
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    k = tl.program_id(0) % k_tiles * BLOCK_K
+    tile = tl.program_id(0) // k_tiles
+    runs = tl.cdiv(Q, COLUMNS)
+    run = tile % runs
+    n = tile // runs
+    p = n % P
+    n = n // P
+    o = 0
+    d, hop_d, tap_d, skip_d, taps_d = 0, 0, 0, 0, 1
+    if RANK == 3:
+        o = n % O
+        n = n // O
+        d, hop_d, tap_d, skip_d, taps_d = taps_inside(o, D, O, T, stride_d, padding_d, dilation_d, 1, 0, False, 1)
+    n *= BLOCK_N
+    h, hop_h, tap_h, skip_h, taps_h = taps_inside(p, H, P, R, stride_h, padding_h, dilation_h, 1, 0, False, 1)
+    first = begin + run * hop
+    # (Triton would evaluate annotations.)
+    acc = ()  # type: tuple[tl.tensor, ...]
+    for _column in tl.static_range(COLUMNS):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
+    steps = taps_d * taps_h
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        r, t = 0, 0
+        for _ in range(steps):
+            if RANK == 3:
+                box = x.load([d + t * hop_d, h + r * hop_h, n, first])
+            else:
+                box = x.load([h + r * hop_h, n, first])
+            x_step = tl.reshape(box, (BLOCK_N, RUN))
+            row = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * RUN
+            sums = ()  # type: tuple[tl.tensor, ...]
+            for column in tl.static_range(COLUMNS):
+                sums = sums + (tl.dot(x_step, w.load([column * K + k, row]).T, acc[column]),)
+            acc = sums
+            r += 1
+            if RANK == 3:
+                carry = r >= taps_h
+                r = tl.where(carry, 0, r)
+                t = tl.where(carry, t + 1, t)
+
+    mask_n = n + tl.arange(0, BLOCK_N) < N
+    tile = ((n // BLOCK_N * O + o) * P + p) * runs * COLUMNS
+    for i in tl.static_range(COLUMNS):
+        q = run * COLUMNS + i
+        # The second output of a row's last run may be none.
+        finish_pixels(
+            acc[i], o, p, q, n, k, mask_n & (q < Q), tile + q, 0, K,
+            bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
+            tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
+            ACT, RESIDUAL_AFTER, RANK, 1, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+def conv_row_boxes(
+    problem: ConvProblem,
+    form: Rows,
+    config: Config,
+    x_strides: Strides | None = None,
+    y_strides: Strides | None = None,
+    bias: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Launch, Launch]:
+    """The launches of fprop: weight -> its rows, then as `conv_pixels`'s, with these for it.
+
+    ``form`` is `box_form`'s for these strides.
+    """
+    lifted, dtype = problem.lifted, problem.dtype
+    n, c, *size = lifted.input_shape
+    _, k, *outputs = lifted.output_shape
+    rows, run, columns = rows_of(problem), form.run, form.columns
+    block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
+    distance = lifted.stride[-1] * c
+    element = pointer_type(dtype)
+    stride_n, *steps, _ = x_strides or dense_strides(lifted.input_shape)
+    outer = 3 - max(problem.rank, 2)
+    axes = list(zip((*size[outer:2], n), (*steps[outer:], stride_n), strict=True))
+    x = Descriptor(
+        dtype,
+        (*(count for count, _ in axes), size[2] * c),
+        # (An axis of size one may have any stride.)
+        (*(step if count > 1 else ALIGNMENT for count, step in axes), 1),
+        (*(1,) * (2 - outer), block_n, run),
+    )
+    w = Descriptor(dtype, (columns * k, rows * run), (rows * run, 1), (block_k, run))
+    y = pixel_view(problem, lifted.output_shape, y_strides or dense_strides(lifted.output_shape), block_n, block_k)
+    pixels = triton.cdiv(n, block_n) * outputs[0] * outputs[1] * triton.cdiv(outputs[2], columns)
+    product = Launch(
+        kernel=conv_row_boxes_kernel,
+        grid=(pixels * triton.cdiv(k, block_k), 1, 1),
+        pointers=(
+            *(x, w, element if bias else None, *epilogue.pointers[:-1]),
+            *(y if epilogue.residual else None, y, *("*fp32" if epilogue.statistics else None,) * 3),
+        ),
+        scalars=(
+            *(n, *size[:2], *outputs, k, *lifted.filter_size[:2]),
+            *(columns * distance, -lifted.padding[-1] * c),
+            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2]),
+            *epilogue.scalars,
+        ),
+        constants={
+            "RANK": max(problem.rank, 2),
+            "COLUMNS": columns,
+            "RUN": run,
+            "ACT": ACTIVATIONS[epilogue.act].forward,
+            "RESIDUAL_AFTER": epilogue.residual_after,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        tiles=pixels * columns,
+    )
+    return pack_rows(problem, form, rows), product

@@ -1,0 +1,88 @@
+"""The first layer's rows by bulk copies, which serve only where they are asked for by name.
+
+Interpreted where every run begins at a multiple of 16 bytes, because the interpreter refuses other boxes; whether a GPU
+takes those is what the tests on one are for.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convolutions import DEVICE, Case, depths, expected, trailing
+from fastconv.autotune import Choice, gpus
+from fastconv.kernels import call, conv, dispatch, mend
+from fastconv.kernels.conv_row_boxes import box_form
+from fastconv.kernels.conv_rows import Rows
+from fastconv.kernels.launch import record
+from reference import assert_equal, exact_limit, integers
+
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
+
+STEM = Case("ResNet's", 32, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3))
+EVEN = (
+    Case("pairs of outputs", 17, 4, 24, (4, 6), (5, 5), (2, 2), (2, 2)),
+    Case("an odd number of outputs", 16, 4, 8, (3, 6), (3, 3), (1, 1), (1, 0)),
+    Case("padding larger than the filter", 16, 4, 8, (2, 6), (2, 3), (1, 1), (2, 4)),
+    Case("one output at a time", 33, 4, 8, (5, 8), (3, 3), (2, 2), (2, 2), (2, 1)),
+    Case("1d, one channel", 16, 1, 16, (24,), (16,), (8,), (8,)),
+    Case("3d, two channels", 16, 2, 8, (2, 3, 8), (3, 2, 3), (1, 2, 4), (1, 1, 4), (1, 2, 1)),
+)
+ANYWHERE = tuple(
+    Case(f"{c} channels stride {stride} filter {s}", 40, c, 72, (6, 16), (3, s), (1, stride), (1, padding))
+    for c in (1, 2, 3, 4)
+    for stride in (1, 2, 3)
+    for s, padding in ((3, 1), (5, 1), (7, 3))
+)
+
+
+@pytest.mark.parametrize("case", EVEN if mend.interpreting() else EVEN + ANYWHERE, ids=lambda case: case.name)
+def test_exact_on_integers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = case.problem(torch.bfloat16)
+    if mend.interpreting():
+        tile = {"BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+        monkeypatch.setattr(dispatch, "row_boxes_tile", lambda *a: Choice(tile, "this test", 0.0, "nothing"))
+        monkeypatch.setattr(call, "_calls", {})
+    generator = torch.Generator().manual_seed(0)
+    limit = exact_limit(problem.dtype, depths(problem)[0])
+    exact = [integers(shape, limit, generator) for shape in (problem.input_shape, problem.weight_shape)]
+    x, weight = (t.to(problem.dtype).to(DEVICE) for t in exact)
+    geometry = problem.stride, problem.padding + trailing(problem), problem.dilation, 1
+    with dispatch.only_family("row_boxes"), record() as records:
+        y = conv.conv_fprop(x, weight, None, *geometry)
+        z, mean, var = conv.conv_statistics(x, weight, None, None, *geometry)
+        fused = conv.conv_act(x, weight, None, (None,) * 4, None, y, None, *geometry, 0.0, "relu", 0.0, 0.0, True)
+    reference = expected(problem, exact[0], torch.zeros(problem.output_shape).double(), exact[1])[0]
+    assert_equal(y, reference, f"fprop of {problem.describe()}")
+    assert_equal(z, reference, "fprop with statistics")
+    assert_equal(fused, (reference.relu() + y.double().cpu()), "fprop with ReLU and a residual")
+    axes = (0, *range(2, reference.dim()))
+    true_var, true_mean = torch.var_mean(reference, axes, correction=0)
+    torch.testing.assert_close(mean.cpu().double(), true_mean, rtol=0, atol=1e-6 * reference.abs().max().item())
+    torch.testing.assert_close(var.cpu().double(), true_var, rtol=1e-5, atol=0)
+    products = [it.name for it in records if it.name != "combine_statistics_kernel"]
+    assert products == ["conv_rows_pack_kernel", "conv_row_boxes_kernel"] * 3
+
+
+def test_it_serves_by_name_alone() -> None:
+    problem = STEM.problem(torch.bfloat16)
+    assert dispatch.plan("fprop", problem, gpus.H200).family == "rows"
+    with dispatch.only_family("row_boxes"):
+        plan = dispatch.plan("fprop", problem, gpus.H200)
+        assert plan.family == "row_boxes" and box_form(problem) == Rows(2, 1, 0, 27, 32)
+        assert dispatch.plan("fprop", problem, gpus.A100).family == "pytorch"
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("", 16, 5, 8, (9, 8), (3, 3)), "5 input channels"),
+        (Case("", 16, 3, 8, (9, 9), (3, 3)), "rows that do not lie at multiples of 16 bytes"),
+        (Case("", 16, 3, 12, (9, 8), (3, 3)), "a result whose pixels do not lie at multiples of 16 bytes"),
+        (Case("", 15, 3, 8, (9, 8), (3, 3)), "15 images leave most of a box empty"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_it_does_not_serve(case: Case, reason: str) -> None:
+    with dispatch.only_family("row_boxes"):
+        assert dispatch.plan("fprop", case.problem(torch.bfloat16), gpus.H200).reasons == (("row_boxes", reason),)
