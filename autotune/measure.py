@@ -15,7 +15,7 @@ from typing import Protocol
 
 from fastconv.autotune.choose import Asked, now
 from fastconv.autotune.cost_model import Work, predict
-from fastconv.autotune.records import Measured, Record, Tuned
+from fastconv.autotune.records import OUT_OF_MEMORY, Measured, Record, Tuned
 from fastconv.autotune.search import Candidate, Key, Search, key_of
 from fastconv.autotune.space import Config
 
@@ -40,7 +40,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why there is no time; final for this problem and version."""
+    """Why there is no time."""
 
     status: str  # one of records.FAILURES
     message: str = ""
@@ -323,9 +323,9 @@ def session(
     """Tune problems in ``budget`` seconds, those first and longest where the model's time goes; what was found.
 
     ``known``: the store's records (``Store.read``): what is tuned already is left alone, but for ``again``, and what
-    was measured is not measured again, nor, even with ``again``, what failed. ``claim(task)``, asked just before a
-    task, says whether it is this worker's: one session may be shared by ``workers``. Raises ValueError where the budget
-    is not positive.
+    was measured is not measured again, nor, even with ``again``, what failed, unless memory was short. ``claim(task)``,
+    asked just before a task, says whether it is this worker's: one session may be shared by ``workers``. Raises
+    ValueError where the budget is not positive.
     """
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
@@ -334,7 +334,7 @@ def session(
     open_tasks.sort(key=lambda task: -share_of(task))
     earlier: dict[tuple[object, ...], list[Measured]] = {}
     for each in known:
-        if isinstance(each, Measured) and not (again and each.status == "ok"):
+        if isinstance(each, Measured) and each.status != OUT_OF_MEMORY and not (again and each.status == "ok"):
             identity = each.problem, each.version, each.gpu, each.multiprocessors
             earlier.setdefault(identity, []).append(each)
     end = clock() + budget

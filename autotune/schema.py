@@ -33,6 +33,11 @@ def text(limit: int = 100) -> Check:
     return check
 
 
+def named(value: str, limit: int = 100) -> str:
+    """``value`` as `text` takes it: other letters become dashes, what is too long is cut."""
+    return re.sub(r"[^A-Za-z0-9 ._+:,-]", "-", value).lstrip(" ._+:,-")[:limit] or "unnamed"
+
+
 def integer(least: int, most: int) -> Check:
     def check(value: Any, where: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:

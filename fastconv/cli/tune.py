@@ -296,13 +296,14 @@ def _write(
 
 def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
     from fastconv.autotune.choose import now
+    from fastconv.autotune.schema import named
     from fastconv.autotune.table import write_table
     from fastconv.cli import BadUsage
 
     if not entries:
         raise BadUsage(f"{path}: nothing of it is tuned yet for this GPU; nothing was written")
     try:
-        write_table(path, entries, written_by(), now(), model and re.sub(r"[^A-Za-z0-9 ._+:,-]", "-", model))
+        write_table(path, entries, written_by(), now(), model and named(model))
     except OSError as error:
         raise BadUsage(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from fastconv.autotune import Gpu, Problem, Store, Tuned
 from fastconv.autotune.choose import Tables
 from fastconv.autotune.measure import Step, Task, expected_gain, share_of
-from fastconv.autotune.records import Measured
+from fastconv.autotune.records import OUT_OF_MEMORY, Measured
 from fastconv.autotune.report import fits
 from fastconv.autotune.report import summary as means
 from fastconv.autotune.table import Table
@@ -81,9 +81,11 @@ def found(tasks: Sequence[Task], entries: Sequence[Tuned], seconds: float, failu
         line += f"; together {(before - sum(gains.values())) * 1e3:.2f} ms where the defaults take {before * 1e3:.2f}"
         line += f"; PyTorch is faster at {sum(map(_pytorch_faster, best.values()))}"
     lines.append(line)
-    if failures:
-        said = ", ".join(f"{count} {status}" for status, count in failures.items())
-        lines.append(f"not measured, and not tried again: {said}")
+    final = [f"{count} {status}" for status, count in failures.items() if status != OUT_OF_MEMORY]
+    if final:
+        lines.append(f"not measured, and not tried again: {', '.join(final)}")
+    if failures.get(OUT_OF_MEMORY):
+        lines.append(f"not measured, and tried by the next run: {failures[OUT_OF_MEMORY]} {OUT_OF_MEMORY}")
     return lines
 
 

@@ -91,8 +91,11 @@ class Subject:
 
     def planned(self, gpu: Gpu, config: Config | None = None) -> tuple[Asked | None, list[Launch]]:
         """(what a call asks, or None where it is not about this problem; what it launches), found without data."""
-        with FakeTensorMode(), self.serving(config, gpu) as found, record() as records:
-            self.ours(tuple(each.empty() for each in self.operands), gpu)()
+        with FakeTensorMode(), self.serving(config, gpu) as found:
+            # (What a pool's backward is given is made by its forward, which is not part of the call.)
+            call = self.ours(tuple(each.empty() for each in self.operands), gpu)
+            with record() as records:
+                call()
         launches = {it.launch.compile_key: it.launch for it in records}
         return (found[0] if found else None), list(launches.values())
 

@@ -157,6 +157,18 @@ def test_failure_is_recorded_and_not_tried_again(status: str) -> None:
     assert found is not None and best not in again.run_configs and key_of(best) not in again.compiled
 
 
+def test_a_config_that_memory_was_short_for_is_tried_by_the_next_session() -> None:
+    asked = question()
+    best = min(SPACE, key=Bench(asked).truth)
+    short, records = Bench(asked), list[Any]()
+    short.failures[key_of(best)] = Failed("out_of_memory")
+    session([Task(asked)], lambda _: short, records.append, budget=60.0, seeds=lambda _: [best])
+    for again, expected in ((False, 0), (True, 1)):
+        bench = Bench(asked)
+        session([Task(asked)], lambda _, it=bench: it, records.append, budget=60.0, known=records, again=again)  # type: ignore[misc]
+        assert (best in bench.run_configs) == expected
+
+
 def test_default_that_fails_leaves_the_best_of_the_others() -> None:
     bench = Bench(question())
     default = bench.asked.choice.config

@@ -119,6 +119,8 @@ def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
     )
     assert {e.problem for e in read_table(tmp_path / "nvidia-h200.json")} == {e.problem for e in found}
     assert json.loads((tmp_path / "lock.json").read_text())["model"] == "small batch 8 bfloat16 inference"
+    command._publish(tmp_path / "long.json", found, "../" + "models/" * 50)
+    assert {e.problem for e in read_table(tmp_path / "long.json")} == {e.problem for e in found}
     before = len(pretending.asked(plan))
     assert run(line[:5]) == 0
     assert f"{len(tasks)} problems, {len(tasks)} of them tuned already" in capsys.readouterr().out
@@ -166,13 +168,14 @@ def test_what_fails_is_told_and_never_tried_again(
     failed = [r for r in store.read(("measured",)) if isinstance(r, Measured) and r.status in FAILURES]
     by_key = {pretending.key_of(r.problem, r.config): r.status for r in failed if r.config is not None}
     assert by_key == {key: statuses[how] for key, how in planted.items() if key in by_key} and len(by_key) >= 4
-    assert "not measured, and not tried again: " in out
+    assert "not measured, and not tried again: " in out and "tried by the next run: 1 out_of_memory" in out
     counted = Counter(pretending.asked(plan))
     assert all(counted[key] == 1 for key in by_key)
     assert {entry.problem for entry in tuned_by(store)} == {task.asked.problem for task in tasks}
     assert run(["tune", "--layers", str(layers), "--batch", "8", "--again"]) == 0
     counted = Counter(pretending.asked(plan))
-    assert all(counted[key] == 1 for key in by_key), "nor by another run"
+    for key, status in by_key.items():
+        assert counted[key] == 1 + (status == "out_of_memory"), "nor by another run, unless memory was short"
 
 
 # A run in a process of its own: its arguments are the plan, with its rank where there are several, then the command

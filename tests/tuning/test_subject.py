@@ -103,7 +103,10 @@ def test_problems_are_found_again_for_gpus(name: str, gpu: Any) -> None:
         subject, found = subject_of(Problem.of(**task.asked.problem.json), gpu)
         assert (found.problem, found.choice) == (task.asked.problem, task.asked.choice)
         slowest = problems.fitting(found)[-1][0]
-        assert subject.planned(gpu, slowest)[1], "a config that is forced is planned"
+        launches = subject.planned(gpu, slowest)[1]
+        assert launches, "a config that is forced is planned"
+        if dict(found.problem.kind).get("direction") == "backward":
+            assert [it.kernel.fn.__module__.rpartition(".")[2] for it in launches] == ["pool_gradient"], "itself alone"
 
 
 def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(
