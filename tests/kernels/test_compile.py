@@ -7,37 +7,28 @@ code depends on: dtype, precision, rank, groups, 64-bit offsets.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.inspect import GPUS, LAYERS, Compiled, compile_all, launches_of, report
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_problem
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
 NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
 BATCHES = (32, 256)
 # The batch is a side of the pixel GEMM's tiles, so that two batches share few of its binaries.
 MOST_COMPILES = {False: 60, True: 90}
-TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCTS = ("conv_gather_kernel", "conv_wgrad_kernel")
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
-each_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
-needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+each_gpu = each(GPUS)
 
 
 def distinct(problems: Iterable[tuple[ConvProblem, bool]], gpu: Gpu) -> dict[tuple, tuple[str, ConvProblem, Launch]]:
@@ -65,13 +56,6 @@ def complaints(
             for what in complain(direction, problem, launch, binary)
         ]
     return "\n".join(found)
-
-
-def spilled(binary: Compiled, allowed: int = 0) -> list[str]:
-    """A complaint about more than ``allowed`` bytes of stack a thread."""
-    if binary.stack <= allowed:
-        return []
-    return [f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers"]
 
 
 def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:

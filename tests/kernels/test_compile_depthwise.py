@@ -6,39 +6,25 @@ enough programs at once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 
-import pytest
 import torch
 
+from binaries import COMPILING, JOBS, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import DIRECTIONS, conv_problem
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
 NETWORKS = ("mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 BATCHES = (32, 256)
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-# Compiling takes long: of the others each when a kernel changes (`make test-tiles`).
-each_gpu = pytest.mark.parametrize(
-    "gpu",
-    [gpu if not gpu.tcgen05 else pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS],
-    ids=lambda gpu: f"sm_{gpu.arch}",
-)
-missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
-needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
 
 NORM = ("*fp32",) * 4
 EPILOGUES = {
@@ -54,13 +40,6 @@ def compiled(found: dict[tuple, tuple[str, Launch]], gpu: Gpu) -> Iterator[tuple
         yield name, launch, binaries[key, gpu.arch]
 
 
-def complaint(binary: Compiled, allowed: int = 0) -> list[str]:
-    """About more than ``allowed`` bytes of stack a thread."""
-    if binary.stack <= allowed:
-        return []
-    return [f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers"]
-
-
 @needs_networks
 @each_gpu
 def test_networks_layers(gpu: Gpu) -> None:
@@ -74,7 +53,7 @@ def test_networks_layers(gpu: Gpu) -> None:
                     found.setdefault(launch.compile_key, (f"{direction} {name} of {problem.describe()}", launch))
     wrong = []
     for name, launch, binary in compiled(found, gpu):
-        complaints = complaint(binary)
+        complaints = spilled(binary)
         loads, stores = binary.global_accesses("LDG"), binary.global_accesses("STG")
         if launch.name == "conv_depthwise_kernel":
             # Batch norm's vectors are fp32: two loads each.
@@ -115,6 +94,6 @@ def test_odd_layers_spill_nothing(gpu: Gpu) -> None:
     wrong = []
     for name, _, binary in compiled(found, gpu):
         # Below 255 registers ptxas keeps a few values on the stack so that one more program fits.
-        complaints = complaint(binary, allowed=32 if binary.registers < 255 else 0)
+        complaints = spilled(binary, allowed=32 if binary.registers < 255 else 0)
         wrong += [f"{name}: {what}" for what in complaints]
     assert not wrong, "\n".join(wrong)

@@ -5,34 +5,23 @@ ResNeXt-50's grouped layers and the first layers of ResNet-50, EfficientNet-B0 a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, TENSOR_CORES, each, spilled
 from fastconv.autotune import Gpu
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import Epilogue
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
-TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-# Compiling takes long: of the others each when a kernel changes (`make test-tiles`).
-each_gpu = pytest.mark.parametrize(
-    "gpu",
-    [gpu if not gpu.tcgen05 else pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS],
-    ids=lambda gpu: f"sm_{gpu.arch}",
-)
+each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
 EPILOGUES = {
     "plain": Epilogue(),
     "inference": Epilogue(*("*fp32",) * 4, act="relu"),
@@ -115,8 +104,7 @@ def complaints(found: list[tuple], gpu: Gpu, allowed: int = 0) -> dict[tuple, li
         binary = compiled[launch.compile_key, gpu.arch]
         mine = wrong.setdefault(launch.compile_key, [])
         # Below 255 registers ptxas gives a few to hold one more program; at 255 it has run out of them.
-        if binary.stack > (allowed if binary.registers < 255 else 0):
-            mine.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
+        mine += spilled(binary, allowed if binary.registers < 255 else 0)
         if "BLOCK_C" in launch.constants and binary.tensor_cores != TENSOR_CORES[gpu.arch]:
             mine.append(f"tensor cores by {binary.tensor_cores}")
         if binary.serialised:

@@ -6,39 +6,25 @@ every tensor of the output's size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
-from fastconv.kernels import batch_norm, dispatch, mend
+from fastconv.kernels import batch_norm, dispatch
 from fastconv.kernels.batch_norm import Activated
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import Epilogue
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
+from fastconv.kernels.inspect import GPUS, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_transpose_problem
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
-TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-# Compiling takes long: of the others each when a kernel changes (`make test-tiles`).
-each_gpu = pytest.mark.parametrize(
-    "gpu",
-    [gpu if gpu.wgmma else pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS],
-    ids=lambda gpu: f"sm_{gpu.arch}",
-)
-missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
-needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+each_gpu = each(GPUS, slow=lambda gpu: not gpu.wgmma)
 
 NORM = ("*fp32",) * 4
 # Batch norm's vectors stay fp32 under a bf16 convolution.
@@ -67,12 +53,6 @@ def transposed(k: int, c: int, size: int, filter_size: int, padding: int) -> Con
 
 def tile(launch: Launch) -> str:
     return "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
-
-
-def spilled(binary: Compiled) -> list[str]:
-    if not binary.spills and not binary.stack:
-        return []
-    return [f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers"]
 
 
 def convolutions(epilogue: str, gpu: Gpu) -> Iterator[tuple[ConvProblem, Launch]]:

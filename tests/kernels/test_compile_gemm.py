@@ -6,16 +6,15 @@ and every tile of the spaces with the largest epilogues.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, each, needs_networks, slowed
 from convolutions import Case, of_networks
 from fastconv.autotune import Gpu, Space
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.conv_gather import conv_gather
 from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad
 from fastconv.kernels.conv_spatial import conv_spatial
@@ -27,19 +26,12 @@ from fastconv.kernels.layout import pointer_type
 from fastconv.kernels.problem import DIRECTIONS
 from fastconv.kernels.tiles import GEMM, GEMM_RESIDENT, GEMM_WGRAD, SPATIAL
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
 NETWORKS, BATCHES = ("resnet50", "unet", "efficientnet_b0"), (64, 256)
 PRODUCTS = ("conv_gemm_kernel", "conv_gemm_wgrad_kernel", "conv_spatial_kernel")
-TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}
 STATISTICS = Epilogue(statistics=True)
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-each_gpu = pytest.mark.parametrize("gpu", GPUS[1:], ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
-needs_networks = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+each_gpu = each(GPUS[1:])
 
 
 def inference(dtype: torch.dtype) -> Epilogue:
@@ -64,21 +56,13 @@ def complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
 
 
 def _wrong(binary: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
-    wrong = []
-    if binary.stack or binary.spills:
-        wrong.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
+    wrong = slowed(binary)
     if binary.shared_memory > gpu.shared_memory:
         wrong.append(f"{binary.shared_memory} bytes of shared memory")
-    if binary.tensor_cores != TENSOR_CORES[binary.arch]:
-        wrong.append(f"tensor cores by {binary.tensor_cores}")
     # Of a rectangle Hopper takes the first operand through registers.
     source = "registers" if launch.constants.get("ROWS", 1) > 1 else "shared memory"
     if binary.arch == 90 and set(binary.operands) != {source}:
         wrong.append(f"first operands from {binary.operands}")
-    if binary.serialised:
-        wrong.append("waits for every wgmma")
-    if binary.copies < 2:
-        wrong.append(f"{binary.copies} steps on their way while one is computed")
     opcodes = {name.split(".")[0] for name in binary.opcodes}
     if "UTMALDG" not in opcodes or "LDGSTS" in opcodes:
         wrong.append("operands not moved by bulk copies")

@@ -6,16 +6,15 @@ and every tile of the spaces.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, each, needs_networks, slowed
 from convolutions import Case, of_networks
 from fastconv.autotune import Gpu
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.conv_pixels import conv_pixels
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.epilogue import PLAIN, Epilogue
@@ -24,16 +23,10 @@ from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import pointer_type
 from fastconv.kernels.tiles import CONV_PIXELS, CONV_PIXELS_FP32
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
 NETWORKS, BATCHES = ("resnet50", "vgg16", "unet"), (64, 256)
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}
-each_gpu = pytest.mark.parametrize("gpu", GPUS[1:], ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
+each_gpu = each(GPUS[1:])
 
 
 def epilogues(dtype: torch.dtype) -> tuple[Epilogue, ...]:
@@ -54,17 +47,9 @@ def complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
 
 
 def _wrong(binary: Compiled, launch: Launch) -> list[str]:
-    wrong = []
-    if binary.stack or binary.spills:
-        wrong.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
-    if binary.tensor_cores != TENSOR_CORES[binary.arch]:
-        wrong.append(f"tensor cores by {binary.tensor_cores}")
+    wrong = slowed(binary)
     if binary.arch == 90 and set(binary.operands) != {"shared memory"}:
         wrong.append(f"first operands from {binary.operands}")
-    if binary.serialised:
-        wrong.append("waits for every wgmma")
-    if binary.copies < 2:
-        wrong.append(f"{binary.copies} steps on their way while one is computed")
     opcodes = {name.split(".")[0] for name in binary.opcodes}
     if not {"UTMALDG", "UTMASTG"} <= opcodes or "LDGSTS" in opcodes:
         wrong.append("operands not moved by bulk copies alone")
@@ -75,7 +60,7 @@ def _wrong(binary: Compiled, launch: Launch) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+@needs_networks
 @each_gpu
 def test_networks_use_the_hardware(gpu: Gpu, record_property) -> None:
     launches: dict[tuple, Launch] = {}

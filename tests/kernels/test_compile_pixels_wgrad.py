@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, each, needs_networks, slowed
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import B200, H200
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
 from fastconv.kernels.inspect import Compiled, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_problem
 from fastconv.kernels.tiles import PIXELS_WGRAD_PAIR, PIXELS_WGRAD_TILES
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
 NETWORKS, BATCHES = ("resnet50", "vgg16", "unet"), (64, 256)
-TENSOR_CORES = {90: "wgmma", 100: "tcgen05"}
 # The product in Triton's GPU dialect, with both of its operands in shared memory.
 PRODUCT = r"ttng\.(?:warp_group_dot|tc_gen5_mma) "
 IN_PLACE = PRODUCT + r".*: !ttg\.memdesc<[^>]*, #smem[^>]*>(?: \*|,) !ttg\.memdesc<[^>]*, #smem"
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-each_gpu = pytest.mark.parametrize("gpu", (H200, B200), ids=lambda gpu: f"sm_{gpu.arch}")
-missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
+each_gpu = each((H200, B200))
 
 
 def layer(rank: int = 2, dtype: torch.dtype = torch.bfloat16) -> ConvProblem:
@@ -58,13 +50,7 @@ def others() -> Iterator[Launch]:
 
 
 def complaints(binary: Compiled) -> list[str]:
-    wrong = []
-    if binary.stack or binary.spills:
-        wrong.append(f"{binary.spills} spills, {binary.stack} bytes of stack, {binary.registers} registers")
-    if binary.tensor_cores != TENSOR_CORES[binary.arch]:
-        wrong.append(f"tensor cores by {binary.tensor_cores}")
-    if binary.serialised:
-        wrong.append("waits for every wgmma")
+    wrong = slowed(binary)
     if binary.arch == 90 and (set(binary.operands) != {"shared memory"} or 0 in binary.waits):
         wrong.append(f"first operands from {binary.operands}, waits that leave {binary.waits} under way")
     products = [line for line in binary.listings["ttgir"].splitlines() if re.search(PRODUCT, line)]
@@ -72,8 +58,6 @@ def complaints(binary: Compiled) -> list[str]:
         wrong.append(f"operands that are not in shared memory: {products[:1]}")
     if not any(opcode.startswith("UTMALDG") for opcode in binary.opcodes) or binary.global_accesses("LDG"):
         wrong.append(f"loads by {[opcode for opcode in binary.opcodes if 'LDG' in opcode]}")
-    if binary.copies < 2:
-        wrong.append(f"{binary.copies} steps under way")
     return wrong
 
 
@@ -91,7 +75,7 @@ def test_every_tile_and_variant(gpu: Gpu) -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+@needs_networks
 @each_gpu
 def test_networks_take_few_tiles_of_the_space(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
     """Those that are stored without a split are compiled too; the others are the space's."""

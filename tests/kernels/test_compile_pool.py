@@ -6,15 +6,15 @@ are everything else that a kernel's code depends on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from math import prod
 
 import pytest
 import torch
 
+from binaries import COMPILING, JOBS, each
 from fastconv.autotune import Gpu
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
@@ -22,19 +22,9 @@ from fastconv.kernels.layout import dense_strides
 from fastconv.kernels.pool_window import pool_gather
 from fastconv.kernels.problem import POOL_DIRECTIONS, PoolProblem, index_type, largest_share
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
-]
+pytestmark = COMPILING
 
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-# Compiling takes long: of the others each when a kernel changes (`make test-tiles`).
-each_gpu = pytest.mark.parametrize(
-    "gpu",
-    [gpu if not gpu.tcgen05 else pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS],
-    ids=lambda gpu: f"sm_{gpu.arch}",
-)
+each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
 
 
 def problem(
