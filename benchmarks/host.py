@@ -51,6 +51,7 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | int, dict[str, Any]
     "depthwise": (IMAGES, (64, 1, 3, 3), {"padding": 1, "groups": 64}),
     "grouped": (IMAGES, (64, 8, 3, 3), {"padding": 1, "groups": 8}),
     "rows": (ROW, (64, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "row_boxes": (ROW, (64, 3, 7, 7), {"stride": 2, "padding": 3}),
     "pool": (IMAGES, 3, {"stride": 2, "padding": 1}),
 }
 
