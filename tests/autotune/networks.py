@@ -1,22 +1,29 @@
-"""What three networks ask the autotuner: each distinct convolution, three directions, bf16, batch 32, on an H200."""
+"""What three networks ask the autotuner on an H200: bf16, batch 32; each distinct convolution in three directions, each
+pool in two, and the sums over pixels that the gradients of a bias and of batch norm are."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
+import torch
+
 from convolutions import of_networks
 from fastconv.autotune.choose import Asked, ask
 from fastconv.autotune.gpus import H200
+from fastconv.benchmarks import layer_lists
 from fastconv.kernels import dispatch, tiles
 from fastconv.kernels.problem import DIRECTIONS
 from fastconv.kernels.tuned import CALLER
+from fastconv.tuning import problems
 
 NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
+BATCH = 32
 
 
 @cache
 def questions() -> tuple[Asked, ...]:
+    """Those that have more than one config to choose from."""
     found: dict[Any, Asked] = {}
 
     def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
@@ -25,7 +32,13 @@ def questions() -> tuple[Asked, ...]:
         return choice
 
     with tiles.considering(listen):
-        for problem in dict.fromkeys(problem for problem, _ in of_networks(NETWORKS, (32,))):
+        for problem, bias in of_networks(NETWORKS, (BATCH,)):
             for direction in DIRECTIONS:
                 dispatch.plan(direction, problem, H200)
-    return tuple(found.values())
+            # Batch norm's are of its gradient, its input and, for the activation between, its output.
+            moved = 1 if bias else 3
+            tiles.pixel_tile(problem.output_pixels, problem.out_channels, problem.dtype.itemsize, moved, True, H200)
+        for name in NETWORKS:
+            pools = {call: count for call, count in layer_lists.find(name).calls.items() if call.pool}
+            problems.of_layers(pools, BATCH, torch.bfloat16, True, H200)
+    return tuple(asked for asked in found.values() if len(problems.fitting(asked)) > 1)
