@@ -322,6 +322,9 @@ def conv_pixels(
     c, k = x_shape[1] // groups, y_shape[1] // groups
     block_n, block_k, block_c = config["BLOCK_N"], config["BLOCK_K"], config["BLOCK_C"]
     pixels, pairs = config["PIXELS"], config["PAIRS"]
+    # A box of neighbours has a stride of 1; a pair shares the columns that the taps of a row meet.
+    assert lifted.stride[2] == 1 or (pixels, pairs) == (1, 0)
+    assert not pairs or (pairs, pixels, lifted.dilation[2]) == (lifted.filter_size[2], 1, 1)
     element = pointer_type(problem.dtype)
     y = pixel_view(problem, y_shape, y_strides or dense_strides(y_shape), block_n, block_k, pixels)
     filters, channels, *_ = lifted.weight_shape
@@ -364,7 +367,7 @@ def conv_pixels(
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
             "PIXELS": pixels,
-            "ROW": problem.filter_size[-1] if pairs else 0,
+            "ROW": pairs,
             "PRECISION": precision,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
@@ -374,5 +377,5 @@ def conv_pixels(
         },
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
-        tiles=tiles * (1 + pairs),
+        tiles=tiles * (2 if pairs else 1),
     )

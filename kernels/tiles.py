@@ -101,8 +101,11 @@ WGRAD = Space(
 )
 WGRAD_DENSE = Space("conv_wgrad_dense", WGRAD.ranges, _wgrad_tile)
 # (images of all pixels of a box, BLOCK_K, PAIRS) of the pixel GEMM -> its warps and stages. Of a byte from L2 128x128
-# makes 64 FLOP, 128x64 and 64x128 make 43, 128x256 makes 85; pairs of the first make 110, of the others 70 and 77.
-# (256x128 spills with the largest epilogue on one version of the compiler, in fp32 128x256 too.)
+# makes 64 FLOP, 128x64 and 64x128 make 43, 128x256 makes 85; pairs of three taps of the first make 110, of the others
+# 70 and 77, of five taps of the third 80. (256x128 spills with the largest epilogue on one version of the compiler, in
+# fp32 128x256 too. Of a pair's step wgmma waits after each product that another one adds to: it is for where L2 bounds.
+# Of five taps 128x64 takes 254 registers on one version, 128x128 leaves room for one step on its way alone, as seven
+# taps do; these in steps of half the depth wait after 12 of 14 wgmmas.)
 PIXELS_TILES = {
     (128, 128, 0): (8, 3),
     (128, 64, 0): (4, 4),
@@ -114,9 +117,10 @@ PIXELS_TILES = {
     (16, 64, 0): (4, 4),
     (256, 64, 0): (8, 3),
     (128, 256, 0): (8, 3),
-    (128, 128, 1): (8, 3),
-    (128, 64, 1): (4, 4),
-    (64, 128, 1): (8, 4),
+    (128, 128, 3): (8, 3),
+    (128, 64, 3): (4, 4),
+    (64, 128, 3): (8, 4),
+    (64, 128, 5): (8, 3),
 }
 
 
@@ -128,7 +132,9 @@ def _pixels_tile(line: int) -> Callable[[Config], str | None]:
         images = pixels * config["BLOCK_N"]
         if pixels > 1 and images != 128:
             return f"{images} rows of several pixels, not 128"
-        if config["BLOCK_C"] != line // (1 + pairs):
+        if pixels > 1 and pairs:
+            return "pairs of several pixels, which would compute most of them twice"
+        if config["BLOCK_C"] != (line // 2 if pairs else line):
             return "boxes of another width than a line of shared memory, or half of one for pairs"
         if PIXELS_TILES.get((images, config["BLOCK_K"], pairs)) != (config["num_warps"], config["num_stages"]):
             return "no tile that compilers were seen to pipeline, or other warps or stages than it asks for"
@@ -144,7 +150,7 @@ CONV_PIXELS = Space(
         "BLOCK_K": (128, 64, 256),
         "BLOCK_C": (64, 32),
         "PIXELS": (1, 2, 4, 8),
-        "PAIRS": (0, 1),
+        "PAIRS": (0, 3, 5),
         "num_warps": (8, 4),
         "num_stages": (3, 4),
     },
@@ -576,7 +582,7 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
         depth, rows = config["BLOCK_C"], n * pixels
         columns = _cdiv(size[2], 2 if pairs else pixels)
         boxes = (shared + 1) * rows + shared * m if pairs else rows + m
-        accumulators = rows * m * (1 + pairs) // (32 * config["num_warps"])
+        accumulators = rows * m * (2 if pairs else 1) // (32 * config["num_warps"])
         image = n * source[2] * c * groups * element
         again = 1
         if spans[1] * image > gpu.l2_bytes // 2:
@@ -604,9 +610,9 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
         narrow["BLOCK_K"] = (64,)
     if lifted.stride[2] > 1:
         narrow["PIXELS"] = (1,)
-    # Tensor memory has no room for pairs as Triton lays them out.
-    if not (gpu.wgmma and element == 2 and shared == 3 and lifted.stride[2] == lifted.dilation[2] == 1):
-        narrow["PAIRS"] = (0,)
+    # In tensor memory Triton gives each product of a pair's step room of its own, to which the sum goes by registers.
+    paired = gpu.wgmma and lifted.stride[2] == lifted.dilation[2] == 1
+    narrow["PAIRS"] = tuple(taps for taps in space.ranges["PAIRS"] if taps in (0, paired * shared))
     space = replace(space, ranges={**space.ranges, **narrow})
     return space, (direction, problem, precision), work, gpu, {}
 

@@ -37,8 +37,7 @@ POOLS = tuple(
 OPERATORS = (*CONVOLUTIONS, *POOLS)
 # What a config counts; its other parameters are sides of tensors, and Triton's are powers of two. (So are not the rows
 # of a filter, of which spaces list odd ones.)
-COUNTS = ("SPLITS", "TAPS", "COLUMNS", "OUTPUTS", "LINES", "num_stages")
-FLAGS = ("PAIRS",)
+COUNTS = ("SPLITS", "TAPS", "COLUMNS", "OUTPUTS", "LINES", "PAIRS", "num_stages")
 Progress = Callable[[int, int], None]
 
 
@@ -371,10 +370,8 @@ def _best(space: Space, work: Callable[[Config], Work], gpu: Gpu, given: Config)
 
 def _untakable(space: Space, name: str, value: int) -> str | None:
     """Why no kernel of ``space`` can take this value of a parameter, or None."""
-    if name in FLAGS:
-        return None if value < 2 else "neither 0 nor 1"
-    if value < 1:
-        return "not at least 1"
+    if value == 0:
+        return None if 0 in space.ranges[name] else "not at least 1"
     counted = name in COUNTS or any(known & (known - 1) for known in space.ranges[name])
     return None if counted or value & (value - 1) == 0 else "a tensor's side, which has to be a power of two"
 

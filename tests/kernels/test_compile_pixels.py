@@ -7,6 +7,7 @@ and every tile of the spaces.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastconv.kernels.epilogue import PLAIN, Epilogue
 from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import pointer_type
+from fastconv.kernels.problem import ConvProblem
 from fastconv.kernels.tiles import CONV_PIXELS, CONV_PIXELS_FP32
 
 pytestmark = COMPILING
@@ -77,6 +79,12 @@ def test_networks_use_the_hardware(gpu: Gpu, record_property) -> None:
     assert not wrong, wrong
 
 
+def rows_of(taps: int, problem: ConvProblem) -> ConvProblem:
+    """The convolution with so many taps in a row of its filter."""
+    filter_size, padding = (*problem.filter_size[:-1], taps), (*problem.padding[:-1], taps // 2)
+    return replace(problem, filter_size=filter_size, padding=padding)
+
+
 @pytest.mark.slow
 @each_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -90,7 +98,11 @@ def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
     else:
         space, forms = CONV_PIXELS, ((square, "dgrad", inference), (square, "fprop", training), (cube, "dgrad", plain))
     launches = [
-        conv_pixels(direction, problem, config, "tf32" if exact else "ieee", bias=epilogue != PLAIN, epilogue=epilogue)
+        conv_pixels(
+            *(direction, rows_of(config["PAIRS"] or 3, problem), config, "tf32" if exact else "ieee"),
+            bias=epilogue != PLAIN,
+            epilogue=epilogue,
+        )
         for problem, direction, epilogue in forms
         for config in space
         if gpu.wgmma or not config["PAIRS"]

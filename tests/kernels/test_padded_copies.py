@@ -100,7 +100,7 @@ def test_fused(family: str) -> None:
 
 
 HEAD = Case("a segmentation head", 16, 512, 21, (65, 65), (1, 1))
-FEW = Case("19 channels", 64, 19, 19, (64, 64), (3, 3), (1, 1), (1, 1))
+FEW = Case("19 channels", 128, 19, 19, (64, 64), (3, 3), (1, 1), (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ FEW = Case("19 channels", 64, 19, 19, (64, 64), (3, 3), (1, 1), (1, 1))
         (Case("100 channels, one tap", 64, 100, 100, (56, 56), (1, 1)), ("gemm", "gemm", "gather")),
         (FEW, ("pixels", "pixels", "pixels")),
         (replace(FEW, n=16), ("gather", "gather", "pixels")),
-        (replace(FEW, c=256), ("gather", "pixels", "pixels")),
+        (replace(FEW, n=64, c=256), ("gather", "pixels", "pixels")),
         (Case("300 channels, few images", 4, 300, 300, (28, 28), (3, 3), padding=(1, 1)), ("spatial",) * 2),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else "",

@@ -289,12 +289,10 @@ def _table(*columns: str) -> Table:
 
 
 def _tile(config: dict[str, int]) -> str:
-    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into. None of one, and flags
-    by their name."""
+    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into. None of one."""
     short = {"num_warps": "w", "num_stages": "s", "SPLITS": "/"}
     named = ((short.get(name, name.removeprefix("BLOCK_")), value) for name, value in config.items() if value > 1)
-    flags = [name for name, value in config.items() if name == "PAIRS" and value]
-    return " ".join([*(f"{name}{value}" for name, value in named), *flags])
+    return " ".join(f"{name}{value}" for name, value in named)
 
 
 def _right(row: dict[str, Any]) -> Text:
