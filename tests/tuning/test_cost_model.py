@@ -1,0 +1,131 @@
+"""The cost model held against what was measured on GPUs and committed, by what ``fastconv tune --report`` computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastconv.autotune import Gpu, Measured, Problem, Store, Tuned, gpu_named, predict
+from fastconv.autotune.choose import RESOLUTION, Asked
+from fastconv.autotune.gpus import H200
+from fastconv.autotune.records import Record
+from fastconv.autotune.report import Summary, fits, summary
+from fastconv.autotune.store import read_lines
+from fastconv.autotune.table import read_table, write_table
+from fastconv.benchmarks import layer_lists
+from fastconv.kernels.tuned import version_of
+from fastconv.tuning import problems
+from fastconv.tuning.subject import Unmeasurable, subject_of
+from tests.autotune.making import DATE, tuned
+from tests.autotune.simulated import Timer
+
+ROOT = Path(__file__).parents[2]
+# Where `fastconv tune --write-table` and `fastconv cache export` are committed to.
+FOLDERS = ROOT / "autotune" / "tables", ROOT / "benchmarks" / "results"
+# Means over problems: of the ranks' correlation at least, of what the model's first choice and the best of its first
+# five take longer than the best measured at most.
+CORRELATION, TOP1, TOP5 = 0.5, RESOLUTION, 0.1
+
+
+def committed(folders: Iterable[Path]) -> Iterator[Record]:
+    """Every record of the tables and exported stores in these folders."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*.json")):
+            if '"versions":[' in path.read_text():
+                yield from read_table(path)
+        for path in sorted(folder.rglob("*.jsonl")):
+            if '"record":' in path.read_text().split("\n", 1)[0]:
+                yield from read_lines(path)
+
+
+@cache
+def asked_again(problem: Problem, gpu: Gpu) -> Asked | None:
+    """None where this version's kernels have no such problem."""
+    try:
+        return subject_of(problem, gpu)[1]
+    except Unmeasurable:
+        return None
+
+
+def predicted_anew(records: Iterable[Record]) -> Iterator[Measured]:
+    """Times of configs with what today's model predicts; without those of problems, configs and GPUs that this version
+    does not know."""
+    for record in records:
+        gpu = gpu_named(record.gpu, record.multiprocessors)
+        times: list[tuple[Any, float | None]] = []
+        if isinstance(record, Tuned):
+            times = [(record.config, record.seconds), (record.default, record.default_seconds), *record.also]
+        elif isinstance(record, Measured) and record.config is not None:
+            times = [(record.config, record.seconds)]
+        asked = None if gpu is None or not times else asked_again(record.problem, gpu)
+        for config, seconds in times if asked is not None else ():
+            prediction = predict(asked.work(config), asked.gpu) if config in asked.space else None
+            if prediction is not None and seconds is not None:
+                identity = record.problem, record.gpu, record.multiprocessors, record.version
+                yield Measured(*identity, config, "ok", seconds, prediction.seconds, DATE)
+
+
+def held(records: Iterable[Record]) -> Summary | None:
+    """The means, None where there is nothing to hold it against. Fails where they are worse than promised."""
+    found = summary(fits(predicted_anew(records)))
+    if found is not None:
+        assert found.correlation >= CORRELATION and found.top1 <= TOP1 and found.top5 <= TOP5, found
+    return found
+
+
+def test_the_model_ranks_what_was_measured(record_property: Any) -> None:
+    found = held(committed(FOLDERS))
+    if found is None:
+        where = " or ".join(str(folder.relative_to(ROOT)) for folder in FOLDERS)
+        pytest.skip(f"no measurements of this version's kernels are committed under {where}: 'fastconv tune' on a GPU")
+    record_property(
+        "line",
+        f"cost model: of {found.problems} measured problems rank correlation {found.correlation:.2f}, top-1 regret "
+        f"{found.top1:.1%}, top-5 regret {found.top5:.1%}",
+    )
+
+
+def simulated(worst_first: bool = False) -> list[Tuned | Measured]:
+    """Of half of a network's problems what a table holds, of the others single measurements."""
+    timer, records = Timer(H200, 0), list[Tuned | Measured]()
+    tasks = problems.of_layers(layer_lists.find("resnet18").calls, 64, torch.bfloat16, True, H200)
+    for index, task in enumerate([task for task in tasks if 3 <= len(problems.fitting(task.asked)) <= 40][:12]):
+        asked = task.asked
+        times = [(config, timer(asked.work(config), config)) for config, _ in problems.fitting(asked)]
+        if worst_first:
+            times = [(config, 1e-9 / seconds) for config, seconds in times]
+        times.sort(key=lambda each: each[1])
+        version = version_of(asked.problem.space)
+        if index % 2:
+            (config, seconds), *others, (default, default_seconds) = times
+            entry = tuned(asked.problem, version, config=config, seconds=seconds, also=tuple(others[:7]))
+            records.append(replace(entry, default=default, default_seconds=default_seconds))
+        else:
+            named = asked.problem, H200.name, H200.multiprocessors, version
+            records += [Measured(*named, config, "ok", seconds, 1.0, DATE) for config, seconds in times]
+    return records
+
+
+def test_what_is_committed_is_found_and_held(tmp_path: Path) -> None:
+    assert held(committed([tmp_path])) is None
+    records = simulated()
+    store = Store(tmp_path / "store")
+    store.add(record for record in records if isinstance(record, Measured))
+    (tmp_path / "results" / "h200").mkdir(parents=True)
+    store.export(tmp_path / "results" / "h200" / "measured.jsonl")
+    (tmp_path / "results" / "h200" / "operators.json").write_text('{"schema": "another\'s"}')
+    (tmp_path / "tables").mkdir()
+    write_table(tmp_path / "tables" / "nvidia-h200.json", [it for it in records if isinstance(it, Tuned)], "abc", DATE)
+    found = held(committed([tmp_path / "tables", tmp_path / "results"]))
+    assert found is not None and found.problems == 12
+
+
+def test_a_model_that_ranks_badly_is_not_let_through() -> None:
+    with pytest.raises(AssertionError, match="correlation=-"):
+        held(simulated(worst_first=True))
