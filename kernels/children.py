@@ -84,7 +84,8 @@ class _Child:
 
     def begin(self, index: int) -> None:
         self.index, self.begun = index, time.monotonic()
-        self.connection.send(index)
+        with suppress(BrokenPipeError):  # killed while it was idle: there will be no answer either
+            self.connection.send(index)
 
     def end(self) -> int | None:
         """End it with all that it started, if it has not ended; its exit code."""

@@ -15,7 +15,7 @@ import triton
 
 from fastconv.autotune import Caller, Choice, Config, Gpu, Problem, Regime, Space, Version, Work, gpu_named
 from fastconv.autotune import choose as ask
-from fastconv.autotune.choose import TUNE
+from fastconv.autotune.choose import MEASURING, TUNE
 from fastconv.autotune.measure import POLICY
 from fastconv.kernels import mend, ranks
 from fastconv.kernels.conv_rows import Rows
@@ -222,7 +222,7 @@ def ask_for_wishes(wishes: Callable[[], tuple[str, str, str]]) -> None:
 def regime() -> Regime:
     """What choices are made by, for the thread that asks."""
     tune, numerics, prefer = _wishes[0]() if _wishes else ("cached", "fast", "fastest")
-    if tune in ("first", "force"):
+    if tune in MEASURING:
         # Ranks that measured by their own clock would disagree; what is captured must be known.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         tune = "cached" if capturing else ranks.may_measure(tune)

@@ -52,6 +52,15 @@ def test_one_that_crashes_or_hangs_costs_its_call_alone(tmp_path: Path) -> None:
     assert gone(int((tmp_path / "assembler").read_text())), "with what it started"
 
 
+def test_one_that_is_killed_between_two_calls_costs_one_of_them() -> None:
+    results = results_of([os.getpid] * 3, 1, 60.0)
+    _, pid = next(results)
+    os.kill(pid, signal.SIGKILL)
+    assert gone(pid)
+    found = [made for _, made in results]
+    assert found[0] == Ended("crashes (exit code -9)") and isinstance(found[1], int)
+
+
 def test_left_early_they_end() -> None:
     with closing(results_of([os.getpid, partial(time.sleep, 3600)], 2, 60.0)) as results:
         (_, pid) = next(results)
