@@ -1030,7 +1030,8 @@ def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gp
             step_flops=8 * block,
             step_elements=block,
             step_bytes=block * element,
-            dram_bytes=problem.bytes,
+            # A norm's gradient reads the input and the norms too.
+            dram_bytes=problem.bytes * (2 if problem.kind == "lp" and direction == "backward" else 1),
             shared_memory=0,
             registers=64,
             warps=config["num_warps"],

@@ -298,7 +298,9 @@ def _passes(
     if not wanted:
         raise BadUsage(f"--direction {direction!r} is not one of {', '.join(it.name for it in passes)}")
     if config is not None:
-        chosen = [index for index in wanted if passes[index].choice is not None]
+        chosen = [n for n in wanted if passes[n].choice is not None and passes[n].name != "indices"]
+        if not chosen:
+            raise BadUsage(f"{direction} has no tile of its own")
         if len(chosen) != 1:
             names = ", ".join(passes[index].name for index in chosen)
             raise BadUsage(f"a config is one pass's: add --direction, one of {names}")
@@ -312,7 +314,8 @@ def _passes(
         assert it.plan is not None
         why = "; ".join(f"{name}: {reason}" for name, reason in it.plan.reasons)
         raise BadUsage(f"no kernel serves {it.name}: {why or f'{family} is no family of it'}")
-    return [(passes[index], by_choice.get(id(passes[index].choice))) for index in served]
+    # (Indices are found by the forward pass's tile, whose prediction is not theirs.)
+    return [(it, None if it.name == "indices" else by_choice.get(id(it.choice))) for it in (passes[n] for n in served)]
 
 
 def _called(

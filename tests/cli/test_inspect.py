@@ -75,6 +75,10 @@ PIXELS = "inspect conv2d --input 64x64x9x9 --weight 64x64x3x3 --padding 1 --fami
             "BLOCK_M=4096 does not fit a multiprocessor",
         ),
         (f"{CONV} --direction fprop --config BLOCK_M=64 --compare BLOCK_M=64 BLOCK_M=128", "exclude each other"),
+        (
+            "inspect max_pool2d --input 2x8x8x8 --kernel-size 2 --return-indices --direction indices --config LINES=1",
+            "indices has no tile of its own",
+        ),
         (f"{CONV} --act relu", "--act is fused behind batch norm: add --bn or --statistics"),
         (f"{CONV} --bn --act cubic", "activation 'cubic' has no fused form"),
         (f"{CONV} --bn --statistics", "--bn and --statistics exclude each other"),
@@ -142,8 +146,11 @@ def test_passes_are_those_of_a_call() -> None:
     assert names(pool) == ["forward", "backward"]
     indexed = dataclasses.replace(pool, arguments={**pool.arguments, "return_indices": True})
     assert names(indexed) == ["forward", "indices", "backward"]
+    assert [it is None for _, it in _passes(indexed, H200, None, None, None)] == [False, True, False]
     norm = Call("lp_pool1d", (2, 8, 9), None, {"norm_type": 3.0, "kernel_size": 2}, torch.bfloat16)
     assert names(norm) == ["forward", "backward"]
+    for (found, it), moved in zip(_passes(norm, H200, None, None, None), (2 * 8 * 13 * 2, 4 * 8 * 13 * 2), strict=True):
+        assert it is not None and it.work(it.choice.config).dram_bytes == found.bytes == moved
     transposed = Call("conv_transpose1d", (2, 8, 9), (8, 4, 3), {"stride": (2,), "groups": 2}, torch.float32, bias=True)
     assert names(transposed) == ["dgrad", "fprop", "wgrad", "bias"]
 
