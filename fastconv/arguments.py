@@ -33,12 +33,13 @@ def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"{dtype} is not one of float32, float16, bfloat16"
     if x.layout is not torch.strided:
         return f"its layout is {x.layout}"
-    if x.device.type == "cuda" and torch.version.cuda is not None:
+    device = x.device.type
+    if device == "cuda" and torch.version.cuda is not None:
         return None
     # Without data it stands for a tensor of the GPU that is planned for.
-    if x.device.type == "cpu" and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
+    if device == "cpu" and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
-    return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.device.type == "cpu" else "")
+    return f"its device is {device}" + (" (and TRITON_INTERPRET is not set)" if device == "cpu" else "")
 
 
 def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:

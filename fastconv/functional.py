@@ -514,11 +514,12 @@ def conv_norm_act(
 def _autocast_dtype(x: Any) -> torch.dtype | None:
     """What autocast casts a convolution's arguments to, None where it leaves them."""
     # Autocast raises where it knows no such device: meta tensors have none.
-    if not isinstance(x, Tensor) or x.device.type not in ("cuda", "cpu") or x.dtype not in POINTER_TYPES:
+    if not isinstance(x, Tensor) or x.dtype not in POINTER_TYPES:
         return None
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device)
 
 
 def _check_ranks(name: str, rank: int, x: Tensor, weight: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastconv.autograd.conv import implementations
+from fastconv.autograd.operators import implementations
 from fastconv.autotune import Choice
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import Record, decisions, record

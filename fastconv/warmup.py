@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastconv.autograd.conv import implementations
+from fastconv.autograd.operators import implementations
 from fastconv.autotune import Gpu, known_gpus
 from fastconv.autotune.choose import MEASURING
 from fastconv.explain import _rejoin, _shared

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fastconv.autotune.choose import on_change
 from fastconv.kernels import dispatch
-from fastconv.kernels.descriptor import aligned
+from fastconv.kernels.descriptor import ALIGNMENT, start_of
 from fastconv.kernels.launch import Launch, deciding, run
 from fastconv.kernels.tuned import regime
 
@@ -42,6 +43,10 @@ class Call:
     partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
     packed: int = 0  # elements of the second operand as the first launch lays it out for the second
 
+    @cached_property
+    def copied(self) -> bool:
+        return any(self.copies)
+
 
 # Of a call that PyTorch's own op serves: the exception that says so, and its message.
 _calls: dict[tuple[Any, ...], Any] = {}
@@ -60,7 +65,10 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     if deciding():
         return prepare(gpu, operands, *arguments)
     precision = dispatch.fp32_precision(first.dtype)
-    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, aligned(t)) for t in operands])
+    start = start_of(first)
+    kinds = tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, start(t) % ALIGNMENT == 0) for t in operands]
+    )
     key = (prepare, gpu.name, dispatch.single_family(), regime(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:
@@ -85,7 +93,7 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
     out = first.new_empty_strided(call.shape, call.strides)
     if not call.launches:
         return (out.zero_(),)
-    if any(call.copies):
+    if call.copied:
         operands = tuple(
             t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
             for t, strides in zip(operands, call.copies, strict=True)

@@ -1,23 +1,22 @@
 """Convolution's three directions as library operators, and as autograd Functions over them.
 
 fprop, dgrad and wgrad are closed under differentiation: each one's gradients are the other two, so gradients of any
-order exist. The operators ``torch.ops.fastconv.*`` are what torch.compile, torch.export and the profiler see; they
-choose kernel and tile inside, so that sizes never become guards.
+order exist.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
+from fastconv.autograd.operators import Function, operator
 from fastconv.kernels import conv as kernels
 from fastconv.kernels import tuned
 from fastconv.kernels.call import Slower
@@ -26,22 +25,6 @@ from fastconv.kernels.problem import conv_problem
 from fastconv.settings import Values, settings
 
 log = logging.getLogger("fastconv")
-
-_library = torch.library.Library("fastconv", "DEF")
-_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-# What each operator runs, for who calls it on tensors without data: the dispatcher would call the fake one.
-implementations: dict[Any, Callable[..., Any]] = {}
-
-
-def _operator(schema: str, implementation: Any, fake: Any) -> Any:
-    """Define ``fastconv::<schema>``, for every device alike, and return its overload."""
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=_TAGS)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastconv::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.fastconv, name).default
-    implementations[operator] = implementation
-    return operator
 
 
 def _in_force() -> Values:
@@ -198,25 +181,25 @@ def _channel_sum_fake(x):
     return x.new_empty(x.shape[1])
 
 
-conv_fprop = _operator(
+conv_fprop = operator(
     "conv_fprop(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "SymInt groups) -> Tensor",
     _fprop,
     _fprop_fake,
 )
-conv_dgrad = _operator(
+conv_dgrad = operator(
     "conv_dgrad(Tensor dy, Tensor weight, Tensor? bias, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, SymInt groups, bool channels_last) -> Tensor",
     _dgrad,
     _dgrad_fake,
 )
-conv_wgrad = _operator(
+conv_wgrad = operator(
     "conv_wgrad(Tensor x, Tensor dy, SymInt[] filter_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "SymInt groups, int format) -> Tensor",
     _wgrad,
     _wgrad_fake,
 )
-channel_sum = _operator("channel_sum(Tensor x) -> Tensor", kernels.channel_sum, _channel_sum_fake)
+channel_sum = operator("channel_sum(Tensor x) -> Tensor", kernels.channel_sum, _channel_sum_fake)
 
 
 # For torch.utils.flop_counter: in each direction every output pixel meets all of the weight [K, C/groups, filter].
@@ -313,23 +296,26 @@ class Conv(Function):
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        ctx.sizes = x.shape[2:], weight.shape[2:]
-        ctx.arguments = stride, padding[: len(stride)], dilation, groups
-        # PyTorch's rule for both gradients' formats: the input's or else the weight's decides.
-        ctx.formats = _is_channels_last(x, weight), weight_format(weight.shape, weight.stride())
+        # (A saved tensor may come back laid out otherwise: from the CPU, say.)
+        ctx.x, ctx.weight = (x.shape, x.stride()), (weight.shape, weight.stride())
+        ctx.arguments = stride, padding, dilation, groups
         return conv_fprop(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats
+        input_size, filter_size = ctx.x[0][2:], ctx.weight[0][2:]
         stride, padding, dilation, groups = ctx.arguments
+        padding = padding[: len(stride)]
         dx = dw = None
+        # PyTorch's rule for both gradients' formats: the input's or else the weight's decides.
         if need_x:
-            dx = conv_transpose(dy, weight, None, input_size, stride, padding, dilation, groups, dx_format)
+            channels_last = is_channels_last(*ctx.x) or is_channels_last(*ctx.weight)
+            dx = conv_transpose(dy, weight, None, input_size, stride, padding, dilation, groups, channels_last)
         if need_weight:
-            dw = weight_gradient(x, dy, filter_size, stride, padding, dilation, groups, dw_format)
+            format = weight_format(*ctx.weight)
+            dw = weight_gradient(x, dy, filter_size, stride, padding, dilation, groups, format)
         return dx, dw, bias_gradient(dy) if need_bias else None, None, None, None, None
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.autograd.conv import (
@@ -27,12 +26,12 @@ from fastconv.autograd.conv import (
     _fprop,
     _fprop_fake,
     _is_channels_last,
-    _operator,
     _tracked,
     conv,
     conv_transpose,
     weight_gradient,
 )
+from fastconv.autograd.operators import Function, operator
 from fastconv.kernels import batch_norm
 from fastconv.kernels import conv as kernels
 from fastconv.kernels.batch_norm import Activated, as_pixels
@@ -136,23 +135,23 @@ def _batch_norm_act_gradient_fake(dz, *others):
     return dy, dresidual if need_residual else dz.new_empty(0)
 
 
-conv_act = _operator(
+conv_act = operator(
     f"conv_act(Tensor x, Tensor weight, Tensor? bias, {_NORM}, {_CONV}, {_HOW}) -> Tensor", _conv_act, _conv_act_fake
 )
-conv_statistics = _operator(
+conv_statistics = operator(
     f"conv_statistics(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> (Tensor, Tensor, Tensor)",
     _conv_statistics,
     _conv_statistics_fake,
 )
-batch_norm_act = _operator(
+batch_norm_act = operator(
     f"batch_norm_act(Tensor y, {_NORM}, {_HOW}, bool channels_last) -> Tensor", _batch_norm_act, _batch_norm_act_fake
 )
-batch_norm_act_sums = _operator(
+batch_norm_act_sums = operator(
     f"batch_norm_act_sums(Tensor dz, Tensor y, Tensor? z, {_NORM}, {_HOW}) -> Tensor",
     _batch_norm_act_sums,
     _batch_norm_act_sums_fake,
 )
-batch_norm_act_gradient = _operator(
+batch_norm_act_gradient = operator(
     f"batch_norm_act_gradient(Tensor dz, Tensor? y, Tensor? z, {_NORM}, Tensor? sums, SymInt count, {_HOW}, "
     "bool need_residual) -> (Tensor, Tensor)",
     _batch_norm_act_gradient,

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from fastconv.autograd.conv import _fall_back, _operator, _tracked
+from fastconv.autograd.conv import _fall_back, _tracked
+from fastconv.autograd.operators import Function, operator
 from fastconv.kernels import pool as kernels
 from fastconv.kernels.call import Uncovered
 from fastconv.kernels.layout import is_channels_last, strides_like
@@ -253,39 +253,39 @@ def _pytorch_average_pool_backward(dy: Tensor, size: Any, geometry: Any, include
     return function(dy, x, *geometry[:3], ceil, include_padding, divisor or None)
 
 
-max_pool_op = _operator(
+max_pool_op = operator(
     f"max_pool(Tensor x, SymInt[] output_size, {_GEOMETRY}, bool indexed) -> (Tensor, Tensor)",
     _max_pool,
     _max_pool_fake,
 )
-max_pool_backward_op = _operator(
+max_pool_backward_op = operator(
     f"max_pool_backward(Tensor dy, Tensor taps, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
     _max_pool_backward,
     lambda dy, taps, input_size, window, stride, padding, dilation, channels_last: _backward_fake(
         dy, input_size, channels_last
     ),
 )
-max_pool_gather_op = _operator(
+max_pool_gather_op = operator(
     f"max_pool_gather(Tensor taps, Tensor x, {_GEOMETRY}, bool channels_last) -> Tensor",
     _max_pool_gather,
     lambda taps, x, window, stride, padding, dilation, channels_last: x.new_empty_strided(
         taps.shape, strides_like(taps.shape, channels_last)
     ),
 )
-max_pool_indices_op = _operator(
+max_pool_indices_op = operator(
     f"max_pool_indices(Tensor taps, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
     _max_pool_indices,
     lambda taps, input_size, window, stride, padding, dilation, channels_last: taps.new_empty_strided(
         taps.shape, strides_like(taps.shape, channels_last), dtype=torch.int64
     ),
 )
-average_pool_op = _operator(
+average_pool_op = operator(
     "average_pool(Tensor x, SymInt[] output_size, SymInt[] window, SymInt[] stride, SymInt[] padding, "
     "bool include_padding, SymInt divisor) -> Tensor",
     _average_pool,
     _average_pool_fake,
 )
-average_pool_backward_op = _operator(
+average_pool_backward_op = operator(
     "average_pool_backward(Tensor dy, SymInt[] input_size, SymInt[] window, SymInt[] stride, SymInt[] padding, "
     "bool include_padding, SymInt divisor, bool channels_last) -> Tensor",
     _average_pool_backward,
@@ -293,12 +293,12 @@ average_pool_backward_op = _operator(
         dy, input_size, channels_last
     ),
 )
-lp_pool_op = _operator(
+lp_pool_op = operator(
     "lp_pool(Tensor x, SymInt[] output_size, SymInt[] window, SymInt[] stride, float norm) -> Tensor",
     _lp_pool,
     _lp_pool_fake,
 )
-lp_pool_backward_op = _operator(
+lp_pool_backward_op = operator(
     "lp_pool_backward(Tensor dy, Tensor y, Tensor x, SymInt[] window, SymInt[] stride, float norm, "
     "bool channels_last) -> Tensor",
     _lp_pool_backward,

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from fastconv.autotune.gpus import H200
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels import launch as launches
+from fastconv.kernels.compile import _Driver
 from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.problem import conv_problem
 
@@ -23,14 +26,18 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launches, "_loaded", set())
+    monkeypatch.setattr(driver, "_active", _Driver(90))
 
 
 class Binary(CompiledKernel):
+    packed_metadata, function, run = "metadata", "function", None
+
     def __init__(self, made: list[tuple[Any, ...]]) -> None:
+        self.run = lambda *arguments: made.append(("again", *arguments))
         self.made = made
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments: self.made.append(("again", grid, *arguments))
+        return lambda *arguments: self.made.append(("hooked", grid, *arguments))
 
 
 class Kernel:
@@ -54,8 +61,19 @@ def test_the_binary_is_kept_and_gets_every_argument_in_the_kernels_order(on_gpu:
     for _ in range(3):
         run(launch, x, None)
     named = {"ACT": len, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    again = ("again", (7, 2, 1), x, None, 4, 0.5, 64, len)
+    again = ("again", 7, 2, 1, 0, "function", "metadata", None, None, None, x, None, 4, 0.5, 64, len)
     assert kernel.made == [("first", (7, 2, 1), x, None, 4, 0.5, named), again, again]
+
+
+def test_whoever_hooks_launches_is_told_of_those_made_again(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Kernel(), torch.zeros(4)
+    launch = Launch(kernel, (7, 2, 1), ("*fp32", None), (4, 0.5), {"ACT": len, "BLOCK": 64}, 4, 3)
+    run(launch, x, None)
+    for hooks in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        with monkeypatch.context() as patch:
+            patch.setattr(hooks, "calls", [print])
+            run(launch, x, None)
+    assert kernel.made[1:] == [("hooked", (7, 2, 1), x, None, 4, 0.5, 64, len)] * 2
 
 
 def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,10 +93,6 @@ def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch
 @pytest.mark.compile
 @pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
 def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver
-
-    from fastconv.kernels.compile import _Driver
-
     given: list[tuple[Any, ...]] = []
 
     def ready(binary: CompiledKernel) -> None:
@@ -86,7 +100,6 @@ def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkey
         binary._run = lambda *arguments: given.append(arguments)
 
     monkeypatch.setattr(CompiledKernel, "_init_handles", ready)
-    monkeypatch.setattr(driver, "_active", _Driver(90))
     problem = conv_problem((2, 16, 8, 8), (16, 16, 3, 3), None, (1, 1), (1,) * 4, (1, 1), 1, torch.bfloat16)
     with dispatch.only_family("gather"):
         (launch,) = dispatch.plan("fprop", problem, H200).launches
@@ -94,5 +107,6 @@ def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkey
     for _ in range(2):
         run(launch, x, w, *(None,) * 7, y, None, None, None)
     # (Of its metadata, the seventh, each launch has a copy.)
-    first, again = ((*arguments[:6], *arguments[7:]) for arguments in given)
-    assert first == again and first[:3] == launch.grid and len(first) == 8 + len(launch.kernel.arg_names)
+    # (And of its hooks, which nobody has set, the second is not told.)
+    first, again = ((*arguments[:6], *arguments[9:]) for arguments in given)
+    assert first == again and first[:3] == launch.grid and len(first) == 6 + len(launch.kernel.arg_names)
