@@ -6,9 +6,9 @@ for none: only taps inside are walked, one bulk copy brings each one's channels,
 y once each; taps re-read x from L2.
 
 dgrad is the same walk over the taps of its pixel's stride phase (`conv_gather.walk`); a pixel that no tap meets is
-written too. Two things save what L2 would have to give. Of few images a box holds several neighbours of a row. And two
-pixels of a row share all but one of the columns that S taps meet, and the taps: S + 1 boxes of x and S of w feed 2 S
-products.
+written too. Two things save what L2 would have to give. Of few images a box holds several neighbours of a row; under a
+stride of two, neighbours of one parity, which is an axis of its own in the strided operand's view. And two pixels of a
+row share all but one of the columns that S taps meet, and the taps: S + 1 boxes of x and S of w feed 2 S products.
 
 The product is [BLOCK_K, images], so that few images still fill the tensor cores, whose tiles have at least 64 rows, and
 a thread holds few of a channel's numbers in the epilogue: 128x128 fits twice on a multiprocessor with any. Images past
@@ -36,7 +36,7 @@ def taps_inside(
     index, SIZE, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr, PIXELS: tl.constexpr
 ):
     """Output ``index`` of one axis and its taps that fall inside the source of SIZE pixels, j from 0 to count:
-    source = base + j * hop; tap of the filter = tap + j * skip. Of PIXELS neighbours, of stride 1, the first one's base
+    source = base + j * hop; tap of the filter = tap + j * skip. Of PIXELS neighbours of one phase the first one's base,
     and the taps inside for any of them.
 
     Returns (base, hop, tap, skip, count).
@@ -48,7 +48,7 @@ def taps_inside(
         low, high, distance = base - SIZE + 1, base + PIXELS - 1, -hop
     else:
         base += index * move
-        low, high, distance = 1 - PIXELS - base, SIZE - 1 - base, hop
+        low, high, distance = (1 - PIXELS) * STRIDE - base, SIZE - 1 - base, hop
     # Quotients of what is not negative alone: negative ones are rounded towards 0.
     begin = (tl.maximum(low, 0) + distance - 1) // distance
     end = tl.where(high < 0, 0, tl.minimum(tl.maximum(high, 0) // distance + 1, taps))
@@ -56,9 +56,11 @@ def taps_inside(
 
 
 @triton.jit
-def read(view, d, h, w, n, c, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS]: pixels of a row from w on, images of each from n on; channels from c on."""
-    if RANK == 3:
+def read(view, d, h, w, n, c, RANK: tl.constexpr, PARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS]: pixels of a row from w on, of its PARITY alone, images of each from n on; channels from c on."""
+    if PARITY:
+        box = view.load([h, w & 1, w >> 1, n, c])
+    elif RANK == 3:
         box = view.load([d, h, w, n, c])
     else:
         box = view.load([h, w, n, c])
@@ -82,6 +84,7 @@ def finish_pixels(
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
     RANK: tl.constexpr,
+    PARITY: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,9 +105,11 @@ def finish_pixels(
         acc = normalise(acc, channel, mask_k, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     added = None
     if residual is not None:
-        added = read(residual, d, h, w, n, group * K + k, RANK, PIXELS * BLOCK_N, BLOCK_K).to(tl.float32)
+        added = read(residual, d, h, w, n, group * K + k, RANK, PARITY, PIXELS * BLOCK_N, BLOCK_K).to(tl.float32)
     acc = activated(acc, added, channel, mask_k, slope_ptr, a, b, ACT, RESIDUAL_AFTER)
-    if RANK == 3:
+    if PARITY:
+        y.store([h, w & 1, w >> 1, n, group * K + k], tl.reshape(acc.to(y.dtype), (1, 1, PIXELS, BLOCK_N, BLOCK_K)))
+    elif RANK == 3:
         y.store([d, h, w, n, group * K + k], tl.reshape(acc.to(y.dtype), (1, 1, PIXELS, BLOCK_N, BLOCK_K)))
     else:
         y.store([h, w, n, group * K + k], tl.reshape(acc.to(y.dtype), (1, PIXELS, BLOCK_N, BLOCK_K)))
@@ -119,13 +124,13 @@ def finish_pixels(
     ]
 )  # fmt: skip
 def conv_pixels_kernel(
-    x,  # [D, H, W, N, groups * C], without D in rank 2: the input (fprop) or the output's gradient (dgrad)
+    x,  # [D, H, W, N, groups * C], without D in rank 2: the input (fprop) or the output's gradient (dgrad); see PARITY
     w,  # [taps, channels of the output, input channels of a group]
     bias_ptr,  # [groups * K], as the next five: absent where the epilogue has no use for them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
     residual,  # as y
-    y,  # [O, P, Q, N, groups * K], without O in rank 2
+    y,  # [O, P, Q, N, groups * K], without O in rank 2; see PARITY
     tile_count_ptr,  # [tiles of BLOCK_N images of one pixel]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, groups * K]
     N, D, H, W,
@@ -142,7 +147,8 @@ def conv_pixels_kernel(
     a, b,  # of the activation
     RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
     DGRAD: tl.constexpr,
-    PIXELS: tl.constexpr,  # neighbours in a row that a box holds, of a stride of 1; each has BLOCK_N rows of a product
+    PIXELS: tl.constexpr,  # neighbours in a row that a box holds; each has BLOCK_N rows of a product
+    PARITY: tl.constexpr,  # a stride of two: x (fprop) or y (dgrad) is [H, 2, W / 2, N, C], a box of one parity
     ROW: tl.constexpr,  # taps of a filter row, of dilation 1, that two products share; 0: one product
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
     ACT: tl.constexpr,
@@ -153,6 +159,8 @@ def conv_pixels_kernel(
 ):  # fmt: skip
     ROWS: tl.constexpr = PIXELS * BLOCK_N
     WIDTH: tl.constexpr = 2 if ROW else PIXELS
+    X_PARITY: tl.constexpr = PARITY and not DGRAD
+    Y_PARITY: tl.constexpr = PARITY and DGRAD
     # Channel tiles fastest, then groups and the pixels of a row, images last: x comes from DRAM once and whole pages at
     # a time, and what a row of the filter spans stays in L2.
     pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -160,8 +168,14 @@ def conv_pixels_kernel(
     k = pid % k_tiles * BLOCK_K
     group = pid // k_tiles % tl.num_programs(1)
     tile = pid // k_tiles // tl.num_programs(1)
-    columns = tl.cdiv(Q, WIDTH)
-    q = tile % columns * WIDTH
+    if Y_PARITY:
+        columns = 2 * tl.cdiv(Q, 2 * PIXELS)
+        column = tile % columns
+        q = column // 2 * 2 * PIXELS + column % 2
+    else:
+        columns = tl.cdiv(Q, WIDTH)
+        q = tile % columns * WIDTH
+    part = tile % columns
     n = tile // columns
     p = n % P
     n = n // P
@@ -196,9 +210,9 @@ def conv_pixels_kernel(
                 index = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * ROW
                 x_d = d + t * hop_d
                 x_h = h + r * hop_h
-                x_near = read(x, x_d, x_h, column, n, x_c + c, RANK, ROWS, BLOCK_C)
+                x_near = read(x, x_d, x_h, column, n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
                 for s in tl.static_range(ROW):
-                    x_far = read(x, x_d, x_h, column + TURN * (s + 1), n, x_c + c, RANK, ROWS, BLOCK_C)
+                    x_far = read(x, x_d, x_h, column + TURN * (s + 1), n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
                     w_step = read_weight(w, index + s, w_k, w_c + c, DGRAD, BLOCK_K, BLOCK_C)
                     acc = tl.dot(w_step, x_near.T, acc, input_precision=PRECISION)
                     far = tl.dot(w_step, x_far.T, far, input_precision=PRECISION)
@@ -221,7 +235,8 @@ def conv_pixels_kernel(
             c, s, r, t = 0, 0, 0, 0
             for _ in range(steps):
                 index = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * S + tap_w + s * skip_w
-                x_step = read(x, d + t * hop_d, h + r * hop_h, column + s * hop_w, n, x_c + c, RANK, ROWS, BLOCK_C)
+                at = column + s * hop_w
+                x_step = read(x, d + t * hop_d, h + r * hop_h, at, n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
                 w_step = read_weight(w, index, w_k, w_c + c, DGRAD, BLOCK_K, BLOCK_C)
                 acc = tl.dot(w_step, x_step.T, acc, input_precision=PRECISION)
                 # Carried counters: a division a step costs more than the step's other arithmetic.
@@ -240,6 +255,7 @@ def conv_pixels_kernel(
     rows = tl.arange(0, ROWS)
     mask_n = n + rows % BLOCK_N < N
     tile = (n // BLOCK_N * O + o if RANK == 3 else n // BLOCK_N) * P + p
+    MOVE: tl.constexpr = 2 if Y_PARITY else 1
     if ROW:
         tile = tile * columns * 2 + q
         for i in tl.static_range(2):
@@ -248,14 +264,14 @@ def conv_pixels_kernel(
                 (acc if i == NEAR else far).T, o, p, q + i, n, k, mask_n & (q + i < Q), tile + i, group, K,
                 bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
                 tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
-                ACT, RESIDUAL_AFTER, RANK, PIXELS, BLOCK_N, BLOCK_K,
+                ACT, RESIDUAL_AFTER, RANK, Y_PARITY, PIXELS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         finish_pixels(
-            acc.T, o, p, q, n, k, mask_n & (q + rows // BLOCK_N < Q), tile * columns + q // PIXELS, group, K,
+            acc.T, o, p, q, n, k, mask_n & (q + rows // BLOCK_N * MOVE < Q), tile * columns + part, group, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
             tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
-            ACT, RESIDUAL_AFTER, RANK, PIXELS, BLOCK_N, BLOCK_K,
+            ACT, RESIDUAL_AFTER, RANK, Y_PARITY, PIXELS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -272,9 +288,12 @@ def taps_walked(direction: str, problem: ConvProblem, pixels: int, pairs: int) -
             values[axis] for values in (lifted.filter_size, lifted.stride, lifted.padding, lifted.dilation)
         )
         met = 0
-        for first in range(0, size[axis], width := pixels if axis == 2 else 1):
+        width = pixels if axis == 2 else 1
+        move = stride if direction == "dgrad" and width > 1 else 1
+        groups = [range(i, i + width * move, move) for i in range(size[axis]) if i // move % width == 0]
+        for group in groups:
             for tap in range(r):
-                for i in range(first, first + width):
+                for i in group:
                     if direction == "dgrad":
                         at, rest = divmod(i + padding - tap * dilation, stride)
                     else:
@@ -282,20 +301,44 @@ def taps_walked(direction: str, problem: ConvProblem, pixels: int, pairs: int) -
                     if rest == 0 and 0 <= at < source[axis]:
                         met += 1
                         break
-        walked *= met / -(-size[axis] // width)
+        walked *= met / len(groups)
     return walked
 
 
+def has_parities(problem: ConvProblem) -> bool:
+    """Whether a box can hold neighbours in spite of a stride: of two, over an axis that either parity has half of."""
+    lifted = problem.lifted
+    return lifted.stride[2] == 2 and lifted.input_size[2] % 2 == 0 and problem.rank < 3
+
+
+def boxes_of_row(direction: str, problem: ConvProblem, pixels: int) -> int:
+    """Boxes of ``pixels`` neighbours that a row of results takes."""
+    size, parities = problem.output_size[-1], 1
+    if direction == "dgrad":
+        size, parities = problem.input_size[-1], problem.stride[-1] if pixels > 1 else 1
+    return parities * triton.cdiv(size, parities * pixels)
+
+
 def pixel_view(
-    problem: ConvProblem, shape: tuple[int, ...], strides: Strides, images: int, channels: int, pixels: int = 1
+    problem: ConvProblem,
+    shape: tuple[int, ...],
+    strides: Strides,
+    images: int,
+    channels: int,
+    pixels: int = 1,
+    parity: bool = False,
 ) -> Descriptor:
     """An operand of ``problem.lifted``, [N, C, D, H, W], as [D, H, W, N, C] without D in ranks 1 and 2; a box is
-    ``images`` x ``channels`` of ``pixels`` neighbours in a row."""
+    ``images`` x ``channels`` of ``pixels`` neighbours in a row. ``parity``: as [H, 2, W / 2, N, C], neighbours of one
+    parity."""
     n, c, *size = shape
     first = 3 - max(problem.rank, 2)
     # An axis of size one may have any stride, of which 0 is not said to be allowed.
     steps = tuple(step or pitch(c, problem.dtype) for step in (*strides[1 + first :], strides[0]))
     box = (*(1,) * (2 - first), pixels, images, channels)
+    if parity:
+        size[-1:], box = [2, size[-1] // 2], (1, *box)
+        steps = (*steps[:-1], 2 * steps[-2], steps[-1])
     return Descriptor(problem.dtype, (*size[first:], n, c), (*steps, 1), box)
 
 
@@ -322,21 +365,26 @@ def conv_pixels(
     c, k = x_shape[1] // groups, y_shape[1] // groups
     block_n, block_k, block_c = config["BLOCK_N"], config["BLOCK_K"], config["BLOCK_C"]
     pixels, pairs = config["PIXELS"], config["PAIRS"]
-    # A box of neighbours has a stride of 1; a pair shares the columns that the taps of a row meet.
-    assert lifted.stride[2] == 1 or (pixels, pairs) == (1, 0)
+    parity = pixels > 1 and lifted.stride[2] > 1
+    # A pair shares the columns that the taps of a row meet.
+    assert not parity or has_parities(problem)
+    assert not pairs or lifted.stride[2] == 1
     assert not pairs or (pairs, pixels, lifted.dilation[2]) == (lifted.filter_size[2], 1, 1)
     element = pointer_type(problem.dtype)
-    y = pixel_view(problem, y_shape, y_strides or dense_strides(y_shape), block_n, block_k, pixels)
+    y = pixel_view(problem, y_shape, y_strides or dense_strides(y_shape), block_n, block_k, pixels, parity and dgrad)
     filters, channels, *_ = lifted.weight_shape
     step = pitch(channels, problem.dtype)
-    o, p, q = y_shape[2:]
-    tiles = triton.cdiv(problem.batch, block_n) * o * p * triton.cdiv(q, 2 if pairs else pixels)
+    o, p, _ = y_shape[2:]
+    columns = boxes_of_row(direction, problem, 2 if pairs else pixels)
+    tiles = triton.cdiv(problem.batch, block_n) * o * p * columns
     gcds, inverses = lifted.phases
     return Launch(
         kernel=conv_pixels_kernel,
         grid=(tiles * triton.cdiv(k, block_k), groups, 1),
         pointers=(
-            pixel_view(problem, x_shape, x_strides or dense_strides(x_shape), block_n, block_c, pixels),
+            pixel_view(
+                problem, x_shape, x_strides or dense_strides(x_shape), block_n, block_c, pixels, parity and not dgrad
+            ),
             Descriptor(
                 problem.dtype,
                 (problem.taps, filters, channels),
@@ -367,6 +415,7 @@ def conv_pixels(
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
             "PIXELS": pixels,
+            "PARITY": parity,
             "ROW": pairs,
             "PRECISION": precision,
             "ACT": ACTIVATIONS[epilogue.act].forward,

@@ -119,10 +119,10 @@ def conv_pixels_wgrad_kernel(
             w = y_q * stride_w + tap_w
             x_steps = ()  # type: tuple[tl.tensor, ...]
             for i in tl.static_range(COLUMNS + TAPS - 1):
-                x_steps = x_steps + (read(x, d, h, w + i * dilation_w, n, c, RANK, BLOCK_N, BLOCK_C),)
+                x_steps = x_steps + (read(x, d, h, w + i * dilation_w, n, c, RANK, False, BLOCK_N, BLOCK_C),)
             sums = ()  # type: tuple[tl.tensor, ...]
             for column in tl.static_range(COLUMNS):
-                dy_step = read(dy, y_o, y_p, y_q + column, n, k, RANK, BLOCK_N, BLOCK_K).T
+                dy_step = read(dy, y_o, y_p, y_q + column, n, k, RANK, False, BLOCK_N, BLOCK_K).T
                 for i in tl.static_range(TAPS):
                     sums = sums + (tl.dot(dy_step, x_steps[column + i], acc[column * TAPS + i]),)
             acc = sums

@@ -128,7 +128,7 @@ def conv_row_boxes_kernel(
             acc[i], o, p, q, n, k, mask_n & (q < Q), tile + q, 0, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
             tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
-            ACT, RESIDUAL_AFTER, RANK, 1, BLOCK_N, BLOCK_K,
+            ACT, RESIDUAL_AFTER, RANK, False, 1, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fastconv.autotune.cost_model import predict_pass
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_gemm import LINE, resident, resident_bytes, walkers
-from fastconv.kernels.conv_pixels import taps_walked
+from fastconv.kernels.conv_pixels import boxes_of_row, has_parities, taps_walked
 from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_spatial import rectangles
@@ -580,7 +580,7 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
     def work(config: Config) -> Work:
         n, m, pixels, pairs = (config[name] for name in ("BLOCK_N", "BLOCK_K", "PIXELS", "PAIRS"))
         depth, rows = config["BLOCK_C"], n * pixels
-        columns = _cdiv(size[2], 2 if pairs else pixels)
+        columns = boxes_of_row(direction, problem, 2 if pairs else pixels)
         boxes = (shared + 1) * rows + shared * m if pairs else rows + m
         accumulators = rows * m * (2 if pairs else 1) // (32 * config["num_warps"])
         image = n * source[2] * c * groups * element
@@ -608,7 +608,7 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
     narrow = {"BLOCK_N": tuple(n for n in space.ranges["BLOCK_N"] if n < 2 * problem.batch)}
     if k <= 64 or groups > 1:
         narrow["BLOCK_K"] = (64,)
-    if lifted.stride[2] > 1:
+    if lifted.stride[2] > 1 and not has_parities(problem):
         narrow["PIXELS"] = (1,)
     # In tensor memory Triton gives each product of a pair's step room of its own, to which the sum goes by registers.
     paired = gpu.wgmma and lifted.stride[2] == lifted.dilation[2] == 1
