@@ -35,9 +35,10 @@ setup:
 
 test: test-fast test-compile test-slow
 
-# of another Triton what depends on it most
+# of another Triton a sample of what depends on it most
 test-fast: setup
-	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow" $(if $(TRITON),tests/kernels)
+	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow" \
+		$(if $(TRITON),tests/kernels --sample)
 
 test-compile: setup
 	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m "compile and not slow" $(if $(TRITON),$(COMPILED))
