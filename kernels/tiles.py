@@ -258,6 +258,11 @@ GEMM_RESIDENT = Space(
         None if config["BLOCK_M"] * config["BLOCK_K"] == 128 * 128 else "a binary that few layers would share"
     ),
 )
+# Of results that are stored one element at a time larger tiles spill on one version of the compiler or another.
+GEMM_RESIDENT_SINGLE = Space(
+    "conv_gemm_resident_single",
+    {**GEMM_RESIDENT.ranges, "BLOCK_M": (64,), "BLOCK_K": (64,), "num_warps": (4,)},
+)
 GEMM_WGRAD = Space(
     "conv_gemm_wgrad",
     {
@@ -630,6 +635,8 @@ def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
     # Of x what any tap meets; strides leave out the rest.
     met = prod(map(min, problem.input_size, map(mul, problem.output_size, problem.filter_size)))
     operands = problem.batch * (met * problem.in_channels + prod(problem.output_size) * problem.out_channels) * element
+    # Results that are stored one element at a time have addresses of their own: of three taps 128x128 spills.
+    single = 24 if vector(problem.dtype, c, k) == 1 else 0
     # A tap's outputs on the axes that taps do not share, on average.
     lines = 1.0
     for axis, taps in enumerate(problem.filter_size[:-1]):
@@ -653,7 +660,7 @@ def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
             step_bytes=(columns * _cdiv(k, k_tiles) + pixels * _cdiv(c, c_tiles)) * config["BLOCK_N"] * element,
             dram_bytes=passes * operands + weight * element,
             shared_memory=config["num_stages"] * _pixels_wgrad_step(config) * element,
-            registers=40 + m * n * products // (32 * config["num_warps"]),
+            registers=40 + m * n * products // (32 * config["num_warps"]) + single,
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=matrix_share(problem.dtype, "ieee"),
@@ -716,12 +723,10 @@ def _gemm(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Ask
             extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
         )
 
-    width = {"BLOCK_C": LINE // element}
-    if stays and gpu.tcgen05 and _single(problem, k):
-        # (Of 256x64 an epilogue whose elements are stored one by one spills on Blackwell.)
-        width["BLOCK_K"] = 128
-    space = _fitting(GEMM_RESIDENT if stays else GEMM, BLOCK_K=max(k, width.get("BLOCK_K", 0)))
-    return space, (direction, problem, precision), work, gpu, width
+    space = _fitting(GEMM_RESIDENT if stays else GEMM, BLOCK_K=k)
+    if vector(problem.dtype, k) == 1:
+        space = GEMM_RESIDENT_SINGLE if stays else _fitting(GEMM, BLOCK_K=min(k, 128))
+    return space, (direction, problem, precision), work, gpu, {"BLOCK_C": LINE // element}
 
 
 def gemm_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
@@ -752,7 +757,9 @@ def _gemm_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
 
     # Beside a wider side one of 64 may be half of 128, which reads the wider one's operand half as often.
     least = 128 if max(c, k) > 64 else 64
-    return _fitting(GEMM_WGRAD, BLOCK_K=max(k, least), BLOCK_C=max(c, least)), problem, work, gpu, {}
+    # (128x256 spills where results are stored one element at a time.)
+    most = max(c, least) if vector(problem.dtype, c) > 1 else least
+    return _fitting(GEMM_WGRAD, BLOCK_K=max(k, least), BLOCK_C=most), problem, work, gpu, {}
 
 
 def spatial_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Choice:
