@@ -10,6 +10,9 @@ written too. Two things save what L2 would have to give. Of few images a box hol
 stride of two, neighbours of one parity, which is an axis of its own in the strided operand's view. And two pixels of a
 row share all but one of the columns that S taps meet, and the taps: S + 1 boxes of x and S of w feed 2 S products.
 
+Where registers allow, each product of a pair's step has a sum of its own: after one that another adds to wgmma waits,
+and tcgen05 moves the sum through registers.
+
 The product is [BLOCK_K, images], so that few images still fill the tensor cores, whose tiles have at least 64 rows, and
 a thread holds few of a channel's numbers in the epilogue: 128x128 fits twice on a multiprocessor with any. Images past
 the batch and channels past the last are read as 0 and not written; only statistics need a mask.
@@ -150,6 +153,7 @@ def conv_pixels_kernel(
     PIXELS: tl.constexpr,  # neighbours in a row that a box holds; each has BLOCK_N rows of a product
     PARITY: tl.constexpr,  # a stride of two: x (fprop) or y (dgrad) is [H, 2, W / 2, N, C], a box of one parity
     ROW: tl.constexpr,  # taps of a filter row, of dilation 1, that two products share; 0: one product
+    SUMS: tl.constexpr,  # of each of these two: as many as taps, or one
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,  # the activation
@@ -200,7 +204,10 @@ def conv_pixels_kernel(
     NEAR: tl.constexpr = 1 if DGRAD else 0
     if ROW:
         TURN: tl.constexpr = -1 if DGRAD else 1
-        far = tl.zeros((BLOCK_K, ROWS), dtype=tl.float32)
+        # (Triton would evaluate annotations.)
+        sums = ()  # type: tuple[tl.tensor, ...]
+        for _i in tl.static_range(2 * SUMS):
+            sums = sums + (tl.zeros((BLOCK_K, ROWS), dtype=tl.float32),)
         column = q + NEAR - TURN * padding_w
         steps = taps_d * taps_h * tl.cdiv(C, BLOCK_C)
         # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
@@ -214,8 +221,9 @@ def conv_pixels_kernel(
                 for s in tl.static_range(ROW):
                     x_far = read(x, x_d, x_h, column + TURN * (s + 1), n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
                     w_step = read_weight(w, index + s, w_k, w_c + c, DGRAD, BLOCK_K, BLOCK_C)
-                    acc = tl.dot(w_step, x_near.T, acc, input_precision=PRECISION)
-                    far = tl.dot(w_step, x_far.T, far, input_precision=PRECISION)
+                    near = tl.dot(w_step, x_near.T, sums[0], input_precision=PRECISION)
+                    far = tl.dot(w_step, x_far.T, sums[1], input_precision=PRECISION)
+                    sums = sums[2:] + (near, far)
                     x_near = x_far
                 c += BLOCK_C
                 carry = c >= C
@@ -225,6 +233,10 @@ def conv_pixels_kernel(
                     carry = r >= taps_h
                     r = tl.where(carry, 0, r)
                     t = tl.where(carry, t + 1, t)
+        acc, far = sums[0], sums[1]
+        for i in tl.static_range(1, SUMS):
+            acc += sums[2 * i]
+            far += sums[2 * i + 1]
     else:
         column, hop_w, tap_w, skip_w, taps_w = taps_inside(
             q, W, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD, PIXELS
@@ -273,6 +285,14 @@ def conv_pixels_kernel(
             tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
             ACT, RESIDUAL_AFTER, RANK, Y_PARITY, PIXELS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+
+
+def sums_of(config: Config) -> int:
+    """Sums that a program has for each of its pixels: with eight warps up to 192 registers a thread, or all but a
+    fourth of tensor memory."""
+    pairs = config["PAIRS"]
+    separate = 2 * pairs * config["PIXELS"] * config["BLOCK_N"] * config["BLOCK_K"] <= 6 * 64 * 128
+    return pairs if pairs and separate else 1
 
 
 @cache
@@ -417,6 +437,7 @@ def conv_pixels(
             "PIXELS": pixels,
             "PARITY": parity,
             "ROW": pairs,
+            "SUMS": sums_of(config),
             "PRECISION": precision,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,

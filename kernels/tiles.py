@@ -16,7 +16,7 @@ from fastconv.autotune.cost_model import predict_pass
 from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, outputs_of, row_schedule, strips
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_gemm import LINE, resident, resident_bytes, walkers
-from fastconv.kernels.conv_pixels import boxes_of_row, has_parities, taps_walked
+from fastconv.kernels.conv_pixels import boxes_of_row, has_parities, sums_of, taps_walked
 from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_spatial import rectangles
@@ -102,10 +102,9 @@ WGRAD = Space(
 WGRAD_DENSE = Space("conv_wgrad_dense", WGRAD.ranges, _wgrad_tile)
 # (images of all pixels of a box, BLOCK_K, PAIRS) of the pixel GEMM -> its warps and stages. Of a byte from L2 128x128
 # makes 64 FLOP, 128x64 and 64x128 make 43, 128x256 makes 85; pairs of three taps of the first make 110, of the others
-# 70 and 77, of five taps of the third 80. (256x128 spills with the largest epilogue on one version of the compiler, in
-# fp32 128x256 too. Of a pair's step wgmma waits after each product that another one adds to: it is for where L2 bounds.
-# Of five taps 128x64 takes 254 registers on one version, 128x128 leaves room for one step on its way alone, as seven
-# taps do; these in steps of half the depth wait after 12 of 14 wgmmas.)
+# 70, 77 and 55, of five taps of the last two 80 and 58. (256x128 spills with the largest epilogue on one version of the
+# compiler, in fp32 128x256 too. Of five taps 128x64 takes 254 registers on one version, 128x128 leaves room for one
+# step on its way alone, as seven taps do; these in steps of half the depth wait after 12 of 14 wgmmas.)
 PIXELS_TILES = {
     (128, 128, 0): (8, 3),
     (128, 64, 0): (4, 4),
@@ -118,14 +117,17 @@ PIXELS_TILES = {
     (256, 64, 0): (8, 3),
     (128, 256, 0): (8, 3),
     (128, 128, 3): (8, 3),
-    (128, 64, 3): (4, 4),
+    (128, 64, 3): (8, 4),
     (64, 128, 3): (8, 4),
+    (64, 64, 3): (4, 4),
     (64, 128, 5): (8, 3),
+    (64, 64, 5): (8, 4),
 }
 
 
-def _pixels_tile(line: int) -> Callable[[Config], str | None]:
-    """A tile of the pixel GEMM. A box is as wide as a line of shared memory, ``line`` elements; of pairs half of it."""
+def _pixels_tile(line: int, chains: bool = True) -> Callable[[Config], str | None]:
+    """A tile of the pixel GEMM. A box is as wide as a line of shared memory, ``line`` elements; of pairs half of it.
+    ``chains``: products of a pair's step may add to each other's sums."""
 
     def valid(config: Config) -> str | None:
         pixels, pairs = config["PIXELS"], config["PAIRS"]
@@ -134,6 +136,8 @@ def _pixels_tile(line: int) -> Callable[[Config], str | None]:
             return f"{images} rows of several pixels, not 128"
         if pixels > 1 and pairs:
             return "pairs of several pixels, which would compute most of them twice"
+        if pairs and not chains and sums_of(config) == 1:
+            return "pairs whose sums would move through registers from one product to the next"
         if config["BLOCK_C"] != (line // 2 if pairs else line):
             return "boxes of another width than a line of shared memory, or half of one for pairs"
         if PIXELS_TILES.get((images, config["BLOCK_K"], pairs)) != (config["num_warps"], config["num_stages"]):
@@ -156,6 +160,7 @@ CONV_PIXELS = Space(
     },
     _pixels_tile(64),
 )
+CONV_PIXELS_TCGEN05 = replace(CONV_PIXELS, valid=_pixels_tile(64, chains=False))
 CONV_PIXELS_FP32 = Space(
     "conv_pixels_fp32", {**CONV_PIXELS.ranges, "BLOCK_K": (128, 64), "PAIRS": (0,)}, _pixels_tile(32)
 )
@@ -587,7 +592,7 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
         depth, rows = config["BLOCK_C"], n * pixels
         columns = boxes_of_row(direction, problem, 2 if pairs else pixels)
         boxes = (shared + 1) * rows + shared * m if pairs else rows + m
-        accumulators = rows * m * (2 if pairs else 1) // (32 * config["num_warps"])
+        accumulators = rows * m * sums_of(config) * (2 if pairs else 1) // (32 * config["num_warps"])
         image = n * source[2] * c * groups * element
         again = 1
         if spans[1] * image > gpu.l2_bytes // 2:
@@ -608,15 +613,16 @@ def _pixels(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> A
             matrix_share=share,
         )
 
-    space = CONV_PIXELS if element == 2 else CONV_PIXELS_FP32
+    space = CONV_PIXELS_TCGEN05 if gpu.tcgen05 else CONV_PIXELS
+    if element > 2:
+        space = CONV_PIXELS_FP32
     # Near the best there may be a box that leaves half of its images empty.
     narrow = {"BLOCK_N": tuple(n for n in space.ranges["BLOCK_N"] if n < 2 * problem.batch)}
     if k <= 64 or groups > 1:
         narrow["BLOCK_K"] = (64,)
     if lifted.stride[2] > 1 and not has_parities(problem):
         narrow["PIXELS"] = (1,)
-    # In tensor memory Triton gives each product of a pair's step room of its own, to which the sum goes by registers.
-    paired = gpu.wgmma and lifted.stride[2] == lifted.dilation[2] == 1
+    paired = lifted.stride[2] == lifted.dilation[2] == 1
     narrow["PAIRS"] = tuple(taps for taps in space.ranges["PAIRS"] if taps in (0, paired * shared))
     space = replace(space, ranges={**space.ranges, **narrow})
     return space, (direction, problem, precision), work, gpu, {}

@@ -23,7 +23,7 @@ from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import pointer_type
 from fastconv.kernels.problem import ConvProblem
-from fastconv.kernels.tiles import CONV_PIXELS, CONV_PIXELS_FP32
+from fastconv.kernels.tiles import CONV_PIXELS, CONV_PIXELS_FP32, CONV_PIXELS_TCGEN05
 
 pytestmark = COMPILING
 
@@ -96,7 +96,8 @@ def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
     if exact:
         space, forms = CONV_PIXELS_FP32, ((square, "fprop", inference),)
     else:
-        space, forms = CONV_PIXELS, ((square, "dgrad", inference), (square, "fprop", training), (cube, "dgrad", plain))
+        space = CONV_PIXELS if gpu.wgmma else CONV_PIXELS_TCGEN05
+        forms = (square, "dgrad", inference), (square, "fprop", training), (cube, "dgrad", plain)
     launches = [
         conv_pixels(
             *(direction, rows_of(config["PAIRS"] or 3, problem), config, "tf32" if exact else "ieee"),
@@ -105,7 +106,6 @@ def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
         )
         for problem, direction, epilogue in forms
         for config in space
-        if gpu.wgmma or not config["PAIRS"]
     ]
     wrong = complaints(launches, gpu)
     assert not wrong, wrong

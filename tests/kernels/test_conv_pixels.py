@@ -190,6 +190,20 @@ def test_fp32_in_fprop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+def test_products_that_add_to_each_others_sums(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair's tile that has no registers for a sum of each product."""
+    sides = (64, 128, 16, 1, 1)
+    name_tile(monkeypatch, sides)
+    problem = Case("", 17, 24, 24, (1, 3), (1, 5), (1, 1), (0, 2)).problem(torch.bfloat16)
+    operands = operands_of(problem, channels_last=True)
+    with record() as records:
+        value = computed(direction, problem, operands, "pixels")
+    assert records[0].launch.constants["SUMS"] == 1
+    reference = expected(problem, *(t.double().cpu() for t in operands))[direction == "dgrad"]
+    assert_equal(value, reference, f"{direction} of {problem.describe()}")
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
 def test_random_values_within_rounding(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name_tile(monkeypatch, ONE)
     problem = Case("", 17, 24, 40, (2, 2), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
