@@ -303,31 +303,34 @@ def _windows(
         stride = window
     stride, padding = expand("stride", stride, rank, of), expand("padding", padding, rank, of)
     dilation = expand("dilation", dilation, rank, of)
-    where = f"for input of size: {list(x.shape)}"
     for what, values, least in (
         ("kernel size", window, 1),
         ("stride", stride, 1),
         ("dilation", dilation, 1),
         ("pad", padding, 0),
     ):
-        if any(value < least for value in values):
+        if min(values) < least:
             bound = "non-negative" if least == 0 else "greater than zero"
-            raise RuntimeError(f"{name}: {what} should be {bound}, but got {list(values)} {where}")
+            raise RuntimeError(f"{name}: {what} should be {bound}, but got {list(values)} {_where(x)}")
     if any(2 * pad > size for pad, size in zip(padding, window, strict=True)):
         raise RuntimeError(
             f"{name}: pad should be at most half of kernel size, but got pad={list(padding)} and "
-            f"kernel_size={list(window)} {where}"
+            f"kernel_size={list(window)} {_where(x)}"
         )
     if any(size == 0 for size in x.shape[-rank - 1 :]):
         raise RuntimeError(f"{name}: Expected a tensor with optional 0 dim batch size, but got: {list(x.shape)}")
     if rank == 3 and not name.startswith("max") and any(h < r for h, r in zip(x.shape[-rank:], window, strict=True)):
-        raise RuntimeError(f"{name}: input image smaller than kernel size {list(window)} {where}")
+        raise RuntimeError(f"{name}: input image smaller than kernel size {list(window)} {_where(x)}")
     size = tuple(map(_output_size, x.shape[-rank:], window, stride, padding, dilation, (bool(ceil_mode),) * rank))
     if any(p < 1 for p in size):
         raise RuntimeError(
             f"{name}: Given input size: {list(x.shape)}. Calculated output size: {list(size)}. Output size is too small"
         )
     return (window, stride, padding, dilation), size
+
+
+def _where(x: Tensor) -> str:
+    return f"for input of size: {list(x.shape)}"
 
 
 def _output_size(size: int, window: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
