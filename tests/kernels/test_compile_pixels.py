@@ -50,8 +50,10 @@ def complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
 
 def _wrong(binary: Compiled, launch: Launch) -> list[str]:
     wrong = slowed(binary)
-    if binary.arch == 90 and set(binary.operands) != {"shared memory"}:
+    if set(binary.operands) != {"shared memory"}:
         wrong.append(f"first operands from {binary.operands}")
+    if launch.constants["SUMS"] > 1 and 0 in binary.waits:
+        wrong.append(f"products of a step that are waited for, though each has a sum: {binary.waits}")
     opcodes = {name.split(".")[0] for name in binary.opcodes}
     if not {"UTMALDG", "UTMASTG"} <= opcodes or "LDGSTS" in opcodes:
         wrong.append("operands not moved by bulk copies alone")
