@@ -27,7 +27,7 @@ class NewerSchema(SchemaError):
 def text(limit: int = 100) -> Check:
     def check(value: Any, where: str) -> str:
         if not isinstance(value, str) or len(value) > limit or not _TEXT.fullmatch(value):
-            raise SchemaError(f"{where}: expected a name of at most {limit} letters, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected a name of at most {limit} letters, but got {shown(value)}")
         return value
 
     return check
@@ -41,7 +41,7 @@ def named(value: str, limit: int = 100) -> str:
 def integer(least: int, most: int) -> Check:
     def check(value: Any, where: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise SchemaError(f"{where}: expected an integer of {least} to {most}, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected an integer of {least} to {most}, but got {shown(value)}")
         return value
 
     return check
@@ -50,7 +50,7 @@ def integer(least: int, most: int) -> Check:
 def number(least: float, most: float) -> Check:
     def check(value: Any, where: str) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-            raise SchemaError(f"{where}: expected a number of {least:g} to {most:g}, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected a number of {least:g} to {most:g}, but got {shown(value)}")
         return float(value)
 
     return check
@@ -58,14 +58,14 @@ def number(least: float, most: float) -> Check:
 
 def boolean(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
-        raise SchemaError(f"{where}: expected true or false, but got {_shown(value)}")
+        raise SchemaError(f"{where}: expected true or false, but got {shown(value)}")
     return value
 
 
 def one_of(*values: Any) -> Check:
     def check(value: Any, where: str) -> Any:
         if not any(value == other and type(value) is type(other) for other in values):
-            raise SchemaError(f"{where}: expected one of {', '.join(map(str, values))}, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected one of {', '.join(map(str, values))}, but got {shown(value)}")
         return value
 
     return check
@@ -92,7 +92,7 @@ def optional(of: Check) -> Check:
 def listing(of: Check, limit: int) -> Check:
     def check(value: Any, where: str) -> list[Any]:
         if not isinstance(value, list) or len(value) > limit:
-            raise SchemaError(f"{where}: expected a list of at most {limit}, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected a list of at most {limit}, but got {shown(value)}")
         return [of(each, f"{where}[{index}]") for index, each in enumerate(value)]
 
     return check
@@ -104,7 +104,7 @@ def mapping(of: Check, limit: int = 32) -> Check:
 
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict) or len(value) > limit:
-            raise SchemaError(f"{where}: expected an object of at most {limit} fields, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected an object of at most {limit} fields, but got {shown(value)}")
         return {name(key, f"{where}, a field's name"): of(each, f"{where}.{key}") for key, each in value.items()}
 
     return check
@@ -116,13 +116,13 @@ def record(fields: Mapping[str, Check], required: int | None = None) -> Check:
 
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise SchemaError(f"{where}: expected an object, but got {_shown(value)}")
+            raise SchemaError(f"{where}: expected an object, but got {shown(value)}")
         for key in needed:
             if key not in value:
                 raise SchemaError(f"{where}: the field {key!r} is missing")
         for key in value:
             if key not in fields:
-                raise SchemaError(f"{where}: there is no field {_shown(key)}; there are {', '.join(fields)}")
+                raise SchemaError(f"{where}: there is no field {shown(key)}; there are {', '.join(fields)}")
         return {key: fields[key](each, f"{where}.{key}") for key, each in value.items()}
 
     return check
@@ -157,6 +157,7 @@ def dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def shown(value: Any) -> str:
+    """For a message: cut where it is long."""
+    whole = repr(value)
+    return whole if len(whole) <= 60 else whole[:57] + "..."

@@ -73,6 +73,8 @@ class Operator:
             sides["padding"] = expand("padding", padding, rank)
             return conv_transpose_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
         if padding == "same":
+            if any(step != 1 for step in sides["stride"]):
+                raise ValueError("padding='same' is not supported for strided convolutions")
             totals = [d * (r - 1) for r, d in zip(weight[2:], sides["dilation"], strict=True)]
             sides["padding"] = (*(total // 2 for total in totals), *(total - total // 2 for total in totals))
         else:

@@ -22,6 +22,7 @@ from typing import Any
 from torch.nn import functional as F
 
 import fastconv.functional
+from fastconv.autotune import SchemaError, schema
 from fastconv.benchmarks.calls import TENSORS, Operator, plain, read_off
 from fastconv.cli import BadUsage
 from fastconv.cli.measure.clock import reason
@@ -31,6 +32,9 @@ SCHEMA = "fastconv-layers/1"
 FOLDER = Path(__file__).parent / "layers"
 HEADER = ("schema", "network", "image")
 FUNCTIONS = tuple(name for name in fastconv.functional.__all__ if hasattr(F, name))
+MAX_FILE = 1 << 20  # bytes: over a hundred times the longest shipped list
+MAX_INTEGER = 2**31 - 1
+MAX_ELEMENTS = 2**40  # of input, weight and output for one image: more than any GPU holds
 # A call that is asked for indices has no counterpart among what is measured.
 ASKED = ("return_indices",)
 
@@ -67,24 +71,31 @@ def find(name: str) -> LayerList:
 def read(path: Path) -> LayerList:
     """The list in ``path``, every line checked. Raises BadUsage with the file, the line and the field."""
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not text"
-        raise BadUsage(f"cannot read the layer list {path}: {why}; those there are: {', '.join(shipped())}") from error
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        why = f"{error.strerror}; those there are: {', '.join(shipped())}"
+        raise BadUsage(f"cannot read the layer list {path}: {why}") from error
+    if len(data) > MAX_FILE:
+        raise BadUsage(f"cannot read the layer list {path}: over {MAX_FILE >> 20} MiB")
+    lines = data.splitlines()
     calls: Counter[Operator] = Counter()
     header: dict[str, Any] = {}
-    for number, line in enumerate(lines or [""], 1):
+    for number, line in enumerate(lines or [b""], 1):
+        where = f"{path}, line {number}"
         try:
-            fields = _fields(line)
+            fields = schema.parse(line, where)
+            if not isinstance(fields, dict):
+                raise SchemaError(f"{where}: an object is expected")
             if number == 1:
                 header = _header(fields)
             else:
                 operator, count = _call(fields)
                 calls[operator] += count
-        except ValueError as error:
-            raise BadUsage(f"{path}, line {number}: not JSON: {error}") from error
+        except SchemaError as error:
+            raise BadUsage(str(error)) from error
         except _Wrong as error:
-            raise BadUsage(f"{path}, line {number}, {error}") from error
+            raise BadUsage(f"{where}, {error}") from error
     if not calls:
         raise BadUsage(f"{path}, line {len(lines) + 1}: no call of a convolution or a pool follows the header")
     return LayerList(header["network"], tuple(header["image"]), calls)
@@ -113,19 +124,13 @@ def dump(layers: LayerList) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def _fields(line: str) -> dict[str, Any]:
-    fields = json.loads(line)
-    if not isinstance(fields, dict):
-        raise ValueError("an object is expected")
-    return fields
-
-
 def _header(fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("schema") != SCHEMA:
-        raise _Wrong("schema", f"{fields.get('schema')!r}, this fastconv reads {SCHEMA!r}")
+        raise _Wrong("schema", f"{schema.shown(fields.get('schema'))}, this fastconv reads {SCHEMA!r}")
     _known(fields, HEADER)
-    if not isinstance(fields.get("network"), str) or not fields["network"]:
-        raise _Wrong("network", "a name is expected")
+    network = fields.get("network")
+    if not isinstance(network, str) or not 0 < len(network) <= 100:
+        raise _Wrong("network", f"a name of at most 100 letters is expected, not {schema.shown(network)}")
     _sizes(fields, "image")
     return fields
 
@@ -133,16 +138,16 @@ def _header(fields: dict[str, Any]) -> dict[str, Any]:
 def _call(fields: dict[str, Any]) -> tuple[Operator, int]:
     function = fields.get("function")
     if function not in FUNCTIONS:
-        raise _Wrong("function", f"{function!r} is not one of {', '.join(FUNCTIONS)}")
+        raise _Wrong("function", f"{schema.shown(function)} is not one of {', '.join(FUNCTIONS)}")
     rank, convolution = int(function[-2]), function.startswith("conv")
     defaults = _arguments(function)
     _known(fields, ("function", "count", "input", "needs_dx", *(("weight", "bias") if convolution else ()), *defaults))
     count = fields.get("count")
-    if type(count) is not int or count < 1:
-        raise _Wrong("count", f"a positive integer is expected, not {count!r}")
+    if type(count) is not int or not 0 < count <= MAX_INTEGER:
+        raise _Wrong("count", f"a positive integer of at most {MAX_INTEGER} is expected, not {schema.shown(count)}")
     for name in ("bias", "needs_dx"):
         if type(fields.get(name, False)) is not bool:
-            raise _Wrong(name, f"true or false is expected, not {fields[name]!r}")
+            raise _Wrong(name, f"true or false is expected, not {schema.shown(fields[name])}")
     shapes: tuple[tuple[int, ...] | None, ...] = ((1, *_sizes(fields, "input", rank + 1)),)
     arguments = {name: _argument(name, fields.get(name, default), default, rank) for name, default in defaults.items()}
     if convolution:
@@ -159,7 +164,7 @@ def _call(fields: dict[str, Any]) -> tuple[Operator, int]:
 def _known(fields: dict[str, Any], known: tuple[str, ...]) -> None:
     for name in fields:
         if name not in known:
-            raise _Wrong(name, f"unknown; there are {', '.join(known)}")
+            raise _Wrong(schema.shown(name).strip("'"), f"unknown; there are {', '.join(known)}")
 
 
 @cache
@@ -172,20 +177,25 @@ def _arguments(function: str) -> dict[str, Any]:
 def _sizes(fields: dict[str, Any], name: str, length: int | None = None) -> tuple[int, ...]:
     value = fields.get(name)
     listed = isinstance(value, list) and bool(value) and length in (None, len(value))
-    if isinstance(value, list) and listed and all(type(size) is int and size > 0 for size in value):
+    if isinstance(value, list) and listed and all(type(size) is int and 0 < size <= MAX_INTEGER for size in value):
         return tuple(value)
     many = f"{length} " if length else ""
-    raise _Wrong(name, f"a list of {many}positive integers is expected, not {json.dumps(value)}")
+    raise _Wrong(
+        name, f"a list of {many}positive integers of at most {MAX_INTEGER} is expected, not {schema.shown(value)}"
+    )
 
 
 def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
     """The argument as calls keep it; of the type its default has, or one integer or one for each axis."""
     if value is inspect.Parameter.empty:
         raise _Wrong(name, "missing")
-    if type(default) is bool or name == "norm_type":
-        kinds: tuple[type, ...] = (bool,) if type(default) is bool else (int, float)
-        if type(value) not in kinds:
-            raise _Wrong(name, f"{'true or false' if bool in kinds else 'a number'} is expected, not {value!r}")
+    if type(default) is bool:
+        if type(value) is not bool:
+            raise _Wrong(name, f"true or false is expected, not {schema.shown(value)}")
+        return value
+    if name == "norm_type":
+        if type(value) not in (int, float) or not 0 < value <= MAX_INTEGER:
+            raise _Wrong(name, f"a positive number is expected, not {schema.shown(value)}")
         return value
     if (value is None and default is None) or (name == "padding" and value in ("same", "valid")):
         return value
@@ -193,7 +203,9 @@ def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
     # An adaptive pool leaves an axis as it is where it is told nothing.
     kept = (type(None), int) if name == "output_size" and len(axes) > 1 else (int,)
     if len(axes) not in (1, rank) or not all(type(axis) in kept for axis in axes):
-        raise _Wrong(name, f"an integer, or one for each of {rank} axes, is expected, not {json.dumps(value)}")
+        raise _Wrong(name, f"an integer, or one for each of {rank} axes, is expected, not {schema.shown(value)}")
+    if any(axis is not None and abs(axis) > MAX_INTEGER for axis in axes):
+        raise _Wrong(name, f"at most {MAX_INTEGER} is expected, not {schema.shown(value)}")
     return plain(tuple(axes))
 
 
@@ -208,3 +220,6 @@ def _check_possible(operator: Operator, fields: dict[str, Any]) -> None:
         raise _Wrong(", ".join(named or shaped), message) from error
     if 0 in output:
         raise _Wrong("output_size", f"nothing is left of {list(operator.input[1:])}")
+    if operator.elements > MAX_ELEMENTS:
+        shaped = [name for name in ("input", "weight", "padding", "output_size") if name in fields]
+        raise _Wrong(", ".join(shaped), f"{operator.elements:.1e} elements for one image, at most 2^40 are possible")

@@ -136,6 +136,7 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
     from fastconv.autotune import Met
     from fastconv.benchmarks import layer_lists
     from fastconv.cli import BadUsage, models
+    from fastconv.cli.measure.clock import reason
     from fastconv.tuning import problems
 
     left: list[str] = []
@@ -147,7 +148,10 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
             raise subject.refused(error) from error
     elif wishes.layers is not None:
         calls = layer_lists.find(wishes.layers).calls
-        tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
+        try:
+            tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
+        except Exception as error:  # PyTorch's, of what is possible for one image alone
+            raise BadUsage(f"{wishes.layers} does not run on a batch of {wishes.batch}: {reason(error)}") from error
     else:
         tasks, left = problems.met([record for record in store.read(("met",)) if isinstance(record, Met)], gpu)
     if wishes.spaces:

@@ -24,7 +24,8 @@ POOL = {"count": 1, "function": "max_pool2d", "input": [4, 8, 8], "kernel_size":
 
 def written(folder: Path, *lines: Any) -> Path:
     path = folder / "mine.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
+    path.write_text(text, errors="surrogateescape")
     return path
 
 
@@ -81,19 +82,29 @@ def test_a_users_list_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ([], "line 1: not JSON"),
-        (["[1]"], "line 1: not JSON: an object is expected"),
+        ([], "line 1: no JSON"),
+        (["[1]"], "line 1: an object is expected"),
+        (["[" * 100_000], "line 1: nested too deeply"),
+        (["9" * 5000], "line 1: no JSON"),
+        (["\x00\udcff"], "line 1: no JSON"),
         ([HEADER | {"schema": "fastconv-layers/9"}], f"line 1, field schema: 'fastconv-layers/9', .* {SCHEMA!r}"),
         ([HEADER | {"batch": 4}], "line 1, field batch: unknown; there are schema, network, image"),
         ([HEADER | {"network": ""}], "line 1, field network: a name"),
-        ([HEADER | {"image": [3, 0]}], r"line 1, field image: a list of positive integers is expected, not \[3, 0\]"),
+        (
+            [HEADER | {"image": [3, 0]}],
+            r"line 1, field image: a list of positive integers .* is expected, not \[3, 0\]",
+        ),
         ([HEADER], "line 2: no call"),
-        ([HEADER, "{"], "line 2: not JSON"),
+        ([HEADER, "{"], "line 2: no JSON"),
         ([HEADER, CONV, CONV | {"strde": 2}], "line 3, field strde: unknown; there are .*stride"),
         ([HEADER, POOL | {"weight": [1, 1, 2, 2]}], "line 2, field weight: unknown"),
         ([HEADER, POOL | {"return_indices": True}], "line 2, field return_indices: unknown"),
         ([HEADER, CONV | {"function": "conv4d"}], "line 2, field function: 'conv4d' is not one of .*conv2d"),
-        ([HEADER, CONV | {"count": 0}], "line 2, field count: a positive integer is expected, not 0"),
+        (
+            [HEADER, CONV | {"count": 0}],
+            "line 2, field count: a positive integer of at most 2147483647 is expected, not 0",
+        ),
+        ([HEADER, CONV | {"count": 10**30}], "line 2, field count"),
         ([HEADER, CONV | {"count": True}], "line 2, field count"),
         ([HEADER, CONV | {"bias": 6}], "line 2, field bias: true or false is expected, not 6"),
         ([HEADER, CONV | {"input": [4, 8]}], "line 2, field input: a list of 3 positive integers"),
@@ -101,6 +112,15 @@ def test_a_users_list_is_read(tmp_path: Path) -> None:
         ([HEADER, {k: v for k, v in POOL.items() if k != "kernel_size"}], "line 2, field kernel_size: missing"),
         ([HEADER, CONV | {"stride": [1, 2, 3]}], "line 2, field stride: an integer, or one for each of 2 axes"),
         ([HEADER, CONV | {"stride": 1.5}], "line 2, field stride"),
+        ([HEADER, CONV | {"stride": 10**23}], "line 2, field stride: at most 2147483647 is expected, not 1000"),
+        ([HEADER, CONV | {"padding": [1, -(10**23)]}], "line 2, field padding: at most"),
+        ([HEADER, CONV | {"padding": 2**31 - 1}], "line 2, fields input, weight, padding: .* elements for one image"),
+        ([HEADER, CONV | {"input": [4, 2**31, 8]}], "line 2, field input: a list of 3 positive integers of at most"),
+        ([HEADER, POOL | {"input": [2**31 - 1] * 3}], "line 2, field"),
+        (
+            [HEADER, CONV | {"padding": "same", "stride": 2}],
+            "line 2, fields padding, stride: padding='same' is not supported for strided convolutions",
+        ),
         ([HEADER, CONV | {"stride": 0}], "line 2, field stride: non-positive stride"),
         ([HEADER, CONV | {"padding": "some"}], "line 2, field padding"),
         ([HEADER, CONV | {"groups": [2, 2]}], "line 2, field groups"),
@@ -114,7 +134,13 @@ def test_a_users_list_is_read(tmp_path: Path) -> None:
         ([HEADER, POOL | {"kernel_size": 9}], "line 2, field.* input.*: .*Output size is too small"),
         ([HEADER, POOL | {"padding": 2}], "line 2, field.*kernel_size.*: pad should be at most half"),
         ([HEADER, POOL | {"ceil_mode": 1}], "line 2, field ceil_mode: true or false is expected, not 1"),
-        ([HEADER, POOL | {"function": "lp_pool2d", "norm_type": "2"}], "line 2, field norm_type: a number is expected"),
+        ([HEADER, POOL | {"function": "lp_pool2d", "norm_type": "2"}], "line 2, field norm_type: a positive number"),
+        ([HEADER, POOL | {"function": "lp_pool2d", "norm_type": -3}], "line 2, field norm_type: a positive number"),
+        ([HEADER, json.dumps(POOL | {"function": "lp_pool2d", "norm_type": float("nan")})], "line 2: NaN is no number"),
+        (
+            [HEADER, json.dumps(POOL | {"function": "lp_pool2d", "norm_type": 0}).replace("0}", "1e999}")],
+            "line 2, field norm_type: a positive number is expected, not inf",
+        ),
     ],
 )
 def test_what_is_no_list_is_refused_by_line_and_field(lines: list[Any], expected: str, tmp_path: Path) -> None:
@@ -122,6 +148,11 @@ def test_what_is_no_list_is_refused_by_line_and_field(lines: list[Any], expected
     with pytest.raises(BadUsage, match=f"^{path}, {expected}") as refusal:
         layer_lists.find(str(path))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_without_end_is_not_read() -> None:
+    with pytest.raises(BadUsage, match="cannot read the layer list /dev/zero: over 1 MiB"):
+        layer_lists.find("/dev/zero")
 
 
 def test_a_file_that_is_not_there_names_the_lists_that_are() -> None:
