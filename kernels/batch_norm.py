@@ -29,7 +29,7 @@ from fastconv.kernels.epilogue import ACTIVATIONS, activate, check_operands, nor
 from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.layout import INT32_MAX, dense_channels_last, pointer_type, vector
 from fastconv.kernels.reduce import split_sum
-from fastconv.kernels.tiles import pixel_tile
+from fastconv.kernels.tiles import pass_tile
 
 # A tree of two levels above this many partials.
 MAX_PARTIALS = 256
@@ -417,7 +417,7 @@ def _tile(y: Tensor, moved: int, gpu: Gpu, split: bool = False) -> tuple[int, in
     """(pixels, channels, config) of a pass that moves ``moved`` tensors of y's shape."""
     k = y.shape[1]
     pixels = max(1, y.numel() // k)
-    return pixels, k, pixel_tile(pixels, k, y.element_size(), moved, split, gpu).config
+    return pixels, k, pass_tile(pixels, k, y.element_size(), moved, split, gpu).config
 
 
 def _constants(y: Tensor, how: Activated, config: Config, **functions: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from fastconv.kernels.layout import (
     weight_strides,
 )
 from fastconv.kernels.problem import ConvProblem, check_arguments, conv_problem
-from fastconv.kernels.tiles import pixel_tile
+from fastconv.kernels.tiles import pass_tile
 
 # The epilogue's operands: batch norm's mean, variance, weight and bias, PReLU's slope, the residual.
 NO_EPILOGUE = (None,) * 6
@@ -295,7 +295,7 @@ def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
     pixels = x.numel() // k
     stride = linear_stride(x.shape, pixel_strides(x.shape, copies[0] or x.stride()))
     assert stride is not None
-    choice = pixel_tile(pixels, k, x.element_size(), 1, True, gpu)
+    choice = pass_tile(pixels, k, x.element_size(), 1, True, gpu)
     launches = reduce.channel_sum(pixels, k, stride, x.dtype, choice.config)
     return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 

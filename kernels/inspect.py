@@ -27,7 +27,7 @@ from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.compile import Binary, compile_each
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
-from fastconv.kernels.tiles import pixel_tile
+from fastconv.kernels.tiles import pass_tile
 
 GPUS = (A100, H200, B200)
 # Of a multiprocessor. By compute capability its threads and programs, the table of the CUDA C++ Programming Guide; its
@@ -301,7 +301,7 @@ def launches_of(problem: ConvProblem, bias: bool, gpu: Gpu) -> list[tuple[str, C
     if not bias:
         return found
     pixels, channels = problem.output_pixels, problem.out_channels
-    config = pixel_tile(pixels, channels, problem.dtype.itemsize, 1, True, gpu).config
+    config = pass_tile(pixels, channels, problem.dtype.itemsize, 1, True, gpu).config
     launches = reduce.channel_sum(pixels, channels, channels, problem.dtype, config)
     return found + [("bias gradient", config, launch) for launch in launches]
 

@@ -324,13 +324,14 @@ ROW_BOXES = Space(
     lambda config: None if config["BLOCK_N"] == 16 * config["num_warps"] else "other warps than its sides ask for",
 )
 ROWS_WGRAD = Space("conv_rows_wgrad", {**WGRAD.ranges, "BLOCK_M": (32,)}, WGRAD.valid)
-PIXELS = Space(
-    "pixels",
+# Batch norm's passes and sums over pixels.
+PASS = Space(
+    "pass",
     {"BLOCK_M": (32,), "BLOCK_K": (64,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (3,)},
 )
-PIXELS_SPLIT = Space(
-    "pixels_split",
-    {**PIXELS.ranges, "SPLITS": tuple(2**i for i in range(11))},
+PASS_SPLIT = Space(
+    "pass_split",
+    {**PASS.ranges, "SPLITS": tuple(2**i for i in range(11))},
 )
 # A small window is unrolled, for LINES outputs at once; of a large one LANES rows and SPLITS programs may take a part.
 POOL = Space(
@@ -373,15 +374,15 @@ DEPTHWISE_WGRAD_LONG = Space(
     "conv_depthwise_wgrad_long", {**DEPTHWISE_WGRAD.ranges, "ROWS": (5, 3, 1), "BLOCK_M": (16,)}
 )
 # In the interpreter a step costs much the same whatever its size, so tiles are as large as the problem.
-_PASS = {
+_SIDES = {
     "BLOCK_M": tuple(2**i for i in range(4, 15)),
     "BLOCK_K": (16, 64, 256),
     "SPLITS": (1,),
     "num_warps": (4,),
     "num_stages": (1,),
 }
-_PRODUCT = {**_PASS, "BLOCK_C": (16, 64, 256, 1024)}
-_STENCIL = {name: _PASS[name] for name in ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages")}
+_PRODUCT = {**_SIDES, "BLOCK_C": (16, 64, 256, 1024)}
+_STENCIL = {name: _SIDES[name] for name in ("BLOCK_M", "BLOCK_K", "num_warps", "num_stages")}
 INTERPRETED = {
     **{
         name: Space(name, {**_PRODUCT, "SPLITS": (1,)}, _fits_interpreter)
@@ -402,8 +403,8 @@ INTERPRETED = {
         name: Space(name, {**_STENCIL, "OUTPUTS": (1,), "ROWS": (1, 3), "SPLITS": (1, 2)}, _fits_interpreter)
         for name in ("conv_depthwise_wgrad", "conv_depthwise_wgrad_long")
     },
-    "pixels": Space("pixels", _PASS, _fits_interpreter),
-    "pixels_split": Space("pixels_split", {**_PASS, "SPLITS": (1, 2)}, _fits_interpreter),
+    "pass": Space("pass", _SIDES, _fits_interpreter),
+    "pass_split": Space("pass_split", {**_SIDES, "SPLITS": (1, 2)}, _fits_interpreter),
 }
 
 
@@ -995,7 +996,7 @@ def rows_wgrad_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) 
     return _choose(ROWS_WGRAD, (problem, form, precision), work, gpu, width)
 
 
-def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:
+def pass_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:
     """The tile of a pass over [pixels, channels] that moves ``moved`` such tensors; ``split``: it sums over pixels."""
 
     def work(config: Config) -> Work:
@@ -1016,7 +1017,7 @@ def pixel_tile(pixels: int, channels: int, element: int, moved: int, split: bool
             extra_bytes=2 * splits * channels * 4 if splits > 1 else 0,
         )
 
-    return _choose(PIXELS_SPLIT if split else PIXELS, (pixels, channels, element, moved), work, gpu)
+    return _choose(PASS_SPLIT if split else PASS, (pixels, channels, element, moved), work, gpu)
 
 
 def pool_tile(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gpu) -> Choice:

@@ -23,7 +23,7 @@ from fastconv.kernels.launch import deciding
 from fastconv.kernels.problem import ConvProblem, PoolProblem
 
 # The files whose kernels a space is of, by the beginning of its name, where no file is called as that begins.
-FILES = {"pixels": ("batch_norm", "reduce"), "pool": ("pool_window", "pool_gradient")}
+FILES = {"pass": ("batch_norm", "reduce"), "pool": ("pool_window", "pool_gradient")}
 _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 _OUTPUTS = {1: "Q", 2: "PQ", 3: "OPQ"}
 
@@ -35,7 +35,7 @@ def problem_of(space: str, features: Any) -> Problem:
     sizes: dict[str, int] = {}
     if isinstance(features, ConvProblem):
         features = (features,)
-    if space.startswith("pixels"):
+    if space.startswith("pass"):
         sizes["pixels"], channels["C"], kind["element"], kind["moved"] = features
         return Problem.of(space, kind, channels, sizes)
     for each in features:

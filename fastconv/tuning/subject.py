@@ -121,7 +121,7 @@ def subject_of(problem: Problem, gpu: Gpu) -> tuple[Subject, Asked]:
 def _subject(problem: Problem) -> tuple[Subject, Sequence[str | None]]:
     """The call, and the families that may serve it."""
     kind = dict(problem.kind)
-    if problem.space.startswith("pixels"):
+    if problem.space.startswith("pass"):
         return _sums(problem), (None,)
     # A space of one direction names it, of several the problem does.
     direction = str(kind.get("direction", "wgrad" if "wgrad" in problem.space else "fprop"))
@@ -283,7 +283,7 @@ def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:
 def _sums(problem: Problem) -> Subject:
     kind, channels = dict(problem.kind), dict(problem.channels)["C"]
     moved, element = int(kind["moved"]), int(kind["element"])
-    if not problem.space.startswith("pixels_split"):
+    if not problem.space.startswith("pass_split"):
         raise ValueError("a pass with one config")
     dtype = {2: torch.bfloat16, 4: torch.float32}[element]
     shape = (1, channels, dict(problem.sizes)["pixels"])

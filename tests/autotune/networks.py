@@ -37,7 +37,7 @@ def questions() -> tuple[Asked, ...]:
                 dispatch.plan(direction, problem, H200)
             # Batch norm's are of its gradient, its input and, for the activation between, its output.
             moved = 1 if bias else 3
-            tiles.pixel_tile(problem.output_pixels, problem.out_channels, problem.dtype.itemsize, moved, True, H200)
+            tiles.pass_tile(problem.output_pixels, problem.out_channels, problem.dtype.itemsize, moved, True, H200)
         for name in NETWORKS:
             pools = {call: count for call, count in layer_lists.find(name).calls.items() if call.pool}
             problems.of_layers(pools, BATCH, torch.bfloat16, True, H200)

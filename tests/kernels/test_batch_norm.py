@@ -115,7 +115,7 @@ def test_partials_of_any_size(mean: float, monkeypatch: pytest.MonkeyPatch) -> N
 
 def name_tile(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     config = {"num_warps": 4, "num_stages": 1, **sizes}
-    for module, name in ((dispatch, "gather_tile"), (batch_norm, "pixel_tile")):
+    for module, name in ((dispatch, "gather_tile"), (batch_norm, "pass_tile")):
         monkeypatch.setattr(module, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
     monkeypatch.setattr(call, "_calls", {})
 

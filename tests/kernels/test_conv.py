@@ -139,7 +139,7 @@ def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.Monkey
     """The interpreter's own tiles swallow small problems whole; here the tile is named."""
     config = {**tile, "num_warps": 4, "num_stages": 1}
     problem = case.problem()
-    for module, name in ((dispatch, "gather_tile"), (dispatch, "wgrad_tile"), (conv, "pixel_tile")):
+    for module, name in ((dispatch, "gather_tile"), (dispatch, "wgrad_tile"), (conv, "pass_tile")):
         monkeypatch.setattr(module, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
     monkeypatch.setattr(call, "_calls", {})
     generator = torch.Generator().manual_seed(0)

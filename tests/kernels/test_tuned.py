@@ -144,7 +144,7 @@ def test_only_the_tile_that_serves_is_asked_for(gpu: Any) -> None:
 
 
 def test_pass_over_pixels_is_written_down() -> None:
-    written = tuned.problem_of("pixels_split", (4096, 64, 2, 3))
+    written = tuned.problem_of("pass_split", (4096, 64, 2, 3))
     assert written.json["sizes"] == {"pixels": 4096} and written.json["channels"] == {"C": 64}
 
 
@@ -161,9 +161,7 @@ def test_every_space_has_the_source_of_its_kernels() -> None:
     versions = {space.name: tuned.version_of(space.name) for space in spaces()}
     assert all(len(version.source) == 16 for version in versions.values())
     assert versions["conv_gather"].source == versions["conv_gather_split"].source
-    assert (
-        len({versions[name].source for name in ("conv_gather", "conv_rows", "conv_depthwise", "pool", "pixels")}) == 5
-    )
+    assert len({versions[name].source for name in ("conv_gather", "conv_rows", "conv_depthwise", "pool", "pass")}) == 5
 
 
 def test_space_of_another_release_has_a_version_of_its_own() -> None:

@@ -131,7 +131,7 @@ def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(
 @interpreted
 @pytest.mark.parametrize("moved", [1, 2, 3, 4])
 def test_sums_over_pixels_are_right(moved: int) -> None:
-    problem = Problem.of("pixels_split", {"element": 4, "moved": moved}, {"C": 8}, {"pixels": 50})
+    problem = Problem.of("pass_split", {"element": 4, "moved": moved}, {"C": 8}, {"pixels": 50})
     measure = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
     for config, _ in problems.fitting(subject_of(problem, INTERPRETER)[1])[::7]:
         assert measure(problem, config) > 0
@@ -147,7 +147,7 @@ def tiny() -> Problem:
     [
         Problem.of("conv_gather", {"direction": "upwards"}, {}, {}),
         Problem.of("conv_gather", {"direction": "fprop"}, {"C": 1}, {"N": 1}),
-        Problem.of("pixels", {"element": 2, "moved": 2}, {"C": 8}, {"pixels": 50}),
+        Problem.of("pass", {"element": 2, "moved": 2}, {"C": 8}, {"pixels": 50}),
         Problem.of("of_another_version", {}, {}, {}),
     ],
     ids=str,
