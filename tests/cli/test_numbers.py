@@ -155,6 +155,18 @@ def test_a_nan_is_never_acceptable() -> None:
     assert not row["right"]
 
 
+def test_without_a_yardstick_one_convolutions_error_is_allowed() -> None:
+    exact = torch.ones(4)
+    for factor, right in ((1 + 2**-8, True), (1 + 2**-6, False), (math.nan, False)):
+        (row,) = accuracy.against_yardstick({"y": factor * exact}, None, {"y": exact}, torch.bfloat16)
+        assert (row["right"], row["eager"]) == (right, None)
+    with accuracy.fp32_convolutions("tf32"):
+        (rounded,) = accuracy.against_yardstick({"y": (1 + 2**-11) * exact}, None, {"y": exact}, torch.float32)
+    with accuracy.fp32_convolutions("ieee"):
+        (wrong,) = accuracy.against_yardstick({"y": (1 + 2**-11) * exact}, None, {"y": exact}, torch.float32)
+    assert (rounded["right"], wrong["right"]) == (True, False)
+
+
 def test_errors_of_an_empty_and_of_a_zero_reference() -> None:
     assert accuracy.max_error(torch.empty(0), torch.empty(0)) == 0.0
     assert accuracy.max_error(torch.full((3,), 0.5), torch.zeros(3)) == 0.5

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional as F
 
 import fastconv.functional
 from fastconv.benchmarks import layer_lists, registry
@@ -155,6 +156,28 @@ def test_another_sides_failure_or_wrong_result_is_its_entry_and_the_rest_goes_on
         assert (entries[EAGER_NCHW]["status"], entries[COMPILED]["status"]) == ("failed", "wrong")
         assert "ms" not in entries[EAGER_NCHW] and "ms" not in entries[COMPILED]
         assert row["speed"] == row["speed_over_eager"]
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.1, "wrong")])
+def test_where_the_yardstick_fails_ours_is_held_to_a_fixed_tolerance(
+    factor: float, status: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, ours, theirs = tasks("grouped", providers=(OURS, EAGER_NCHW)), fastconv.functional.conv2d, F.conv2d
+
+    def no_workspace(x: torch.Tensor, *operands: Any, **keywords: Any) -> torch.Tensor:
+        if x.dtype is torch.bfloat16:  # the reference is of a wider type
+            raise torch.OutOfMemoryError("no workspace")
+        return theirs(x, *operands, **keywords)
+
+    monkeypatch.setattr(F, "conv2d", no_workspace)
+    monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: ours(*args, **kwargs) * factor)
+    (part,) = measured(chosen, progress).values()
+    for row in part["rows"]:
+        assert (row["status"], row["eager_error"]) == (status, None)
+        entries = {entry["provider"]: entry for entry in row["providers"]}
+        if status == "ok":
+            assert entries[EAGER]["reason"] == entries[EAGER_NCHW]["reason"] == "OutOfMemoryError: no workspace"
+            assert (entries[EAGER]["status"], row["speed"]) == ("failed", None) and "ms" in entries[OURS]
 
 
 def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 
 import fastconv
-from fastconv.cli.measure.accuracy import fp32_convolutions, max_error, tolerance
+from fastconv.cli.measure.accuracy import TF32_EPS, fp32_convolutions, max_error, tolerance
 from fastconv.kernels import launch
 
-TF32_EPS = 2.0**-10  # products of operands rounded to 11 bits
 FORWARD = "forward"
 Tensors = dict[str, torch.Tensor]
 Row = dict[str, Any]
