@@ -62,15 +62,17 @@ class Caller:
     """What whoever chooses says of itself and its problems; asked on a problem's first call only, but for ``regime``.
 
     ``problem(space, features)``: as tables know it. ``version(space name)``: under which code it would be measured.
-    ``live(gpu)``: whether ``gpu`` is here and the call is a user's program. ``agree(gpu, tables)``: told before a GPU's
-    tables are first used, where processes must agree on them.
+    ``live(gpu)``: whether ``gpu`` is here and the call is a user's program. ``agree(gpu, tables, reloads)``: told
+    before a GPU's tables are first used, where processes must agree on them; ``reloads``: how often this process has
+    dropped its tables. ``joined()``: whether processes that must agree have appeared since it was asked last.
     """
 
     problem: Callable[[str, Hashable], Problem]
     version: Callable[[str], Version]
     regime: Callable[[], Regime] = lambda: CACHED
     live: Callable[[Gpu], bool] = lambda gpu: False
-    agree: Callable[[Gpu, Tables], None] = lambda gpu, tables: None
+    agree: Callable[[Gpu, Tables, int], None] = lambda gpu, tables, reloads: None
+    joined: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Tables:
 
 _choices: dict[tuple[str, Hashable, Gpu, Regime], Choice] = {}
 _tables: dict[tuple[str, int], Tables] = {}
+_reloads = 0
 _locked: list[Tuned] | None = None
 _met: set[Problem] = set()
 _store: Store | None = None
@@ -270,6 +273,8 @@ def fixed(space: Space, config: Config, work: Callable[[Config], Work], gpu: Gpu
 
 def tables(gpu: Gpu, caller: Caller | None = None) -> Tables:
     """What is known of ``gpu``, read from the disk once a process. Raises SchemaError, OSError for a lock file."""
+    if caller is not None:
+        join(caller)
     key = (gpu.name, gpu.multiprocessors)
     found = _tables.get(key)
     if found is not None:
@@ -281,7 +286,7 @@ def tables(gpu: Gpu, caller: Caller | None = None) -> Tables:
             found = Tables(of_gpu(_lock_entries(), gpu), of_gpu(records, gpu), _shipped(gpu))
             if caller is not None:
                 _check_lock(found.lock, caller)
-                caller.agree(gpu, found)
+                caller.agree(gpu, found, _reloads)
             _tables[key] = found
         return _tables[key]
 
@@ -302,8 +307,23 @@ def load_lock(path: Path | str | None) -> None:
     entries = [] if path is None else read_table(Path(path))
     with _loading:
         _locked = entries
-        _tables.clear()
+        _drop_tables()
     forget()
+
+
+def join(caller: Caller) -> None:
+    """Drop tables and choices where the caller's process has joined others, which then agree: to be called where a call
+    is decided, so that one decided already costs nothing, and keeps its tile until another call joins."""
+    if caller.joined():
+        with _loading:
+            _drop_tables()
+        forget()
+
+
+def _drop_tables() -> None:
+    global _reloads
+    _tables.clear()
+    _reloads += 1
 
 
 def learn(entry: Tuned) -> None:
@@ -328,7 +348,7 @@ def reload() -> None:
     global _store, _locked
     with _loading:
         _store, _locked = None, None
-        _tables.clear()
+        _drop_tables()
         _met.clear()
         _attempted.clear()
     forget()

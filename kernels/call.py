@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fastconv.autotune.choose import on_change
+from fastconv.autotune.choose import join, on_change
 from fastconv.kernels import dispatch
 from fastconv.kernels.descriptor import ALIGNMENT, start_of
 from fastconv.kernels.launch import Launch, deciding, run
-from fastconv.kernels.tuned import regime
+from fastconv.kernels.tuned import CALLER, regime
 
 Sizes = tuple[int, ...]
 Operands = tuple[torch.Tensor | None, ...]
@@ -72,6 +72,7 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     key = (prepare, gpu.name, dispatch.single_family(), regime(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:
+        join(CALLER)
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         try:

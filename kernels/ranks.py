@@ -2,11 +2,16 @@
 
 Through the job's key-value store, not a collective: ranks come to their first choice at different moments, and some, of
 a pipeline, may never come. Only for rank 0's tables is waited, and not for ever.
+
+What a rank decided before the job appeared is forgotten at the first call in it that was not met before. Until then
+its calls of before keep their tiles: to look for a job would cost each of them time. Lock files are to be loaded, and
+tables reloaded, equally often by all ranks: it is told by the count whether rank 0's are those of before.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from datetime import timedelta
 
 import torch.distributed
@@ -19,6 +24,8 @@ WAIT = timedelta(seconds=60)
 
 log = logging.getLogger("fastconv")
 _told = False
+_size = 1  # of the job that this process joined last
+_joining = threading.Lock()
 
 
 def world_size() -> int:
@@ -28,12 +35,25 @@ def world_size() -> int:
     return torch.distributed.get_world_size()
 
 
-def agree(gpu: Gpu, tables: Tables) -> None:
-    """Take rank 0's tables of ``gpu`` where they differ from this rank's, and say so in one line."""
+def joined() -> bool:
+    """Whether a job of several ranks, or of another number of them, has appeared since this was asked last."""
+    global _size
+    size = world_size()
+    with _joining:
+        new = size not in (1, _size)
+        _size = size if new else _size
+    return new
+
+
+def agree(gpu: Gpu, tables: Tables, reloads: int) -> None:
+    """Take rank 0's tables of ``gpu`` where they differ from this rank's, and say so in one line.
+
+    ``reloads``: how often this process has dropped its tables, as rank 0 must have when it published those meant.
+    """
     if world_size() == 1:
         return
     rank = torch.distributed.get_rank()
-    shared = torch.distributed.PrefixStore(f"fastconv/tables/{gpu.name}/{gpu.multiprocessors}", _job_store())
+    shared = torch.distributed.PrefixStore(f"fastconv/tables/{gpu.name}/{gpu.multiprocessors}/{reloads}", _job_store())
     digest = tables.digest()
     if rank == 0:
         shared.set("tables", tables.dump())

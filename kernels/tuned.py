@@ -244,7 +244,7 @@ def live(gpu: Gpu) -> bool:
     return gpu.name in (name, getattr(gpu_named(name), "name", None))
 
 
-CALLER = Caller(problem_of, version_of, regime, live, ranks.agree)
+CALLER = Caller(problem_of, version_of, regime, live, ranks.agree, ranks.joined)
 
 
 def choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:

@@ -47,7 +47,7 @@ class Asker:
             lambda space: VERSION,
             lambda: self.regime,
             lambda gpu: self.live,
-            lambda gpu, tables: self.agreed.append(tables.digest()),
+            lambda gpu, tables, reloads: self.agreed.append(tables.digest()),
         )
 
     def __call__(self, gpu: Any = H200, **sizes: Any) -> Choice:

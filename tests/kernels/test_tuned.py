@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,15 @@ import torch
 
 import fastconv
 import fastconv.functional as F
-from fastconv.autotune import Space
+from fastconv.autotune import Space, Store, Tuned
 from fastconv.autotune.gpus import A100, H200
 from fastconv.autotune.records import Met, from_line
-from fastconv.kernels import call, dispatch, mend, tiles, tuned
+from fastconv.autotune.table import write_table
+from fastconv.kernels import call, dispatch, mend, ranks, tiles, tuned
 from fastconv.kernels.call import Slower, prepared
 from fastconv.kernels.launch import record
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem, conv_problem
+from tests.autotune import making
 
 ROOT = Path(__file__).parents[2]
 chooser = importlib.import_module("fastconv.autotune.choose")
@@ -405,14 +410,14 @@ def rank(index, size):
     dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=index, world_size=size)
     # Ranks 0 and 1 were tuned alike, rank 2 otherwise, rank 3 not at all.
     tables = Tables([], {0: [entry(1)], 1: [entry(1)], 2: [entry(2)], 3: []}[index], [])
-    ranks.agree(H200, tables)
+    ranks.agree(H200, tables, 0)
     assert [e.config for e in tables.user.entries] == [{"TILE": 1}], tables.user.entries
     assert ranks.may_measure("first") == ranks.may_measure("force") == "cached"
     if index:
         # Of a GPU that rank 0 never asks about its own tables stay, after a while.
         ranks.WAIT = timedelta(seconds=0.2)
         mine = Tables([], [entry(9)], [])
-        ranks.agree(__import__("dataclasses").replace(H200, name="NVIDIA Other"), mine)
+        ranks.agree(__import__("dataclasses").replace(H200, name="NVIDIA Other"), mine, 0)
         assert [e.config for e in mine.user.entries] == [{"TILE": 9}]
     dist.barrier()
     dist.destroy_process_group()
@@ -451,8 +456,94 @@ def test_ranks_take_the_tables_of_rank_0(tmp_path: Path) -> None:
 
 
 def test_alone_there_is_nobody_to_agree_with() -> None:
-    from fastconv.kernels import ranks
-
     tables = chooser.Tables([], [], [])
-    ranks.agree(H200, tables)
-    assert ranks.world_size() == 1 and ranks.may_measure("first") == "first"
+    ranks.agree(H200, tables, 0)
+    assert not ranks.joined() and ranks.world_size() == 1 and ranks.may_measure("first") == "first"
+
+
+class Job:
+    """Two ranks in one process: ``as_rank`` swaps what a rank has in memory, its store among it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch, self.size = folder, monkeypatch, 1
+        self.memories: dict[int, dict[Any, Any]] = {0: {}, 1: {}}
+        store = torch.distributed.HashStore()
+        monkeypatch.setattr(ranks, "world_size", lambda: self.size)
+        monkeypatch.setattr(ranks, "_job_store", lambda: store)
+        monkeypatch.setattr(ranks, "WAIT", timedelta(seconds=0.05))
+
+    @contextlib.contextmanager
+    def as_rank(self, rank: int) -> Iterator[None]:
+        memory = self.memories[rank]
+        first: dict[Any, Any] = {"_tables": {}, "_choices": {}, "_store": Store(self.folder / str(rank))}
+        first |= {"_locked": [], "_reloads": 0}
+        with self.patch.context() as context:
+            context.setattr(torch.distributed, "get_rank", lambda: rank)
+            for name, value in first.items():
+                context.setattr(chooser, name, memory.get((chooser, name), value))
+            context.setattr(ranks, "_size", memory.get((ranks, "_size"), 1))
+            yield
+            memory |= {(chooser, name): getattr(chooser, name) for name in first}
+            memory[ranks, "_size"] = ranks._size
+
+    def tile(self) -> int:
+        """That the one tuned problem has."""
+        ((_, table),) = [(name, table) for name, table in chooser.tables(H200, tuned.CALLER).layers if len(table)][:1]
+        return next(iter(table.entries[0].config.values()))
+
+
+def one_tile(tile: int) -> Tuned:
+    version = tuned.version_of("conv_gather")
+    return making.tuned(making.problem("conv_gather"), version, config={"TILE": tile}, default={"TILE": tile})
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    yield Job(tmp_path, monkeypatch)
+    chooser.forget()
+
+
+def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    """Calls that rank 1 had decided by its own tables are decided again, at the first that is new."""
+    for rank in range(2):
+        with job.as_rank(rank):
+            chooser.store().append(one_tile(10 + rank))
+            assert job.tile() == 10 + rank
+    asked: list[str] = []
+
+    def prepare(gpu: Any, operands: Any, name: str) -> str:
+        asked.append(name)
+        return name
+
+    job.size = 2
+    with job.as_rank(0):
+        assert job.tile() == 10
+    job.size = 1
+    with job.as_rank(1), dispatch.use_target(H200), caplog.at_level("WARNING", "fastconv"):
+        prepared(prepare, (torch.empty(1),), ("before",))
+        job.size = 2
+        prepared(prepare, (torch.empty(1),), ("before",))
+        assert asked == ["before"], "known: nothing is looked for"
+        prepared(prepare, (torch.empty(1),), ("new",))
+        prepared(prepare, (torch.empty(1),), ("before",))
+        assert asked == ["before", "new", "before"] and job.tile() == 10
+    assert "rank 1: its tuned tables of NVIDIA H200 were others than rank 0's" in caplog.text
+
+
+def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 1 loads it first, and finds what rank 0 published before it did."""
+    job.size = 2
+    lock = job.folder / "lock.json"
+    write_table(lock, [one_tile(77)], "abc", making.DATE)
+    for rank in range(2):
+        with job.as_rank(rank):
+            chooser.store().append(one_tile(1))
+            assert job.tile() == 1
+    for rank in (1, 0):
+        with job.as_rank(rank):
+            chooser.load_lock(lock)
+            assert job.tile() == 77
+    with job.as_rank(1):
+        chooser.load_lock(None)
+        job_tile = job.tile()
+    assert job_tile == 1 and "others than rank 0's" not in caplog.text
