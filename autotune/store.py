@@ -2,8 +2,8 @@
 
 A measurement is one ``write`` of one whole line to a file opened for appending, then ``fsync``: what the kernel has
 taken outlives the process, so a kill loses the line being written and no other, while publishing each by ``os.replace``
-would write everything again each time. ``os.replace`` publishes what is rewritten: merged shards, tables, lock files.
-No file is locked for reading and no two processes write to one, so network file systems serve as well.
+would write everything again each time. ``os.replace`` publishes what is whole at once: imports, merged shards, tables,
+lock files. No file is locked for reading and no two processes write to one, so network file systems serve as well.
 
 A store that cannot be written or read costs one warning, never an exception: measurements are a convenience.
 """
@@ -181,12 +181,12 @@ class Store:
         return len(lines)
 
     def add(self, records: Iterable[Record]) -> int:
-        """Append what the store lacks; how many were new. Raises OSError where it cannot be written."""
+        """Put what the store lacks into a shard of its own, all or nothing; how many were new. Raises OSError."""
         known = {record.line for record in self.read()}
-        new = [record for record in records if record.line not in known]
-        for record in new:
-            with self._lock:
-                self._write(record.line.encode() + b"\n", durable=record is new[-1])
+        new = [record.line.encode() + b"\n" for record in records if record.line not in known]
+        if new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            publish(self.folder / f"{_host()}-added-{secrets.token_hex(4)}.jsonl", b"".join(new))
         return len(new)
 
     def _paths(self) -> list[Path]:
@@ -239,7 +239,7 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Write a file that others see as a whole or not at all. Raises OSError."""
+    """Write a file that others see as a whole or not at all. Raises OSError, of ``path``."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
@@ -247,9 +247,11 @@ def publish(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
 
 

@@ -382,13 +382,32 @@ def test_export_and_import(store: Store, tmp_path: Path) -> None:
         read_lines(path)
 
 
+def test_on_a_full_disk_all_is_added_or_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.append(measured(1))
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = shards(store)
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as refusal:
+            store.add([measured(2), measured(3)])
+    assert Path(refusal.value.filename).parent == store.folder
+    assert store.read() == [measured(1)] and shards(store) == before
+    assert store.add([measured(2), measured(3)]) == 2
+    assert Store(store.folder).merge() == 0, "of an ended process and one in use"
+    assert sorted(r.config["TILE"] for r in store.read()) == [1, 2, 3]  # type: ignore[attr-defined]
+
+
 def test_publishing_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table"
     publish(path, b"old")
     with monkeypatch.context() as context:
         context.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("no")))
-        with pytest.raises(OSError, match="no"):
+        with pytest.raises(OSError, match="no") as refusal:
             publish(path, b"new")
+    assert refusal.value.filename == str(path), "not the temporary file"
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
