@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
-from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, spilled
+from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, slowed, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
@@ -27,6 +27,10 @@ BATCHES = (32, 256)
 # The batch is a side of the pixel GEMM's tiles, so that two batches share few of its binaries.
 MOST_COMPILES = {False: 60, True: 90}
 PRODUCTS = ("conv_gather_kernel", "conv_wgrad_kernel")
+BULK_PRODUCTS = (
+    *("conv_pixels_kernel", "conv_pixels_wgrad_kernel", "conv_spatial_kernel"),
+    *("conv_gemm_kernel", "conv_gemm_wgrad_kernel"),
+)
 
 each_gpu = each(GPUS)
 
@@ -68,6 +72,16 @@ def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binar
             wrong.append("waits for every wgmma")
         if aligned and set(binary.global_accesses("LDGSTS")) != {16}:
             wrong.append(f"asynchronous loads of {binary.global_accesses('LDGSTS')} bytes")
+    if launch.name in BULK_PRODUCTS:
+        wrong += slowed(binary)
+        # Of a rectangle Hopper takes the first operand through registers.
+        source = "registers" if binary.arch == 90 and launch.constants.get("ROWS", 1) > 1 else "shared memory"
+        if set(binary.operands) != {source}:
+            wrong.append(f"first operands from {binary.operands}")
+        opcodes = {name.split(".")[0] for name in binary.opcodes}
+        # (A bias that a walk over tiles reads may be brought ahead.)
+        if "UTMALDG" not in opcodes or ("LDGSTS" in opcodes and not launch.pointers[2]):
+            wrong.append("operands not moved by bulk copies")
     # A bias is read once, each thread its own few elements.
     biased = launch.name in ("conv_gather_kernel", "conv_gemm_kernel", "conv_pixels_kernel") and launch.pointers[2]
     bias = launch.constants["BLOCK_K"] // 8 if biased else 0

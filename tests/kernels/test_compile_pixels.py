@@ -93,13 +93,19 @@ def rows_of(taps: int, problem: ConvProblem) -> ConvProblem:
 def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
     exact = dtype is torch.float32
     square = Case("", 256, 256, 256, (28, 28), (3, 3), (1, 1), (1, 1)).problem(dtype)
+    strided = replace(square, input_size=(56, 56), stride=(2, 2))
     cube = Case("", 256, 256, 256, (8, 8, 8), (3, 3, 3), (1, 1, 1), (1, 1, 1)).problem(dtype)
     plain, inference, training = epilogues(dtype)
     if exact:
         space, forms = CONV_PIXELS_FP32, ((square, "fprop", inference),)
     else:
         space = CONV_PIXELS if gpu.wgmma else CONV_PIXELS_TCGEN05
-        forms = (square, "dgrad", inference), (square, "fprop", training), (cube, "dgrad", plain)
+        forms = (
+            (square, "dgrad", inference),
+            (square, "fprop", training),
+            (cube, "dgrad", plain),
+            (strided, "dgrad", inference),
+        )
     launches = [
         conv_pixels(
             *(direction, rows_of(config["PAIRS"] or 3, problem), config, "tf32" if exact else "ieee"),
@@ -108,6 +114,7 @@ def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
         )
         for problem, direction, epilogue in forms
         for config in space
+        if problem is not strided or not config["PAIRS"]
     ]
     wrong = complaints(launches, gpu)
     assert not wrong, wrong
