@@ -19,7 +19,7 @@ import fastconv.functional
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS, TARGET
 from fastconv.cli import models
-from fastconv.cli.measure import ceilings, operator_times, operators, standing
+from fastconv.cli.measure import ceilings, operator_times, operators, standing, tables
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
 from fastconv.cli.measure.directions import drawn, exact
 from fastconv.cli.measure.results import Part, check_part
@@ -317,6 +317,20 @@ def test_what_is_not_confirmed_is_no_win() -> None:
     assert part is not None
     (target,) = part["rows"]
     assert (target["measured"], target["mean"], target["met"]) == (0, None, None)
+
+
+def test_without_eagers_time_no_win_is_believed() -> None:
+    row: dict[str, Any] = {"status": "ok", "bytes": 10**9, "flops": 0, "large": False}
+    row["providers"] = timed(fastconv=1.0, eager_nchw=3.0)
+    standing.stand(row, ENTRIES[3], OURS, LIMITS)
+    assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
+    assert (row["unconfirmed"], row["missed"]) == (3.0, [])
+    (remark,) = tables._remarks(row | {"reason": None})
+    assert remark == "3.00 of the fastest's, UNCONFIRMED: eager has no time"
+    # A loss is: nobody has to doubt it.
+    row = row | {"providers": timed(fastconv=1.0, eager_nchw=3.0, compile=0.5), "unconfirmed": None}
+    standing.stand(row, ENTRIES[3], OURS, LIMITS)
+    assert (row["speed"], row["speed_over_rivals"], row["unconfirmed"]) == (0.5, None, None)
 
 
 def stood(speed: float | None, networks: dict[str, int], **others: Any) -> dict[str, Any]:

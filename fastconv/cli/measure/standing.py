@@ -9,6 +9,7 @@ from typing import Any
 from fastconv.benchmarks.registry import EAGER, OURS, OURS_NCHW, Entry, Target
 from fastconv.cli.measure.ceilings import Ceilings
 from fastconv.cli.measure.directions import ORDER, TOGETHER
+from fastconv.cli.measure.operator_times import DOUBTED
 from fastconv.cli.measure.results import Part
 
 Row = dict[str, Any]
@@ -19,7 +20,8 @@ def stand(row: Row, entry: Entry, ours: str, ceilings: Ceilings) -> None:
     both measurements where there are two; rates, shares of the ceilings, and what is owed and missed.
 
     Where a second measurement should have been and failed there is no speed, and so no win: the first one's over eager
-    is "unconfirmed"."""
+    is "unconfirmed". So is one over the others that would have to be doubted, where eager has no time to measure
+    against again."""
     times = {provider["provider"]: provider["ms"]["median"] for provider in row["providers"] if "ms" in provider}
     if ours not in times or row["status"] != "ok":
         return
@@ -33,10 +35,15 @@ def stand(row: Row, entry: Entry, ours: str, ceilings: Ceilings) -> None:
 
     def speed(names: Iterable[str]) -> float | None:
         found = [theirs[name] for name in names if name in theirs]
-        return min(found) / mine * believed if found and believed is not None else None
+        if not found or believed is None:
+            return None
+        over = min(found) / mine
+        return over * believed if EAGER in theirs or over <= DOUBTED else None
 
     row["speed"], row["speed_over_rivals"] = speed(theirs), speed(entry.rivals)
     row["speed_over_eager"] = speed([EAGER])
+    if theirs and EAGER not in theirs and row["speed"] is None:
+        row["unconfirmed"] = min(theirs.values()) / mine
     row["layout_ms"] = times[OURS_NCHW] - mine if OURS_NCHW in times else None
     row["gb_per_s"] = row["bytes"] / mine / 1e6
     row["tflops"] = row["flops"] / mine / 1e9 if row["flops"] else None

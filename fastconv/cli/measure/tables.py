@@ -133,6 +133,8 @@ def _remarks(row: dict[str, Any]) -> Iterable[str]:
         yield f"{again['speed_over_eager']:.2f} of eager's in another way"
     elif again:
         yield f"{row['unconfirmed']:.2f} of eager's, UNCONFIRMED: {again['reason']}"
+    elif row.get("unconfirmed"):
+        yield f"{row['unconfirmed']:.2f} of the fastest's, UNCONFIRMED: eager has no time"
 
 
 def _standing(part: Part) -> Iterable[RenderableType]:
