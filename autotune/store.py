@@ -17,7 +17,7 @@ import re
 import secrets
 import socket
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,14 +101,14 @@ class Store:
         """The records of these kinds, in the order of their shards; a line that cannot be read costs itself and one
         warning for its shard."""
         records: list[Record] = []
-        for path, data in self._shards():
+        for path, data in self._shards(self._warn):
             problems: list[str] = []
             newer: NewerSchema | None = None
             for where, line in _lines(path.name, data):
                 if _other_kind(line, kinds):
                     continue
                 try:
-                    record = from_line(line, where)
+                    record = _record(line, where)
                 except NewerSchema as error:
                     newer = newer or error
                 except SchemaError as error:
@@ -126,10 +126,10 @@ class Store:
     def problems(self) -> list[str]:
         """One line for everything in the store that cannot be read; none: it is sound."""
         found: list[str] = []
-        for path, data in self._shards():
+        for path, data in self._shards(found.append):
             for where, line in _lines(path.name, data):
                 try:
-                    from_line(line, where)
+                    _record(line, where)
                 except SchemaError as error:
                     found.append(str(error))
         return found
@@ -195,21 +195,22 @@ class Store:
         except FileNotFoundError:
             return []
 
-    def _shards(self) -> Iterator[tuple[Path, bytes]]:
-        """Each shard's content; listed again where one was merged away meanwhile, so that nothing is missed."""
+    def _shards(self, left_out: Callable[[str], None]) -> Iterator[tuple[Path, bytes]]:
+        """Each shard's content; listed again where one was merged away meanwhile, so that nothing is missed. What is
+        left out is told, with the reason."""
         seen: set[Path] = set()
         for _ in range(5):
             try:
                 paths = self._paths()
             except OSError as error:
-                return self._warn(f"{self.folder}: cannot be read ({error})")
+                return left_out(f"{self.folder}: cannot be read ({error})")
             vanished = False
             for path in paths:
                 if path in seen:
                     continue
                 try:
                     if path.stat().st_size > MAX_SHARD:
-                        self._warn(f"{path}: over {MAX_SHARD >> 20} MiB, left out")
+                        left_out(f"{path}: over {MAX_SHARD >> 20} MiB, left out")
                         data = b""
                     else:
                         data = path.read_bytes()
@@ -217,7 +218,7 @@ class Store:
                     vanished = True
                     continue
                 except OSError as error:
-                    self._warn(f"{path}: cannot be read ({error})")
+                    left_out(f"{path}: cannot be read ({error})")
                     data = b""
                 seen.add(path)
                 yield path, data
@@ -235,7 +236,7 @@ def read_lines(path: Path) -> list[Record]:
     """The records of an exported file. Raises SchemaError naming the line and field, OSError."""
     if path.stat().st_size > MAX_SHARD:
         raise SchemaError(f"{path}: over {MAX_SHARD >> 20} MiB")
-    return [from_line(line, where) for where, line in _lines(str(path), path.read_bytes())]
+    return [_record(line, where) for where, line in _lines(str(path), path.read_bytes())]
 
 
 def publish(path: Path, data: bytes) -> None:
@@ -258,14 +259,21 @@ def publish(path: Path, data: bytes) -> None:
 def _lines(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
-            yield f"{name} line {number}", line if len(line) <= MAX_LINE else b""
+            yield f"{name} line {number}", line
+
+
+def _record(line: bytes, where: str) -> Record:
+    """Raises SchemaError."""
+    if len(line) > MAX_LINE:
+        raise SchemaError(f"{where}: over {MAX_LINE >> 10} KiB")
+    return from_line(line, where)
 
 
 def _sound(path: Path) -> Iterator[bytes]:
     """The lines of a shard that can be read. Raises NewerSchema."""
     for where, line in _lines(path.name, path.read_bytes()):
         try:
-            from_line(line, where)
+            _record(line, where)
         except NewerSchema:
             raise
         except SchemaError:

@@ -201,13 +201,13 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
 
 def _read(path: Path) -> Sequence[Record]:
     """The records of an export, a table or a lock file. Raises SchemaError, OSError."""
-    from fastconv.autotune.store import read_lines
+    from fastconv.autotune.store import MAX_LINE, read_lines
     from fastconv.autotune.table import read_table
 
-    # A table is one object over many lines; what is exported has one on each.
+    # A table is one object, however its lines are broken; only the lines of an export say what record each is.
     with path.open("rb") as file:
-        first = file.readline(64).strip()
-    return read_table(path) if first == b"{" else read_lines(path)
+        head = file.read(MAX_LINE).strip()
+    return read_lines(path) if b'"record"' in head or not head else read_table(path)
 
 
 def _clear(store: Store, yes: bool) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from fastconv.autotune import Store
 from fastconv.autotune.gpus import A100
+from fastconv.autotune.store import MAX_LINE, MAX_SHARD
 from fastconv.autotune.table import write_table
 from fastconv.cli import run
 from fastconv.kernels.tuned import version_of
@@ -85,7 +86,9 @@ def test_export_import_merge_and_clear(
 def test_tables_are_imported_too(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     write_table(path, [tuned()], "0.1.0", DATE, "resnet50")
-    assert run(["cache", "import", str(path), "--gpu", "H200"]) == 0
+    for indent in (None, 2):  # as other tools write it
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=indent))
+        assert run(["cache", "import", str(path), "--gpu", "H200"]) == 0
     assert store.read() == [tuned()]
 
 
@@ -103,6 +106,23 @@ def test_verify_names_what_cannot_be_read(store: Store, tmp_path: Path, capsys: 
     assert "problems[0]" in capsys.readouterr().out
 
 
+def test_verify_names_what_is_left_out(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.append(tuned())
+    (store.folder / "folder.jsonl").mkdir()
+    with (store.folder / "large.jsonl").open("wb") as file:
+        file.truncate(MAX_SHARD + 1)
+    assert run(["cache", "verify"]) == 1
+    out = capsys.readouterr().out
+    assert "folder.jsonl: cannot be read" in out and "large.jsonl: over 256 MiB" in out and out.count("\n") == 2
+    path = tmp_path / "file"
+    path.write_text("")
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(path))
+    assert run(["cache", "verify"]) == 1
+    assert f"{path}/tune: cannot be read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -110,6 +130,7 @@ def test_verify_names_what_cannot_be_read(store: Store, tmp_path: Path, capsys: 
         (tuned().line.replace('"schema":1', '"schema":9'), "line 1: schema 9 is of a newer fastconv"),
         (tuned().line + "\n" + tuned().line.replace('"TILE":1', '"TILE":"x"', 1), "line 2.config.TILE"),
         ("nothing", "no JSON"),
+        (tuned().line + "\n" + "x" * (MAX_LINE + 1), "line 2: over 64 KiB"),
         (json.dumps({"schema": 1, "record": "tuned"}), "line 1: the field 'gpu' is missing"),
         ('{\n"schema":1}', "the field 'gpu' is missing"),
     ],
