@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from fastconv.autograd.pool import _pytorch_indices
 from fastconv.autotune import Choice, Config, Gpu, Problem, Space, Work
 from fastconv.autotune.choose import Asked, ask, fixed
 from fastconv.kernels import conv, dispatch, pool
@@ -59,6 +60,7 @@ class Subject:
     depth: int  # products or elements that one result sums
     family: str | None  # that asks about the problem
     native: bool = True  # PyTorch's call is an op of its own, so that its time means something
+    recalled: Callable[[Operands], Tensor] | None = None  # ours once more, read off what a call keeps beside its result
 
     @property
     def precision(self) -> str:
@@ -245,8 +247,16 @@ def _pool(problem: Problem, it: PoolProblem, direction: str, channels_last: bool
             return lambda: pool.average_pool_backward(dy, it.input_size, geometry, channels_last, *sums)
         return lambda: pool.lp_pool_backward(dy, kept, x, geometry, channels_last, it.norm)
 
+    def at_taps(tensors: Operands) -> Tensor:
+        x = tensors[0].flatten(2)
+        indices = _pytorch_indices(forward(*tensors)[1], it.input_size, geometry)
+        inside = (indices >= 0) & (indices < x.shape[2])
+        found = x.gather(2, indices.where(inside, 0).flatten(2)).view(indices.shape)
+        return found.where(inside, math.nan)
+
     operands = (x,) if direction == "forward" else (x, dy)
-    return Subject(problem, operands, ours, partial(_pytorch_pool, it, direction), it.taps, None)
+    recalled = at_taps if direction == "forward" and it.index is not None else None
+    return Subject(problem, operands, ours, partial(_pytorch_pool, it, direction), it.taps, None, recalled=recalled)
 
 
 def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:

@@ -11,6 +11,7 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,21 +138,25 @@ class _Problem:
             return self._captured(call)
         with subject.serving(config, session.gpu):
             ours = subject.ours(self.operands, session.gpu)
-            with Guarded() as guards:
-                result = ours()
-            guards.check()
-            self.guards.check()
-            error = worst(result, self.reference)
-            # A NaN, what no program wrote or what came from beside an operand, compares false.
-            if not error <= self.allowed:
-                raise Refused("wrong", f"its largest error is {error:.1e} where {self.allowed:.1e} is allowed")
-            del result
+            self._compare(ours, "its")
+            if subject.recalled is not None:
+                self._compare(partial(subject.recalled, self.operands), "at what it keeps, the")
 
         def served() -> object:
             with subject.serving(config, session.gpu):
                 return ours()
 
         return self._captured(served)
+
+    def _compare(self, call: Callable[[], Tensor], whose: str) -> None:
+        with Guarded() as guards:
+            result = call()
+        guards.check()
+        self.guards.check()
+        error = worst(result, self.reference)
+        # A NaN, what no program wrote or what came from beside an operand, compares false.
+        if not error <= self.allowed:
+            raise Refused("wrong", f"{whose} largest error is {error:.1e} where {self.allowed:.1e} is allowed")
 
     def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call as a CUDA graph, whose result nobody reads: all graphs share its memory. As it is, where it cannot

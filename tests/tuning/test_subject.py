@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
 from fastconv.autotune.measure import Task
 from fastconv.cli.measure.clock import HostClock
 from fastconv.kernels import mend
+from fastconv.kernels import pool as kernels
 from fastconv.kernels.tuned import CALLER
 from fastconv.tuning import problems, worker
 from fastconv.tuning.process import Refused
@@ -192,6 +194,28 @@ def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             run(problem, config)
         assert refused.value.status == "wrong"
         run._current = None
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["max", "adaptive max"])
+def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taps that lie beside their windows' maxima, whose values are right."""
+    asked = asked_by(CALLS[name], torch.float32, INTERPRETER)[0].asked
+    assert dict(asked.problem.kind)["direction"] == "forward"
+    right = kernels.max_pool
+
+    def off(harm: Any, *given: Any) -> Any:
+        y, taps = right(*given)
+        taps[:, :, -1:] = harm(taps[:, :, -1:])
+        return y, taps
+
+    harms: list[Any] = [lambda taps: 1 - taps.clamp(max=1), lambda taps: torch.full_like(taps, 255)]
+    for harm in harms:
+        monkeypatch.setattr(kernels, "max_pool", partial(off, harm))
+        run = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
+        with pytest.raises(Refused, match="at what it keeps, the largest error") as refused:
+            run(asked.problem, asked.choice.config)
+        assert refused.value.status == "wrong"
 
 
 @interpreted
