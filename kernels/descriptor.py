@@ -5,6 +5,7 @@ Built directly, not through ``TensorDescriptor.from_tensor`` and views, which ta
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,13 +62,14 @@ class Descriptor:
             view = t.as_strided((reach,), (1,), t.storage_offset() + self.start)
             return TensorDescriptor(view, list(self.shape), list(self.strides), list(self.box))
         key = (t.data_ptr(), self._number)
-        descriptor = _descriptors.get(key)
+        # (Each step is sound whatever other threads do between them.)
+        descriptor = _descriptors.pop(key, None)
         if descriptor is None:
             if len(_descriptors) >= MAX_DESCRIPTORS:
-                _descriptors.clear()
+                _descriptors.popitem(last=False)
             address = _Address(t.data_ptr() + self.start * t.itemsize, self.dtype)
             descriptor = TensorDescriptor(address, list(self.shape), list(self.strides), list(self.box))
-            _descriptors[key] = descriptor
+        _descriptors[key] = descriptor
         return descriptor
 
 
@@ -84,7 +86,8 @@ class _Address:
 
 
 _numbers = count()
-_descriptors: dict[tuple[int, int], TensorDescriptor] = {}
+# The latest used last: a weight's stay.
+_descriptors: OrderedDict[tuple[int, int], TensorDescriptor] = OrderedDict()
 
 
 def aligned(t: torch.Tensor) -> bool:
