@@ -174,9 +174,10 @@ class Store:
             path.unlink(missing_ok=True)
         return len(paths)
 
-    def export(self, path: Path) -> int:
-        """Write every sound record to one file of lines, published at once; how many. Raises OSError."""
-        lines = dict.fromkeys(record.line.encode() for record in self.read())
+    def export(self, path: Path, records: Iterable[Record] | None = None) -> int:
+        """Write these records (default: every sound one) to one file of lines, published at once; how many. Raises
+        OSError."""
+        lines = dict.fromkeys(record.line.encode() for record in (self.read() if records is None else records))
         publish(path, b"".join(line + b"\n" for line in lines))
         return len(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fastconv.autotune import Gpu, Store
+    from fastconv.autotune import Store
     from fastconv.autotune.records import Record
 
 
@@ -35,14 +35,18 @@ def cache(
     argument: Annotated[
         str | None, typer.Argument(help="export, import, verify: a file. show: words that a problem's line holds.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="show, import: of this GPU (H200), not of this machine's.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="show, export, import: of this GPU alone (H200, or as list has its name); import: or all."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="clear: without asking.")] = False,
 ) -> int:
     """What tuning found on this machine, in FASTCONV_CACHE_DIR.
 
-    list: how much of which GPU. show: each problem's winner. export, import: all of it as a file; import takes lock
-    files and tables too. merge: the files of ended processes become one. clear: remove all. verify: whether all of it,
-    or a file, can be read; exit code 1 where not.
+    list: how much of which GPU. show: each problem's winner. export, import: all of it as a file, or what is of one
+    GPU; import takes lock files and tables too, and what is of this machine's GPU unless --gpu says otherwise. merge:
+    the files of ended processes become one. clear: remove all. verify: whether all of it, or a file, can be read; exit
+    code 1 where not.
     """
     from fastconv.autotune import Store
     from fastconv.cli import BadUsage
@@ -51,7 +55,7 @@ def cache(
         raise BadUsage(f"cache {action.value} needs a file: fastconv cache {action.value} FILE")
     if argument is not None and action not in (*FILES, Action.show):
         raise BadUsage(f"cache {action.value} takes no {argument!r}")
-    if gpu is not None and action not in (Action.show, Action.import_):
+    if gpu is not None and action not in (Action.show, Action.export, Action.import_):
         raise BadUsage(f"cache {action.value} takes no --gpu")
     if yes and action is not Action.clear:
         raise BadUsage(f"cache {action.value} takes no --yes")
@@ -66,7 +70,8 @@ def cache(
         if action is Action.import_:
             return _import(store, Path(str(argument)), gpu)
         if action is Action.export:
-            count = store.export(Path(str(argument)))
+            records = store.read()
+            count = store.export(Path(str(argument)), filter(_of(gpu, records), records))
             print(f"{count} records written to {argument}")
         elif action is Action.merge:
             count = store.merge()
@@ -112,15 +117,12 @@ def _list(store: Store) -> int:
 def _show(store: Store, words: str, gpu: str | None) -> int:
     from fastconv.autotune.records import Tuned
     from fastconv.autotune.table import Table
-    from fastconv.cli import options
     from fastconv.cli.measure.tables import _tile
 
-    wanted = options.gpu(gpu) if gpu else None
     records = [record for record in store.read(("tuned",)) if isinstance(record, Tuned)]
     by_gpu: dict[tuple[str, int], list[Tuned]] = defaultdict(list)
-    for record in records:
-        if wanted is None or record.of_gpu(wanted):
-            by_gpu[record.gpu, record.multiprocessors].append(record)
+    for record in filter(_of(gpu, records), records):
+        by_gpu[record.gpu, record.multiprocessors].append(record)
     current = _versions(records)
     shown = 0
     for (name, multiprocessors), group in sorted(by_gpu.items()):
@@ -173,23 +175,24 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
 
     from fastconv.autotune import SchemaError
     from fastconv.autotune.records import Tuned
-    from fastconv.cli import BadUsage, options
+    from fastconv.cli import BadUsage
     from fastconv.kernels import dispatch, mend
 
-    if gpu is not None:
-        wanted: Gpu = options.gpu(gpu)
-    elif torch.cuda.is_available() and not mend.interpreting():
-        wanted = dispatch.target(torch.device("cuda"))
-    else:
-        raise BadUsage("cache import: PyTorch sees no GPU; --gpu H200 names the one that the file is for")
     try:
         records = _read(path)
     except SchemaError as error:
         raise BadUsage(str(error)) from error
-    others = sorted({f"{r.gpu} with {r.multiprocessors} multiprocessors" for r in records if not r.of_gpu(wanted)})
+    if gpu is not None:
+        wanted, name = _of(gpu, records), gpu
+    elif torch.cuda.is_available() and not mend.interpreting():
+        here = dispatch.target(torch.device("cuda"))
+        wanted, name = lambda record: record.of_gpu(here), f"{here.name} with {here.multiprocessors}"
+    else:
+        raise BadUsage("cache import: PyTorch sees no GPU; --gpu H200 names the one that the file is for, or all")
+    others = sorted({f"{r.gpu} with {r.multiprocessors} multiprocessors" for r in records if not wanted(r)})
     if others:
         raise BadUsage(
-            f"{path} is of the {', '.join(others)}, not of the {wanted.name} with {wanted.multiprocessors}; "
+            f"{path} is of the {' and the '.join(others)}, not of the {name} alone; --gpu all takes every GPU's; "
             "nothing was imported"
         )
     new = store.add(records)
@@ -197,6 +200,23 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
     stale = sum(isinstance(r, Tuned) and r.version != current[r.problem.space] for r in records)
     print(f"{new} of {len(records)} records were new" + (f"; {stale} are of other versions and seed" if stale else ""))
     return 0
+
+
+def _of(gpu: str | None, records: Iterable[Record]) -> Callable[[Record], bool]:
+    """Which records are of ``gpu``: those with this very name, else those of the table's GPU that is called so; None,
+    "all": any. Raises BadUsage with the names there are."""
+    from fastconv.cli import BadUsage, options
+
+    if gpu is None or gpu == "all":
+        return lambda record: True
+    recorded = sorted({record.gpu for record in records})
+    if gpu in recorded:
+        return lambda record: record.gpu == gpu
+    try:
+        known = options.gpu(gpu)
+    except BadUsage as error:
+        raise BadUsage(f"{error}; recorded are {', '.join(recorded) or 'none'}") from error
+    return lambda record: record.of_gpu(known)
 
 
 def _read(path: Path) -> Sequence[Record]:

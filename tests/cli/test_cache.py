@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_export_import_merge_and_clear(
     assert Store().read() == [] and Store(tmp_path / "cache/tune").read() == records
 
 
+def test_of_several_gpus_all_or_one_are_taken(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(A100, name="NVIDIA GTX 1650", multiprocessors=14)  # the table has none of that name
+    records = [tuned(), tuned(gpu=A100), tuned(gpu=other)]
+    for record in records:
+        store.append(record)
+    out = str(tmp_path / "all.jsonl")
+    assert run(["cache", "export", out]) == 0
+    monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path / "other"))
+    assert run(["cache", "import", out, "--gpu", "H200"]) == 2
+    assert "of the NVIDIA A100 with 108 multiprocessors and the NVIDIA GTX 1650 with 14" in capsys.readouterr().err
+    assert run(["cache", "import", out, "--gpu", "all"]) == 0
+    assert Store().read() == records
+    for name, record in zip(("H200", "sm_80", other.name), records, strict=True):
+        monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path / "cache"))
+        assert run(["cache", "export", out, "--gpu", name]) == 0
+        assert "1 records written" in capsys.readouterr().out
+        monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path / name))
+        assert run(["cache", "import", out, "--gpu", name]) == 0
+        assert Store().read() == [record]
+        assert run(["cache", "show", "--gpu", name]) == 0
+        assert record.gpu in capsys.readouterr().out
+
+
 def test_tables_are_imported_too(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     write_table(path, [tuned()], "0.1.0", DATE, "resnet50")
@@ -126,7 +152,7 @@ def test_verify_names_what_is_left_out(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (tuned(gpu=A100).line, "of the NVIDIA A100 with 108 multiprocessors, not of the NVIDIA H200 with 132"),
+        (tuned(gpu=A100).line, "of the NVIDIA A100 with 108 multiprocessors, not of the H200 alone; --gpu all"),
         (tuned().line.replace('"schema":1', '"schema":9'), "line 1: schema 9 is of a newer fastconv"),
         (tuned().line + "\n" + tuned().line.replace('"TILE":1', '"TILE":"x"', 1), "line 2.config.TILE"),
         ("nothing", "no JSON"),
@@ -159,7 +185,8 @@ def test_what_cannot_be_imported_is_one_line_and_changes_nothing(
         ("cache list --gpu H200", "takes no --gpu"),
         ("cache list --yes", "takes no --yes"),
         ("cache import missing --gpu H200", "missing: No such file"),
-        ("cache import missing --gpu GTX", "gpu 'GTX' is not one of A100"),
+        ("cache export missing --gpu GTX", "gpu 'GTX' is not one of A100"),
+        ("cache export missing --gpu GTX", "; recorded are NVIDIA H200"),
         ("cache verify missing", "missing: No such file"),
         ("cache export /proc/nowhere/file", "/proc/nowhere"),
     ],
