@@ -221,5 +221,5 @@ def _check_possible(operator: Operator, fields: dict[str, Any]) -> None:
     if 0 in output:
         raise _Wrong("output_size", f"nothing is left of {list(operator.input[1:])}")
     if operator.elements > MAX_ELEMENTS:
-        shaped = [name for name in ("input", "weight", "padding", "output_size") if name in fields]
-        raise _Wrong(", ".join(shaped), f"{operator.elements:.1e} elements for one image, at most 2^40 are possible")
+        large = [name for name in ("input", "weight", "padding", "output_size") if name in fields]
+        raise _Wrong(", ".join(large), f"{operator.elements:.1e} elements for one image, at most 2^40 are possible")
