@@ -117,7 +117,7 @@ def test_what_is_launched_is_found_without_data() -> None:
             assert row["status"] == "ok", row["reason"]
             with operator_times.conditions(CPU), launch.record() as records:
                 operands = drawn(task.case.operator, torch.bfloat16, CPU)
-                operator_times.compared(row, task.case.operator, task.ours, operands)
+                operator_times.compared(row, task.case.operator, registry.PROVIDERS[row["ours"]], operands)
             assert {record.launch.compile_key for record in records} <= found
 
 
@@ -196,8 +196,9 @@ def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.Mon
 def test_one_family_alone_is_a_provider_of_its_own(name: str, served: str, progress: Progress) -> None:
     names = ("fastconv:gather", "fastconv:depthwise")
     (part,) = measured(tasks(name, providers=names), progress).values()
-    assert (part["verdict"], part["ours"]) == ("right", "fastconv:gather")
+    assert part["verdict"] == "right"
     for row in part["rows"]:
+        assert row["ours"] == "fastconv:gather"
         entries = {entry["provider"]: entry for entry in row["providers"]}
         assert row["family"] == "gather"
         assert entries.keys() == {"eager", *names}
@@ -208,6 +209,33 @@ def test_one_family_alone_is_a_provider_of_its_own(name: str, served: str, progr
 def test_a_family_that_serves_nothing_of_an_entry_is_skipped(progress: Progress) -> None:
     (part,) = measured(tasks("dense", providers=("fastconv:depthwise",)), progress).values()
     assert part["verdict"] == "skipped" and "8 input channels a group" in part["reason"]
+
+
+def test_a_row_is_of_the_first_provider_of_ours_that_serves_it(progress: Progress) -> None:
+    names = ("fastconv:depthwise", OURS, "fastconv:gather")
+    (part,) = measured(tasks("grouped", providers=names), progress).values()
+    assert part["verdict"] == "right"
+    for row in part["rows"]:
+        entries = {entry["provider"]: entry for entry in row["providers"]}
+        assert (row["ours"], entries["fastconv:depthwise"]["status"]) == (OURS, "skipped")
+        assert row["gb_per_s"] == row["bytes"] / entries[OURS]["ms"]["median"] / 1e6
+
+
+def test_plain_fastconv_that_cannot_be_planned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = operators._plans
+
+    def raising(provider: registry.Provider, *given: Any) -> Any:
+        if provider.name == OURS:
+            raise RuntimeError("no plan")
+        return plans(provider, *given)
+
+    monkeypatch.setattr(operators, "_plans", raising)
+    for names, status in (((OURS, "fastconv:gather"), "failed"), (("fastconv:gather", OURS), "ok")):
+        (task,) = tasks("grouped", providers=names)
+        operators.plan_each([task], BENCH)
+        for row in task.rows:
+            assert row["status"] == status
+            assert {entry["provider"]: entry["status"] for entry in row["providers"]} == {OURS: "failed"}
 
 
 def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,29 +315,29 @@ def timed(**medians: float) -> list[dict[str, Any]]:
 
 def test_what_times_mean_and_what_is_owed() -> None:
     pool, dense = ENTRIES[1], ENTRIES[0]
-    row: dict[str, Any] = {"status": "ok", "bytes": 3_000_000_000, "flops": 0, "large": True}
+    row: dict[str, Any] = {"status": "ok", "ours": OURS, "bytes": 3_000_000_000, "flops": 0, "large": True}
     row["providers"] = timed(eager=3.0, fastconv=1.0, fastconv_nchw=1.25, eager_nchw=2.0, compile=0.9)
-    standing.stand(row, pool, OURS, LIMITS)
+    standing.stand(row, pool, LIMITS)
     assert (row["speed"], row["gb_per_s"], row["share"], row["tflops"]) == (0.9, 3000.0, 0.75, None)
     assert (row["layout_ms"], row["ceiling"], row["missed"]) == (0.25, 0.75, ["speed", "bandwidth"])
     row |= {"large": False, "flops": 400_000_000_000}
-    standing.stand(row, dense, OURS, LIMITS)
+    standing.stand(row, dense, LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"], row["missed"]) == (0.9, 3.0, 3.0, [])
     assert (row["tflops"], row["matrix_share"], row["ceiling"]) == (400.0, 0.5, 0.75)
     # The other way says less: all speeds are less.
     row["again"] = {"speed_over_eager": 1.5}
-    standing.stand(row, dense, OURS, LIMITS)
+    standing.stand(row, dense, LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (0.45, 1.5, 1.5)
     row["again"] = {"speed_over_eager": 3.5}
-    standing.stand(row, dense, OURS, LIMITS)
+    standing.stand(row, dense, LIMITS)
     assert (row["speed_over_eager"], row["unconfirmed"]) == (3.0, None)
 
 
 def test_what_is_not_confirmed_is_no_win() -> None:
-    row = stood(None, {"resnet50": 1}, bytes=3_000_000_000, flops=0, large=False, reason=None)
+    row = stood(None, {"resnet50": 1}, bytes=3_000_000_000, flops=0, large=False, reason=None, ours=OURS)
     row["providers"] = timed(eager=3.0, fastconv=1.0)
     row["again"] = {"status": "failed", "reason": "OutOfMemoryError: tried to allocate 2 GiB", "copies": 2}
-    standing.stand(row, ENTRIES[1], OURS, LIMITS)
+    standing.stand(row, ENTRIES[1], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
     assert (row["unconfirmed"], row["gb_per_s"], row["missed"]) == (3.0, 3000.0, [])
     assert (standing.means([row]), standing.families([row])) == ([], {})
@@ -320,16 +348,16 @@ def test_what_is_not_confirmed_is_no_win() -> None:
 
 
 def test_without_eagers_time_no_win_is_believed() -> None:
-    row: dict[str, Any] = {"status": "ok", "bytes": 10**9, "flops": 0, "large": False}
+    row: dict[str, Any] = {"status": "ok", "ours": OURS, "bytes": 10**9, "flops": 0, "large": False}
     row["providers"] = timed(fastconv=1.0, eager_nchw=3.0)
-    standing.stand(row, ENTRIES[3], OURS, LIMITS)
+    standing.stand(row, ENTRIES[3], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
     assert (row["unconfirmed"], row["missed"]) == (3.0, [])
     (remark,) = tables._remarks(row | {"reason": None})
     assert remark == "3.00 of the fastest's, UNCONFIRMED: eager has no time"
     # A loss is: nobody has to doubt it.
     row = row | {"providers": timed(fastconv=1.0, eager_nchw=3.0, compile=0.5), "unconfirmed": None}
-    standing.stand(row, ENTRIES[3], OURS, LIMITS)
+    standing.stand(row, ENTRIES[3], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["unconfirmed"]) == (0.5, None, None)
 
 

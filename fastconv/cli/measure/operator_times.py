@@ -71,7 +71,7 @@ def measure_row(
 ) -> None:
     """Complete ``row``: errors, a time for each provider whose results are right, the noise. A provider that raises,
     runs out of memory or finds no time is an entry that says so. No time is taken where ours is wrong."""
-    eager, ours = providers[0], next(provider for provider in providers if provider.ours)
+    eager, ours = providers[0], next(provider for provider in providers if provider.name == row["ours"])
     operands = drawn(operator, bench.dtype, bench.device)
     yardstick = compared(row, operator, ours, operands)
     if row["status"] != "ok":

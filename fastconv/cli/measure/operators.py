@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ COMPILE_SHARE = 0.5  # of the time, that torch.compile may take where there is n
 
 @dataclass
 class Task:
-    """A case with the rows of its result, one for each direction, and who is to run it: ours first."""
+    """A case with the rows of its result, one for each direction, and who is to run it."""
 
     case: Case
     providers: tuple[Provider, ...]
@@ -43,10 +44,6 @@ class Task:
     @property
     def entry(self) -> Entry:
         return self.case.entry
-
-    @property
-    def ours(self) -> Provider:
-        return next(provider for provider in self.providers if provider.ours)
 
     @property
     def compiled(self) -> bool:
@@ -111,6 +108,7 @@ def _planned(task: Task, direction: str, bench: Bench) -> dict[str, Any]:
         "direction": direction,
         "batch": task.case.batch,
         "networks": dict(task.case.networks),
+        "ours": None,  # the first of our providers that serves it: whose times the row's speeds are
         "bytes": None,
         "flops": 0,
         # Of a share of the bandwidth only that is owed which no cache helps.
@@ -119,18 +117,21 @@ def _planned(task: Task, direction: str, bench: Bench) -> dict[str, Any]:
         "reason": None,
         "providers": [],
     }
-    try:
-        plans = _plans(task.ours, operator, direction, bench)
-    except Exception as error:
-        # A family that is to serve alone need not serve everything.
-        return row | {"status": "skipped" if task.ours.family else "failed", "reason": reason(error)}
-    for provider in task.providers:
-        if provider.ours and provider is not task.ours:
-            try:
-                _plans(provider, operator, direction, bench)
-            except Exception as error:
-                unserved = {"provider": provider.name, "status": "skipped", "reason": reason(error)}
-                row["providers"].append(unserved)
+    plans: list[Plan] = []
+    for provider in filter(attrgetter("ours"), task.providers):
+        try:
+            found = _plans(provider, operator, direction, bench)
+        except Exception as error:
+            # A family that is to serve alone need not serve everything.
+            unserved = {"status": "skipped" if provider.family else "failed", "reason": reason(error)}
+            row["providers"].append({"provider": provider.name, **unserved})
+            if not plans and not provider.family:
+                return row | unserved
+        else:
+            if not plans:
+                plans, row["ours"] = found, provider.name
+    if not plans:
+        return row | {key: row["providers"][0][key] for key in ("status", "reason")}
     alone = plans[0].choice if len(plans) == 1 else None
     return row | {
         "operator": plans[0].problem.describe(),
@@ -175,7 +176,7 @@ def measure(
                 _measure_task(task, bench, deadline, started + compiling)
                 pace.note(task, time.monotonic() - started)
             for row in task.rows:
-                standing.stand(row, task.entry, task.ours.name, limits)
+                standing.stand(row, task.entry, limits)
             part["rows"] = sorted((*part["rows"], *task.rows), key=standing.losses_first)
             part |= {"means": standing.means(part["rows"]), "families": standing.families(part["rows"])}
             part |= standing.verdict(part["rows"])
@@ -193,7 +194,6 @@ def _part(task: Task, bench: Bench, limits: ceilings.Ceilings) -> Part:
         "kind": "operators",
         "title": f"{entry.name.capitalize()} operators of {', '.join(entry.lists)}, {dtype}",
         "dtype": dtype,
-        "ours": task.ours.name,
         "copy_bandwidth": limits.bandwidth,
         "matrix_rate": limits.matrix,
         "speed_target": entry.speed,

@@ -1,6 +1,6 @@
 """The result file: one JSON document, rewritten as each part ends, that tables and plots are rendered from.
 
-``{"schema": "fastconv-bench/4", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
+``{"schema": "fastconv-bench/5", "created", "command", "dry_run", "environment": {...}, "parts": [part, ...]}``; a part
 is ``{"id", "kind", "title", "verdict", "reason", ...}`` and the rest depends on its kind. Times are milliseconds,
 memory is bytes, errors are relative unless a name says otherwise.
 """
@@ -20,15 +20,16 @@ from typing import Any
 
 from fastconv.cli import BadUsage
 
-SCHEMA = "fastconv-bench/4"
+SCHEMA = "fastconv-bench/5"
 # The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers",
-# version 4 "targets", and of operators times alone and replayed, ceilings, means and families.
+# version 4 "targets", and of operators times alone and replayed, ceilings, means and families; version 5 of each of
+# their rows which provider of ours its speeds are of.
 KINDS = {
     "training": {"losses", "accuracy", "held_out", "loss_difference", "tolerance", "launches"},
     "block": {"rows", "launches"},
     "check": {"rows", "launches"},
     "time": {"rows", "noise"},
-    "operators": {"rows", "dtype", "ours", "copy_bandwidth", "matrix_rate", "speed_target", "rivals", "share_target"}
+    "operators": {"rows", "dtype", "copy_bandwidth", "matrix_rate", "speed_target", "rivals", "share_target"}
     | {"means", "families"},
     "targets": {"rows", "least_target"},
     "blocks": {"rows", "bandwidth"},

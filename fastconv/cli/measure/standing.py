@@ -15,7 +15,7 @@ from fastconv.cli.measure.results import Part
 Row = dict[str, Any]
 
 
-def stand(row: Row, entry: Entry, ours: str, ceilings: Ceilings) -> None:
+def stand(row: Row, entry: Entry, ceilings: Ceilings) -> None:
     """Complete a row: speed over the fastest of PyTorch's, over the rivals and over eager channels_last, the lower of
     both measurements where there are two; rates, shares of the ceilings, and what is owed and missed.
 
@@ -23,9 +23,9 @@ def stand(row: Row, entry: Entry, ours: str, ceilings: Ceilings) -> None:
     is "unconfirmed". So is one over the others that would have to be doubted, where eager has no time to measure
     against again."""
     times = {provider["provider"]: provider["ms"]["median"] for provider in row["providers"] if "ms" in provider}
-    if ours not in times or row["status"] != "ok":
+    if row["ours"] not in times or row["status"] != "ok":
         return
-    mine = times[ours]
+    mine = times[row["ours"]]
     theirs = {name: time for name, time in times.items() if not name.startswith(OURS)}
     believed: float | None = 1.0
     if "again" in row:

@@ -94,7 +94,9 @@ def _times(part: Part) -> list[RenderableType]:
 
 def _operators(part: Part) -> list[RenderableType]:
     names = dict.fromkeys(entry["provider"] for row in part["rows"] for entry in row["providers"])
-    ours, others = part["ours"], [name for name in names if name not in (part["ours"], "fastconv-nchw")]
+    served = {row["ours"] for row in part["rows"]}
+    # A column for whatever is not ours in every row.
+    others = [name for name in names if served != {name} and name != "fastconv-nchw"]
     columns = ("us", "p20-p80", *others, "speed", "alone us", "eager's", "TFLOP/s", "GB/s", "ceiling", "NCHW +us")
     table = _table("", "times", *columns, "family, tile", "")
     table.columns[0].no_wrap = True
@@ -102,16 +104,16 @@ def _operators(part: Part) -> list[RenderableType]:
         entries = {entry["provider"]: entry for entry in row["providers"]}
         times = {name: entry["ms"]["median"] * 1e3 for name, entry in entries.items() if "ms" in entry}
         alone = {name: entry["alone_ms"]["median"] * 1e3 for name, entry in entries.items() if "alone_ms" in entry}
-        spread = entries.get(ours, {}).get("ms")
+        spread = entries.get(row["ours"], {}).get("ms")
         layout = row.get("layout_ms")
         table.add_row(
             f"{row['operator'].removesuffix(' ' + part['dtype'])}, {row['direction']}",
             str(sum(row["networks"].values()) or ""),
-            _number(times.get(ours), ".1f"),
+            _number(times.get(row["ours"]), ".1f"),
             f"{spread['p20'] * 1e3:.1f}-{spread['p80'] * 1e3:.1f}" if spread else "",
             *(_number(times.get(name), ".1f") for name in others),
             _number(row.get("speed"), ".2f"),
-            *(_number(alone.get(name), ".0f") for name in (ours, "eager")),
+            *(_number(alone.get(name), ".0f") for name in (row["ours"], "eager")),
             _number(row.get("tflops"), ",.0f"),
             _number(row.get("gb_per_s"), ",.0f"),
             _number(row.get("ceiling"), ".0%"),
