@@ -25,6 +25,7 @@ pytestmark = COMPILING
 NETWORKS = ("mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 BATCHES = (32, 256)
 each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
+on_hopper_at_least = each(GPUS, slow=lambda gpu: not gpu.wgmma)
 
 NORM = ("*fp32",) * 4
 EPILOGUES = {
@@ -83,7 +84,7 @@ ODD = (
 )
 
 
-@each_gpu
+@on_hopper_at_least
 def test_odd_layers_spill_nothing(gpu: Gpu) -> None:
     found: dict[tuple, tuple[str, Launch]] = {}
     for x, weight, stride, padding, dilation, dtype in ODD:

@@ -22,6 +22,7 @@ from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
 pytestmark = COMPILING
 
 each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
+on_hopper_at_least = each(GPUS, slow=lambda gpu: not gpu.wgmma)
 EPILOGUES = {
     "plain": Epilogue(),
     "inference": Epilogue(*("*fp32",) * 4, act="relu"),
@@ -143,7 +144,7 @@ def test_groups_share_tensor_cores(gpu: Gpu) -> None:
     assert not any(wrong.values()), listed(found, wrong)
 
 
-@each_gpu
+@on_hopper_at_least
 def test_other_groups_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
     found = list(planned(GROUPS, gpu, ("plain", "statistics")))
@@ -188,7 +189,7 @@ def test_rows_by_bulk_copies() -> None:
     assert {"UTMALDG", "UTMASTG"} <= opcodes and not opcodes & {"LDG", "LDGSTS", "STG"}
 
 
-@each_gpu
+@on_hopper_at_least
 def test_other_first_layers_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
     found = [entry for entry in planned(ROWS, gpu, ("plain", "statistics")) if entry[1] != "dgrad"]

@@ -25,6 +25,7 @@ from fastconv.kernels.problem import POOL_DIRECTIONS, PoolProblem, index_type, l
 pytestmark = COMPILING
 
 each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
+on_hopper_at_least = each(GPUS, slow=lambda gpu: not gpu.wgmma)
 
 
 def problem(
@@ -156,7 +157,7 @@ def test_networks_move_16_bytes_at_a_time(gpu: Gpu, record_property) -> None:
     assert len(found) <= 24
 
 
-@each_gpu
+@on_hopper_at_least
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "planes"])
 def test_other_variants_do_not_spill(channels_last: bool, gpu: Gpu) -> None:
     found = launches(OTHERS, gpu, channels_last)
