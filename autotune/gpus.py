@@ -171,13 +171,14 @@ def known_gpus() -> tuple[Gpu, ...]:
 
 
 def gpu_named(name: str, multiprocessors: int | None = None) -> Gpu | None:
-    """The table's entry for a device name such as ``NVIDIA H100 80GB HBM3``, or None.
+    """The table's figures for a device name such as ``NVIDIA H100 80GB HBM3``, or None.
 
-    With other ``multiprocessors`` than the entry's it is another product of that name, or a part of one.
+    It keeps the device's own name: what was measured on one product serves no other whose name begins alike. With other
+    ``multiprocessors`` than the entry's it is another product of that name, or a part of one.
     """
     return next(
         (
-            gpu
+            gpu if gpu.name == name else replace(gpu, name=name)
             for known, gpu in KNOWN.items()
             if re.fullmatch(re.escape(known) + "([ -].*)?", name) and multiprocessors in (None, gpu.multiprocessors)
         ),

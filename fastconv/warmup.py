@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastconv.autograd.operators import implementations
-from fastconv.autotune import Gpu, known_gpus
+from fastconv.autotune import Gpu, gpu_named, known_gpus
 from fastconv.autotune.choose import MEASURING
 from fastconv.explain import _rejoin, _shared
 from fastconv.kernels import dispatch, launch, mend
@@ -108,7 +108,8 @@ def warmup(
 
 
 def gpu_called(name: str) -> Gpu:
-    """The known GPU of this name, in any case and without its maker's, or the first of an architecture ``sm_90``.
+    """The known GPU of this name, in any case and without its maker's, or the first of an architecture ``sm_90``; or a
+    product of one, by the whole name that its devices have: ``NVIDIA A100-SXM4-80GB``.
 
     Raises ValueError with the names there are.
     """
@@ -120,6 +121,9 @@ def gpu_called(name: str) -> Gpu:
     for gpu in known:
         if plain(name) in (plain(gpu.name), f"sm_{gpu.arch}"):
             return gpu
+    product = gpu_named(name)
+    if product is not None:
+        return product
     names = [gpu.name.removeprefix("NVIDIA ") for gpu in known] + sorted({f"sm_{gpu.arch}" for gpu in known}, key=len)
     raise ValueError(f"gpu {name!r} is not one of {', '.join(names)}")
 

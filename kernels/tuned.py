@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from fastconv.autotune import Caller, Choice, Config, Gpu, Problem, Regime, Space, Version, Work, gpu_named
+from fastconv.autotune import Caller, Choice, Config, Gpu, Problem, Regime, Space, Version, Work
 from fastconv.autotune import choose as ask
 from fastconv.autotune.choose import MEASURING, TUNE
 from fastconv.autotune.measure import POLICY
@@ -240,8 +240,7 @@ def live(gpu: Gpu) -> bool:
     """Whether this process runs on ``gpu`` and is not only asked what it would do."""
     if mend.interpreting() or deciding() or not torch.cuda.is_available():
         return False
-    name = torch.cuda.get_device_name()
-    return gpu.name in (name, getattr(gpu_named(name), "name", None))
+    return gpu.name == torch.cuda.get_device_name()
 
 
 CALLER = Caller(problem_of, version_of, regime, live, ranks.agree, ranks.joined)

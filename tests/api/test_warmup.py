@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -138,6 +139,7 @@ def test_an_unknown_gpu_is_refused_by_name() -> None:
         warmup(Block(), image(2, 3, 12, 12), gpu="GTX")
     assert gpu_called("h200") is gpu_called("NVIDIA H200") is H200
     assert gpu_called("sm_80") is A100
+    assert gpu_called("NVIDIA A100-PCIE-40GB") == dataclasses.replace(A100, name="NVIDIA A100-PCIE-40GB")
 
 
 def test_a_line_says_what_was_done() -> None:

@@ -11,6 +11,7 @@ from fastconv.autotune import Space, Work, choose, gpu_named, known_gpus, predic
 from fastconv.autotune.choose import RESOLUTION
 from fastconv.autotune.cost_model import occupancy_of
 from fastconv.autotune.gpus import A100, B200, H100, H200, INTERPRETER, L4, L40S, describe
+from tests.autotune.making import tuned
 
 WORK = Work(
     programs=1000,
@@ -124,9 +125,11 @@ def test_interpreter_counts_programs_and_steps() -> None:
 
 def test_gpus_by_name() -> None:
     found = gpu_named("NVIDIA H100 80GB HBM3")
-    assert found is H100
+    assert found is not None and found == dataclasses.replace(H100, name="NVIDIA H100 80GB HBM3")
     assert gpu_named("NVIDIA L40S") is L40S and gpu_named("NVIDIA L4") is L4 and gpu_named("NVIDIA L40") is None
-    assert gpu_named("NVIDIA A100-SXM4-80GB") is A100
+    products = [gpu_named(f"NVIDIA A100-{product}", A100.multiprocessors) for product in ("SXM4-80GB", "PCIE-40GB")]
+    assert [product and product.name for product in products] == ["NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB"]
+    assert [tuned(gpu=products[0]).of_gpu(product) for product in products if product] == [True, False]
     assert gpu_named("NVIDIA GeForce RTX 3090 Ti", 84) is None and gpu_named("NVIDIA H200 MIG 1g.18gb", 16) is None
     assert gpu_named("NVIDIA H200", 132) is H200
 

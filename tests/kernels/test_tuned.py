@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,6 +349,16 @@ _SHAPES = (2, 8, 5, 5), (8, 8, 3, 3), None, (1, 1), (0,) * 4, (1, 1), 1, torch.f
 
 def test_planning_for_a_gpu_elsewhere_is_no_user_of_it() -> None:
     assert not tuned.live(H200)
+
+
+def test_a_product_of_a_known_gpu_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(name="NVIDIA A100-PCIE-40GB", multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device.name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    gpu = dispatch._device_gpu.__wrapped__(0)
+    assert gpu == replace(A100, name=device.name) and tuned.live(gpu) and not tuned.live(A100)
 
 
 @pytest.mark.skipif(not mend.interpreting(), reason="runs kernels in the interpreter")
