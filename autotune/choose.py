@@ -286,6 +286,7 @@ def tables(gpu: Gpu, caller: Caller | None = None) -> Tables:
             found = Tables(of_gpu(_lock_entries(), gpu), of_gpu(records, gpu), _shipped(gpu))
             if caller is not None:
                 _check_lock(found.lock, caller)
+                _check_gpu(_lock_entries(), gpu)
                 caller.agree(gpu, found, _reloads)
             _tables[key] = found
         return _tables[key]
@@ -408,7 +409,10 @@ def _lock_entries() -> list[Tuned]:
     global _locked
     if _locked is None:
         path = os.environ.get("FASTCONV_LOCK")
-        _locked = read_table(Path(path)) if path else []
+        try:
+            _locked = read_table(Path(path)) if path else []
+        except OSError as error:
+            raise OSError(error.errno, f"FASTCONV_LOCK: {error.strerror}", path) from error
     return _locked
 
 
@@ -418,6 +422,12 @@ def _check_lock(lock: Table, caller: Caller) -> None:
         old, new = stale[0].version.json, caller.version(stale[0].problem.space).json
         differs = ", ".join(f"{name} {old[name]} is now {new[name]}" for name in old if old[name] != new[name])
         _tell(f"lock file: {len(stale)} of {len(lock)} problems are of another version and left out ({differs})")
+
+
+def _check_gpu(locked: list[Tuned], gpu: Gpu) -> None:
+    if locked and not of_gpu(locked, gpu):
+        theirs, mine = (f"{it.multiprocessors} multiprocessors" for it in (locked[0], gpu))
+        _tell(f"lock file: of the {locked[0].gpu} with {theirs}, and left out on the {gpu.name} with {mine}")
 
 
 def _shipped(gpu: Gpu) -> list[Tuned]:

@@ -110,6 +110,21 @@ def test_lock_file_by_the_environment(ask: Asker, tmp_path: Path, monkeypatch: p
     chooser.reload()
     with pytest.raises(SchemaError, match=r"lock\.json"):
         ask()
+    lock.unlink()
+    with pytest.raises(FileNotFoundError, match=r"FASTCONV_LOCK: No such file.*lock\.json"):
+        ask()
+
+
+def test_lock_of_another_gpu_is_left_out_and_said_once(
+    ask: Asker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_table(tmp_path / "l", [entry(1, gpu=A100)], "abc", DATE)
+    chooser.load_lock(tmp_path / "l")
+    with caplog.at_level(logging.WARNING, "fastconv"):
+        assert ask().source == "cost model" == ask(N=4).source and ask(A100).source == "lock file"
+    assert [record.message for record in caplog.records] == [
+        "lock file: of the NVIDIA A100 with 108 multiprocessors, and left out on the NVIDIA H200 with 132 multiprocessors"
+    ]
 
 
 def test_lock_of_another_version_is_left_out_and_said_once(
