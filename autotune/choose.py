@@ -426,8 +426,8 @@ def _check_lock(lock: Table, caller: Caller) -> None:
 
 def _check_gpu(locked: list[Tuned], gpu: Gpu) -> None:
     if locked and not of_gpu(locked, gpu):
-        theirs, mine = (f"{it.multiprocessors} multiprocessors" for it in (locked[0], gpu))
-        _tell(f"lock file: of the {locked[0].gpu} with {theirs}, and left out on the {gpu.name} with {mine}")
+        theirs = f"the {locked[0].gpu} with {locked[0].multiprocessors} multiprocessors"
+        _tell(f"lock file: of {theirs}, left out on the {gpu.name} with {gpu.multiprocessors}")
 
 
 def _shipped(gpu: Gpu) -> list[Tuned]:
