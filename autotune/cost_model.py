@@ -5,6 +5,9 @@ Every figure it returns is a prediction. It ranks tiles; it is no measurement.
 What a fused epilogue moves beside the result (a residual; statistics, 8 bytes a channel of each tile) is left out: a
 problem as tables know it has none, because what is measured has none. All configs move nearly the same, which is a
 floor under their times, so what is chosen without it stays within the model's resolution of the best with it.
+
+Registers and shared memory, and with them occupancy, are estimates where a tile is chosen; within a tuning run, and
+where a kernel is inspected, they are the compiled binary's.
 """
 
 from __future__ import annotations
