@@ -89,10 +89,23 @@ def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.C
 
 
 @interpreted
-def test_a_model_without_operators_of_a_kind_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "bench --dry-run --ops pool --ops grouped --size 5 --model tests.cli.tiny:large --out"
-    assert run([*line.split(), str(tmp_path)]) == 2
-    assert "tests.cli.tiny:large calls no pool and no grouped operator" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--ops pool --ops grouped --size 5 --model tests.cli.tiny:large", "calls no pool and no grouped operator"),
+        ("--ops grouped --layers resnet18", "resnet18 calls no grouped operator"),
+        ("--ops dense --model resnt18", "resnet18"),
+        ("--model resnt18", "resnet18"),
+    ],
+)
+def test_what_is_missed_leaves_an_earlier_result_as_it_is(
+    line: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bench.json").write_text("an earlier run's")
+    assert run(["bench", "--dry-run", *line.split(), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert expected in said.err and said.err.count("\n") == 1 and not said.out
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("bench.json", "an earlier run's")]
 
 
 @interpreted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
@@ -152,11 +153,13 @@ def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     device = torch.device("cpu" if wishes.dry_run else "cuda")
     clock = HostClock() if wishes.dry_run else CudaClock()
     dtype = options.dtype(wishes.dtype or "bfloat16")
-    measure = _blocks if wishes.blocks else _operators if wishes.operators else _network
+    prepared = _blocks if wishes.blocks else _operators if wishes.operators else _network
+    # Whatever is named wrongly is missed here, before an earlier result is written over.
+    measure = prepared(wishes, dtype)
     with Output(out, wishes, screen) as output, Progress(screen) as progress:
         # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
         torch.backends.cudnn.benchmark = True
-        measure(Measuring(wishes, dtype, device, clock, started + wishes.limit, output, progress))
+        measure(Measuring(wishes.modes, dtype, device, clock, started + wishes.limit, output, progress))
     return output.results
 
 
@@ -164,7 +167,7 @@ def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
 class Measuring:
     """What the timed roads share. ``deadline``: seconds of time.monotonic()."""
 
-    wishes: Wishes
+    modes: tuple[str, ...]
     dtype: torch.dtype
     device: torch.device
     clock: Clock
@@ -178,10 +181,13 @@ class Measuring:
         self.output.put(ahead.compile_kernels(calls))
 
 
-def _network(it: Measuring) -> None:
-    subject = _subject(it.wishes)
+def _network(wishes: Wishes, dtype: torch.dtype) -> Callable[[Measuring], None]:
+    return partial(_measure_network, _subject(wishes))
+
+
+def _measure_network(subject: Subject, it: Measuring) -> None:
     dense = subject.memory_format
-    works = [network.Workload(subject, mode, it.dtype, it.device) for mode in it.wishes.modes]
+    works = [network.Workload(subject, mode, it.dtype, it.device) for mode in it.modes]
     it.compile(lambda: [work.step(work.converted(), work.input(dense))() for work in works])
     runs = []
     for work in works:
@@ -194,15 +200,19 @@ def _network(it: Measuring) -> None:
         pass
 
 
-def _operators(it: Measuring) -> None:
-    wishes = it.wishes
-    cases = registry.cases(*_asked(wishes), it.dtype)
+def _operators(wishes: Wishes, dtype: torch.dtype) -> Callable[[Measuring], None]:
+    cases = registry.cases(*_asked(wishes), dtype)
     if not cases:
         asked = " and no ".join(entry.name for entry in registry.entries(wishes.ops))
         raise BadUsage(f"{wishes.model or ', '.join(wishes.layers)} calls no {asked} operator")
     if wishes.dry_run:
         cases = registry.tiny(cases)
-    tasks = [operators.Task(case, registry.providers(wishes.providers or case.entry.providers)) for case in cases]
+    named = wishes.providers
+    tasks = [operators.Task(case, registry.providers(named or case.entry.providers)) for case in cases]
+    return partial(_measure_operators, tasks)
+
+
+def _measure_operators(tasks: list[operators.Task], it: Measuring) -> None:
     bench = operators.Bench(it.dtype, it.device, it.clock)
     it.compile(lambda: operators.plan_each(tasks, bench))
     it.output.put(host.host_time(it.device, it.deadline))
@@ -221,15 +231,16 @@ def _asked(wishes: Wishes) -> tuple[list[registry.Entry], Callable[[str], layer_
     return [replace(entry, **changes) for entry in entries], layer_lists.find
 
 
-def _blocks(it: Measuring) -> None:
-    wishes = it.wishes
+def _blocks(wishes: Wishes, dtype: torch.dtype) -> Callable[[Measuring], None]:
     chosen, batch, size = (block_times.DRY, 2, 32) if wishes.dry_run else (block_times.BLOCKS, 64, None)
     blocks = block_times.load_blocks(chosen, wishes.batch or batch, wishes.size or size)
-    it.compile(lambda: block_times.call_each(blocks, wishes.modes, it.dtype, it.device))
+    return partial(_measure_blocks, blocks)
+
+
+def _measure_blocks(blocks: list[block_times.Block], it: Measuring) -> None:
+    it.compile(lambda: block_times.call_each(blocks, it.modes, it.dtype, it.device))
     it.output.put(
-        block_times.measure(
-            blocks, wishes.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save
-        )
+        block_times.measure(blocks, it.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
     )
 
 
