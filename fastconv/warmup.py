@@ -124,7 +124,8 @@ def gpu_called(name: str) -> Gpu:
     product = gpu_named(name)
     if product is not None:
         return product
-    names = [gpu.name.removeprefix("NVIDIA ") for gpu in known] + sorted({f"sm_{gpu.arch}" for gpu in known}, key=len)
+    architectures = sorted({gpu.arch for gpu in known})
+    names = [*(gpu.name.removeprefix("NVIDIA ") for gpu in known), *(f"sm_{arch}" for arch in architectures)]
     raise ValueError(f"gpu {name!r} is not one of {', '.join(names)}")
 
 
