@@ -16,6 +16,10 @@ and tcgen05 moves the sum through registers.
 The product is [BLOCK_K, images], so that few images still fill the tensor cores, whose tiles have at least 64 rows, and
 a thread holds few of a channel's numbers in the epilogue: 128x128 fits twice on a multiprocessor with any. Images past
 the batch and channels past the last are read as 0 and not written; only statistics need a mask.
+
+The grid is not persistent: what a walk over tiles would hide, a program's first copies and its epilogue, is little
+beside the steps of all taps, and two programs a multiprocessor hide most of it. Where one step is the whole product,
+`conv_gemm` walks.
 """
 
 from __future__ import annotations

@@ -181,6 +181,24 @@ def test_every_tile_at_its_edges(direction: str, sides: tuple[int, ...], monkeyp
         assert_equal(value, reference, f"{direction} of {problem.describe()}")
 
 
+@pytest.mark.skipif(not mend.interpreting(), reason="the interpreter runs one program after the other")
+def test_programs_that_share_what_they_read_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channel tiles of one pixel, then the pixels of a row, rows, and images last."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    name_tile(monkeypatch, ONE)
+    store, written = InterpreterBuilder.create_descriptor_store, []
+
+    def noted(self, desc, value, indices):
+        written.append([index.data.item() for index in indices])
+        return store(self, desc, value, indices)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_descriptor_store", noted)
+    problem = Case("", 20, 8, 64, (2, 3), (1, 1)).problem(torch.bfloat16)
+    computed("fprop", problem, operands_of(problem, channels_last=True), "pixels")
+    assert written == [[h, w, n, k] for n in (0, 16) for h in range(2) for w in range(3) for k in (0, 32)]
+
+
 def test_fp32_in_fprop(monkeypatch: pytest.MonkeyPatch) -> None:
     name_tile(monkeypatch, ONE)
     problem = Case("", 17, 12, 20, (2, 2), (3, 3), (1, 1), (1, 1)).problem(torch.float32)
