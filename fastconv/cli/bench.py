@@ -46,12 +46,11 @@ def bench(
     code 1 when a number is wrong.
     """
     from fastconv.cli.measure import roads
-    from fastconv.cli.measure.results import read
     from fastconv.cli.measure.screen import console
 
     screen = console()
     if show is not None:
-        roads.show(read(show), show.parent, screen)
+        roads.show(show, screen)
         return 0
     names = (_names(ops), _names(layers), _names(provider))
     wishes = roads.Wishes(model, batch, size, dtype, train, *names, blocks, seconds, quick, dry_run)

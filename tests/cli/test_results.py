@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastconv.cli import BadUsage
-from fastconv.cli.measure import plots, results, tables
+from fastconv.cli import BadUsage, run
+from fastconv.cli.measure import plots, results, roads, tables
 from fastconv.cli.measure.results import KINDS, SCHEMA, Results, read
 
 TIMES = {"median": 2.0, "p20": 1.5, "p80": 3.0, "samples": 5}
@@ -231,6 +231,44 @@ def test_a_part_without_its_keys_is_refused(tmp_path: Path) -> None:
         results.put({key: value for key, value in PARTS["time"].items() if key != "noise"})
     with pytest.raises(BadUsage, match="'fine', not one of"):
         results.put({**PARTS["time"], "verdict": "fine"})
+
+
+WHOLE = {"schema": SCHEMA, "created": "", "command": [], "dry_run": False, "environment": {}, "parts": [PARTS["host"]]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ({"parts": 5}, "field parts: int is no list"),
+        ({"parts": [1]}, "a part is no object"),
+        ({"environment": None}, "field environment: NoneType is no dict"),
+        ({"parts": [{**PARTS["host"], "kind": []}]}, "part 'host', field kind: list is no str"),
+        ({"parts": [{**PARTS["host"], "id": "../host"}]}, "part '../host': its id is no name"),
+        ({"parts": [{**PARTS["host"], "rows": {}}]}, "part 'host', field rows: dict is no list"),
+        ({"parts": [{**PARTS["host"], "rows": [1]}]}, "a row of part 'host' is no object"),
+        ({"parts": [{**PARTS["host"], "rows": [{}]}]}, "bench.json is damaged: KeyError: 'function'"),
+        ({"parts": [{**PARTS["compile"], "seconds": "long"}]}, "bench.json is damaged: ValueError: "),
+        ({"parts": [{**PARTS["training"], "tolerance": None}]}, "bench.json is damaged: TypeError: "),
+    ],
+)
+def test_a_damaged_file_is_one_line(
+    damage: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(WHOLE | damage))
+    assert run(["bench", "--show", str(tmp_path / "bench.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and expected in error
+
+
+def test_plots_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "training.png").mkdir()
+    screen = Console(file=io.StringIO(), width=1000)
+    with roads.Output(tmp_path, roads.Wishes(), screen) as output:
+        output.put(PARTS["training"])
+    said = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert said[-1] == f"Cannot write the plots: [Errno 21] Is a directory: '{tmp_path / 'training.png'}'"
+    assert run(["bench", "--show", str(tmp_path / "bench.json")]) == 2
+    assert capsys.readouterr().err.startswith("fastconv: cannot write the plots: [Errno 21] Is a directory: ")
 
 
 def test_every_kind_of_part_has_a_table() -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +39,8 @@ KINDS = {
     "compile": {"kernels"},
     "compiler": {"rows"},
 }
+DOCUMENT = {"created": str, "command": list, "dry_run": bool, "environment": dict, "parts": list}
+PART = {"id": str, "kind": str, "title": str, "verdict": str, "reason": object}
 CHECKOUT = Path(__file__).resolve().parents[3]
 VERDICTS = ("right", "wrong", "failed", "skipped")
 Part = dict[str, Any]
@@ -99,9 +103,7 @@ def read(path: Path) -> dict[str, Any]:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise BadUsage(f"{path} has schema {schema!r}, this fastconv reads {SCHEMA!r}")
-    missing = {"created", "command", "dry_run", "environment", "parts"} - data.keys()
-    if missing:
-        raise BadUsage(f"{path} lacks {', '.join(sorted(missing))}")
+    _check_fields(str(path), data, DOCUMENT)
     for part in data["parts"]:
         check_part(part)
     return data
@@ -109,14 +111,28 @@ def read(path: Path) -> dict[str, Any]:
 
 def check_part(part: Part) -> None:
     """Raise BadUsage where a part lacks what every reader relies on."""
-    kind = part.get("kind", "")
-    missing = {"id", "kind", "title", "verdict", "reason", *KINDS.get(kind, ())} - part.keys()
-    if missing:
-        raise BadUsage(f"part {part.get('id')!r} lacks {', '.join(sorted(missing))}")
-    if kind not in KINDS:
-        raise BadUsage(f"part {part['id']!r} is of kind {kind!r}, not one of {', '.join(KINDS)}")
+    name = f"part {part.get('id')!r}" if isinstance(part, dict) else "a part"
+    _check_fields(name, part, PART)
+    if re.fullmatch(r"[\w.-]+", part["id"]) is None:  # a file is called so
+        raise BadUsage(f"{name}: its id is no name")
+    if part["kind"] not in KINDS:
+        raise BadUsage(f"{name} is of kind {part['kind']!r}, not one of {', '.join(KINDS)}")
+    _check_fields(name, part, {key: list if key == "rows" else object for key in KINDS[part["kind"]]})
+    for row in part.get("rows", ()):
+        _check_fields(f"a row of {name}", row, {})
     if part["verdict"] not in VERDICTS:
-        raise BadUsage(f"part {part['id']!r} has verdict {part['verdict']!r}, not one of {', '.join(VERDICTS)}")
+        raise BadUsage(f"{name} has verdict {part['verdict']!r}, not one of {', '.join(VERDICTS)}")
+
+
+def _check_fields(name: str, value: Any, types: Mapping[str, Any]) -> None:
+    if not isinstance(value, dict):
+        raise BadUsage(f"{name} is no object")
+    missing = types.keys() - value.keys()
+    if missing:
+        raise BadUsage(f"{name} lacks {', '.join(sorted(missing))}")
+    for key, expected in types.items():
+        if not isinstance(value[key], expected):
+            raise BadUsage(f"{name}, field {key}: {type(value[key]).__name__} is no {expected.__name__}")
 
 
 def environment() -> dict[str, Any]:

@@ -17,8 +17,8 @@ from rich.console import Console
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.cli import BadUsage, options
 from fastconv.cli.measure import ahead, block_times, host, network, operators, tables
-from fastconv.cli.measure.clock import Clock, CudaClock, HostClock
-from fastconv.cli.measure.results import Part, Results
+from fastconv.cli.measure.clock import Clock, CudaClock, HostClock, reason
+from fastconv.cli.measure.results import Part, Results, read
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject, load, torchvision
 from fastconv.kernels import mend
@@ -96,7 +96,10 @@ class Output:
         for name in list(self._unshown):
             self._show(name)
         self._screen.print(f"\nWritten: {self.results.path}")
-        _draw(self.results.data, self.results.path.parent, self._screen)
+        try:
+            _draw(self.results.data, self.results.path.parent, self._screen)
+        except OSError as error:
+            self._screen.print(f"Cannot write the plots: {error}", markup=False)
 
 
 Road = Callable[[Wishes, Path, Console], Results]
@@ -289,12 +292,20 @@ def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
     return output.results
 
 
-def show(data: dict[str, Any], folder: Path, screen: Console) -> None:
-    """Tables of an earlier run, and its plots drawn again into ``folder``."""
-    screen.print(tables.heading(data))
-    for part in data["parts"]:
-        screen.print(tables.render(part))
-    _draw(data, folder, screen)
+def show(path: Path, screen: Console) -> None:
+    """Tables of the earlier run whose file is at ``path``, and its plots drawn again beside it. Raises BadUsage where
+    it cannot be read, or they not be written."""
+    data = read(path)
+    try:
+        screen.print(tables.heading(data))
+        for part in data["parts"]:
+            screen.print(tables.render(part))
+        _draw(data, path.parent, screen)
+    except OSError as error:
+        raise BadUsage(f"cannot write the plots: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Reading checks what all parts have, not each row of every kind.
+        raise BadUsage(f"{path} is damaged: {reason(error)}") from error
 
 
 def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
