@@ -266,7 +266,7 @@ GEMM_RESIDENT = Space(
 # Of results that are stored one element at a time larger tiles spill on one version of the compiler or another.
 GEMM_RESIDENT_SINGLE = Space(
     "conv_gemm_resident_single",
-    {**GEMM_RESIDENT.ranges, "BLOCK_M": (64,), "BLOCK_K": (64,), "num_warps": (4,)},
+    {**GEMM_RESIDENT.ranges, "BLOCK_M": (64,), "BLOCK_K": (32,), "num_warps": (4,)},
 )
 GEMM_WGRAD = Space(
     "conv_gemm_wgrad",
