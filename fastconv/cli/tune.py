@@ -82,14 +82,17 @@ def tune(
         *(model, layers, from_log, batch or 64, size, options.dtype(dtype or "bfloat16"), train),
         *(_spaces(kernel), _seconds(budget), top_k, again),
     )
-    measures = bool(given) and not dry_run and gpu is None
-    for path in (lock, write_table):
-        if path is not None and not (path.parent if path is lock else path).is_dir():
-            raise BadUsage(f"{path}: no such folder")
+    if gpu is not None and not (dry_run or report or lock or write_table):
+        raise BadUsage("--gpu measures nothing: add --dry-run, --report, --lock or --write-table")
+    if lock is not None:
+        if lock.is_dir():
+            raise BadUsage(f"--lock {lock}: a folder, not a file")
+        _check_writable(lock.parent, f"--lock {lock}")
+    if write_table is not None:
+        _check_writable(write_table, f"--write-table {write_table}")
     try:
         store = user_store()
-        if measures:
-            _check_writable(store)
+        if given and not dry_run and gpu is None:
             return _measure(wishes, store, report, lock, write_table)
         target = options.gpu(gpu) if gpu else _here()
         tasks = collect(wishes, store, target) if given else []
@@ -133,7 +136,7 @@ class Wishes:
 
 def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
     """The problems that have a choice. Raises BadUsage where there are none."""
-    from fastconv.autotune import Met
+    from fastconv.autotune import Met, SchemaError
     from fastconv.benchmarks import layer_lists
     from fastconv.cli import BadUsage, models
     from fastconv.cli.measure.clock import reason
@@ -144,12 +147,16 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
         subject = models.load(wishes.model, wishes.batch, wishes.size)
         try:
             tasks = problems.of_model(subject, wishes.dtype, wishes.train, gpu)
+        except (SchemaError, OSError):  # of a lock file
+            raise
         except Exception as error:  # the network's own code: anything
             raise subject.refused(error) from error
     elif wishes.layers is not None:
         calls = layer_lists.find(wishes.layers).calls
         try:
             tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
+        except (SchemaError, OSError):
+            raise
         except Exception as error:  # PyTorch's, of what is possible for one image alone
             raise BadUsage(f"{wishes.layers} does not run on a batch of {wishes.batch}: {reason(error)}") from error
     else:
@@ -178,6 +185,7 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
     failures: Counter[str] = Counter()
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(worker_command(sharing.local_rank())))
+        _check_writable(store.folder, f"{store.folder} (FASTCONV_CACHE_DIR names another place)", make=True)
         try:
             shared = sharing.join()
             if shared is not None:
@@ -325,12 +333,12 @@ def _seconds(text: str) -> float:
     """``90s``, ``10m``, ``1.5h``, or seconds. Raises BadUsage."""
     from fastconv.cli import BadUsage
 
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    match = re.fullmatch(r"(-?\d{1,9}(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
         raise BadUsage(f"--budget {text!r}: a time is expected, as 90s, 10m or 1h")
     seconds = float(match[1]) * UNITS[match[2] or "s"]
-    if seconds <= 0:
-        raise BadUsage(f"--budget {text}: nothing can be measured in no time")
+    if seconds < 1:
+        raise BadUsage(f"--budget {text}: nothing can be measured in less than a second")
     return seconds
 
 
@@ -348,19 +356,19 @@ def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def _check_writable(store: Store) -> None:
-    """Raise BadUsage where no measurement could be kept."""
+def _check_writable(folder: Path, name: str, make: bool = False) -> None:
+    """Raise BadUsage, of ``name``, where no file can be made in ``folder``; ``make``: the folder first."""
     import tempfile
 
     from fastconv.cli import BadUsage
 
     try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=store.folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        why = error.strerror or error
-        raise BadUsage(f"{store.folder}: cannot be written ({why}); FASTCONV_CACHE_DIR names another place") from error
+        raise BadUsage(f"{name}: cannot be written ({error.strerror or error})") from error
 
 
 def _here() -> Gpu:

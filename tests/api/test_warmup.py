@@ -135,7 +135,7 @@ def test_it_looks_at_what_the_first_call_will_measure(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_gpu_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"gpu 'GTX' is not one of A100, .*H200.*sm_80, sm_86, sm_89, sm_90, sm_100, sm_120$"):
+    with pytest.raises(ValueError, match=r"'GTX' is not one of A100, .*H200.*sm_80, .*sm_90, sm_100, sm_120$"):
         warmup(Block(), image(2, 3, 12, 12), gpu="GTX")
     assert gpu_called("h200") is gpu_called("NVIDIA H200") is H200
     assert gpu_called("sm_80") is A100

@@ -355,8 +355,12 @@ def test_the_report_holds_the_cost_model_against_measurements(store: Store, caps
         ("tune", "tune what?"),
         ("tune --layers LAYERS --from-log", "--layers and --from-log exclude each other"),
         ("tune --layers LAYERS", "PyTorch sees no GPU to measure on; --dry-run"),
-        ("tune --layers LAYERS --budget 0", "--budget 0: nothing can be measured in no time"),
+        ("tune --layers LAYERS --gpu H200", "--gpu measures nothing: add --dry-run, --report, --lock or --write-table"),
+        ("tune --layers LAYERS --budget 0", "--budget 0: nothing can be measured in less than a second"),
         ("tune --layers LAYERS --budget 0m", "--budget 0m: nothing"),
+        ("tune --layers LAYERS --budget 0.0000001", "--budget 0.0000001: nothing"),
+        ("tune --layers LAYERS --budget=-5m", "--budget -5m: nothing"),
+        (f"tune --layers LAYERS --budget {'9' * 400}h", "a time is expected"),
         ("tune --layers LAYERS --budget soon", "--budget 'soon': a time is expected, as 90s"),
         ("tune --layers LAYERS --gpu GTX --dry-run", "gpu 'GTX' is not one of A100"),
         ("tune --layers LAYERS --kernel cubic --dry-run", "--kernel 'cubic' is not one of conv_depthwise,"),
@@ -366,9 +370,13 @@ def test_the_report_holds_the_cost_model_against_measurements(store: Store, caps
         ),
         ("tune --layers LAYERS --dtype int8 --dry-run", "--dtype 'int8' is not one of"),
         ("tune --layers LAYERS --size 3 --dry-run", "--size needs --model"),
-        ("tune --layers LAYERS --lock nowhere/lock --gpu H200", "nowhere/lock: no such folder"),
+        ("tune --layers LAYERS --lock nowhere/lock --gpu H200", "--lock nowhere/lock: cannot be written (No such file"),
+        ("tune --layers LAYERS --lock /proc/lock", "--lock /proc/lock: cannot be written ("),
+        ("tune --layers LAYERS --lock .", "--lock .: a folder, not a file"),
         ("tune --layers LAYERS --lock lock --gpu H200", "lock: nothing of it is tuned yet"),
-        ("tune --write-table nowhere", "nowhere: no such folder"),
+        ("tune --write-table nowhere", "--write-table nowhere: cannot be written (No such file"),
+        ("tune --layers LAYERS --write-table /proc", "--write-table /proc: cannot be written ("),
+        ("tune --layers LAYERS --write-table LAYERS", "small.jsonl: cannot be written (Not a directory"),
         ("tune --write-table . --gpu H200", "nvidia-h200.json: nothing of it is tuned yet"),
         ("tune --from-log --gpu H200 --dry-run", "in the log, none"),
         ("tune --from-log --batch 3", "--batch says something of a model"),
@@ -397,7 +405,7 @@ def test_bad_usage_is_one_line_and_changes_nothing(
     assert run(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("fastconv: ") and error.count("\n") == 1 and why in error
-    assert not list((tmp_path / "here").iterdir()) and not list((tmp_path / "cache").rglob("*.jsonl"))
+    assert not list((tmp_path / "here").iterdir()) and not (tmp_path / "cache").exists()
 
 
 def test_a_store_that_cannot_be_written_ends_it_before_anything_is_measured(
@@ -409,6 +417,14 @@ def test_a_store_that_cannot_be_written_ends_it_before_anything_is_measured(
     assert run(["tune", "--layers", str(layers)]) == 2
     error = capsys.readouterr().err
     assert "cannot be written" in error and error.count("\n") == 1 and not pretending.asked(plan)
+
+
+def test_a_lock_that_cannot_be_read_is_not_the_networks_fault(
+    layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTCONV_LOCK", str(tmp_path / "nowhere"))
+    assert run(["tune", "--layers", str(layers), "--dry-run", "--gpu", "H200"]) == 2
+    assert capsys.readouterr().err.startswith("fastconv: [Errno 2] FASTCONV_LOCK: No such file or directory: ")
 
 
 def test_a_worker_that_does_not_start_is_one_line(
