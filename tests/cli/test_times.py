@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastconv.autotune import gpus
 from fastconv.cli import models, run
 from fastconv.cli.measure import block_times, host, network, operator_times, results
 from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
-from fastconv.kernels import mend
+from fastconv.kernels import dispatch, mend
+from fastconv.kernels.problem import conv_problem
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
@@ -188,6 +190,14 @@ def test_host_time_of_both_functions_with_and_without_gradient() -> None:
         ("PyTorch", True),
     ]
     assert all(row["host_us"]["median"] > 0 for row in part["rows"])
+    assert {row["problem"] for row in part["rows"]} == {"1x16x8x8 float32"}
+
+
+def test_host_time_is_measured_of_a_call_that_needs_descriptors() -> None:
+    images, channels, side, dtype = host.CALLS[1]
+    x, w = (images, channels, side, side), (channels, channels, 3, 3)
+    problem = conv_problem(x, w, None, (1, 1), (1, 1, 1, 1), (1, 1), 1, dtype)
+    assert dispatch.plan("fprop", problem, gpus.H200).family == "pixels"
 
 
 def test_modes_take_turns_stage_by_stage(work: network.Workload, progress: Progress, monkeypatch) -> None:

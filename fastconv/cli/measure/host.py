@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch.nn import functional as F
@@ -14,27 +15,37 @@ from fastconv.cli.measure.results import Part
 
 HOST_CALLS = 200  # few enough for the driver's queue, so that the host never waits for the GPU
 HOST_TARGET_US = 30.0
+# Images, channels of either side, side of a map and type of the calls: 3x3 filters. The first finds a launch at once,
+# the second is the pixel GEMM's, which needs descriptors of its operands.
+CALLS = ((1, 16, 8, torch.float32), (16, 64, 16, torch.bfloat16))
 
 
 def host_time(device: torch.device, deadline: float) -> Part:
-    """Microseconds of the host for one small ``conv2d``, without and with a graph for backward: ours and PyTorch's."""
-    x = torch.randn(1, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(16, 16, 3, 3, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    """Microseconds of the host for small ``conv2d`` calls, without and with a graph for backward: ours and PyTorch's.
+
+    Without a GPU of the first alone: there are no descriptors, and an interpreter takes seconds for the second."""
     functions: dict[str, Callable[..., torch.Tensor]] = {"fastconv": fastconv.functional.conv2d, "PyTorch": F.conv2d}
     rows = []
-    for gradient in (False, True):
-        calls = {name: _called(conv, x, w, gradient) for name, conv in functions.items()}
+    chosen = CALLS if device.type == "cuda" else CALLS[:1]
+    for (images, channels, side, dtype), gradient in product(chosen, (False, True)):
+        x, w = (
+            torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for shape in ((images, channels, side, side), (channels, channels, 3, 3))
+        )
+        calls = {name: _called(conv, x, w.requires_grad_(), gradient) for name, conv in functions.items()}
         for call in calls.values():
             call()
         rounds = interleave(calls, lambda call: _host_sample(call, device), deadline=deadline, most=20)
         for name, samples in rounds.samples.items():
             times = {"host_us": spread([sample.host * 1e3 for sample in samples])} if samples else {}
-            rows.append({"function": name, "gradient": gradient, "reason": rounds.failures.get(name), **times})
+            problem = f"{images}x{channels}x{side}x{side} {str(dtype).removeprefix('torch.')}"
+            row = {"function": name, "problem": problem, "gradient": gradient, "reason": rounds.failures.get(name)}
+            rows.append(row | times)
     failed = [row["reason"] for row in rows if row["reason"]]
     return {
         "id": "host",
         "kind": "host",
-        "title": "Host time of one conv2d call, 1x16x8x8, 3x3",
+        "title": "Host time of one conv2d call, 3x3",
         "verdict": "failed" if failed else "right",
         "reason": failed[0] if failed else None,
         "target_us": HOST_TARGET_US,

@@ -25,7 +25,7 @@ from fastconv.cli import BadUsage
 SCHEMA = "fastconv-bench/5"
 # The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers",
 # version 4 "targets", and of operators times alone and replayed, ceilings, means and families; version 5 of each of
-# their rows which provider of ours its speeds are of.
+# their rows which provider of ours its speeds are of, and of host times the problem.
 KINDS = {
     "training": {"losses", "accuracy", "held_out", "loss_difference", "tolerance", "launches"},
     "block": {"rows", "launches"},

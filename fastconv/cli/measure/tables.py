@@ -223,9 +223,8 @@ def _host(part: Part) -> list[RenderableType]:
     for row in part["rows"]:
         times = row.get("host_us")
         numbers = (_number(times and times[key], ".1f") for key in ("median", "p20", "p80"))
-        table.add_row(
-            f"{row['function']}, {'with' if row['gradient'] else 'no'} gradient", *numbers, row["reason"] or ""
-        )
+        called = f"{row['function']}, {row['problem']}, {'with' if row['gradient'] else 'no'} gradient"
+        table.add_row(called, *numbers, row["reason"] or "")
     return [table, f"Target: under {part['target_us']:.0f} microseconds."]
 
 
