@@ -28,7 +28,8 @@ COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5
 
 
 class Watch:
-    """Progress: the problem at hand with its best so far, how many have ended, how long it takes at most."""
+    """Progress: the problem at hand with its best so far, how many have ended, how long it takes at most. Without a
+    terminal it is a line for each that has ended."""
 
     def __init__(self, screen: Console, problems: int, end: float) -> None:
         columns = (
@@ -36,7 +37,8 @@ class Watch:
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[left]} {task.description}"),
         )
-        self._bar = progress.Progress(*columns, console=screen, transient=True)
+        self._bar = progress.Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+        self._screen, self._problems, self._ended = screen, problems, 0
         self._task = self._bar.add_task("compiling", total=problems, left="")
         self._end = end
 
@@ -58,6 +60,9 @@ class Watch:
                 line += f" of {_us(step.default_seconds)}"
         at_most = f"at most {left // 60}:{left % 60:02} left,"
         self._bar.update(self._task, advance=int(step.done), description=line, left=at_most)
+        self._ended += step.done
+        if step.done and not self._screen.is_terminal:
+            self._screen.print(f"{self._ended}/{self._problems} {at_most} {line}", soft_wrap=True)
 
 
 def found(tasks: Sequence[Task], entries: Sequence[Tuned], seconds: float, failures: Mapping[str, int]) -> list[Any]:

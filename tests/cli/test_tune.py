@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,9 @@ def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
     out = capsys.readouterr().out
     assert f"small batch 8 bfloat16 inference on the NVIDIA H200: {len(tasks)} problems, 0 of them tuned" in out
     assert f"{len(tasks)} problems tuned in" in out and "rank correlation" in out
+    told = [line for line in out.splitlines() if " left, " in line]
+    assert [line.split(" at most ")[0] for line in told] == ["1/3", "2/3", "3/3"], "progress where there is no terminal"
+    assert all(re.search(r" at most \d+:\d\d left, \w+ .*: \d+ configs, best [\d.]+ us of ", line) for line in told)
     found = tuned_by(store)
     assert {entry.problem for entry in found} == {task.asked.problem for task in tasks}
     for entry in found:
