@@ -10,7 +10,7 @@ from typing import Any
 from fastconv.autotune import Config, Store
 from fastconv.autotune.choose import Asked
 from fastconv.autotune.measure import Bench, Step, Task, session
-from fastconv.autotune.records import Record
+from fastconv.autotune.records import Problem, Record
 from fastconv.tuning.sharing import Shared
 
 KINDS = ("measured", "tuned")
@@ -60,24 +60,28 @@ def run(
         return records
     end = time.monotonic() + options.budget
     at_hand: list[Task] = []
+    kept: set[Problem] = set()
 
     def keep(record: Record) -> None:
         store.append(record)
         shared.keep(record)
+        kept.add(record.problem)
 
-    def finish() -> None:
-        while at_hand:
-            shared.done(at_hand.pop())
+    def finish(tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            shared.done(task)
+            at_hand.remove(task)
 
     def claim(task: Task) -> bool:
-        finish()
-        if shared.claim(task):
-            at_hand.append(task)
-        return bool(at_hand)
+        # (One that compiling left no time for is tried again. Till then it is a lost rank's, if this one is lost.)
+        finish([each for each in at_hand if each.asked.problem in kept])
+        mine = shared.claim(task)
+        at_hand.extend([task] if mine else [])
+        return mine
 
     named |= {"claim": claim, "workers": shared.world_size}
     session(tasks, bench_of, keep, budget=options.budget, known=known, **named)
-    finish()
+    finish(list(at_hand))
     # What a rank has begun is waited for, until it is done or the rank is lost.
     while begun := shared.taken(shared.open(tasks)):
         left = end - time.monotonic()
@@ -89,7 +93,7 @@ def run(
             continue
         known = [*store.read(KINDS), *shared.records(lost)]
         session(lost, bench_of, keep, budget=left, known=known, **named)
-        finish()
+        finish(list(at_hand))
         for task in lost:
             # The lost rank may have found its winner, and not have said that it was done.
             if shared.claim(task):

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fastconv.autotune.measure import Task
-from fastconv.autotune.records import Record, from_line
+from fastconv.autotune.records import Problem, Record, Version, from_line
 
 BEAT = 1.0  # seconds between two heartbeats
 LOST = 15.0  # seconds without one
@@ -37,7 +37,6 @@ class Shared:
         self._store, self.rank, self.world_size = store, rank, world_size
         self._beat, self._lost = beat, lost
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._taken: str | None = None
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._live, args=(store.clone(),), daemon=True)
         self._heart.start()
@@ -56,18 +55,16 @@ class Shared:
             owner = int(self._store.compare_set(f"owner/{key}", "", str(self.rank)))
             if owner != self.rank and not self._done(key) and self._is_lost(owner):
                 owner = int(self._store.compare_set(f"owner/{key}", str(owner), str(self.rank)))
-            mine = owner == self.rank and not self._done(key)
-        self._taken = key if mine else self._taken
-        return mine
+            return owner == self.rank and not self._done(key)
 
     def keep(self, record: Record) -> None:
-        """Let the others have a record of the task at hand."""
-        assert self._taken is not None
+        """Let the others have a record of a task that is this rank's."""
+        key = _key_of(record.problem, record.gpu, record.multiprocessors, record.version)
         with _store_errors():
-            self._store.append(f"records/{self._taken}", record.line + "\n")
+            self._store.append(f"records/{key}", record.line + "\n")
 
     def done(self, task: Task) -> None:
-        """The task at hand has ended, whether or not anything was found."""
+        """A task of this rank's has ended, whether or not anything was found."""
         with _store_errors():
             self._store.set(f"done/{_key(task)}", "1")
 
@@ -179,9 +176,13 @@ def _rendezvous() -> Iterator[tuple[dist.Store, int, int]]:
 
 
 def _key(task: Task) -> str:
-    """Of the task everywhere: equal problems on equal GPUs under equal versions."""
     asked = task.asked
-    words = asked.problem.describe(), asked.gpu.name, asked.gpu.multiprocessors, asked.version.json
+    return _key_of(asked.problem, asked.gpu.name, asked.gpu.multiprocessors, asked.version)
+
+
+def _key_of(problem: Problem, gpu: str, multiprocessors: int, version: Version) -> str:
+    """Of a task everywhere: equal problems on equal GPUs under equal versions."""
+    words = problem.describe(), gpu, multiprocessors, version.json
     return hashlib.sha256(repr(words).encode()).hexdigest()[:24]
 
 

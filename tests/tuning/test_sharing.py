@@ -10,21 +10,22 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from fastconv.autotune import Measured, Store, Tuned
+from fastconv.autotune import Config, Measured, Store, Tuned
 from fastconv.autotune.choose import Asked, by_cost_model
 from fastconv.autotune.gpus import H200
-from fastconv.autotune.measure import Task
-from fastconv.tuning import sharing
+from fastconv.autotune.measure import Failed, Resources, Task, session
+from fastconv.tuning import run, sharing
 from fastconv.tuning.sharing import RunLost, Shared
 from tests.autotune.making import VERSION, measured, problem, tuned
-from tests.autotune.test_measure import SPACE, work
+from tests.autotune.test_measure import SPACE, Bench, work
 from tests.tuning import pretending
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,8 @@ def test_records_are_everybodys(ranks: list[Shared]) -> None:
     one, other = task(1), task(2)
     a.claim(one)
     b.claim(other)
-    kept = [measured(1), measured(2, "crashed"), tuned()]
+    of = one.asked.problem
+    kept = [measured(1, of=of), measured(2, "crashed", of), tuned(other.asked.problem)]
     for record in kept[:2]:
         a.keep(record)
     b.keep(kept[2])
@@ -96,6 +98,38 @@ def test_a_failed_ranks_task_is_taken_over_at_once_and_the_next_leads(ranks: lis
     c.meet("left", 20.0)
     waiting.join(20)
     assert not waiting.is_alive()
+
+
+def test_a_problem_put_off_is_not_done_before_it_is_tried_again(
+    ranks: list[Shared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling took its share of the time; were the rank lost now, another would take the problem over."""
+    a, *_ = ranks
+    tasks = [task(index) for index in range(5)]
+    tried: list[Task] = []
+    passed = 0.0
+
+    def bench_of(asked: Asked) -> Bench:
+        tried.append(next(each for each in tasks if each.asked is asked))
+        assert tried[0] in a.open(tasks)
+        bench, first = Bench(asked), len(tried) == 1
+        resources = bench.resources
+
+        def compiled(configs: Sequence[Config]) -> list[Resources | Failed]:
+            nonlocal passed
+            passed += 70.0 if first else 0.0
+            return resources(configs)
+
+        bench.resources = compiled  # type: ignore[method-assign]
+        return bench
+
+    monkeypatch.setattr(run, "session", partial(session, clock=lambda: passed))
+    monkeypatch.setattr(run, "END", 0.0)
+    records = run.run(tasks, bench_of, Store(tmp_path), run.Options(100.0), shared=a)
+    assert tried == [*tasks, tasks[0]] and a.open(tasks) == []
+    assert {each.problem for each in records if isinstance(each, Tuned)} == {each.asked.problem for each in tasks}
+    for each in tasks:
+        assert {record.problem for record in a.records([each])} == {each.asked.problem}
 
 
 def test_a_store_that_is_gone_is_one_line() -> None:
