@@ -15,7 +15,7 @@ from typing import Protocol
 
 from fastconv.autotune.choose import Asked, now
 from fastconv.autotune.cost_model import Work, predict
-from fastconv.autotune.records import OUT_OF_MEMORY, Measured, Record, Tuned
+from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured, Record, Tuned
 from fastconv.autotune.search import Candidate, Key, Search, key_of
 from fastconv.autotune.space import Config
 
@@ -323,9 +323,9 @@ def session(
     """Tune problems in ``budget`` seconds, those first and longest where the model's time goes; what was found.
 
     ``known``: the store's records (``Store.read``): what is tuned already is left alone, but for ``again``, and what
-    was measured is not measured again, nor, even with ``again``, what failed, unless memory was short. ``claim(task)``,
-    asked just before a task, says whether it is this worker's: one session may be shared by ``workers``. Raises
-    ValueError where the budget is not positive.
+    was measured is not measured again, nor what failed, unless memory was short. With ``again`` both are, but for
+    what failed otherwise than by a crash or without an answer. ``claim(task)``, asked just before a task, says whether
+    it is this worker's: one session may be shared by ``workers``. Raises ValueError where the budget is not positive.
     """
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
@@ -333,8 +333,9 @@ def session(
     open_tasks = [task for task in tasks if again or _identity(task.asked) not in ended]
     open_tasks.sort(key=lambda task: -share_of(task))
     earlier: dict[tuple[object, ...], list[Measured]] = {}
+    anew = (OUT_OF_MEMORY, *(("ok", *RETRIED) if again else ()))
     for each in known:
-        if isinstance(each, Measured) and each.status != OUT_OF_MEMORY and not (again and each.status == "ok"):
+        if isinstance(each, Measured) and each.status not in anew:
             identity = each.problem, each.version, each.gpu, each.multiprocessors
             earlier.setdefault(identity, []).append(each)
     end = clock() + budget

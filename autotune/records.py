@@ -17,10 +17,11 @@ from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.space import Config
 
 SCHEMA = 1
-# Why a config was not measured or its time does not count; each is final for its problem and version, but for the
-# first: what else needs memory is another program's, and may have ended.
+# Why a config was not measured or its time does not count; each is final for its problem and version, but for memory,
+# which another program may have held, and for what a busy or broken GPU may be the reason of, where that is wished.
 OUT_OF_MEMORY = "out_of_memory"
-FAILURES = (OUT_OF_MEMORY, "wrong", "crashed", "hung", "failed", "spills", "too_large")
+RETRIED = ("crashed", "hung")
+FAILURES = (OUT_OF_MEMORY, "wrong", *RETRIED, "failed", "spills", "too_large")
 # Of sizes that halve or double: how far from each other two problems may be for one's config to serve the other.
 BUCKET = 0.5
 REACH = 6.0

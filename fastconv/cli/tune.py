@@ -28,7 +28,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 def tune(
     model: Annotated[str | None, typer.Option(help="A name of torchvision's or timm's, or module:factory.")] = None,
     layers: Annotated[str | None, typer.Option(help="A layer list by its name (resnet50), or a file.")] = None,
-    from_log: Annotated[bool, typer.Option("--from-log", help="What programs met untuned on this machine.")] = False,
+    from_log: Annotated[bool, typer.Option("--from-log", help="What programs here met untuned, each once.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in the batch. 64.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of a model's image; its own, or 224.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. bfloat16.")] = None,
@@ -36,7 +36,9 @@ def tune(
     kernel: Annotated[list[str] | None, typer.Option(help="Only these search spaces: conv_gather,pool.")] = None,
     budget: Annotated[str, typer.Option(help="Time to spend: 90s, 10m, 1h.")] = "10m",
     top_k: Annotated[int, typer.Option(min=1, help="Configs that are compiled for each problem at first.")] = 16,
-    again: Annotated[bool, typer.Option("--again", help="Tune what is tuned already, too.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Tune what is tuned already, and retry what crashed or hung.")
+    ] = False,
     gpu: Annotated[str | None, typer.Option(help="A GPU that is not here (H200): nothing is measured then.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be measured, and measure nothing.")

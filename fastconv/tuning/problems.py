@@ -68,7 +68,8 @@ def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, tra
 
 
 def met(records: Iterable[Met], gpu: Gpu) -> tuple[list[Task], list[str]]:
-    """The problems that this user's programs met on ``gpu`` and no table knew; and why others cannot be measured."""
+    """The problems that this user's programs met on ``gpu`` and no table knew; and why others cannot be measured. Each
+    counts once: it is written down where it is first decided, and how often a program runs it is not known there."""
     found: Found = {}
     left: list[str] = []
     for problem in dict.fromkeys(record.problem for record in records if record.of_gpu(gpu)):

@@ -157,16 +157,24 @@ def test_failure_is_recorded_and_not_tried_again(status: str) -> None:
     assert found is not None and best not in again.run_configs and key_of(best) not in again.compiled
 
 
-def test_a_config_that_memory_was_short_for_is_tried_by_the_next_session() -> None:
+@pytest.mark.parametrize("status", FAILURES)
+def test_another_session_tries_what_another_program_may_have_been_in_the_way_of(status: str) -> None:
+    """Memory that was short; with ``again`` a GPU that was busy or broken, too."""
     asked = question()
     best = min(SPACE, key=Bench(asked).truth)
     short, records = Bench(asked), list[Any]()
-    short.failures[key_of(best)] = Failed("out_of_memory")
+    short.failures[key_of(best)] = Failed(status)
     session([Task(asked)], lambda _: short, records.append, budget=60.0, seeds=lambda _: [best])
-    for again, expected in ((False, 0), (True, 1)):
+    untuned = [record for record in records if record.kind == "measured"]
+    for known, again, retried in (
+        (records, False, ()),
+        (untuned, False, ("out_of_memory",)),
+        (records, True, ("out_of_memory", "crashed", "hung")),
+    ):
         bench = Bench(asked)
-        session([Task(asked)], lambda _, it=bench: it, records.append, budget=60.0, known=records, again=again)  # type: ignore[misc]
-        assert (best in bench.run_configs) == expected
+        given: dict[str, Any] = {"known": list(known), "again": again, "seeds": lambda _: [best]}
+        session([Task(asked)], lambda _, it=bench: it, lambda record: None, budget=60.0, **given)  # type: ignore[misc]
+        assert (best in bench.run_configs) == (status in retried)
 
 
 def test_default_that_fails_leaves_the_best_of_the_others() -> None:
