@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -35,8 +36,11 @@ from fastconv.autograd import conv as autograd_conv
 from fastconv.autograd import pool as autograd_pool
 from fastconv.autotune.gpus import H200
 from fastconv.cli.measure.screen import console
-from fastconv.kernels import call, conv, dispatch, mend, pool
+from fastconv.kernels import call, conv, dispatch, mend, pool, tiles, tuned
 from fastconv.kernels.compile import _Driver
+from fastconv.kernels.problem import conv_problem
+
+chooser = import_module("fastconv.autotune.choose")  # whose name the package gives to its function
 
 CALLS, ROUNDS, WARM_UP = 10_000, 20, 20
 TARGET_US, HIT_TARGET_US = 20.0, 1.0
@@ -171,6 +175,27 @@ def measure(family: str, gradient: bool, calls: int = CALLS) -> dict[str, Any]:
     return {"family": family, "gradient": gradient, "us": whole, "parts_us": dict(zip(PARTS, parts, strict=True))}
 
 
+def choosing(calls: int = CALLS) -> tuple[float, float]:
+    """Median microseconds in which the autotuner answers for a problem that it knows, and of them in its dictionary."""
+    questions: list[tuple[Any, ...]] = []
+
+    def listen(*question: Any) -> Any:
+        questions.append(question[:-1])
+        return question[-1]
+
+    shape, weight, _ = PROBLEMS["gather"]
+    assert isinstance(weight, tuple)
+    problem = conv_problem(shape, weight, None, (1, 1), (1,) * 4, (1, 1), 1, torch.bfloat16)
+    with tiles.considering(listen):
+        dispatch.plan("fprop", problem, H200)
+    (question,) = questions
+    whole = _times(lambda: tuned.choose(*question), calls)
+    hits = _Clocked(chooser._choices)
+    with mock.patch.object(chooser, "_choices", hits):
+        _times(lambda: tuned.choose(*question), calls)
+    return statistics.median(whole), statistics.median(hits.taken) / 1e3
+
+
 def _times(call: Callable[[], object], calls: int) -> list[float]:
     """Microseconds of each call."""
     for _ in range(WARM_UP):
@@ -195,8 +220,10 @@ def main(given: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, and one process cannot both interpret and compile")
     families = options.family or PROBLEMS
     rows = [measure(family, gradient, options.calls) for family in families for gradient in (True, False)]
+    known, hit = choosing(options.calls)
     if options.json:
         facts = {"calls": options.calls, "target_us": TARGET_US, "hit_target_us": HIT_TARGET_US}
+        facts |= {"choose_us": known, "choose_hit_us": hit}
         print(json.dumps({**facts, "python": platform.python_version(), "torch": torch.__version__, "rows": rows}))
         return 0
     table = Table(title=f"Microseconds of the host, medians of {options.calls} calls")
@@ -207,7 +234,11 @@ def main(given: list[str] | None = None) -> int:
         name = f"{row['family']}, {'with' if row['gradient'] else 'no'} gradient"
         table.add_row(name, *(f"{number:.1f}" for number in numbers))
     targets = f"Targets: the whole {TARGET_US:.0f} with a gradient, the hit {HIT_TARGET_US:.0f}."
+    chosen = (
+        f"A call that is new asks for its tile; of a known problem: {known:.1f}, its dictionary's hit {hit:.1f} of it."
+    )
     console().print(table, targets)
+    console().print(chosen)
     return 0
 
 

@@ -14,7 +14,9 @@ from fastconv.kernels import dispatch, mend
 @pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
 def test_parts_are_those_of_the_whole_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert host.main(["--calls", "20", "--family", "spatial", "--family", "pool", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    printed = json.loads(capsys.readouterr().out)
+    rows = printed["rows"]
+    assert 0 < printed["choose_hit_us"] < printed["choose_us"]
     assert [(row["family"], row["gradient"]) for row in rows] == [
         *(("spatial", True), ("spatial", False), ("pool", True), ("pool", False))
     ]
@@ -36,7 +38,14 @@ def test_a_table_has_a_line_for_each_family_with_and_without_a_gradient(
     printed = capsys.readouterr().out
     for line in (f"{family}, {how} gradient" for family in host.PROBLEMS for how in ("with", "no")):
         assert line in printed
-    assert all(word in printed for word in (*host.PARTS, "77.0", "3.2", "the hit 1"))
+    assert all(word in printed for word in (*host.PARTS, "77.0", "3.2", "the hit 1", "of a known problem: "))
+
+
+def test_the_autotuners_own_hit_is_timed_and_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    host.choosing(20)
+    monkeypatch.setattr(host.chooser, "_decide", lambda *_: pytest.fail("not known"))
+    whole, hit = host.choosing(20)
+    assert 0 < hit < whole
 
 
 @pytest.mark.parametrize("given", [["--family", "cubic"], ["--calls", "1"]])
