@@ -137,7 +137,8 @@ class Store:
     def merge(self) -> int:
         """Put the shards of ended processes of this machine into one; how many it was made of (0: nothing to do).
 
-        Repeated lines and damaged ones go; a shard with lines of a newer schema stays as it is. Raises OSError.
+        Repeated lines and damaged ones go; a shard with lines of a newer schema stays as it is, and so does one that
+        would make the whole too large to be read. Raises OSError.
         """
         files: list[tuple[Path, int]] = []
         try:
@@ -152,6 +153,8 @@ class Store:
                 files.append((path, file))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if sum(os.fstat(each).st_size for _, each in files) > MAX_SHARD:
+                        raise OSError(f"over {MAX_SHARD} bytes together")
                     lines.update(dict.fromkeys(_sound(path)))
                 except (OSError, NewerSchema):
                     files.pop()

@@ -204,6 +204,8 @@ def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
     kept = (type(None), int) if name == "output_size" and len(axes) > 1 else (int,)
     if len(axes) not in (1, rank) or not all(type(axis) in kept for axis in axes):
         raise _Wrong(name, f"an integer, or one for each of {rank} axes, is expected, not {schema.shown(value)}")
+    if name == "divisor_override" and value == 0:
+        raise _Wrong(name, "another number than 0 is expected")
     if any(axis is not None and abs(axis) > MAX_INTEGER for axis in axes):
         raise _Wrong(name, f"at most {MAX_INTEGER} is expected, not {schema.shown(value)}")
     return plain(tuple(axes))

@@ -361,6 +361,17 @@ def test_merge_leaves_a_shard_in_use(store: Store) -> None:
     assert sorted(found) == [1, 2, 3, 4, 5, 9]
 
 
+def test_merge_makes_nothing_too_large_to_be_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in (1, 2, 3):
+        ended = Store(store.folder)
+        ended.append(measured(index))
+        os.close(ended._file)  # type: ignore[arg-type]
+    size = max(path.stat().st_size for path in shards(store))
+    monkeypatch.setattr("fastconv.autotune.store.MAX_SHARD", 2 * size + 1)
+    assert store.merge() == 2
+    assert sorted(r.config["TILE"] for r in store.read()) == [1, 2, 3]  # type: ignore[attr-defined]
+
+
 def test_cleared_store_goes_on(store: Store) -> None:
     store.append(measured(1))
     assert Store(store.folder).clear() == 1

@@ -133,6 +133,7 @@ def test_a_users_list_is_read(tmp_path: Path) -> None:
         ),
         ([HEADER, POOL | {"kernel_size": 9}], "line 2, field.* input.*: .*Output size is too small"),
         ([HEADER, POOL | {"padding": 2}], "line 2, field.*kernel_size.*: pad should be at most half"),
+        ([HEADER, POOL | {"function": "avg_pool2d", "divisor_override": 0}], "line 2, field divisor_override: another"),
         ([HEADER, POOL | {"ceil_mode": 1}], "line 2, field ceil_mode: true or false is expected, not 1"),
         ([HEADER, POOL | {"function": "lp_pool2d", "norm_type": "2"}], "line 2, field norm_type: a positive number"),
         ([HEADER, POOL | {"function": "lp_pool2d", "norm_type": -3}], "line 2, field norm_type: a positive number"),
