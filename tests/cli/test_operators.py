@@ -16,6 +16,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import fastconv.functional
+from fastconv.autotune import gpus
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS, TARGET
 from fastconv.cli import models
@@ -24,7 +25,7 @@ from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
 from fastconv.cli.measure.directions import drawn, exact
 from fastconv.cli.measure.results import Part, check_part
 from fastconv.cli.measure.screen import Progress
-from fastconv.kernels import launch, mend
+from fastconv.kernels import dispatch, launch, mend
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
@@ -219,6 +220,24 @@ def test_a_row_is_of_the_first_provider_of_ours_that_serves_it(progress: Progres
         entries = {entry["provider"]: entry for entry in row["providers"]}
         assert (row["ours"], entries["fastconv:depthwise"]["status"]) == (OURS, "skipped")
         assert row["gb_per_s"] == row["bytes"] / entries[OURS]["ms"]["median"] / 1e6
+
+
+@pytest.mark.parametrize(("family", "width"), [("pixels", 2), ("gemm", 1)])
+def test_families_of_bulk_copies_are_measured(
+    family: str, width: int, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU that has them, which the interpreter's has not: planned, compared, timed, and all that again."""
+    monkeypatch.setattr(operator_times, "DOUBTED", 0.0)
+    (task,) = tasks("dense", providers=(f"fastconv:{family}",))
+    shapes = (16, 16, 1, width), (16, 16, 1, width), None
+    task.case = dataclasses.replace(task.case, operator=dataclasses.replace(task.case.operator, shapes=shapes))
+    with dispatch.use_target(gpus.H200):
+        (part,) = measured([task], progress).values()
+    assert part["verdict"] == "right", part["reason"]
+    for row in part["rows"]:
+        assert (row["family"], row["again"]["status"]) == (family, "ok")
+        assert all(name.startswith(f"conv_{family}") for name in row["launches"])
+    assert {row["direction"] for row in part["rows"]} == DIRECTIONS["dense"]
 
 
 def test_plain_fastconv_that_cannot_be_planned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
