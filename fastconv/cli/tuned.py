@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from fastconv.autotune import Gpu, Problem, Store, Tuned
 from fastconv.autotune.choose import Tables
 from fastconv.autotune.measure import Step, Task, expected_gain, share_of
-from fastconv.autotune.records import OUT_OF_MEMORY, Measured
+from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
 from fastconv.autotune.report import fits
 from fastconv.autotune.report import summary as means
 from fastconv.autotune.table import Table
@@ -86,12 +87,11 @@ def found(tasks: Sequence[Task], entries: Sequence[Tuned], seconds: float, failu
         line += f"; together {(before - sum(gains.values())) * 1e3:.2f} ms where the defaults take {before * 1e3:.2f}"
         line += f"; PyTorch is faster at {sum(map(_pytorch_faster, best.values()))}"
     lines.append(line)
-    final = [f"{count} {status}" for status, count in failures.items() if status != OUT_OF_MEMORY]
-    if final:
-        lines.append(f"not measured, and not tried again: {', '.join(final)}")
-    if failures.get(OUT_OF_MEMORY):
-        lines.append(f"not measured, and tried by the next run: {failures[OUT_OF_MEMORY]} {OUT_OF_MEMORY}")
-    return lines
+    tried = dict.fromkeys(RETRIED, "tried again with --again") | {OUT_OF_MEMORY: "tried by the next run"}
+    counted: defaultdict[str, list[str]] = defaultdict(list)
+    for status, count in failures.items():
+        counted[tried.get(status, "not tried again")].append(f"{count} {status}")
+    return [*lines, *(f"not measured, and {when}: {', '.join(each)}" for when, each in counted.items())]
 
 
 def foretold(tasks: Sequence[Task], known: Tables, gpu: Gpu, top_k: int, budget: float, again: bool) -> list[Any]:
