@@ -14,7 +14,7 @@ from statistics import median
 from typing import Protocol
 
 from fastconv.autotune.choose import Asked, now
-from fastconv.autotune.cost_model import Work, predict
+from fastconv.autotune.cost_model import Prediction, Work, predict
 from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured, Record, Tuned
 from fastconv.autotune.search import Candidate, Key, Search, key_of
 from fastconv.autotune.space import Config
@@ -117,10 +117,15 @@ class _Tuning:
         self.asked, self.bench, self.keep = asked, bench, keep
         self.deadline, self.clock, self.report = deadline, clock, tell
         self.default = asked.choice.config
-        self.works: list[tuple[Config, Work]] = [(config, asked.work(config)) for config in asked.space]
-        predicted = [(config, predict(work, asked.gpu)) for config, work in self.works]
-        self.predictions = {key_of(config): prediction for config, prediction in predicted if prediction is not None}
-        candidates = [Candidate(config, prediction) for config, prediction in predicted if prediction is not None]
+        self.works: dict[Key, Work] = {}
+        self.predictions: dict[Key, Prediction] = {}
+        candidates = []
+        for config in asked.space:
+            work = asked.work(config)
+            prediction = predict(work, asked.gpu)
+            if prediction is not None:
+                self.works[key_of(config)], self.predictions[key_of(config)] = work, prediction
+                candidates.append(Candidate(config, prediction))
         self.search = Search(candidates, self.default, seeds)
         self.compiled: set[Key] = set()
         self.failed: set[Key] = set()
@@ -136,6 +141,11 @@ class _Tuning:
         self.trials = self.search.measured
 
     def run(self, trials: int, top_k: int, fastconv: str) -> Tuned | None:
+        self.look(trials, top_k)
+        return self._last_run(fastconv)
+
+    def look(self, trials: int, top_k: int) -> None:
+        """The rounds of the search; what they found is in ``search``."""
         ranked = sorted(self.predictions, key=lambda key: self.predictions[key].seconds)
         self._compile([dict(key) for key in ranked[:top_k]])
         count = FIRST
@@ -147,7 +157,6 @@ class _Tuning:
             count = ROUND
         if self.clock() < self.deadline:
             self._round([config for config, _ in self.search.best(min(FINALISTS, trials - self.trials))])
-        return self._last_run(fastconv)
 
     def _proposed(self, count: int) -> list[Config]:
         """The next to measure; compiled, so that none of them spills or is too large."""
@@ -161,11 +170,10 @@ class _Tuning:
         """Whether any is out; the predictions of the others are made anew from what the compiler says."""
         configs = [config for config in configs if not {key_of(config)} & (self.compiled | self.failed)]
         out = False
-        works = {key_of(config): work for config, work in self.works}
         for config, found in zip(configs, self.bench.resources(configs) if configs else (), strict=True):
             self.compiled.add(key_of(config))
             if isinstance(found, Resources):
-                work = replace(works[key_of(config)], registers=found.registers, shared_memory=found.shared_memory)
+                work = replace(self.works[key_of(config)], registers=found.registers, shared_memory=found.shared_memory)
                 prediction = predict(work, self.asked.gpu)
                 if found.spills:
                     found = Failed("spills")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from math import inf
 from statistics import mean
 from typing import Any
 
 import pytest
 
-from fastconv.autotune import Space, predict
+from fastconv.autotune import Config, Space, Work
+from fastconv.autotune.choose import Asked
 from fastconv.autotune.cost_model import Prediction
 from fastconv.autotune.gpus import H200
-from fastconv.autotune.measure import FINALISTS, FIRST, ROUND
-from fastconv.autotune.search import Candidate, Search, key_of, neighbours_of
+from fastconv.autotune.measure import Failed, Resources, _Tuning
+from fastconv.autotune.search import Candidate, Key, Search, key_of, neighbours_of
 from tests.autotune.simulated import Timer
 
 SEEDS = 20
@@ -86,21 +90,32 @@ def test_what_is_measured_corrects_what_is_alike() -> None:
     assert all(config["N"] > 32 for config in search.propose(2))
 
 
-def search_for(timer: Timer, predicted: list[tuple[Any, Any, Candidate]], default: Any) -> tuple[float, float, int]:
-    """Regret of what is found and of the default, and the measurements it took: the rounds of `measure.tune`."""
-    works = {key_of(candidate.config): work for _, work, candidate in predicted}
-    search = Search([candidate for *_, candidate in predicted], default)
-    taken, count = 0, FIRST
-    while proposed := search.propose(min(count, TRIALS - FINALISTS - taken)):
-        for config in proposed:
-            search.tell(config, timer(works[key_of(config)], config))
-        taken, count = taken + len(proposed), ROUND
-    for config, _ in search.best(FINALISTS):
-        search.tell(config, timer(works[key_of(config)], config))
-        taken += 1
-    truth = {key: timer.truth(work, dict(key)) for key, work in works.items()}
-    best = min(truth.values())
-    return truth[key_of(search.best(1)[0][0])] / best - 1, truth[key_of(default)] / best - 1, taken
+class Simulated:
+    """A `measure.Bench` whose compiler says what was estimated, and whose GPU is a timer."""
+
+    def __init__(self, timer: Timer, works: dict[Key, Work]) -> None:
+        self.timer, self.works, self.taken = timer, works, 0
+
+    def resources(self, configs: Sequence[Config]) -> list[Resources | Failed]:
+        works = [self.works[key_of(config)] for config in configs]
+        return [Resources(it.registers, 0, it.shared_memory) for it in works]
+
+    def run(self, config: Config | None) -> float:
+        assert config is not None
+        self.taken += 1
+        return self.timer(self.works[key_of(config)], config)
+
+
+def search_for(timer: Timer, asked: Asked, works: dict[Key, Work]) -> tuple[float, float, int, int]:
+    """Regret of what the rounds of `measure.tune` find and of the default, the measurements they took, and how many
+    configs there are."""
+    bench = Simulated(timer, works)
+    tuning = _Tuning(asked, bench, lambda record: None, (), (), inf, lambda: 0.0, lambda step: None)
+    tuning.look(TRIALS, TRIALS)
+    truth = {key: timer.truth(works[key], dict(key)) for key in tuning.predictions}
+    best, (found, _) = min(truth.values()), tuning.search.best(1)[0]
+    default = truth[key_of(asked.choice.config)]
+    return truth[key_of(found)] / best - 1, default / best - 1, bench.taken, len(truth)
 
 
 @pytest.mark.slow
@@ -110,25 +125,24 @@ def test_sixteen_measurements_come_within_5_percent_of_the_best(record_property:
 
     problems = []
     for asked in questions():
-        works = [(config, asked.work(config)) for config in asked.space]
-        fitting = [(c, w, Candidate(c, p)) for c, w in works if (p := predict(w, asked.gpu)) is not None]
-        problems.append((fitting, asked.choice.config))
+        # (The space's rules and its configs' work are the same for all simulated GPUs.)
+        configs: Any = tuple(asked.space)
+        works = {key_of(config): asked.work(config) for config in configs}
+        problems.append((replace(asked, space=configs, work=lambda config, works=works: works[key_of(config)]), works))
     found = []
     for seed in range(SEEDS):
         timer = Timer(H200, seed)
-        found += [search_for(timer, fitting, default) for fitting, default in problems]
-    assert max(taken for *_, taken in found) <= TRIALS
+        found += [search_for(timer, asked, works) for asked, works in problems]
+    assert max(taken for *_, taken, _ in found) <= TRIALS
     near = sum(regret <= 0.05 for regret, *_ in found) / len(found)
-    defaults = [regret for _, regret, _ in found]
+    defaults = [regret for _, regret, *_ in found]
     line = (
         f"search: {near:.1%} of {len(problems)} problems x {SEEDS} simulated GPUs within 5% of the exhaustive best in "
         f"{TRIALS} measurements (mean regret {mean(r for r, *_ in found):.1%}; of the cost model's choice "
         f"{mean(defaults):.1%}, {sum(r <= 0.05 for r in defaults) / len(found):.1%} within 5%)"
     )
     record_property("line", line)
-    large = [
-        regret for (fitting, _), (regret, *_) in zip(problems * SEEDS, found, strict=True) if len(fitting) > TRIALS
-    ]
+    large = [regret for regret, *_, configs in found if configs > TRIALS]
     record_property(
         "line", f"search: {sum(r <= 0.05 for r in large) / len(large):.1%} where a space holds over {TRIALS} configs"
     )
