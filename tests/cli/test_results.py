@@ -150,8 +150,8 @@ PARTS = {
 }
 
 
-def text(renderable: Any) -> str:
-    screen = Console(file=io.StringIO(), width=200)
+def text(renderable: Any, width: int = 200) -> str:
+    screen = Console(file=io.StringIO(), width=width)
     screen.print(renderable)
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
@@ -291,8 +291,9 @@ def test_every_kind_of_part_has_a_table() -> None:
         (
             "operators",
             [
-                *("depthwise", "M128 /8", "0.40", "too far", "LOSS", "2,222", "57%", "5000.0", "2000.0", "5500"),
-                *("12.3", "bandwidth", "1.30", "compile: 1 rows skipped, the first: no time left", "0.43"),
+                *("depthwise", "M128 /8", "0.40", "too far", "LOSS", "57% 2,222 GB/s", "5000.0 -70% -40%"),
+                *("2000.0", "0.36", "speed, bandwidth under target", "again 1.30"),
+                *("12.3", "compile: 1 rows skipped, the first: no time left", "0.43"),
                 "UNCONFIRMED",
                 "0 of 1 reach 2.0 of the speed of eager; 1 are slower",
                 *("0 of 1 with tensors", "4,000 GB/s", "800", "7 at least as fast as eager", "1 slower"),
@@ -309,6 +310,28 @@ def test_a_part_says_what_it_found(kind: str, expected: list[str]) -> None:
     shown = text(tables.render(PARTS[kind]))
     for word in ["right", *expected]:
         assert word in shown
+
+
+def test_operators_of_many_providers_fit_a_wide_terminal() -> None:
+    """A row of the usual ones is a line; with more, and in fewer columns, no name and no number is cut short."""
+    operators = PARTS["operators"]
+    timed = operators["rows"][0]["providers"][0]
+
+    def shown(width: int, *names: str) -> list[str]:
+        row = operators["rows"][0] | {"operator": "N64 C256 14x14 -> K256 3x3 stride 2 padding 1 bfloat16"}
+        row |= {"tflops": 612.0, "matrix_share": 0.7, "ceiling": 0.7, "missed": ["speed"], "again": {}}
+        row |= {"family": "pixels", "tile": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_C": 64, "num_warps": 8}}
+        row["providers"] = [timed | {"provider": name} for name in names]
+        return text(tables.render({**operators, "rows": [row, row]}), width).splitlines()
+
+    usual = ("eager", "fastconv", "fastconv-nchw", "eager-nchw", "compile")
+    rows = [line for line in shown(200, *usual) if "N64 C256" in line]
+    assert len(rows) == 2
+    for line in rows:
+        assert "padding 1, fprop" in line and "70% 612 TFLOP/s" in line and "LOSS; speed under target" in line
+    narrow = " ".join(shown(150, *usual, "fastconv:gather"))
+    assert "…" not in narrow and "70% 612 TFLOP/s" in narrow and "2000.0 -25% +50%" in narrow
+    assert all(word in narrow for word in ("fastconv:", "gather", "eager-", "compile"))
 
 
 def test_a_part_that_was_not_reached_shows_its_reason() -> None:

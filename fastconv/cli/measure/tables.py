@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastconv.cli.measure.operator_times import DOUBTED
 from fastconv.cli.measure.results import Part
 
 STYLES = {"right": "green", "wrong": "bold red", "failed": "bold red", "skipped": "yellow"}
@@ -93,35 +96,50 @@ def _times(part: Part) -> list[RenderableType]:
 
 
 def _operators(part: Part) -> list[RenderableType]:
-    names = dict.fromkeys(entry["provider"] for row in part["rows"] for entry in row["providers"])
-    served = {row["ours"] for row in part["rows"]}
-    # A column for whatever is not ours in every row.
-    others = [name for name in names if served != {name} and name != "fastconv-nchw"]
-    columns = ("us", "p20-p80", *others, "speed", "alone us", "eager's", "TFLOP/s", "GB/s", "ceiling", "NCHW +us")
-    table = _table("", "times", *columns, "family, tile", "")
-    table.columns[0].no_wrap = True
+    timed = dict.fromkeys(it["provider"] for row in part["rows"] for it in row["providers"] if "ms" in it)
+    served = {row["ours"] for row in part["rows"]} - {None}
+    # A column for whatever is not ours in every row; who has no time at all is told of beneath.
+    others = [name for name in timed if served != {name} and name != "fastconv-nchw"]
+    copied = any(row.get("layout_ms") is not None for row in part["rows"])
+    columns = ["us,\np20 p80", *(re.sub("([:-])", r"\1\n", name) for name in others), "speed", "alone"]
+    table = _table("", "times", *columns, "nearer\nceiling", *["NCHW\n+us"] * copied, "family, tile", "")
+    table.box, table.collapse_padding = box.HORIZONTALS, True
+    for column in table.columns[1:-2]:
+        column.no_wrap = True  # whatever has no room left, numbers keep theirs
     for row in part["rows"]:
         entries = {entry["provider"]: entry for entry in row["providers"]}
         times = {name: entry["ms"]["median"] * 1e3 for name, entry in entries.items() if "ms" in entry}
-        alone = {name: entry["alone_ms"]["median"] * 1e3 for name, entry in entries.items() if "alone_ms" in entry}
-        spread = entries.get(row["ours"], {}).get("ms")
+        alone = [entries.get(name, {}).get("alone_ms") for name in ("eager", row["ours"])]
         layout = row.get("layout_ms")
         table.add_row(
             f"{row['operator'].removesuffix(' ' + part['dtype'])}, {row['direction']}",
             str(sum(row["networks"].values()) or ""),
-            _number(times.get(row["ours"]), ".1f"),
-            f"{spread['p20'] * 1e3:.1f}-{spread['p80'] * 1e3:.1f}" if spread else "",
+            _spread(entries.get(row["ours"], {}).get("ms")),
             *(_number(times.get(name), ".1f") for name in others),
             _number(row.get("speed"), ".2f"),
-            *(_number(alone.get(name), ".0f") for name in (row["ours"], "eager")),
-            _number(row.get("tflops"), ",.0f"),
-            _number(row.get("gb_per_s"), ",.0f"),
-            _number(row.get("ceiling"), ".0%"),
-            _number(None if layout is None else layout * 1e3, ".1f"),
+            _number(alone[0]["median"] / alone[1]["median"] if all(alone) else None, ".2f"),
+            _nearer_ceiling(row),
+            *[_number(None if layout is None else layout * 1e3, ".1f")] * copied,
             f"{row.get('family', '')} {_tile(row.get('tile') or {})}",
             "; ".join(_remarks(row)),
         )
     return [table, *_standing(part)]
+
+
+def _spread(ms: dict[str, float] | None) -> str:
+    """``12.3 -2% +5%``: microseconds, and how far the 20th and the 80th percentile are from them."""
+    if not ms:
+        return ""
+    return " ".join([f"{ms['median'] * 1e3:.1f}", *(f"{ms[key] / ms['median'] - 1:+.0%}" for key in ("p20", "p80"))])
+
+
+def _nearer_ceiling(row: dict[str, Any]) -> str:
+    """``57% 2,222 GB/s``: the share of the ceiling that bounds the row, memory's or tensor cores', and the rate."""
+    if row.get("ceiling") is None:
+        return ""
+    by_matrix = row["matrix_share"] > row["share"]
+    rate = f"{row['tflops']:,.0f} TFLOP/s" if by_matrix else f"{row['gb_per_s']:,.0f} GB/s"
+    return f"{row['ceiling']:.0%} {rate}"
 
 
 def _remarks(row: dict[str, Any]) -> Iterable[str]:
@@ -129,10 +147,11 @@ def _remarks(row: dict[str, Any]) -> Iterable[str]:
         yield row["reason"]
     if (row.get("speed") or 1.0) < 1.0:
         yield "LOSS"
-    yield from (f"{what} under target" for what in row.get("missed", ()))
+    if row.get("missed"):
+        yield f"{', '.join(row['missed'])} under target"
     again = row.get("again", {})
     if "speed_over_eager" in again:
-        yield f"{again['speed_over_eager']:.2f} of eager's in another way"
+        yield f"again {again['speed_over_eager']:.2f}"
     elif again:
         yield f"{row['unconfirmed']:.2f} of eager's, UNCONFIRMED: {again['reason']}"
     elif row.get("unconfirmed"):
@@ -153,11 +172,13 @@ def _standing(part: Part) -> Iterable[RenderableType]:
         return
     reached = sum("speed" not in row["missed"] for row in timed)
     losses = sum(row["speed"] < 1.0 for row in timed)
+    noise = statistics.median(row["noise"] for row in timed)
     yield (
         f"{reached} of {len(timed)} reach {part['speed_target']} of the speed of {' and '.join(part['rivals'])}; "
-        f"{losses} are slower than PyTorch's fastest. One provider measured twice differs by "
-        f"{statistics.median(row['noise'] for row in timed):.1%}, the median of all rows. Ceilings: a copy's "
-        f"{part['copy_bandwidth'] / 1e9:,.0f} GB/s, a bf16 product's {part['matrix_rate'] / 1e12:,.0f} TFLOP/s."
+        f"{losses} are slower than PyTorch's fastest. Alone: the speed over eager's of calls from Python that the GPU "
+        f"waits for; again: measured in another way, where it is beyond {DOUBTED}. One provider measured twice differs "
+        f"by {noise:.1%}, the median of all rows. Ceilings: a copy's {part['copy_bandwidth'] / 1e9:,.0f} GB/s, "
+        f"a bf16 product's {part['matrix_rate'] / 1e12:,.0f} TFLOP/s."
     )
     large = [row for row in timed if row["large"]] if part["share_target"] else []
     if large:
