@@ -277,6 +277,15 @@ def test_plots_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err.startswith("fastconv: cannot write the plots: [Errno 21] Is a directory: ")
 
 
+def test_what_errors_say_in_brackets_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "RuntimeError: expected [n, c] of [/cpu]"
+    row = PARTS["host"]["rows"][1] | {"reason": said}
+    content = WHOLE | {"parts": [{**PARTS["host"], "rows": [row]}]}
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+    assert run(["bench", "--show", str(tmp_path / "bench.json")]) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_every_kind_of_part_has_a_table() -> None:
     assert PARTS.keys() == tables.TABLES.keys() == KINDS.keys()
 

@@ -84,7 +84,7 @@ class Output:
         self._unshown[part["id"]] = part
 
     def _show(self, name: str) -> None:
-        self._screen.print(tables.render(self._unshown.pop(name)))
+        self._screen.print(tables.render(self._unshown.pop(name)), markup=False)  # errors have brackets
 
     def __enter__(self) -> Output:
         self._screen.print(tables.heading(self.results.data))
@@ -95,7 +95,7 @@ class Output:
     ) -> None:
         for name in list(self._unshown):
             self._show(name)
-        self._screen.print(f"\nWritten: {self.results.path}")
+        self._screen.print(f"\nWritten: {self.results.path}", markup=False)
         try:
             _draw(self.results.data, self.results.path.parent, self._screen)
         except OSError as error:
@@ -299,7 +299,7 @@ def show(path: Path, screen: Console) -> None:
     try:
         screen.print(tables.heading(data))
         for part in data["parts"]:
-            screen.print(tables.render(part))
+            screen.print(tables.render(part), markup=False)
         _draw(data, path.parent, screen)
     except OSError as error:
         raise BadUsage(f"cannot write the plots: {error}") from error
@@ -317,7 +317,7 @@ def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
         screen.print("No plots: pip install 'fastconv[cli]' brings matplotlib")
         return
     for path in plots.draw(data, folder):
-        screen.print(f"Written: {path}")
+        screen.print(f"Written: {path}", markup=False)
 
 
 def _subject(wishes: Wishes) -> Subject:
