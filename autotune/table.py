@@ -13,6 +13,8 @@ from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.records import REACH, SCHEMA, VERSION, Problem, Record, Tuned, Version, from_json
 from fastconv.autotune.store import publish
 
+# Of the tables that come with fastconv.
+FOLDER = Path(str(files("fastconv.autotune"))) / "tables"
 MAX_FILE = 1 << 25
 MAX_PROBLEMS = 20_000
 
@@ -123,7 +125,7 @@ def file_name(gpu: str) -> str:
 
 def shipped(gpu: Gpu) -> list[Tuned]:
     """The entries of the table that comes with fastconv for this GPU; none where there is no table."""
-    path = Path(str(files("fastconv.autotune"))) / "tables" / file_name(gpu.name)
+    path = FOLDER / file_name(gpu.name)
     return [entry for entry in read_table(path) if entry.of_gpu(gpu)] if path.is_file() else []
 
 

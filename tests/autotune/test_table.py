@@ -11,7 +11,7 @@ import pytest
 
 from fastconv.autotune.gpus import A100, H200, known_gpus
 from fastconv.autotune.schema import NewerSchema, SchemaError
-from fastconv.autotune.table import Table, file_name, read_table, shipped, write_table
+from fastconv.autotune.table import FOLDER, Table, file_name, read_table, shipped, write_table
 from tests.autotune.making import DATE, VERSION, problem, tuned
 
 OTHER = dataclasses.replace(VERSION, triton="3.6.0")
@@ -137,7 +137,6 @@ def test_shipped_tables_are_sound() -> None:
     assert file_name("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090.json"
     for gpu in known_gpus():
         assert all(entry.of_gpu(gpu) for entry in shipped(gpu))
-    folder = Path(__file__).parents[2] / "autotune" / "tables"
-    for path in folder.glob("*.json"):
+    for path in FOLDER.glob("*.json"):
         assert read_table(path) and path.name == file_name(read_table(path)[0].gpu)
     assert shipped(dataclasses.replace(H200, name="NVIDIA Nothing")) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.autotune import Store
+from fastconv.autotune import Store, table
 from fastconv.autotune.gpus import A100
 from fastconv.autotune.store import MAX_LINE, MAX_SHARD
 from fastconv.autotune.table import write_table
@@ -130,6 +130,16 @@ def test_verify_names_what_cannot_be_read(store: Store, tmp_path: Path, capsys: 
     bad.write_text(bad.read_text().replace('"seconds":', '"second":', 1))
     assert run(["cache", "verify", str(bad)]) == 1
     assert "problems[0]" in capsys.readouterr().out
+
+
+def test_verify_reads_every_shipped_table(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever product of a known GPU it is of."""
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    (tmp_path / "nvidia-a100-pcie-40gb.json").write_text("{}")
+    assert run(["cache", "verify"]) == 1
+    assert "nvidia-a100-pcie-40gb.json" in capsys.readouterr().out
 
 
 def test_verify_names_what_is_left_out(
