@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -63,8 +64,8 @@ class Caller:
 
     ``problem(space, features)``: as tables know it. ``version(space name)``: under which code it would be measured.
     ``live(gpu)``: whether ``gpu`` is here and the call is a user's program. ``agree(gpu, tables, reloads)``: told
-    before a GPU's tables are first used, where processes must agree on them; ``reloads``: how often this process has
-    dropped its tables. ``joined()``: whether processes that must agree have appeared since it was asked last.
+    before a GPU's tables are first used, where processes must agree on them; ``reloads``: how often they were agreed on
+    already, and dropped. ``joined()``: whether processes that must agree have appeared since it was asked last.
     """
 
     problem: Callable[[str, Hashable], Problem]
@@ -135,7 +136,7 @@ class Tables:
 
 _choices: dict[tuple[str, Hashable, Gpu, Regime], Choice] = {}
 _tables: dict[tuple[str, int], Tables] = {}
-_reloads = 0
+_reloads: Counter[tuple[str, int]] = Counter()  # since others were joined
 _locked: list[Tuned] | None = None
 _met: set[Problem] = set()
 _store: Store | None = None
@@ -287,7 +288,7 @@ def tables(gpu: Gpu, caller: Caller | None = None) -> Tables:
             if caller is not None:
                 _check_lock(found.lock, caller)
                 _check_gpu(_lock_entries(), gpu)
-                caller.agree(gpu, found, _reloads)
+                caller.agree(gpu, found, _reloads[key])
             _tables[key] = found
         return _tables[key]
 
@@ -317,14 +318,14 @@ def join(caller: Caller) -> None:
     is decided, so that one decided already costs nothing, and keeps its tile until another call joins."""
     if caller.joined():
         with _loading:
-            _drop_tables()
+            _tables.clear()
+            _reloads.clear()
         forget()
 
 
 def _drop_tables() -> None:
-    global _reloads
+    _reloads.update(_tables.keys())
     _tables.clear()
-    _reloads += 1
 
 
 def learn(entry: Tuned) -> None:

@@ -4,8 +4,8 @@ Through the job's key-value store, not a collective: ranks come to their first c
 a pipeline, may never come. Only for rank 0's tables is waited, and not for ever.
 
 What a rank decided before the job appeared is forgotten at the first call in it that was not met before. Until then
-its calls of before keep their tiles: to look for a job would cost each of them time. Lock files are to be loaded, and
-tables reloaded, equally often by all ranks: it is told by the count whether rank 0's are those of before.
+its calls of before keep their tiles: to look for a job would cost each of them time. Lock files that are loaded once
+tables are in use are to be loaded by all ranks: the count tells whether rank 0's tables are those of before.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def joined() -> bool:
 def agree(gpu: Gpu, tables: Tables, reloads: int) -> None:
     """Take rank 0's tables of ``gpu`` where they differ from this rank's, and say so in one line.
 
-    ``reloads``: how often this process has dropped its tables, as rank 0 must have when it published those meant.
+    ``reloads``: how often this process has dropped those agreed on, as rank 0 must have when it published those meant.
     """
     if world_size() == 1:
         return
