@@ -8,6 +8,10 @@ outputs whose tap falls inside the image are a box: nothing else is walked. The 
 sums go to a workspace; a second kernel adds them in the order of the splits, so that the result is the same bit for bit
 from run to run. Bytes: dy and x once each, the workspace twice.
 
+Of few images a box holds PIXELS neighbours of a row too, under a stride of two as `conv_pixels` has them. Their number
+divides the row's, so that no pixel of x meets a tap that is not its own, not even with a zero: it may be infinite.
+(Triton brings dy of such boxes to registers on Hopper, once for all taps.)
+
 Images past the last are read as 0 from both operands, and so is x where the walk that taps share leaves its image.
 """
 
@@ -17,7 +21,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config
-from fastconv.kernels.conv_pixels import pixel_view, read
+from fastconv.kernels.conv_pixels import has_parities, pixel_view, read
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.layout import Strides, dense_strides, pointer_type, vector
 from fastconv.kernels.pixels import unravel
@@ -58,11 +62,15 @@ def conv_pixels_wgrad_kernel(
     RANK: tl.constexpr,
     TAPS: tl.constexpr,  # neighbouring taps of a filter's row
     COLUMNS: tl.constexpr,  # neighbouring outputs of a step; they share x, of which the next one's taps are one on
+    PIXELS: tl.constexpr,  # neighbours in a row that a box holds, a divisor of Q; more than one of one column alone
+    PARITY: tl.constexpr,  # a stride of two: x is [H, 2, W / 2, N, C], a box of one parity
     CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,  # images of a step
 ):  # fmt: skip
+    ROWS: tl.constexpr = PIXELS * BLOCK_N
+    WIDTH: tl.constexpr = PIXELS * COLUMNS
     C *= VEC
     K *= VEC
 
@@ -87,13 +95,15 @@ def conv_pixels_wgrad_kernel(
     tap_w = s * dilation_w - padding_w
     last_w = tl.minimum(s + TAPS - 1, S - 1) * dilation_w - padding_w
     p_first, p_count = span(H, P, stride_h, tap_h, tap_h)
-    q_first, q_count = span(W, Q, stride_w, tap_w, last_w)
+    q_first, q_count = 0, Q
+    if PIXELS == 1:
+        q_first, q_count = span(W, Q, stride_w, tap_w, last_w)
     o_first, o_count = 0, 1
     if RANK == 3:
         o_first, o_count = span(D, O, stride_d, tap_d, tap_d)
 
     # This split's share of the steps; shares differ by one at most, and may be empty.
-    q_steps = tl.cdiv(q_count, COLUMNS)
+    q_steps = tl.cdiv(q_count, WIDTH)
     steps = o_count * p_count * q_steps * tl.cdiv(N, BLOCK_N)
     share = steps // splits
     longer = steps - share * splits
@@ -113,16 +123,16 @@ def conv_pixels_wgrad_kernel(
         for _ in range(steps):
             y_o = o_first + o
             y_p = p_first + p
-            y_q = q_first + q * COLUMNS
+            y_q = q_first + q * WIDTH
             d = y_o * stride_d + tap_d
             h = y_p * stride_h + tap_h
             w = y_q * stride_w + tap_w
             x_steps = ()  # type: tuple[tl.tensor, ...]
             for i in tl.static_range(COLUMNS + TAPS - 1):
-                x_steps = x_steps + (read(x, d, h, w + i * dilation_w, n, c, RANK, False, BLOCK_N, BLOCK_C),)
+                x_steps = x_steps + (read(x, d, h, w + i * dilation_w, n, c, RANK, PARITY, ROWS, BLOCK_C),)
             sums = ()  # type: tuple[tl.tensor, ...]
             for column in tl.static_range(COLUMNS):
-                dy_step = read(dy, y_o, y_p, y_q + column, n, k, RANK, False, BLOCK_N, BLOCK_K).T
+                dy_step = read(dy, y_o, y_p, y_q + column, n, k, RANK, False, ROWS, BLOCK_K).T
                 for i in tl.static_range(TAPS):
                     sums = sums + (tl.dot(dy_step, x_steps[column + i], acc[column * TAPS + i]),)
             acc = sums
@@ -172,17 +182,19 @@ def conv_pixels_wgrad(
     x_shape, dy_shape = lifted.input_shape, lifted.output_shape
     groups, splits = problem.groups, config["SPLITS"]
     c, k = problem.in_channels // groups, problem.out_channels // groups
-    tile = {name: config[name] for name in ("TAPS", "COLUMNS", "BLOCK_K", "BLOCK_C", "BLOCK_N")}
-    images, vec = tile["BLOCK_N"], vector(problem.dtype, c, k)
-    assert tile["COLUMNS"] == 1 or pairs_of_outputs(problem, tile["TAPS"])
+    tile = {name: config[name] for name in ("TAPS", "COLUMNS", "PIXELS", "BLOCK_K", "BLOCK_C", "BLOCK_N")}
+    images, pixels, vec = tile["BLOCK_N"], tile["PIXELS"], vector(problem.dtype, c, k)
+    parity = pixels > 1 and lifted.stride[2] > 1
+    assert tile["COLUMNS"] == 1 or (pixels == 1 and pairs_of_outputs(problem, tile["TAPS"]))
+    assert pixels == 1 or pixels in neighbours(problem)
     element = pointer_type(problem.dtype)
     tiles = triton.cdiv(k, tile["BLOCK_K"]) * triton.cdiv(c, tile["BLOCK_C"]) * groups
     product = Launch(
         kernel=conv_pixels_wgrad_kernel,
         grid=(tiles * runs_of_taps(problem, tile["TAPS"]) * splits, 1, 1),
         pointers=(
-            pixel_view(problem, x_shape, x_strides or dense_strides(x_shape), images, tile["BLOCK_C"]),
-            pixel_view(problem, dy_shape, dy_strides or dense_strides(dy_shape), images, tile["BLOCK_K"]),
+            pixel_view(problem, x_shape, x_strides or dense_strides(x_shape), images, tile["BLOCK_C"], pixels, parity),
+            pixel_view(problem, dy_shape, dy_strides or dense_strides(dy_shape), images, tile["BLOCK_K"], pixels),
             element if splits == 1 else "*fp32",
         ),
         scalars=(
@@ -201,6 +213,7 @@ def conv_pixels_wgrad(
         constants={
             "VEC": vec,
             "RANK": max(problem.rank, 2),
+            "PARITY": parity,
             "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
             **tile,
         },
@@ -212,6 +225,13 @@ def conv_pixels_wgrad(
     return product, split_sum(splits, problem.out_channels, problem.taps, c, problem.dtype, channels_last)
 
 
+def neighbours(problem: ConvProblem) -> list[int]:
+    """How many pixels of a row a box may hold beside one: powers of two."""
+    if problem.stride[-1] != 1 and not has_parities(problem):
+        return []
+    return [pixels for pixels in (64, 32, 16, 8, 4, 2) if problem.output_size[-1] % pixels == 0]
+
+
 def runs_of_taps(problem: ConvProblem, taps: int) -> int:
     """Programs that a filter takes for one tile of channels, each with so many taps of a row or what is left of it."""
     return problem.taps // problem.filter_size[-1] * triton.cdiv(problem.filter_size[-1], taps)
@@ -221,8 +241,8 @@ def outputs_of_taps(problem: ConvProblem, axis: int, first: int, last: int) -> i
     """How many outputs along ``axis`` have one of these taps inside the image: what `span` counts."""
     size, outputs = problem.input_size[axis], problem.output_size[axis]
     stride, padding, dilation = problem.stride[axis], problem.padding[axis], problem.dilation[axis]
-    begin = triton.cdiv(max(padding - last * dilation, 0), stride)
-    end = min(triton.cdiv(max(size + padding - first * dilation, 0), stride), outputs)
+    begin = -(min(last * dilation - padding, 0) // stride)
+    end = min(-(min(first * dilation - padding - size, 0) // stride), outputs)
     return max(end - begin, 0)
 
 

@@ -38,6 +38,7 @@ from fastconv.kernels.tiles import (
     copies_slower,
     depthwise_tile,
     depthwise_wgrad_tile,
+    few_images,
     gather_tile,
     gemm_tile,
     gemm_wgrad_tile,
@@ -157,12 +158,16 @@ def _pixels_wgrad_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, la
         return f"groups of {c} to {k} channels do not begin at multiples of 16 bytes"
     if problem.groups > 1 and min(c, k) < 32:
         return f"groups of {c} to {k} channels leave most of a tile empty"
-    if problem.batch < 16:
+    if problem.batch < 16 and not few_images(problem):
         return f"{problem.batch} images leave most of a step empty"
     views = (problem.lifted.input_shape, layout.source), (problem.lifted.output_shape, layout.other)
     if not layout.aligned or not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
-    return _gather_unsupported(direction, problem, gpu, layout)
+    unfit = _gather_unsupported(direction, problem, gpu, layout)
+    # Asked for by name it is to be measured, whatever is predicted.
+    if unfit is not None or problem.batch >= 16 or single_family() == "pixels":
+        return unfit
+    return pixels_slower(direction, problem, fp32_precision(problem.dtype), gpu)
 
 
 def _pixels_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:

@@ -17,7 +17,7 @@ from fastconv.kernels.conv_depthwise import filter_parts, mirrored, mirrors, out
 from fastconv.kernels.conv_gather import flat
 from fastconv.kernels.conv_gemm import LINE, resident, resident_bytes, walkers
 from fastconv.kernels.conv_pixels import boxes_of_row, has_parities, sums_of, taps_walked
-from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
+from fastconv.kernels.conv_pixels_wgrad import neighbours, outputs_of_taps, pairs_of_outputs, row_outputs, runs_of_taps
 from fastconv.kernels.conv_rows import Rows, rows_of
 from fastconv.kernels.conv_spatial import rectangles
 from fastconv.kernels.conv_wgrad import wgrad_flat
@@ -182,6 +182,12 @@ def _pixels_wgrad_tile(config: Config) -> str | None:
     sides = config["BLOCK_K"], config["BLOCK_C"], config["TAPS"], config["COLUMNS"]
     if PIXELS_WGRAD_TILES.get(sides) != config["num_warps"]:
         return "no tile that compilers were seen to pipeline, or other warps than it asks for"
+    if config["BLOCK_N"] * config["PIXELS"] not in (64, 32):
+        return "steps of other depths than 64 and 32"
+    if config["PIXELS"] > 1 and config["COLUMNS"] > 1:
+        return "boxes of several pixels beside each other"
+    if config["PIXELS"] > 1 and sides in ((128, 128, 3, 1), (64, 64, 3, 1)):
+        return "of neighbours one version of the compiler waits for every wgmma, or spills on Blackwell"
     step = _pixels_wgrad_step(config) * 2
     stages = 4 if 4 * step <= 192 << 10 else 3
     return None if config["num_stages"] == stages else "copies in flight for another step size"
@@ -191,13 +197,14 @@ def _pixels_wgrad_step(config: Config) -> int:
     """Elements that a step of the pixel GEMM's wgrad reads."""
     columns = config["COLUMNS"]
     boxes = columns * config["BLOCK_K"] + (columns + config["TAPS"] - 1) * config["BLOCK_C"]
-    return boxes * config["BLOCK_N"]
+    return boxes * config["BLOCK_N"] * config["PIXELS"]
 
 
 PIXELS_WGRAD = Space(
     "conv_pixels_wgrad",
     {
-        "BLOCK_N": (64, 32),
+        "BLOCK_N": (64, 32, 16, 8, 4, 2, 1),
+        "PIXELS": (1, 64, 32, 16, 8, 4, 2),
         "TAPS": (1,),
         "BLOCK_K": (128, 64),
         "BLOCK_C": (256, 128, 64),
@@ -569,8 +576,11 @@ def pixels_tile(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
 
 def pixels_slower(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> str | None:
     """The cost model's reason to gather what the pixel GEMM could serve: it is predicted to take far longer."""
-    pixels = _predicted(*_pixels(direction, problem, precision, gpu))
-    gather = _predicted(*_gather(direction, problem, precision, gpu, 1))
+    if direction == "wgrad":
+        pixels, gather = _predicted(*_pixels_wgrad(problem, gpu)), _predicted(*_wgrad(problem, precision, gpu, 1))
+    else:
+        pixels = _predicted(*_pixels(direction, problem, precision, gpu))
+        gather = _predicted(*_gather(direction, problem, precision, gpu, 1))
     if pixels <= (1 + RESOLUTION) * gather:
         return None
     return f"predicted to take {pixels / gather:.1f} times as long as a gather"
@@ -649,22 +659,28 @@ def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
     for axis, taps in enumerate(problem.filter_size[:-1]):
         lines *= sum(outputs_of_taps(problem, axis, tap, tap) for tap in range(taps)) / taps
 
+    outputs = {}  # of a row that a run of taps walks, on average
+    for taps in PIXELS_WGRAD_ROW.ranges["TAPS"]:
+        walked = row_outputs(problem, taps)
+        outputs[taps] = sum(walked) / len(walked)
+
     def work(config: Config) -> Work:
         m, n, taps, columns, splits = (config[name] for name in ("BLOCK_K", "BLOCK_C", "TAPS", "COLUMNS", "SPLITS"))
-        products, pixels = taps * columns, columns + taps - 1  # pixels: of x
+        products, boxes = taps * columns, columns + taps - 1  # boxes: of x
+        rows, pixels = config["BLOCK_N"] * config["PIXELS"], config["PIXELS"]
         k_tiles, c_tiles = _cdiv(k, m), _cdiv(c, n)
         tiles = k_tiles * c_tiles * groups * runs_of_taps(problem, taps)
-        row = row_outputs(problem, taps)
-        steps = lines * sum(row) / len(row) / columns * _cdiv(problem.batch, config["BLOCK_N"])
+        along = problem.output_size[-1] / pixels if pixels > 1 else outputs[taps] / columns
+        steps = lines * along * _cdiv(problem.batch, config["BLOCK_N"])
         # Tiles of a share run together as far as multiprocessors do; later ones find it in L2, or read it again.
         passes = _cdiv(tiles, gpu.multiprocessors) if operands > splits * gpu.l2_bytes // 2 else 1
         return Work(
             programs=tiles * splits,
             steps=ceil(steps / splits),
-            step_flops=2 * m * n * products * config["BLOCK_N"],
+            step_flops=2 * m * n * products * rows,
             step_elements=_pixels_wgrad_step(config),
             # Of a tile that goes past the last channel nothing is read there.
-            step_bytes=(columns * _cdiv(k, k_tiles) + pixels * _cdiv(c, c_tiles)) * config["BLOCK_N"] * element,
+            step_bytes=(columns * _cdiv(k, k_tiles) + boxes * _cdiv(c, c_tiles)) * rows * element,
             dram_bytes=passes * operands + weight * element,
             shared_memory=config["num_stages"] * _pixels_wgrad_step(config) * element,
             registers=40 + m * n * products // (32 * config["num_warps"]) + single,
@@ -677,7 +693,26 @@ def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
     space = PIXELS_WGRAD
     if problem.filter_size[-1] >= 3:
         space = PIXELS_WGRAD_PAIR if pairs_of_outputs(problem, 3) else PIXELS_WGRAD_ROW
+    narrow: dict[str, tuple[int, ...]] = {"BLOCK_N": (64, 32), "PIXELS": (1,)}
+    if problem.batch < 16 and few_images(problem):
+        narrow = {**few_images(problem), "COLUMNS": (1,)}
+    space = replace(space, ranges={**space.ranges, **narrow})
     return _fitting(space, BLOCK_K=k, BLOCK_C=c), problem, work, gpu, {}
+
+
+def few_images(problem: ConvProblem) -> dict[str, tuple[int, ...]]:
+    """Of boxes that are filled by fewer than 16 images and neighbouring pixels: the images, all or one, and the
+    pixels. Empty where the problem has none."""
+    pairs = {
+        (images, depth // images)
+        for images in (1 << (problem.batch - 1).bit_length(), 1)
+        for depth in (64, 32)
+        if depth // images in neighbours(problem)
+    }
+    if not pairs:
+        return {}
+    images, pixels = (tuple(sorted(set(side), reverse=True)) for side in zip(*pairs, strict=True))
+    return {"BLOCK_N": images, "PIXELS": pixels}
 
 
 def _fitting(space: Space, **widths: int) -> Space:

@@ -83,7 +83,9 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, tile: Config) -> None:
 
     def tile_of(problem: ConvProblem, gpu: gpus.Gpu) -> Choice:
         columns = tile["COLUMNS"] if pairs_of_outputs(problem, tile["TAPS"]) else 1
-        return Choice({**tile, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}, "this test", 0.0, "nothing")
+        return Choice(
+            {"PIXELS": 1, **tile, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}, "this test", 0.0, "nothing"
+        )
 
     monkeypatch.setattr(dispatch, "pixels_wgrad_tile", tile_of)
     monkeypatch.setattr(call, "_calls", {})
@@ -145,6 +147,50 @@ def test_every_tile(tile: Config, channels_last: bool, monkeypatch: pytest.Monke
     x, dy = drawn(problem)
     dw = wgrad(problem, x, dy, channels_last=channels_last)
     assert_equal(dw, exact(problem, x, dy), f"wgrad of {problem.describe()}")
+
+
+# Of few images, and the images and neighbours of a box.
+FEW = (
+    (Case("3 images, rows of 8", 3, 16, 24, (3, 8), (3, 3), (1, 1), (1, 1)), 4, 8),
+    (Case("1 image, a row of 32", 1, 8, 40, (2, 32), (2, 3), (1, 1), (0, 1)), 1, 32),
+    (Case("one of 2 images at a time", 2, 24, 8, (2, 64), (1, 2), (1, 1), (0, 1), after=(0, 0)), 1, 64),
+    (Case("stride 2", 5, 40, 8, (4, 16), (3, 3), (2, 2), (1, 1)), 8, 8),
+    (Case("stride 2, 4 taps", 2, 8, 8, (2, 32), (2, 4), (1, 2), (1, 1)), 2, 16),
+    (Case("no padding", 4, 8, 16, (3, 10), (3, 3)), 4, 8),
+    (Case("dilated", 7, 8, 8, (2, 4), (1, 3), (1, 1), (0, 2), (1, 2)), 8, 4),
+    (Case("groups", 4, 64, 64, (2, 8), (3, 3), (1, 1), (1, 1), groups=2), 4, 8),
+    (Case("1d", 2, 16, 8, (32,), (5,), (1,), (2,)), 2, 16),
+    (Case("3d", 2, 8, 16, (2, 3, 16), (3, 3, 3), (1, 1, 1), (1, 1, 1)), 2, 16),
+)
+
+
+@pytest.mark.parametrize(("case", "images", "pixels"), FEW, ids=[case.name for case, *_ in FEW])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_few_images(case: Case, images: int, pixels: int, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact, and an infinite pixel of x reaches the taps that meet it alone."""
+    problem = case.problem(torch.bfloat16)
+    sides = {"BLOCK_K": 64, "BLOCK_C": 32, "BLOCK_N": images, "PIXELS": pixels, "COLUMNS": 1}
+    x, dy = drawn(problem)
+    for taps, splits in ((1, 1), (3, 2)):
+        name_tile(monkeypatch, {**sides, "TAPS": taps, "SPLITS": splits})
+        dw = wgrad(problem, x, dy)
+        assert_equal(dw, exact(problem, x, dy), f"wgrad of {problem.describe()}")
+    assert torch.equal(dw, wgrad(problem, x, dy, "gather"))
+    x[0, 5, ..., 0] = x[-1, 6, ..., -1] = math.inf
+    assert torch.equal(wgrad(problem, x, dy).cpu().isfinite(), exact(problem, x, dy).isfinite())
+    record_property("problem", ("pixels", "wgrad", case.name))
+
+
+def test_few_images_are_taken_where_rows_are_long() -> None:
+    for n, size, family in ((2, (256, 256), "pixels"), (1, (64, 64, 64), "pixels"), (1, (14, 14), "gather")):
+        ones = (1,) * len(size)
+        problem = Case("", n, 64, 64, size, tuple(3 * one for one in ones), ones, ones).problem(torch.bfloat16)
+        for gpu in (gpus.H200, gpus.B200):
+            plan = dispatch.plan("wgrad", problem, gpu)
+            assert plan.family == family
+            if family == "pixels":
+                config = plan.choice.config
+                assert config["BLOCK_N"] <= n and config["BLOCK_N"] * config["PIXELS"] in (32, 64)
 
 
 @pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)
@@ -250,7 +296,7 @@ def test_operands_are_read_where_they_lie() -> None:
             torch.bfloat16,
             "groups of 32 to 16 channels leave most of a tile empty",
         ),
-        (Case("", 15, 8, 8, (4, 4), (3, 3)), torch.bfloat16, "15 images leave most of a step empty"),
+        (Case("", 15, 8, 8, (5, 5), (3, 3)), torch.bfloat16, "15 images leave most of a step empty"),
     ],
     ids=["fp32", "channels", "groups", "batch"],
 )
