@@ -17,14 +17,15 @@ from fastconv.kernels.layout import POINTER_TYPES
 Ints = int | Sequence[int]
 
 _INTERPRETING = mend.interpreting()
+_is_compiling, _transforms = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _INTEGERS: Any = (int, torch.SymInt)
 
 
 def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
     # What is compiled takes the operators' own rules, and Dynamo knows none of these two.
-    if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+    if not _is_compiling():
+        if _transforms():
             return "a transform of torch.func is active"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
@@ -33,13 +34,12 @@ def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"{dtype} is not one of float32, float16, bfloat16"
     if x.layout is not torch.strided:
         return f"its layout is {x.layout}"
-    device = x.device.type
-    if device == "cuda" and torch.version.cuda is not None:
+    if x.is_cuda and torch.version.cuda is not None:
         return None
     # Without data it stands for a tensor of the GPU that is planned for.
-    if device == "cpu" and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
+    if x.is_cpu and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
-    return f"its device is {device}" + (" (and TRITON_INTERPRET is not set)" if device == "cpu" else "")
+    return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.is_cpu else "")
 
 
 def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:

@@ -385,7 +385,8 @@ def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Te
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or served(x, dtype):
         return theirs(x, weight, bias, *arguments)
     stride, padding, dilation, groups = arguments
-    _check_ranks(ours.__name__, rank, x, weight)
+    if x.dim() != rank + 2 or weight.dim() != rank + 2:
+        _check_ranks(ours.__name__, rank, x, weight)
     stride, dilation = _expand("stride", stride, rank), _expand("dilation", dilation, rank)
     if isinstance(padding, str):
         padding = _named_padding(padding, weight.shape[2:], stride, dilation)
@@ -516,10 +517,8 @@ def _autocast_dtype(x: Any) -> torch.dtype | None:
     # Autocast raises where it knows no such device: meta tensors have none.
     if not isinstance(x, Tensor) or x.dtype not in POINTER_TYPES:
         return None
-    device = x.device.type
-    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None
+    return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
 
 
 def _check_ranks(name: str, rank: int, x: Tensor, weight: Tensor) -> None:

@@ -38,7 +38,7 @@ class Launch:
     tiles: int = 0  # whose statistics it writes, where it takes any
     arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
     # By a GPU's index: what makes the launch there again, without Triton's look at each argument.
-    again: dict[int, Callable[..., None]] = field(init=False, repr=False, compare=False)
+    again: dict[int, Callable[[Sequence[Any]], None]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Fused products and sums: Triton's default now, and not for ever.
@@ -156,20 +156,22 @@ def _first(launch: Launch, tensors: Sequence[Any], device: int) -> None:
         loaded([launch], device)
     binary = launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
     if isinstance(binary, CompiledKernel):
-        launch.again[device] = _repeat(binary, launch.grid, device)
+        launch.again[device] = _repeat(launch, binary, device)
 
 
-def _repeat(binary: CompiledKernel, grid: tuple[int, int, int], device: int) -> Callable[..., None]:
-    """What launches ``binary`` on the current stream of the GPU of this index: as Triton does, without the metadata
-    that it gathers where a profiler hooks launches."""
-    hooked, launch, driver = binary[grid], binary.run, triton_driver.active
+def _repeat(launch: Launch, binary: CompiledKernel, device: int) -> Callable[[Sequence[Any]], None]:
+    """What makes ``launch`` on the current stream of the GPU of this index, given its operands: as Triton does, without
+    the metadata that it gathers where a profiler hooks launches."""
+    hooked, run, driver = binary[launch.grid], binary.run, triton_driver.active
     function, metadata, runtime = binary.function, binary.packed_metadata, knobs.runtime
+    (x, y, z), values = launch.grid, launch.values
 
-    def again(*arguments: Any) -> None:
+    def again(operands: Sequence[Any]) -> None:
         if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            hooked(*arguments)
+            hooked(*operands, *values)
         else:
-            launch(*grid, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
+            stream = driver.get_current_stream(device)
+            run(x, y, z, stream, function, metadata, None, None, None, *operands, *values)
 
     return again
 
@@ -192,26 +194,26 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
     if isinstance(first, FakeTensor):
         return
     device = first.device if first is not None else next(t for t in tensors if t is not None).device
+    operands: Sequence[Any] = tensors
     if launch.described:
-        operands: list[Any] = list(tensors)
-        for index, descriptor in launch.described:
-            operands[index] = descriptor.of(operands[index])
-        tensors = tuple(operands)
-    if mend.interpreting():
+        operands = list(tensors)
+        for at, descriptor in launch.described:
+            operands[at] = descriptor.of(operands[at])
+    index = device.index
+    again = launch.again.get(index)
+    if again is None and mend.interpreting():
         # It copies operands with PyTorch's operators, which are not the computation's.
         with mend.LOCK, _disable_current_modes():
-            launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+            launch.kernel[launch.grid](*operands, *launch.scalars, **launch.arguments)
         return
-    index = device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _make(launch, tensors, index)
-    _make(launch, tensors, index)
+            return _make(launch, again, operands, index)
+    _make(launch, again, operands, index)
 
 
-def _make(launch: Launch, tensors: Sequence[Any], device: int) -> None:
-    again = launch.again.get(device)
+def _make(launch: Launch, again: Callable[[Sequence[Any]], None] | None, operands: Sequence[Any], device: int) -> None:
     if again is None:
-        _first(launch, tensors, device)
+        _first(launch, operands, device)
     else:
-        again(*tensors, *launch.values)
+        again(operands)

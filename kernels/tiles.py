@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from math import ceil, prod
 from operator import mul
 
@@ -659,10 +660,11 @@ def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
     for axis, taps in enumerate(problem.filter_size[:-1]):
         lines *= sum(outputs_of_taps(problem, axis, tap, tap) for tap in range(taps)) / taps
 
-    outputs = {}  # of a row that a run of taps walks, on average
-    for taps in PIXELS_WGRAD_ROW.ranges["TAPS"]:
+    @cache
+    def outputs(taps: int) -> float:
+        """Of a row that a run of taps walks, on average."""
         walked = row_outputs(problem, taps)
-        outputs[taps] = sum(walked) / len(walked)
+        return sum(walked) / len(walked)
 
     def work(config: Config) -> Work:
         m, n, taps, columns, splits = (config[name] for name in ("BLOCK_K", "BLOCK_C", "TAPS", "COLUMNS", "SPLITS"))
@@ -670,7 +672,7 @@ def _pixels_wgrad(problem: ConvProblem, gpu: Gpu) -> Asked:
         rows, pixels = config["BLOCK_N"] * config["PIXELS"], config["PIXELS"]
         k_tiles, c_tiles = _cdiv(k, m), _cdiv(c, n)
         tiles = k_tiles * c_tiles * groups * runs_of_taps(problem, taps)
-        along = problem.output_size[-1] / pixels if pixels > 1 else outputs[taps] / columns
+        along = problem.output_size[-1] / pixels if pixels > 1 else outputs(taps) / columns
         steps = lines * along * _cdiv(problem.batch, config["BLOCK_N"])
         # Tiles of a share run together as far as multiprocessors do; later ones find it in L2, or read it again.
         passes = _cdiv(tiles, gpu.multiprocessors) if operands > splits * gpu.l2_bytes // 2 else 1

@@ -210,7 +210,7 @@ def _names(file: str) -> dict[str, ast.FunctionDef | ast.AnnAssign | tuple[str, 
     return found
 
 
-# Who tells what the user set: (tune, numerics, prefer) for the thread that asks.
+# Who tells what the user set: (prefer, tune, numerics) for the thread that asks.
 _wishes: list[Callable[[], tuple[str, str, str]]] = []
 
 
@@ -221,18 +221,17 @@ def ask_for_wishes(wishes: Callable[[], tuple[str, str, str]]) -> None:
 
 def regime() -> Regime:
     """What choices are made by, for the thread that asks."""
-    tune, numerics, prefer = _wishes[0]() if _wishes else ("cached", "fast", "fastest")
+    prefer, tune, numerics = _wishes[0]() if _wishes else ("fastest", "cached", "fast")
     if tune in MEASURING:
         # Ranks that measured by their own clock would disagree; what is captured must be known.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         tune = "cached" if capturing else ranks.may_measure(tune)
-    stable = numerics == "stable" or torch.are_deterministic_algorithms_enabled()
-    return _REGIMES[tune, stable, prefer == "fastest"]
+    return _REGIMES[prefer, tune, numerics, torch.are_deterministic_algorithms_enabled()]
 
 
 _REGIMES = {
-    (tune, stable, fastest): Regime(tune, stable, fastest)
-    for tune, stable, fastest in product(TUNE, (False, True), (False, True))
+    (prefer, tune, numerics, ordered): Regime(tune, ordered or numerics == "stable", prefer == "fastest")
+    for prefer, tune, numerics, ordered in product(("fastest", "triton"), TUNE, ("fast", "stable"), (False, True))
 }
 
 

@@ -33,8 +33,7 @@ def _in_force() -> Values:
 
 
 def _wishes() -> tuple[str, str, str]:
-    values = _in_force()
-    return values.tune, values.numerics, values.prefer
+    return _in_force()[1:]
 
 
 tuned.ask_for_wishes(_wishes)

@@ -39,8 +39,11 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     overload = getattr(torch.ops.fastconv, name).default
     implementations[overload] = implementation
 
+    tensors = [i for i, it in enumerate(overload._schema.arguments) if "Tensor" in str(it.type)]
+    last = tensors[-1] + 1  # behind it are numbers
+
     def call(*args: Any) -> Any:
-        return implementation(*args) if _unseen(args) else overload(*args)
+        return implementation(*args) if _unseen(args[:last]) else overload(*args)
 
     return call
 
@@ -48,11 +51,14 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
 class Function(torch.autograd.Function):
     """torch.autograd.Function, applied without a search for transforms of torch.func where there are none."""
 
+    _apply: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        cls._apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if _transforms() or not _plain(args):
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return super().apply(*args) if _transforms() or not _plain(args) else cls._apply(*args)
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:

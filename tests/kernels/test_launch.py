@@ -78,7 +78,8 @@ def test_whoever_hooks_launches_is_told_of_those_made_again(on_gpu: None, monkey
 
 def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = Kernel(), torch.zeros(4)
-    launch, twin = (Launch(kernel, (1, 1, 1), ("*fp32", None), (4, 0.5), {}, 4, 3) for _ in range(2))
+    constants = {"ACT": len, "BLOCK": 64}
+    launch, twin = (Launch(kernel, (1, 1, 1), ("*fp32", None), (4, 0.5), constants, 4, 3) for _ in range(2))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"some_kernel is not compiled.*call fastconv.warmup\(model, \*inputs\)"):
         run(launch, x, None)
