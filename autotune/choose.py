@@ -284,10 +284,10 @@ def tables(gpu: Gpu, caller: Caller | None = None) -> Tables:
         if key not in _tables:
             records = store().read(("tuned", "met"))
             _met.update(record.problem for record in records if isinstance(record, Met) and record.of_gpu(gpu))
-            found = Tables(of_gpu(_lock_entries(), gpu), of_gpu(records, gpu), _shipped(gpu))
+            found = Tables(of_gpu(lock_entries(), gpu), of_gpu(records, gpu), _shipped(gpu))
             if caller is not None:
                 _check_lock(found.lock, caller)
-                _check_gpu(_lock_entries(), gpu)
+                _check_gpu(lock_entries(), gpu)
                 caller.agree(gpu, found, _reloads[key])
             _tables[key] = found
         return _tables[key]
@@ -406,7 +406,8 @@ def _note(record: Met) -> None:
         store().append(record, durable=False)
 
 
-def _lock_entries() -> list[Tuned]:
+def lock_entries() -> list[Tuned]:
+    """What the lock file in force holds, read once; none where there is no such file. Raises SchemaError, OSError."""
     global _locked
     if _locked is None:
         path = os.environ.get("FASTCONV_LOCK")
@@ -414,6 +415,8 @@ def _lock_entries() -> list[Tuned]:
             _locked = read_table(Path(path)) if path else []
         except OSError as error:
             raise OSError(error.errno, f"FASTCONV_LOCK: {error.strerror}", path) from error
+        except SchemaError as error:
+            raise type(error)(f"FASTCONV_LOCK: {error}") from error
     return _locked
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
+import fastconv
 from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
 COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
@@ -13,6 +16,8 @@ COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
 NUMERIC = ("bench", "check", "explain")
 # What compiles for GPUs that need not be here.
 COMPILING = ("inspect", "tune")
+# What the environment may say, beside the settings.
+VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_LOCK")
 INTERRUPTED = "interrupted; what was finished has been written"
 
 
@@ -32,6 +37,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line in this process and return its exit code. Imports the named command's file alone."""
+    if arguments[:1] == ["--version"]:
+        print(f"fastconv {fastconv.__version__}")
+        return 0
     if find_spec("typer") is None or find_spec("rich") is None:
         return refuse("the commands need typer and rich: pip install 'fastconv[cli]'")
     import typer
@@ -39,6 +47,8 @@ def run(arguments: list[str]) -> int:
     # Click's class, or the copy of it that newer typers bring along.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
+        if arguments and not {"--help", "-h"} & set(arguments):
+            _check_environment(arguments[0])
         # A command's return value is its exit code; --help returns 0 or None.
         command = typer.main.get_command(_app(arguments))
         code = command.main(arguments or ["--help"], "fastconv", standalone_mode=False) or 0
@@ -48,6 +58,30 @@ def run(arguments: list[str]) -> int:
         return refuse(" ".join((error.format_message() if isinstance(error, usage_error) else str(error)).split()))
     except (typer.Abort, KeyboardInterrupt):
         return refuse(INTERRUPTED, 130)
+
+
+def _check_environment(command: str) -> None:
+    """Raise BadUsage where a variable, the lock file or the platform is wrong: before torch, which takes seconds to
+    import."""
+    try:
+        import fastconv.kernels  # noqa: F401
+    except ImportError as error:
+        raise BadUsage(str(error)) from error
+    try:
+        from fastconv.settings import Values
+
+        known = [*VARIABLES, *(f"FASTCONV_{name.upper()}" for name in Values._fields)]
+        for name in set(os.environ).difference(known):
+            if name.startswith("FASTCONV_") and (close := get_close_matches(name, known, n=1)):
+                raise BadUsage(f"the environment variable {name} means nothing; {close[0]} does")
+        if command in (*NUMERIC, *COMPILING) and os.environ.get("FASTCONV_LOCK"):
+            from fastconv.autotune.choose import lock_entries
+
+            lock_entries()
+    except OSError as error:
+        raise BadUsage(f"{error.strerror}: {error.filename}") from error
+    except ValueError as error:
+        raise BadUsage(str(error)) from error
 
 
 def refuse(line: str, code: int = 2) -> int:
@@ -64,7 +98,7 @@ def _app(arguments: list[str]):  # type: ignore[no-untyped-def]  # typer is abse
     app = typer.Typer(help="Convolutions in Triton for PyTorch.", add_completion=False, pretty_exceptions_enable=False)
 
     @app.callback()
-    def _group() -> None:
+    def _group(version: bool = typer.Option(False, "--version", help="Print the version, and nothing else.")) -> None:
         """Convolutions in Triton for PyTorch."""
 
     for name in [name for name in COMMANDS if name in arguments[:1]] or COMMANDS:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import pkgutil
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -46,7 +49,7 @@ def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Su
     Raises BadUsage, with the nearest names, where nothing is called so.
     """
     torch.manual_seed(seed)
-    model = _user_model(name) if ":" in name else _library_model(name)
+    model = find(name)()
     convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
     channels = convs[0].in_channels if convs else 3
     rank = len(convs[0].kernel_size) if convs else 2
@@ -79,11 +82,17 @@ def torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def _library_model(name: str) -> nn.Module:
+def find(name: str) -> Callable[[], nn.Module]:
+    """What builds the model ``name``. Raises BadUsage, with the nearest names, where nothing is called so; and when it
+    is called, where it cannot be built."""
+    return _users(name) if ":" in name else _library(name)
+
+
+def _library(name: str) -> Callable[[], nn.Module]:
     vision = torchvision().models
     known = list(vision.list_models())
     if name in known:
-        return vision.get_model(name, weights=None)
+        return partial(vision.get_model, name, weights=None)
     try:
         timm = importlib.import_module("timm")
     except ModuleNotFoundError:
@@ -92,20 +101,38 @@ def _library_model(name: str) -> nn.Module:
         source = "torchvision's and timm's"
         known += timm.list_models()
         if timm.is_model(name):
-            return timm.create_model(name)
-    close = ", ".join(difflib.get_close_matches(name, dict.fromkeys(known), n=5)) or "none is close"
+            return partial(timm.create_model, name)
+    close = _close(name, known) or "none is close"
     raise BadUsage(f"no model {name!r} among {source}; close names: {close}; your own: module:factory")
 
 
-def _user_model(name: str) -> nn.Module:
-    module, _, factory = name.partition(":")
+def _users(name: str) -> Callable[[], nn.Module]:
+    module_name, _, factory_name = name.partition(":")
     # A console script has its own folder on the path, not the user's.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    known: Iterable[str] = [module.name for module in pkgutil.iter_modules([os.getcwd()])]
+    sought = module_name
     try:
-        model = getattr(importlib.import_module(module), factory)()
+        module = importlib.import_module(module_name)
+        known, sought = vars(module), factory_name
+        factory = getattr(module, factory_name)
     except Exception as error:  # the user's code: anything
-        raise BadUsage(f"--model {name}: {reason(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise BadUsage(f"--model {name}: {factory} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
+        missing = isinstance(error, ModuleNotFoundError | AttributeError) and _close(sought, known)
+        close = f"; close names: {missing}" if missing else ""
+        raise BadUsage(f"--model {name}: {reason(error)}{close}") from error
+
+    def build() -> nn.Module:
+        try:
+            model = factory()
+        except Exception as error:
+            raise BadUsage(f"--model {name}: {reason(error)}") from error
+        if not isinstance(model, nn.Module):
+            raise BadUsage(f"--model {name}: {factory_name} returned {type(model).__name__}, not a torch.nn.Module")
+        return model
+
+    return build
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, dict.fromkeys(known), n=5))

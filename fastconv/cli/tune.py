@@ -86,6 +86,7 @@ def tune(
     )
     if gpu is not None and not (dry_run or report or lock or write_table):
         raise BadUsage("--gpu measures nothing: add --dry-run, --report, --lock or --write-table")
+    _check_named(wishes)
     if lock is not None:
         if lock.is_dir():
             raise BadUsage(f"--lock {lock}: a folder, not a file")
@@ -138,7 +139,7 @@ class Wishes:
 
 def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
     """The problems that have a choice. Raises BadUsage where there are none."""
-    from fastconv.autotune import Met, SchemaError
+    from fastconv.autotune import Met
     from fastconv.benchmarks import layer_lists
     from fastconv.cli import BadUsage, models
     from fastconv.cli.measure.clock import reason
@@ -149,16 +150,12 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
         subject = models.load(wishes.model, wishes.batch, wishes.size)
         try:
             tasks = problems.of_model(subject, wishes.dtype, wishes.train, gpu)
-        except (SchemaError, OSError):  # of a lock file
-            raise
         except Exception as error:  # the network's own code: anything
             raise subject.refused(error) from error
     elif wishes.layers is not None:
         calls = layer_lists.find(wishes.layers).calls
         try:
             tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
-        except (SchemaError, OSError):
-            raise
         except Exception as error:  # PyTorch's, of what is possible for one image alone
             raise BadUsage(f"{wishes.layers} does not run on a batch of {wishes.batch}: {reason(error)}") from error
     else:
@@ -356,6 +353,17 @@ def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
         if name not in known:
             raise BadUsage(f"--kernel {name!r} is not one of {', '.join(known)}")
     return tuple(wanted)
+
+
+def _check_named(wishes: Wishes) -> None:
+    """Raise BadUsage where no model or layer list is called as the user has it: before a GPU is taken."""
+    from fastconv.benchmarks import layer_lists
+    from fastconv.cli import models
+
+    if wishes.model is not None:
+        models.find(wishes.model)
+    if wishes.layers is not None:
+        layer_lists.find(wishes.layers)
 
 
 def _check_writable(folder: Path, name: str, make: bool = False) -> None:

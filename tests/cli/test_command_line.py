@@ -27,6 +27,72 @@ def test_help_lists_the_commands_without_torch() -> None:
     assert all(command in done.stdout for command in fastconv.cli.COMMANDS)
 
 
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], text=True, capture_output=True, timeout=60)
+
+
+def test_version_needs_neither_torch_nor_typer() -> None:
+    code = "import sys; sys.modules['typer'] = sys.modules['torch'] = None; from fastconv.cli import main; main()"
+    done = python(code, "--version")
+    assert (done.returncode, done.stdout) == (0, f"fastconv {fastconv.__version__}\n"), done.stderr
+
+
+def test_a_wrong_environment_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
+    lock = {name: tmp_path / f"{name}.json" for name in ("missing", "text", "binary", "newer", "list", "cut")}
+    lock["text"].write_text("tiles, please")
+    lock["binary"].write_bytes(bytes(range(256)))
+    lock["newer"].write_text('{"schema": 99}')
+    lock["list"].write_text("[]")
+    lock["cut"].write_text('{"schema": 1, "gpu": "NVIDIA H200", "problems": [{"problem"')
+    expected = {
+        "FASTCONV_STRICT=maybe": "FASTCONV_STRICT must be one of 1, true, yes, on, 0, false, no, off, but is 'maybe'",
+        "FASTCONV_TUNE=always": "FASTCONV_TUNE must be one of cached, off, first, force, but is 'always'",
+        "FASTCONV_PREFER=cudnn": "FASTCONV_PREFER must be one of fastest, triton, but is 'cudnn'",
+        "FASTCONV_NUMERICS=exact": "FASTCONV_NUMERICS must be one of fast, stable, but is 'exact'",
+        "FASTCONV_NUMERIC=stable": "the environment variable FASTCONV_NUMERIC means nothing; FASTCONV_NUMERICS does",
+        f"FASTCONV_LOCK={lock['missing']}": f"FASTCONV_LOCK: No such file or directory: {lock['missing']}",
+        f"FASTCONV_LOCK={tmp_path}": f"FASTCONV_LOCK: Is a directory: {tmp_path}",
+        f"FASTCONV_LOCK={lock['text']}": f"FASTCONV_LOCK: {lock['text']}: no JSON: ",
+        f"FASTCONV_LOCK={lock['binary']}": f"FASTCONV_LOCK: {lock['binary']}: no JSON: ",
+        f"FASTCONV_LOCK={lock['newer']}": f"FASTCONV_LOCK: {lock['newer']}: schema 99",
+        f"FASTCONV_LOCK={lock['list']}": f"FASTCONV_LOCK: {lock['list']}.schema: ",
+        f"FASTCONV_LOCK={lock['cut']}": f"FASTCONV_LOCK: {lock['cut']}: no JSON: ",
+    }
+    code = """
+import os, sys
+sys.modules["torch"] = None
+from fastconv.cli import COMMANDS, run
+for each in sys.argv[1:]:
+    name, value = each.split("=")
+    os.environ[name] = value
+    for command in COMMANDS:
+        assert run([command, "--nothing"]) == 2
+    del os.environ[name]
+"""
+    done = python(code, *expected)
+    assert done.returncode == 0, done.stderr
+    said = iter(done.stderr.splitlines())
+    for variable, line in expected.items():
+        for command in fastconv.cli.COMMANDS:
+            # What was measured is looked after whatever a lock file is.
+            looks = command != "cache" or "FASTCONV_LOCK" not in variable
+            assert next(said).startswith(f"fastconv: {line if looks else 'No such option: --nothing'}")
+    assert not list(said)
+
+
+def test_without_triton_each_command_says_so_in_one_sentence() -> None:
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["torch"] = None
+from fastconv.cli import COMMANDS, run
+assert all(run([command]) == 2 for command in COMMANDS)
+"""
+    done = python(code)
+    sentence = "fastconv's kernels need Linux and Triton (pip install triton); macOS and Windows have neither"
+    assert done.stderr.splitlines() == [f"fastconv: {sentence}"] * len(fastconv.cli.COMMANDS)
+    assert done.returncode == 0
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("line", "expected"),
@@ -62,6 +128,10 @@ def test_help_lists_the_commands_without_torch() -> None:
         ("bench --model resnt18", "resnet18"),
         ("bench --model tests.cli.nowhere:network", "No module named 'tests.cli.nowhere'"),
         ("bench --model json:nothing", "'json' has no attribute 'nothing'"),
+        ("explain --model tests.cli.tiny:netwrk", "has no attribute 'netwrk'; close names: network"),
+        ("tune --model tests.cli.tiny:netwrk --budget 1m", "has no attribute 'netwrk'; close names: network"),
+        ("tune --model resnt18", "close names: resnet18"),
+        ("tune --layers resnt50", "No such file or directory; those there are: alexnet,"),
         ("bench --model json:dumps", "TypeError: dumps()"),
         ("bench --model :", "Empty module name"),
         ("explain --model tests.cli.tiny:large --size 4", "does not run on a batch of 1x3x4x4: RuntimeError"),

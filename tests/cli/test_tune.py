@@ -429,7 +429,7 @@ def test_a_lock_that_cannot_be_read_is_not_the_networks_fault(
 ) -> None:
     monkeypatch.setenv("FASTCONV_LOCK", str(tmp_path / "nowhere"))
     assert run(["tune", "--layers", str(layers), "--dry-run", "--gpu", "H200"]) == 2
-    assert capsys.readouterr().err.startswith("fastconv: [Errno 2] FASTCONV_LOCK: No such file or directory: ")
+    assert capsys.readouterr().err.startswith("fastconv: FASTCONV_LOCK: No such file or directory: ")
 
 
 def test_a_worker_that_does_not_start_is_one_line(

@@ -61,3 +61,22 @@ def test_unknown_attribute_is_named() -> None:
     with pytest.raises(AttributeError, match="no attribute 'convolve'"):
         fastconv.convolve  # noqa: B018
     assert {"convert", "nn", "functional", "settings"} <= set(dir(fastconv))
+
+
+def test_without_triton_its_first_use_says_so_in_one_sentence(tmp_path: Path) -> None:
+    """As on macOS and Windows."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import fastconv
+from fastconv import settings
+settings(strict=True)
+for use in ("fastconv.convert", "from fastconv import nn", "import fastconv.functional", "fastconv.warmup"):
+    try:
+        exec(use)
+    except ImportError as error:
+        print(error)
+"""
+    run = python(code, tmp_path)
+    sentence = "fastconv's kernels need Linux and Triton (pip install triton); macOS and Windows have neither"
+    assert run.stdout.splitlines() == [sentence] * 4, run.stderr
