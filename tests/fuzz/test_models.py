@@ -1,0 +1,83 @@
+"""Random small models, plain beside converted, over random operations: what one shows, so does the other.
+
+FASTCONV_FUZZ=N: that many models, other ones each time; without it, the same few. A failure ends with its number and
+with lines to paste here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from fastconv import functional
+from fastconv.kernels import mend
+from tests.fuzz.models import Case, case
+from tests.fuzz.plainly import fused_by_torch
+from tests.fuzz.shrink import shrink
+from tests.fuzz.worlds import Differs, check
+
+pytestmark = [pytest.mark.filterwarnings("ignore")] + ([] if mend.interpreting() else [pytest.mark.gpu])
+
+NUMBER = int(os.environ.get("FASTCONV_FUZZ", 0))
+FIRST = random.SystemRandom().randrange(10**9) if NUMBER else 0
+
+
+@contextmanager
+def fused_by_kernels() -> Iterator[list[str]]:
+    """The names of the fused calls' activations."""
+    made: list[str] = []
+    fused = functional.conv_norm_act
+
+    def noted(*args: Any) -> Any:
+        made.append(type(args[8]).__name__)
+        return fused(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "conv_norm_act", noted)
+        yield made
+
+
+# (how it is computed, how many models, the least share of them with a fused call)
+@pytest.mark.parametrize(("real", "few"), [(False, 250), (True, 12)], ids=["by torch", "by kernels"])
+def test_models(real: bool, few: int, record_property: Any) -> None:
+    def run(case: Case) -> list[str]:
+        with fused_by_kernels() if real else fused_by_torch() as made:
+            check(case.source, case.operations, real)
+        return made
+
+    counts: Counter[str] = Counter()
+    for number in range(FIRST, FIRST + (max(1, NUMBER * few // 250) if NUMBER else few)):
+        try:
+            made = run(case(number))
+        except Differs as error:
+            pytest.fail(f"model {number}: {_lines(case(number), error.kind, run)}", pytrace=False)
+        counts.update(models=1, fused=bool(made), calls=len(made))
+    text = "fuzzed models, {}: {models}, {fused} of them with {calls} fused calls"
+    record_property("line", text.format("on kernels" if real else "on PyTorch's operators", **counts))
+    assert counts["fused"] >= 0.4 * counts["models"]
+
+
+def _lines(failing: Case, kind: str, run: Any) -> str:
+    """A smaller case that fails in the same way, and how."""
+
+    def fails(case: Case) -> bool:
+        try:
+            run(case)
+        except Differs as error:
+            return error.kind == kind
+        except Exception:  # the smaller source may not even compile
+            return False
+        return False
+
+    smaller = shrink(failing, fails)
+    try:
+        run(smaller)
+    except Differs as error:
+        return f"{error}\n\nwith fused_by_torch():\n    {smaller!r}"
+    raise AssertionError(f"fails only now and then:\n{failing!r}")
