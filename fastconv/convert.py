@@ -21,6 +21,7 @@ from fastconv.fuse import Norm, norms, unfuse
 from fastconv.fuse import fuse as fuse_chains
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.layout import packed_taps
+from fastconv.nn.patches import patched
 
 if TYPE_CHECKING:
     from fastconv.explain import Run
@@ -131,7 +132,8 @@ def convert(
 
     fuse: a convolution whose result only a batch norm reads becomes one call with it, and with the activation and the
     addition behind it, wherever the forward of the module that calls them can be traced. What hooks into one of them,
-    replaces or parametrises it later is seen at each call. False: leave chains as they are.
+    replaces or parametrises it later, or patches torch.nn's classes and functions, is seen at each call. False: leave
+    chains as they are.
 
     include, exclude: names as in ``named_modules()``, with wildcards (``"layer4"``, ``"*.conv1"``), and types of
     modules; one or an iterable. Each speaks for the modules below as well; ``exclude`` wins. A shared layer is
@@ -194,7 +196,11 @@ def report(model: torch.nn.Module) -> Report:
 
 def _layers(found: Iterable[tuple[str, torch.nn.Module]]) -> tuple[Layer, ...]:
     return tuple(
-        Layer(name, kind(layer), reason_against(layer) or ("not converted" if type(layer) in _OURS else None))
+        Layer(
+            name,
+            kind(layer),
+            reason_against(layer) or ("not converted" if type(layer) in _OURS else patched(type(layer))),
+        )
         for name, layer in found
     )
 

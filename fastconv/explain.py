@@ -37,6 +37,7 @@ from fastconv.fuse import norms
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Plan
 from fastconv.nn.fused import Steps, _group, call_chain, taken, watchers
+from fastconv.nn.patches import patched
 from fastconv.settings import settings
 from fastconv.traffic import Pass, Traffic
 
@@ -289,6 +290,8 @@ class _Watch:
         plans = [found.plan for found in ours.passes if found.plan is not None]
         if plans and all(plan.choice is None for plan in plans):
             reason = "; ".join(reason for _, reason in plans[0].reasons)
+        elif not plans and reason is None:
+            reason = patched(type(conv))
         form = [", ".join(_form(x, our_steps, ours, processes))] if end else []
         if end < len(steps):
             apart = ", ".join(self._label(operand) for _, operand in steps[end:])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastconv import functional as F
+from fastconv.nn.patches import patched_beneath
 
 
 def _forward(function: Callable[..., Tensor], layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,6 +66,8 @@ class Conv1d(torch.nn.Conv1d):
     """As torch.nn.Conv1d: [N, C, W] or [C, W] -> [N, K, Q]."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if patched_beneath(Conv1d):
+            return super()._conv_forward(input, weight, bias)
         return _forward(F.conv1d, self, input, weight, bias)
 
 
@@ -72,6 +75,8 @@ class Conv2d(torch.nn.Conv2d):
     """As torch.nn.Conv2d: [N, C, H, W] or [C, H, W] -> [N, K, P, Q]."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if patched_beneath(Conv2d):
+            return super()._conv_forward(input, weight, bias)
         return _forward(F.conv2d, self, input, weight, bias)
 
 
@@ -79,6 +84,8 @@ class Conv3d(torch.nn.Conv3d):
     """As torch.nn.Conv3d: [N, C, D, H, W] or [C, D, H, W] -> [N, K, O, P, Q]."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if patched_beneath(Conv3d):
+            return super()._conv_forward(input, weight, bias)
         return _forward(F.conv3d, self, input, weight, bias)
 
 
@@ -86,6 +93,8 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
     """As torch.nn.ConvTranspose1d: [N, K, Q] or [K, Q] -> [N, C, W]."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if patched_beneath(ConvTranspose1d):
+            return super().forward(input, output_size)
         return _forward_transposed(F.conv_transpose1d, self, input, output_size)
 
 
@@ -93,6 +102,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """As torch.nn.ConvTranspose2d: [N, K, P, Q] or [K, P, Q] -> [N, C, H, W]."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if patched_beneath(ConvTranspose2d):
+            return super().forward(input, output_size)
         return _forward_transposed(F.conv_transpose2d, self, input, output_size)
 
 
@@ -100,6 +111,8 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
     """As torch.nn.ConvTranspose3d: [N, K, O, P, Q] or [K, O, P, Q] -> [N, C, D, H, W]."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if patched_beneath(ConvTranspose3d):
+            return super().forward(input, output_size)
         return _forward_transposed(F.conv_transpose3d, self, input, output_size)
 
 

@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack, has_torch_function
 from fastconv import functional
 from fastconv.activations import has_fused_form
 from fastconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from fastconv.nn.patches import patched
 
 # "norm", "act" and "skip" with a module, "+" and "+=" with what is added.
 Steps = tuple[tuple[str, Any], ...]
@@ -143,11 +144,12 @@ def interference(module: torch.nn.Module) -> str | None:
     """What of the user's would not be called, or not see the value, if ``module`` was not called."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on its {type(module).__name__}"
-    if "forward" in module.__dict__:
+    own = module.__dict__
+    if "forward" in own or "_conv_forward" in own or "_call_impl" in own:
         return f"a forward of its own on its {type(module).__name__}"
     if module._compiled_call_impl is not None:
         return f"its {type(module).__name__} is compiled on its own"
-    return None
+    return patched(type(module))
 
 
 def _unwrapped(operand: Any) -> Any:
@@ -250,16 +252,14 @@ def _fused(x: Tensor, conv: Any, steps: Steps) -> Tensor:
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-    z = functional.conv_norm_act(
+    return functional.conv_norm_act(
         *(_FUNCTIONS[type(conv)], x, conv.weight, conv.bias),
         *((mean, var, norm.weight, norm.bias), batch, momentum, norm.eps),
         *(act, residual, residual_after),
         *(conv.stride, padding, conv.dilation, conv.groups, _group(norm)),
         conv.output_padding if conv.transposed else None,
+        count if training else None,
     )
-    if training and count is not None:
-        count.add_(1)
-    return z
 
 
 # Names as functional's, each with the module that it stands for.

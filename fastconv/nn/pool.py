@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from fastconv import functional as F
+from fastconv.nn.patches import patched_beneath
 
 
 class MaxPool1d(torch.nn.MaxPool1d):
     """As torch.nn.MaxPool1d: [N, C, W] or [C, W] -> [N, C, Q]."""
 
     def forward(self, input: Tensor) -> Any:
+        if patched_beneath(MaxPool1d):
+            return super().forward(input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
         return F.max_pool1d(input, *window, self.ceil_mode, self.return_indices)
 
@@ -25,6 +28,8 @@ class MaxPool2d(torch.nn.MaxPool2d):
     """As torch.nn.MaxPool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q]."""
 
     def forward(self, input: Tensor) -> Any:
+        if patched_beneath(MaxPool2d):
+            return super().forward(input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
         return F.max_pool2d(input, *window, self.ceil_mode, self.return_indices)
 
@@ -33,6 +38,8 @@ class MaxPool3d(torch.nn.MaxPool3d):
     """As torch.nn.MaxPool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]."""
 
     def forward(self, input: Tensor) -> Any:
+        if patched_beneath(MaxPool3d):
+            return super().forward(input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
         return F.max_pool3d(input, *window, self.ceil_mode, self.return_indices)
 
@@ -41,6 +48,8 @@ class AvgPool1d(torch.nn.AvgPool1d):
     """As torch.nn.AvgPool1d: [N, C, W] or [C, W] -> [N, C, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(AvgPool1d):
+            return super().forward(input)
         counting = self.ceil_mode, self.count_include_pad
         return F.avg_pool1d(input, self.kernel_size, self.stride, self.padding, *counting)
 
@@ -49,6 +58,8 @@ class AvgPool2d(torch.nn.AvgPool2d):
     """As torch.nn.AvgPool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(AvgPool2d):
+            return super().forward(input)
         counting = self.ceil_mode, self.count_include_pad, self.divisor_override
         return F.avg_pool2d(input, self.kernel_size, self.stride, self.padding, *counting)
 
@@ -57,6 +68,8 @@ class AvgPool3d(torch.nn.AvgPool3d):
     """As torch.nn.AvgPool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(AvgPool3d):
+            return super().forward(input)
         counting = self.ceil_mode, self.count_include_pad, self.divisor_override
         return F.avg_pool3d(input, self.kernel_size, self.stride, self.padding, *counting)
 
@@ -65,6 +78,8 @@ class AdaptiveMaxPool1d(torch.nn.AdaptiveMaxPool1d):
     """As torch.nn.AdaptiveMaxPool1d: [N, C, W] or [C, W] -> [N, C, *output_size]."""
 
     def forward(self, input: Tensor) -> Any:
+        if patched_beneath(AdaptiveMaxPool1d):
+            return super().forward(input)
         return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
@@ -72,6 +87,8 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     """As torch.nn.AdaptiveMaxPool2d: [N, C, H, W] or [C, H, W] -> [N, C, *output_size]."""
 
     def forward(self, input: Tensor) -> Any:
+        if patched_beneath(AdaptiveMaxPool2d):
+            return super().forward(input)
         return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
@@ -79,6 +96,8 @@ class AdaptiveMaxPool3d(torch.nn.AdaptiveMaxPool3d):
     """As torch.nn.AdaptiveMaxPool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size]."""
 
     def forward(self, input: Tensor) -> Any:
+        if patched_beneath(AdaptiveMaxPool3d):
+            return super().forward(input)
         return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)
 
 
@@ -86,6 +105,8 @@ class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
     """As torch.nn.AdaptiveAvgPool1d: [N, C, W] or [C, W] -> [N, C, *output_size]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(AdaptiveAvgPool1d):
+            return super().forward(input)
         return F.adaptive_avg_pool1d(input, self.output_size)
 
 
@@ -93,6 +114,8 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     """As torch.nn.AdaptiveAvgPool2d: [N, C, H, W] or [C, H, W] -> [N, C, *output_size]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(AdaptiveAvgPool2d):
+            return super().forward(input)
         return F.adaptive_avg_pool2d(input, self.output_size)
 
 
@@ -100,6 +123,8 @@ class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
     """As torch.nn.AdaptiveAvgPool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(AdaptiveAvgPool3d):
+            return super().forward(input)
         return F.adaptive_avg_pool3d(input, self.output_size)
 
 
@@ -107,6 +132,8 @@ class LPPool1d(torch.nn.LPPool1d):
     """As torch.nn.LPPool1d: [N, C, W] or [C, W] -> [N, C, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(LPPool1d):
+            return super().forward(input)
         return F.lp_pool1d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
@@ -114,6 +141,8 @@ class LPPool2d(torch.nn.LPPool2d):
     """As torch.nn.LPPool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(LPPool2d):
+            return super().forward(input)
         return F.lp_pool2d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
@@ -121,6 +150,8 @@ class LPPool3d(torch.nn.LPPool3d):
     """As torch.nn.LPPool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if patched_beneath(LPPool3d):
+            return super().forward(input)
         return F.lp_pool3d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
