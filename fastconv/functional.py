@@ -446,10 +446,11 @@ def conv_norm_act(
     groups: int,
     group: Any = None,
     output_padding: Any = None,
+    batches: Tensor | None = None,
 ) -> Tensor:
     """What conv1d_bn_act to conv_transpose3d_bn_act share. ``conv``: this module's convolution; ``norm``: running mean,
     running variance, weight and bias; ``group``: the process group over which a synchronised batch norm takes
-    statistics; ``output_padding``: a transposed convolution's."""
+    statistics; ``output_padding``: a transposed convolution's; ``batches``: the count that is increased in training."""
     name, a, b, slope = activation_of(act)
     running_mean, running_var, gamma, beta = norm
     if not training and (running_mean is None or running_var is None):
@@ -460,6 +461,8 @@ def conv_norm_act(
             y = conv(x, weight, bias, stride, padding, dilation, groups)
         else:
             y = conv(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        if batches is not None:
+            batches.add_(1)
         z = torch.nn.functional.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
         if residual is not None and not residual_after:
             z = z + residual
@@ -494,22 +497,15 @@ def conv_norm_act(
                 f"Mismatch of parameter numbers and input channel size. Found parameter numbers = {slope.numel()} and "
                 f"channel size = {channels}."
             )
+        # One copy of a single slope: backward's passes read it too.
         slope = slope.expand(channels).contiguous()
-    gamma, beta, mean, var = (None if v is None else v.contiguous() for v in (gamma, beta, running_mean, running_var))
-    z, mean, var, count = conv_bn_act(
-        *(x, weight, bias, gamma, beta, mean, var, slope, residual),
+    return conv_bn_act(
+        *(x, weight, bias, gamma, beta, slope, residual),
+        (running_mean, running_var, batches, momentum),
         *((output_size, stride, padding, dilation, groups), training),
         Activated(eps, name, a, b, residual_after),
         group,
     )
-    # An empty batch has no statistics, unless it is one process's share of one.
-    counted = training and (group is not None or z.numel() > 0)
-    if counted and running_mean is not None and running_var is not None:
-        assert mean is not None and var is not None
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    return z
 
 
 def _autocast_dtype(x: Any) -> torch.dtype | None:

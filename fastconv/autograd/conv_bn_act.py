@@ -3,13 +3,14 @@
 Inference is one kernel. Training is the convolution with statistics from its accumulator, one pass that normalises and
 activates, and in backward one pass for batch norm's sums and one that gives dgrad and wgrad their operand. Saved are
 the layer's input, the convolution's output and numbers per channel; with a residual before a ReLU its output, which the
-next layer keeps anyway. `composed` is the same from differentiable parts: what a gradient of the gradient goes through.
+next layer keeps anyway. `normalise_and_activate` is the same in plain PyTorch: what a gradient of the gradient goes
+through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from math import prod
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastconv.autograd.conv import (
     _fprop_fake,
     _is_channels_last,
     _tracked,
+    bias_gradient,
     conv,
     conv_transpose,
     weight_gradient,
@@ -41,6 +43,8 @@ from fastconv.kernels.layout import is_channels_last, strides_like, weight_forma
 _NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? slope, Tensor? residual"
 _CONV = "SymInt[]? output_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 Arguments = tuple[Any, ...]  # output size or None, stride, padding, dilation, groups
+# Running mean and variance, how many batches they followed, momentum.
+Running = tuple[Tensor | None, Tensor | None, Tensor | None, float]
 _HOW = "float eps, str act, float a, float b, bool residual_after"
 
 
@@ -70,7 +74,7 @@ def _conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
         _fall_back("conv_act", reason)
     y = _plain(x, weight, bias, *rest[:5])
     channels_last = is_channels_last(y.shape, y.stride())
-    z = _normalise_and_activate(y, norm, slope, residual, Activated(*how))
+    z = normalise_and_activate(y, norm, slope, residual, Activated(*how))
     return z.new_empty_strided(z.shape, strides_like(z.shape, channels_last)).copy_(z)
 
 
@@ -170,16 +174,26 @@ def _all_but_channels(y: Tensor) -> list[int]:
     return [0, *range(2, y.dim())]
 
 
-def _normalise_and_activate(
-    y: Tensor, norm: Sequence[Tensor | None], slope: Tensor | None, residual: Tensor | None, how: Activated
+def normalise_and_activate(
+    y: Tensor,
+    norm: Sequence[Tensor | None],
+    slope: Tensor | None,
+    residual: Tensor | None,
+    how: Activated,
+    training: bool = False,
 ) -> Tensor:
-    """The twin of the kernels' epilogue in plain PyTorch, differentiable; in fp32 for narrower types."""
+    """The twin of the kernels' epilogue in plain PyTorch, differentiable to any order; in fp32 for narrower types.
+
+    In training the statistics are those of y, not ``norm``'s.
+    """
 
     def by_channel(t: Tensor) -> Tensor:
         return t.to(x.dtype).view(-1, *(1,) * (y.dim() - 2))
 
     x = y if y.dtype == torch.float64 else y.float()
     mean, var, gamma, beta = norm
+    if training:
+        var, mean = torch.var_mean(x, _all_but_channels(x), correction=0)
     if mean is not None and var is not None:
         x = (x - by_channel(mean)) * torch.rsqrt(by_channel(var) + how.eps)
     if gamma is not None:
@@ -202,67 +216,48 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) 
     return conv_transpose(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
 
 
-def composed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Sequence[Tensor | None],
-    slope: Tensor | None,
-    residual: Tensor | None,
-    arguments: Arguments,
-    training: bool,
-    how: Activated,
-) -> Tensor:
-    """`conv_bn_act` without its fused kernels; in training the statistics are the batch's, not ``norm``'s."""
-    y = _conv(x, weight, bias, arguments)
-    mean, var, gamma, beta = norm
-    if training:
-        var, mean = torch.var_mean(y if y.dtype == torch.float64 else y.float(), _all_but_channels(y), correction=0)
-    return _normalise_and_activate(y, (mean, var, gamma, beta), slope, residual, how)
-
-
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
     slope: Tensor | None,
     residual: Tensor | None,
+    running: Running,
     arguments: Arguments,
     training: bool,
     how: Activated,
     group: Any = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
-    """(z, mean, variance, pixels) of ``act(batch_norm(conv(x)) + residual)``: the batch's statistics in training.
+) -> Tensor:
+    """``act(batch_norm(conv(x)) + residual)``, differentiable to any order, but once where there is a ``group``.
 
-    x [N, C, spatial]; ``arguments``: output size, stride, padding, dilation, groups. With an output size it is the
-    transposed convolution, and padding the leading sides; without, None, they and then the trailing ones. Vectors are
-    [K], statistics fp32, the variance biased; ``group``: the process group over which statistics are taken. Raises
-    ValueError, as torch does, on one value per channel in training.
+    x [N, C, spatial]; ``running``: the statistics of inference, which follow the batch's in training; ``arguments``:
+    output size, stride, padding, dilation, groups. With an output size it is the transposed convolution, and padding
+    the leading sides; without, None, they and then the trailing ones. Vectors are [K]; ``group``: the process group
+    over which statistics are taken. Raises ValueError, as torch does, on one value per channel in training.
     """
     tensors = (x, weight, bias, gamma, beta, slope, residual)
     if _tracked(*tensors):
-        z, mean, var, total = ConvBNAct.apply(*tensors, mean, var, arguments, training, how, group)
-    elif not training:
-        z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
-        total = None
-    else:
-        y, mean, var, total = _convolved(x, weight, bias, arguments, group)
-        z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), _is_channels_last(x, weight))
-    return z, mean, var, z.numel() // z.shape[1] if total is None else total
+        return ConvBNAct.apply(*tensors, *running, arguments, training, how, group)[0]
+    mean, var = running[:2]
+    if not training:
+        return conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
+    y, mean, var, pixels = _convolved(x, weight, bias, arguments, group)
+    z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), _is_channels_last(x, weight))
+    _follow(running, mean, var, pixels)
+    return z
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Any, group: Any) -> tuple[Any, ...]:
-    """(y, mean, variance, pixels over the group or None) of the convolution in training."""
+    """(y, mean, variance, pixels, over the group) of the convolution in training."""
     y, mean, var = conv_statistics(x, weight, bias, *arguments)
+    pixels = y.numel() // y.shape[1]
     if group is not None:
-        return y, *_over_group(mean, var, y.numel() // y.shape[1], group)
-    if y.numel() == y.shape[1]:
+        return y, *_over_group(mean, var, pixels, group)
+    if pixels == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-    return y, mean, var, None
+    return y, mean, var, pixels
 
 
 def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,8 +271,25 @@ def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Ten
     return mean, ((variances + (means - mean).square()) * counts).sum(0) / total, total
 
 
+def _follow(running: Running, mean: Tensor, var: Tensor, pixels: int | Tensor) -> None:
+    """Let the running statistics follow a batch's: mean and biased variance, fp32, over so many pixels."""
+    running_mean, running_var, batches, momentum = running
+    if batches is not None:
+        batches.add_(1)
+    # An empty batch has no statistics, unless it is one process's share of one.
+    if running_mean is None or running_var is None or (not isinstance(pixels, Tensor) and pixels == 0):
+        return
+    # As PyTorch's batch norm does, unseen by autograd: the same layer called alone keeps them for its backward.
+    running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.data.lerp_((var * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
+
+
 class ConvBNAct(Function):
-    """The fused layer; a gradient of its gradient goes through `composed`."""
+    """(z, y) of the fused layer.
+
+    y, the convolution's result, is an output where backward keeps it: a gradient of the gradient, which reads it, comes
+    back as its gradient, and so to an input and a weight that are not kept.
+    """
 
     @staticmethod
     def forward(
@@ -291,6 +303,8 @@ class ConvBNAct(Function):
         residual,
         mean,
         var,
+        batches,
+        momentum,
         arguments,
         training,
         how,
@@ -304,100 +318,145 @@ class ConvBNAct(Function):
         z_will_do = ACTIVATIONS[how.act].from_output and not after
         needs_y = needs_xhat or (active and not z_will_do)
         from_z = active and z_will_do and (before or not needs_xhat)
-        ctx.total = None
+        running = mean, var, batches, momentum
         y = None
         if training:
-            y, mean, var, ctx.total = _convolved(x, weight, bias, arguments, group)
-        # With constant statistics the layer is one kernel, where its backward needs no y.
-        elif needs_y:
-            y = _conv(x, weight, bias, arguments)
+            y, mean, var, ctx.pixels = _convolved(x, weight, bias, arguments, group)
+        else:
+            # Values: whoever writes to the running statistics before backward changes no gradient.
+            mean, var = mean.clone(), var.clone()
+            # With constant statistics the layer is one kernel, where its backward needs no y.
+            y = _conv(x, weight, bias, arguments) if needs_y else None
         if y is None:
             z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
         else:
             formats = _is_channels_last(x, weight)
             z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), formats)
+        if training:
+            # Before anything is kept: torch.utils.checkpoint stops computing again where the last tensor is.
+            _follow(running, mean, var, ctx.pixels)
         ctx.save_for_backward(
-            # The weight also for a gradient of the weight's gradient, where x has none.
-            *(x if need_weight else None, weight if need_x or need_weight else None, bias),
-            *(gamma, beta, slope, mean, var, y if needs_y else None),
+            *(x if need_weight else None, weight if need_x else None, gamma),
+            *(beta if active and not from_z else None, slope, mean, var, y if needs_y else None),
             *(z if from_z else None, residual if active and before and not from_z else None),
         )
         ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
         ctx.formats = _is_channels_last(x, weight), weight_format(weight.shape, weight.stride())
         # Where nothing acts on the sum, the residual's gradient is dz.
         ctx.training, ctx.how, ctx.group, ctx.through_act = training, how, group, active and before
-        ctx.has_residual = residual is not None
-        if not training:
-            return z, None, None, None
-        ctx.mark_non_differentiable(*(t for t in (mean, var, ctx.total) if t is not None))
-        return z, mean, var, ctx.total
+        # Else autograd makes a gradient of zeros for y.
+        ctx.set_materialize_grads(False)
+        # What torch.compile makes of it is differentiable once.
+        return z, y if needs_y and not torch.compiler.is_compiling() else None
 
     @staticmethod
-    def backward(ctx, dz, *_):
-        x, weight, bias, gamma, beta, slope, mean, var, y, z, residual = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual, mean, var)
-        # As `as_pixels`, but of what torch.compile can follow: it knows no strides of a gradient.
-        dz = dz.movedim(1, -1).contiguous().movedim(-1, 1)
-        need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
-        how = astuple(ctx.how)
-        derivative = z, mean, var, gamma, beta, slope, residual
-        sums: Any = None
-        if need_gamma or need_beta or need_slope or (need_x or need_weight if ctx.training else need_bias):
-            sums = batch_norm_act_sums(dz, dz if y is None else y, *derivative, *how)
-        dx = dw = None
-        need_g = need_residual and ctx.through_act
-        dresidual = dz if need_residual and not need_g else None
-        if need_x or need_weight or need_g:
-            count, of_batch = 1, None
-            if ctx.training and sums is not None:
-                count, of_batch = dz.numel() // dz.shape[1], sums
-                if ctx.group is not None:
-                    count, of_batch = 1, sums / ctx.total
-                    dist.all_reduce(of_batch, group=ctx.group)
-            dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, count, *how, need_g)
-            dresidual = g if need_g else dresidual
-            output_size, stride, padding, dilation, groups = ctx.arguments
-            (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats
-            before = padding[: len(stride)]
-            if need_x and output_size is None:
-                dx = conv_transpose(dy, weight, None, input_size, stride, before, dilation, groups, dx_format)
-            elif need_x:
-                padding = _both_sides((output_size, input_size, filter_size), stride, padding, dilation)
-                dx = conv(dy, weight, None, stride, padding, dilation, groups)
-            if need_weight:
-                of, by = (x, dy) if output_size is None else (dy, x)
-                dw = weight_gradient(of, by, filter_size, stride, before, dilation, groups, dw_format)
-        dbias = None
-        if need_bias:
-            if ctx.training:
-                # Batch norm takes the mean away again, and with it whatever the bias was.
-                dbias = torch.zeros_like(bias)
-            else:
-                dbias = sums[0] * torch.rsqrt(var.float() + ctx.how.eps)
-                dbias = dbias if gamma is None else dbias * gamma.float()
-        return (
-            *(dx, dw, dbias),
-            *(sums[1].to(gamma.dtype) if need_gamma else None, sums[0].to(beta.dtype) if need_beta else None),
-            *(sums[2].to(slope.dtype) if need_slope else None, dresidual),
-            *(None,) * 6,
-        )
+    def backward(ctx, dz, dy):
+        if ctx.group is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                gradients = ConvBNAct.backward(ctx, dz, dy)
+            return Once.apply(gradients, dz, *ctx.saved_tensors)
+        x, weight, *kept = ctx.saved_tensors
+        need_bias = ctx.needs_input_grad[2]
+        dbias = bias_gradient(dy) if need_bias and dy is not None and not ctx.training else None
+        others: Any = (None,) * 4
+        if dz is not None:
+            gradients = _composed_gradients if torch.is_grad_enabled() else _gradients
+            more_dy, more_dbias, *others = gradients(ctx, dz, *kept)
+            dy, dbias = _sum(dy, more_dy), _sum(dbias, more_dbias)
+        return *_through_conv(ctx, x, weight, dy), dbias, *others, *(None,) * 8
 
 
-def _twice_differentiable(ctx, dz, x, weight, bias, gamma, beta, slope, residual, mean, var):
-    """The gradients of `ConvBNAct` as a graph of their own, from `composed` on what was saved."""
-    if x is None or weight is None or ctx.group is not None or (ctx.has_residual and residual is None):
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class Once(Function):
+    """``gradients``, made of ``operands``, that raise where they are differentiated, as torch.nn.SyncBatchNorm's do."""
+
+    @staticmethod
+    def forward(ctx, gradients, *operands):
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *_):
         raise RuntimeError(
-            "a fused convolution + batch norm + activation that does not keep its input, weight and residual, or takes "
-            "its statistics over a process group, is differentiable once; convert(model, fuse=False) is twice"
+            "a batch norm with statistics over a process group is differentiable once, as SyncBatchNorm is"
         )
-    with torch.enable_grad():
-        # Aliases: one tensor may be two operands, each with a gradient of its own.
-        operands = [None if t is None else t.view_as(t) for t in (x, weight, bias, gamma, beta, slope, residual)]
-        x, weight, bias, gamma, beta, slope, residual = operands
-        norm = mean, var, gamma, beta
-        z = composed(x, weight, bias, norm, slope, residual, ctx.arguments, ctx.training, ctx.how)
-        wanted = [t for t, need in zip(operands, ctx.needs_input_grad[:7], strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
-    gradients = tuple(next(found) if need else None for need in ctx.needs_input_grad[:7])
-    return (*gradients, *(None,) * 6)
+
+
+def _through_conv(ctx: Any, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of input and weight, differentiable."""
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    output_size, stride, padding, dilation, groups = ctx.arguments
+    (input_size, filter_size), (dx_format, dw_format) = ctx.sizes, ctx.formats
+    before = padding[: len(stride)]
+    dx = dw = None
+    if need_x and output_size is None:
+        dx = conv_transpose(dy, weight, None, input_size, stride, before, dilation, groups, dx_format)
+    elif need_x:
+        padding = _both_sides((output_size, input_size, filter_size), stride, padding, dilation)
+        dx = conv(dy, weight, None, stride, padding, dilation, groups)
+    if need_weight:
+        of, by = (x, dy) if output_size is None else (dy, x)
+        dw = weight_gradient(of, by, filter_size, stride, before, dilation, groups, dw_format)
+    return dx, dw
+
+
+def _gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
+    """(dy, dbias, dgamma, dbeta, dslope, dresidual) by kernels, each where it is needed."""
+    # As `as_pixels`, but of what torch.compile can follow: it knows no strides of a gradient.
+    dz = dz.movedim(1, -1).contiguous().movedim(-1, 1)
+    need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
+    how = astuple(ctx.how)
+    derivative = z, mean, var, gamma, beta, slope, residual
+    sums: Any = None
+    if need_gamma or need_beta or need_slope or (need_x or need_weight if ctx.training else need_bias):
+        sums = batch_norm_act_sums(dz, dz if y is None else y, *derivative, *how)
+    need_g = need_residual and ctx.through_act
+    dy, dresidual = None, dz if need_residual and not need_g else None
+    if need_x or need_weight or need_g:
+        count, of_batch = 1, None
+        if ctx.training and sums is not None:
+            count, of_batch = dz.numel() // dz.shape[1], sums
+            if ctx.group is not None:
+                count, of_batch = 1, sums / ctx.pixels
+                dist.all_reduce(of_batch, group=ctx.group)
+        dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, count, *how, need_g)
+        dresidual = g if need_g else dresidual
+    # Batch norm takes the mean of a batch away again, and with it whatever the bias was.
+    dbias = torch.zeros_like(mean) if need_bias else None
+    if need_bias and not ctx.training:
+        dbias = sums[0] * torch.rsqrt(var.float() + ctx.how.eps)
+        dbias = dbias if gamma is None else dbias * gamma.float()
+    return (
+        *(dy, dbias, sums[1].to(gamma.dtype) if need_gamma else None),
+        *(sums[0] if need_beta else None, sums[2].to(slope.dtype) if need_slope else None, dresidual),
+    )
+
+
+def _composed_gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
+    """`_gradients` as a graph of their own. What was not kept has no influence on them: anything stands in for it."""
+    need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
+    g, how = dz, ctx.how
+    if z is not None:
+        g, how = dz * _derivative_at(z, how), replace(how, act="identity")
+    y = dz.detach().requires_grad_() if y is None else y
+    beta = torch.zeros_like(mean, requires_grad=True) if need_beta and beta is None else beta
+    # Aliases: one tensor may be two operands, each with a gradient of its own.
+    y, gamma, beta, slope, residual = (None if t is None else t.view_as(t) for t in (y, gamma, beta, slope, residual))
+    again = normalise_and_activate(y, (mean, var, gamma, beta), slope, residual, how, ctx.training)
+    through_residual = need_residual and residual is not None
+    operands: Any = (y, gamma, beta, slope, residual)
+    needs = need_x or need_weight or need_bias, need_gamma, need_beta, need_slope, through_residual
+    wanted = [t for t, need in zip(operands, needs, strict=True) if need]
+    found: Any = iter(torch.autograd.grad(again, wanted, g, create_graph=True) if wanted else ())
+    gradients: Any = (next(found) if need else None for need in needs)
+    dy, dgamma, dbeta, dslope, dresidual = gradients
+    dbias = bias_gradient(dy) if need_bias else None
+    return dy, dbias, dgamma, dbeta, dslope, g if need_residual and not through_residual else dresidual
+
+
+def _derivative_at(z: Tensor, how: Activated) -> Tensor:
+    """That of an activation whose derivative is a constant around its result ``z``."""
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(ACTIVATIONS[how.act].torch(z, *batch_norm._bounds(how, z)).sum(), z)[0]

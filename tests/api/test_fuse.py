@@ -47,6 +47,7 @@ def composed(
     groups: int,
     group: Any = None,
     output_padding: Any = None,
+    batches: Tensor | None = None,
 ) -> Tensor:
     """functional.conv_norm_act from PyTorch's operators."""
     assert group is None
@@ -55,6 +56,8 @@ def composed(
         y = conv(x, weight, bias, stride, padding, dilation, groups)
     else:
         y = conv(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    if batches is not None:
+        batches.add_(1)
     z = F.batch_norm(y, mean, var, gamma, beta, training, momentum, eps)
     if residual is not None and not residual_after:
         z = z + residual
