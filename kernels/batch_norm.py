@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastconv.autotune import Config, Gpu
-from fastconv.kernels.call import Operands, prepared
+from fastconv.kernels.call import Operands, Prepared, Sizes, prepared
 from fastconv.kernels.epilogue import ACTIVATIONS, activate, check_operands, normalise
 from fastconv.kernels.launch import Launch, run
-from fastconv.kernels.layout import INT32_MAX, dense_channels_last, pointer_type, vector
+from fastconv.kernels.layout import INT32_MAX, dense_copy, pointer_type, strides_like, vector
 from fastconv.kernels.reduce import split_sum
 from fastconv.kernels.tiles import pass_tile
 
@@ -287,25 +287,25 @@ class Activated:
 def batch_norm_act(
     y: Tensor, norm: tuple[Tensor | None, ...], slope: Tensor | None, residual: Tensor | None, how: Activated
 ) -> Tensor:
-    """``act(normalise(y) + residual)`` of y [N, K, spatial], dense channels_last; z likewise.
+    """``act(normalise(y) + residual)`` of y [N, K, spatial]; z is dense channels_last.
 
     ``norm``: mean, variance, weight and bias [K], the last two or None; ``slope`` [K]: PReLU's; residual: as y. Raises
     RuntimeError where they are not.
     """
     operands = (y, *norm, slope, residual)
-    launch = prepared(_prepare_apply, operands, (how,))
-    z = torch.empty_like(y)
-    if y.numel():
-        run(launch, *operands, z)
+    call = prepared(_prepare_apply, operands, (how,))
+    z = y.new_empty_strided(call.shape, call.strides)
+    if call.launches:
+        run(call.launches[0], *call.laid_out(operands), z)
     return z
 
 
-def _prepare_apply(gpu: Gpu, operands: Operands, how: Activated) -> Launch:
+def _prepare_apply(gpu: Gpu, operands: Operands, how: Activated) -> Prepared:
     y, *vectors, residual = operands
     assert y is not None
     check_operands(y, y.shape, vectors, residual)
     pixels, k, config = _tile(y, 2 + (residual is not None), gpu)
-    return Launch(
+    launch = Launch(
         kernel=batch_norm_act_kernel,
         grid=(triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"]), 1),
         pointers=(*_types(operands), pointer_type(y.dtype)),
@@ -314,6 +314,7 @@ def _prepare_apply(gpu: Gpu, operands: Operands, how: Activated) -> Launch:
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
+    return _prepared(operands, (launch,), y.shape, strides_like(y.shape, True))
 
 
 def batch_norm_act_sums(
@@ -327,23 +328,22 @@ def batch_norm_act_sums(
 ) -> Tensor:
     """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. All [N, K, spatial] as y."""
     operands = (dz, y, z, *norm, slope, residual)
-    k = y.shape[1]
-    if not y.numel():
-        return y.new_zeros((3, k), dtype=torch.float32)
-    launches, splits = prepared(_prepare_sums, operands, (how,))
-    out = y.new_empty((3, k), dtype=torch.float32)
-    if splits == 1:
-        run(launches[0], *operands, out)
-    else:
-        workspace = y.new_empty((splits, 3, k), dtype=torch.float32)
-        run(launches[0], *operands, workspace)
-        run(launches[1], workspace, out)
+    call = prepared(_prepare_sums, operands, (how,))
+    out = y.new_empty_strided(call.shape, call.strides, dtype=torch.float32)
+    if not call.launches:
+        return out.zero_()
+    first, *second = call.launches
+    partial = y.new_empty((first.grid[1], *call.shape), dtype=torch.float32) if second else out
+    run(first, *call.laid_out(operands), partial)
+    if second:
+        run(second[0], partial, out)
     return out
 
 
-def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> tuple[tuple[Launch, ...], int]:
+def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> Prepared:
     y = operands[1]
     assert y is not None
+    _check(y, operands)
     pixels, k, config = _tile(y, sum(t is not None for t in (*operands[:3], operands[-1])), gpu, split=True)
     splits = config["SPLITS"]
     first = Launch(
@@ -355,7 +355,8 @@ def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> tuple[tuple[L
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
-    return (first, split_sum(splits, 3, 1, k, torch.float32)), splits
+    launches = (first,) if splits == 1 else (first, split_sum(splits, 3, 1, k, torch.float32))
+    return _prepared(operands, launches, (3, k), (k, 1))
 
 
 def batch_norm_act_gradient(
@@ -372,24 +373,30 @@ def batch_norm_act_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """(dy, dresidual) from `batch_norm_act_sums`; without sums the statistics were constants. dresidual if needed.
 
-    ``share``: 1 / pixels that the statistics were taken over.
+    ``share``: 1 / pixels that the statistics were taken over. Both are dense channels_last.
     """
     operands = (dz, y, z, *norm, slope, residual, sums)
-    launch = prepared(_prepare_gradient, operands, (share, how, need_residual))
-    dy = torch.empty_like(dz)
-    dresidual = torch.empty_like(dz) if need_residual else None
-    if dz.numel():
-        run(launch, *operands, dy, dresidual)
+    call = prepared(_prepare_gradient, operands, (share, how, need_residual))
+    dy = dz.new_empty_strided(call.shape, call.strides)
+    dresidual = torch.empty_like(dy) if need_residual else None
+    if call.launches:
+        run(call.launches[0], *call.laid_out(operands), dy, dresidual)
     return dy, dresidual
 
 
-def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated, need_residual: bool) -> Launch:
-    dz = operands[0]
+def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated, need_residual: bool) -> Prepared:
+    dz, *others, sums = operands
     assert dz is not None
+    _check(dz, (dz, *others))
+    k = dz.shape[1]
+    if sums is not None and tuple(sums.shape) != (3, k):
+        raise RuntimeError(
+            f"expected sums of shape {[3, k]}, as dz {list(dz.shape)} has channels, but got {list(sums.shape)}"
+        )
     moved = sum(t is not None for t in (*operands[:3], operands[-2])) + 1 + need_residual
     pixels, k, config = _tile(dz, moved, gpu)
     element = pointer_type(dz.dtype)
-    return Launch(
+    launch = Launch(
         kernel=batch_norm_act_gradient_kernel,
         grid=(triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"]), 1),
         pointers=(*_types(operands), element, element if need_residual else None),
@@ -398,6 +405,26 @@ def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
+    return _prepared(operands, (launch,), dz.shape, strides_like(dz.shape, True))
+
+
+def _prepared(operands: Operands, launches: tuple[Launch, ...], shape: Sizes, strides: Sizes) -> Prepared:
+    """Vectors and sums are read without gaps, and all that is a pixel's dense channels_last."""
+    copies = tuple(None if t is None else dense_copy(t.shape, t.stride(), t.dim() > 2) for t in operands)
+    empty = any(t is not None and not t.numel() for t in operands)
+    return Prepared(copies, () if empty else launches, tuple(shape), strides)
+
+
+def _check(x: Tensor, operands: Operands) -> None:
+    """Raise RuntimeError where what backward's passes read of each pixel, or of each channel, is not as x."""
+    dz, y, z, *vectors, residual = operands
+    for t in (dz, y, z):
+        if t is not None and (t.shape != x.shape or t.device != x.device):
+            raise RuntimeError(
+                f"expected {list(x.shape)} on {x.device}, as the gradient or the output is, but got {list(t.shape)} on "
+                f"{t.device}"
+            )
+    check_operands(x, x.shape, vectors, residual)
 
 
 def _types(operands: Operands) -> tuple[str | None, ...]:
@@ -432,6 +459,6 @@ def _constants(y: Tensor, how: Activated, config: Config, **functions: Any) -> d
 
 
 def as_pixels(t: Tensor) -> Tensor:
-    """``t`` as these kernels take it, dense channels_last: itself, or a copy."""
-    strides = dense_channels_last(t.shape, t.stride())
+    """``t`` as these kernels read it, dense channels_last: itself, or a copy."""
+    strides = dense_copy(t.shape, t.stride(), True)
     return t if strides is None else t.new_empty_strided(t.shape, strides).copy_(t)

@@ -31,21 +31,36 @@ class Slower(Uncovered):
 
 
 @dataclass(frozen=True)
-class Call:
-    """A prepared call: which operands are copied first, what is launched, what is returned."""
+class Prepared:
+    """A prepared call: which operands are copied first, what is launched, how the result lies."""
 
     copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
     launches: tuple[Launch, ...]  # none: the result is empty or all zeros
     shape: Sizes
     strides: Sizes  # as the kernel writes it
-    returned: Sizes | None = None  # strides of the copy that is returned; None: as written
-    workspace: int = 0  # fp32 elements between a first and a second launch
-    partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
-    packed: int = 0  # elements of the second operand as the first launch lays it out for the second
 
     @cached_property
     def copied(self) -> bool:
         return any(self.copies)
+
+    def laid_out(self, operands: Operands) -> Operands:
+        """The operands as the launches read them."""
+        if not self.copied:
+            return operands
+        return tuple(
+            t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
+            for t, strides in zip(operands, self.copies, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Call(Prepared):
+    """One that `execute` carries out."""
+
+    returned: Sizes | None = None  # strides of the copy that is returned; None: as written
+    workspace: int = 0  # fp32 elements between a first and a second launch
+    partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
+    packed: int = 0  # elements of the second operand as the first launch lays it out for the second
 
 
 # Of a call that PyTorch's own op serves: the exception that says so, and its message.
@@ -94,11 +109,7 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
     out = first.new_empty_strided(call.shape, call.strides)
     if not call.launches:
         return (out.zero_(),)
-    if call.copied:
-        operands = tuple(
-            t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
-            for t, strides in zip(operands, call.copies, strict=True)
-        )
+    operands = call.laid_out(operands)
     launch = call.launches[-1]
     partials: tuple[torch.Tensor, ...] = ()
     if call.packed:

@@ -19,6 +19,7 @@ from fastconv.kernels.epilogue import Epilogue, check_operands
 from fastconv.kernels.layout import (
     PACKED,
     contiguous_channels,
+    dense_copy,
     even_pixels,
     is_channels_last,
     laid_out,
@@ -185,8 +186,9 @@ def _prepare_gather(
     # Where pixels or channels are single, both formats are the same memory and the kernel writes either.
     direct = channels_last or shape[1] == 1 or all(size == 1 for size in shape[2:])
     strides = strides_like(shape, channels_last or not direct)
-    copies: list[Sizes | None] = [None] * len(operands)
-    copies[0] = contiguous_channels(source.shape, source.stride())
+    copies: list[Sizes | None] = [contiguous_channels(source.shape, source.stride()), None]
+    copies += [None if t is None else dense_copy(t.shape, t.stride()) for t in (bias, *fused)]
+    copies.append(None)
     if residual is not None and residual.stride() != strides:
         copies[-1] = strides
     returned = None if direct else strides_like(shape, False)
@@ -253,6 +255,11 @@ def _prepare_wgrad(
     assert x is not None and dy is not None
     check_same_kind(x, dy)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
+    if x.shape[0] != dy.shape[0] or x.shape[1] % groups or dy.shape[1] % groups:
+        raise RuntimeError(
+            f"the weight's gradient takes as many images from both, and channels in {groups} groups, but got the input "
+            f"{list(x.shape)} and the output's gradient {list(dy.shape)}"
+        )
     problem = _gradient_problem(dy, tuple(x.shape[1:]), shape, stride, padding, dilation, groups)
     strides = weight_strides(shape, format)
     copies = [contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride())]

@@ -72,9 +72,10 @@ def contiguous_channels(shape: Sequence[int], strides: Sequence[int]) -> tuple[i
     return None if shape[1] == 1 or strides[1] == 1 else strides_like(shape, True)
 
 
-def dense_channels_last(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """None where the tensor is channels_last without gaps, else the strides of such a copy."""
-    dense = strides_like(shape, True)
+def dense_copy(shape: Sequence[int], strides: Sequence[int], channels_last: bool = False) -> tuple[int, ...] | None:
+    """None where a tensor lies in this memory format without gaps, else the strides of a copy that does. Of a vector
+    the format is the same."""
+    dense = strides_like(shape, channels_last)
     return None if laid_out(shape, strides, dense) else dense
 
 

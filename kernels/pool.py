@@ -5,7 +5,7 @@ A geometry is (window, stride, padding, dilation), each of ``rank`` entries; an 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
 from math import prod
 from typing import Any
 
@@ -14,25 +14,23 @@ from torch import Tensor
 
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.call import Operands, Sizes, Uncovered, prepared
+from fastconv.kernels.call import Operands, Prepared, Sizes, Uncovered, prepared
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.launch import Launch, run
-from fastconv.kernels.layout import Strides, contiguous_channels, is_channels_last, pixel_strides, strides_like
-from fastconv.kernels.pool_window import pool_gather
+from fastconv.kernels.layout import (
+    POINTER_TYPES,
+    Strides,
+    contiguous_channels,
+    dense_copy,
+    is_channels_last,
+    pixel_strides,
+    strides_like,
+)
+from fastconv.kernels.pool_window import INDEX_TYPES, pool_gather
 from fastconv.kernels.problem import PoolProblem, index_type, largest_share
 
 Geometry = tuple[Sizes, Sizes, Sizes, Sizes]
 ADAPTIVE: Geometry = ((), (), (), ())
-
-
-@dataclass(frozen=True)
-class PoolCall:
-    """A prepared call: how operands are laid out for it, what is launched, how results lie."""
-
-    copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
-    launches: tuple[Launch, ...]  # none: the result is empty, or all zeros
-    shape: Sizes
-    strides: Sizes  # of all results
 
 
 def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dtype | None) -> tuple[Tensor, ...]:
@@ -45,12 +43,12 @@ def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dty
     y = x.new_empty_strided(call.shape, call.strides)
     taps = None if index is None else x.new_empty_strided(call.shape, call.strides, dtype=index)
     if len(call.launches) == 1:
-        run(call.launches[0], *_laid_out(call, (x,)), y, taps)
+        run(call.launches[0], *call.laid_out((x,)), y, taps)
     elif call.launches:
         splits = call.launches[0].grid[1]
         partial = x.new_empty(splits * y.numel(), dtype=torch.float32)
         partial_taps = None if taps is None else partial.new_empty(partial.shape, dtype=torch.int32)
-        run(call.launches[0], *_laid_out(call, (x,)), partial, partial_taps)
+        run(call.launches[0], *call.laid_out((x,)), partial, partial_taps)
         run(call.launches[1], partial, partial_taps, y, taps)
     return (y,) if taps is None else (y, taps)
 
@@ -61,10 +59,10 @@ def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padd
     call = prepared(_prepare_forward, (x,), ("average", output_size, geometry, None, include_padding, divisor))
     y = x.new_empty_strided(call.shape, call.strides)
     if len(call.launches) == 1:
-        run(call.launches[0], *_laid_out(call, (x,)), y, None)
+        run(call.launches[0], *call.laid_out((x,)), y, None)
     elif call.launches:
         partial = x.new_empty(call.launches[0].grid[1] * y.numel(), dtype=torch.float32)
-        run(call.launches[0], *_laid_out(call, (x,)), partial, None)
+        run(call.launches[0], *call.laid_out((x,)), partial, None)
         run(call.launches[1], partial, y)
     return y
 
@@ -77,7 +75,7 @@ def lp_pool(x: Tensor, output_size: Sizes, geometry: Geometry, norm: float) -> T
     call = prepared(_prepare_forward, (x,), ("lp", output_size, geometry, None, True, 0, norm))
     y = x.new_empty_strided(call.shape, call.strides)
     if call.launches:
-        run(call.launches[0], *_laid_out(call, (x,)), y, None)
+        run(call.launches[0], *call.laid_out((x,)), y, None)
     return y
 
 
@@ -168,17 +166,17 @@ def _prepare_forward(
     geometry: Geometry,
     index: torch.dtype | None,
     *sums: Any,
-) -> PoolCall:
+) -> Prepared:
     (x,) = operands
     assert x is not None
     channels_last = is_channels_last(x.shape, x.stride())
     shape = (*x.shape[:2], *output_size)
     strides = strides_like(shape, channels_last)
     if not prod(shape):
-        return PoolCall((None,), (), shape, strides)
+        return Prepared((None,), (), shape, strides)
     problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, *sums)
     copy, source = _view(x.shape, x.stride(), channels_last)
-    return PoolCall((copy,), _plan("forward", problem, gpu, source, channels_last), shape, strides)
+    return Prepared((copy,), _plan("forward", problem, gpu, source, channels_last), shape, strides)
 
 
 def _prepare_backward(
@@ -189,29 +187,37 @@ def _prepare_backward(
     geometry: Geometry,
     channels_last: bool,
     *sums: Any,
-) -> PoolCall:
+) -> Prepared:
     dy, *kept = operands
     assert dy is not None
     shape = (*dy.shape[:2], *input_size)
     strides = strides_like(shape, channels_last)
     if not prod(shape) or not dy.numel():
-        return PoolCall((None,) * 4, (), shape, strides)
-    index = None if kept[0] is None else kept[0].dtype
+        return Prepared((None,) * 4, (), shape, strides)
+    taps, y, x = kept
+    _check(taps, dy.shape, INDEX_TYPES, dy)
+    _check(y, dy.shape, (dy.dtype,), dy)
+    _check(x, shape, (dy.dtype,), dy)
+    index = None if taps is None else taps.dtype
     problem = _problem(kind, shape, tuple(dy.shape[2:]), geometry, dy.dtype, index, *sums)
     copy, source = _view(dy.shape, dy.stride(), channels_last)
     launches = _plan("backward", problem, gpu, source, channels_last)
-    return PoolCall((copy, *(_dense(t, channels_last) for t in kept)), launches, shape, strides)
+    # What `max_pool` and `lp_pool` write, and a reader's x, are read without strides.
+    dense = (None if t is None else dense_copy(t.shape, t.stride(), channels_last) for t in kept)
+    return Prepared((copy, *dense), launches, shape, strides)
 
 
 def _prepare_gather(
     gpu: Gpu, operands: Operands, input_size: Sizes, dtype: torch.dtype, geometry: Geometry, channels_last: bool
-) -> PoolCall:
+) -> Prepared:
     taps, x = operands
     assert taps is not None
     shape = tuple(taps.shape)
+    _check(taps, shape, INDEX_TYPES, taps)
+    _check(x, (*shape[:2], *input_size), POINTER_TYPES, taps)
     strides = strides_like(shape, channels_last)
     if not prod(shape):
-        return PoolCall((None, None), (), shape, strides)
+        return Prepared((None, None), (), shape, strides)
     problem = _problem("max", (*shape[:2], *input_size), shape[2:], geometry, dtype, taps.dtype)
     copy, source = (None, None) if x is None else _view(x.shape, x.stride(), channels_last)
     # The tiles of a pass over the output.
@@ -219,16 +225,16 @@ def _prepare_gather(
     if plan.choice is None:
         raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
     launch = pool_gather(problem, {**plan.choice.config, "LANES": 1}, channels_last, source)
-    return PoolCall((_dense(taps, channels_last), copy), (launch,), shape, strides)
+    return Prepared((dense_copy(taps.shape, taps.stride(), channels_last), copy), (launch,), shape, strides)
 
 
-def _dense(t: Tensor | None, channels_last: bool) -> Sizes | None:
-    """None where a tensor lies as pools write theirs, else the strides to copy it to."""
-    if t is None:
-        return None
-    strides = strides_like(t.shape, channels_last)
-    same = all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True))
-    return None if same else strides
+def _check(t: Tensor | None, shape: Sequence[int], dtypes: Container[torch.dtype], beside: Tensor) -> None:
+    """Raise RuntimeError where a kept tensor, or a gradient's gradient, is not what its pool's kernel would read."""
+    if t is not None and (tuple(t.shape) != tuple(shape) or t.dtype not in dtypes or t.device != beside.device):
+        raise RuntimeError(
+            f"expected {list(shape)} beside {list(beside.shape)}, {beside.dtype} on {beside.device}, "
+            f"but got {list(t.shape)}, {t.dtype} on {t.device}"
+        )
 
 
 def _plan(
@@ -240,18 +246,11 @@ def _plan(
     return plan.launches
 
 
-def _laid_out(call: PoolCall, operands: Operands) -> Operands:
-    return tuple(
-        t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
-        for t, strides in zip(operands, call.copies, strict=True)
-    )
-
-
-def _execute(call: PoolCall, operands: Operands, dtype: torch.dtype) -> Tensor:
+def _execute(call: Prepared, operands: Operands, dtype: torch.dtype) -> Tensor:
     first = operands[0]
     assert first is not None
     out = first.new_empty_strided(call.shape, call.strides, dtype=dtype)
     if not call.launches:
         return out.zero_()
-    run(call.launches[0], *_laid_out(call, operands), out)
+    run(call.launches[0], *call.laid_out(operands), out)
     return out

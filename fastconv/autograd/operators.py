@@ -24,7 +24,7 @@ _modes, _transforms, _tracing = (
     torch._C._are_functorch_transforms_active,
     torch._C._get_tracing_state,
 )
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_wrapped, _is_negated = torch._C._functorch.is_functorch_wrapped_tensor, Tensor.is_neg
 
 # What each operator runs, for who calls it on tensors without data: the dispatcher would call the fake one.
 implementations: dict[Any, Callable[..., Any]] = {}
@@ -70,11 +70,16 @@ def _unseen(args: tuple[Any, ...]) -> bool:
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether every tensor is PyTorch's own, and none was left over by a transform of torch.func."""
+    """Whether every tensor is PyTorch's own, none was left over by a transform of torch.func, and none is stored
+    negated, as the imaginary part of a conjugate is."""
     for each in args:
         kind = type(each)
-        if kind is Tensor or kind is Parameter:
-            if _is_wrapped(each):
+        # (What a transform wraps is no longer a parameter.)
+        if kind is Parameter:
+            if _is_negated(each):
+                return False
+        elif kind is Tensor:
+            if _is_wrapped(each) or _is_negated(each):
                 return False
         elif kind not in _VALUES and isinstance(each, Tensor):
             return False

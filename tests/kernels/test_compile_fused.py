@@ -126,14 +126,15 @@ def passes(shape: tuple[int, ...], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     ):
         how = Activated(1e-5, act, residual_after=after)
         name = f"{act}{' + residual' if residual is not None else ''}"
-        yield f"apply {name}", batch_norm._prepare_apply(gpu, (y, *norm, None, residual), how)
+        (launch,) = batch_norm._prepare_apply(gpu, (y, *norm, None, residual), how).launches
+        yield f"apply {name}", launch
         kept = None if z is not None or after else residual
         operands = (y, y, z, *norm, None, kept)
-        launches, splits = batch_norm._prepare_sums(gpu, operands, how)
-        yield from ((f"sums {name}", launch) for launch in launches[: 1 + (splits > 1)])
+        yield from ((f"sums {name}", launch) for launch in batch_norm._prepare_sums(gpu, operands, how).launches)
         need_residual = residual is not None and not after
         operands = (*operands, sums)
-        yield f"gradient {name}", batch_norm._prepare_gradient(gpu, operands, share, how, need_residual)
+        (launch,) = batch_norm._prepare_gradient(gpu, operands, share, how, need_residual).launches
+        yield f"gradient {name}", launch
 
 
 @needs_networks

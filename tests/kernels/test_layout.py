@@ -9,7 +9,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastconv.kernels.layout import (
     contiguous_channels,
-    dense_channels_last,
+    dense_copy,
     is_channels_last,
     pixel_strides,
     strides_like,
@@ -40,7 +40,7 @@ def test_strides_like(shape: tuple[int, ...]) -> None:
     if len(shape) > 3:
         memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
         assert strides_like(shape, True) == torch.empty(shape, memory_format=memory_format).stride()
-    assert dense_channels_last(shape, strides_like(shape, True)) is None
+    assert all(dense_copy(shape, strides_like(shape, last), last) is None for last in (False, True))
 
 
 def test_copies_only_where_needed() -> None:
@@ -48,11 +48,13 @@ def test_copies_only_where_needed() -> None:
     assert contiguous_channels(nhwc.shape, nhwc.stride()) is None
     narrowed = nhwc[:, 2:6, ::2, 1:]
     assert contiguous_channels(narrowed.shape, narrowed.stride()) is None
-    assert dense_channels_last(narrowed.shape, narrowed.stride()) == (36, 1, 12, 4)
+    assert dense_copy(narrowed.shape, narrowed.stride(), True) == (36, 1, 12, 4)
     nchw = torch.empty(2, 8, 5, 4)
     assert contiguous_channels(nchw.shape, nchw.stride()) == nhwc.stride()
     single = torch.empty(2, 1, 5, 4)
     assert contiguous_channels(single.shape, single.stride()) is None
+    assert dense_copy((4,), (2,)) == dense_copy((4,), (0,)) == (1,)
+    assert dense_copy((1,), (7,)) is None
 
 
 def test_axes_of_size_one_have_no_stride() -> None:
