@@ -18,13 +18,19 @@ Ints = int | Sequence[int]
 
 _INTERPRETING = mend.interpreting()
 _is_compiling, _transforms = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 _INTEGERS: Any = (int, torch.SymInt)
 
 
 def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
     # What is compiled takes the operators' own rules, and Dynamo knows none of these two.
-    if not _is_compiling():
+    if _is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return "torch.onnx.export knows PyTorch's operators alone"
+    else:
+        if _tracing() is not None:
+            return "torch.jit.trace records PyTorch's operators alone"
         if _transforms():
             return "a transform of torch.func is active"
         if forward_ad._current_level >= 0:

@@ -143,9 +143,9 @@ def convert(
     3-d ones, torch.contiguous_format all; weights that a lazy layer does not have yet stay out. Of a depthwise layer's,
     which have one input channel, either puts the taps outermost: dense strides that its kernels read as they are.
 
-    Only instances of exactly torch.nn's classes are taken: subclassed, parametrised, scripted and quantised layers, and
-    those with a forward of their own, are left as they are. Raises TypeError and ValueError on arguments like none of
-    these, among them a name that no module has.
+    Only instances of exactly torch.nn's classes are taken: subclassed, parametrised, scripted and quantised layers,
+    those prepared for quantisation, and those with a forward of their own, are left as they are. Raises TypeError and
+    ValueError on arguments like none of these, among them a name that no module has.
     """
     if memory_format is not None and memory_format not in _FORMATS:
         known = ", ".join(map(str, _FORMATS))
@@ -245,6 +245,8 @@ def reason_against(layer: torch.nn.Module) -> str | None:
         return f"a class of its own: {type(layer).__module__}.{type(layer).__qualname__}"
     if {"forward", "_conv_forward"} & set(vars(layer)):
         return "a forward of its own"
+    if vars(layer).get("qconfig") is not None:
+        return "prepared for quantisation"
     # What the older weight_norm, spectral_norm and prune leave behind: hooks that set a plain attribute.
     weights = ("weight", "bias") if isinstance(layer, _ConvNd) else ()
     computed = [name for name in weights if name not in layer._parameters]

@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastconv import functional as F
+from fastconv.nn.exact import refuse_tracer, unquantised, unscripted
 from fastconv.nn.patches import patched_beneath
 
 
 def _forward(function: Callable[..., Tensor], layer: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not isinstance(x, Tensor):
+        refuse_tracer(x)
     padding: str | int | tuple[int, ...] = layer.padding
     if layer.padding_mode != "zeros":
         x, padding = torch.nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
@@ -28,6 +31,8 @@ def _forward(function: Callable[..., Tensor], layer: _ConvNd, x: Tensor, weight:
 def _forward_transposed(
     function: Callable[..., Tensor], layer: Any, x: Tensor, output_size: list[int] | None
 ) -> Tensor:
+    if not isinstance(x, Tensor):
+        refuse_tracer(x)
     if output_size is not None:
         return conv_transpose_to(
             x, layer.weight, layer.bias, output_size, layer.stride, layer.padding, layer.groups, layer.dilation
@@ -155,10 +160,9 @@ class LazyConvTranspose3d(torch.nn.LazyConvTranspose3d, ConvTranspose3d):  # typ
     cls_to_become = ConvTranspose3d
 
 
+_LAYERS = Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+_LAZY = LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d, LazyConvTranspose3d
+unscripted(*_LAYERS)
+unquantised(*_LAYERS)
 # So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
-torch.serialization.add_safe_globals(
-    [
-        *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d),
-        *(LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d, LazyConvTranspose3d),
-    ]
-)
+torch.serialization.add_safe_globals([*_LAYERS, *_LAZY])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastconv import functional as F
+from fastconv.nn.exact import unscripted
 from fastconv.nn.patches import patched_beneath
 
 
@@ -155,13 +156,13 @@ class LPPool3d(torch.nn.LPPool3d):
         return F.lp_pool3d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
-# So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
-torch.serialization.add_safe_globals(
-    [
-        *(MaxPool1d, MaxPool2d, MaxPool3d),
-        *(AvgPool1d, AvgPool2d, AvgPool3d),
-        *(AdaptiveMaxPool1d, AdaptiveMaxPool2d, AdaptiveMaxPool3d),
-        *(AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d),
-        *(LPPool1d, LPPool2d, LPPool3d),
-    ]
+_LAYERS = (
+    *(MaxPool1d, MaxPool2d, MaxPool3d),
+    *(AvgPool1d, AvgPool2d, AvgPool3d),
+    *(AdaptiveMaxPool1d, AdaptiveMaxPool2d, AdaptiveMaxPool3d),
+    *(AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d),
+    *(LPPool1d, LPPool2d, LPPool3d),
 )
+unscripted(*_LAYERS)
+# So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
+torch.serialization.add_safe_globals([*_LAYERS])

@@ -1,0 +1,51 @@
+"""What tools are told that know torch.nn's classes exactly, and would pass over fastconv's layers without a word."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+
+def _refuse(tool: str) -> NoReturn:
+    raise RuntimeError(f"{tool} knows torch.nn's layers, not fastconv's: call fastconv.revert(model) first")
+
+
+class _Config:
+    """The attribute that torch.ao.quantization sets on each layer before it looks for the classes that it replaces.
+
+    None, for a layer that stays as it is, may be set; and what was set before the layer was converted may be read.
+    """
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None or "qconfig" not in vars(layer):
+            raise AttributeError("qconfig")
+        return vars(layer)["qconfig"]
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        if value is not None:
+            _refuse("torch.ao.quantization")
+        vars(layer)["qconfig"] = value
+
+    def __delete__(self, layer: Any) -> None:
+        del vars(layer)["qconfig"]
+
+
+def _prepare_scriptable(layer: Any) -> NoReturn:
+    _refuse("torch.jit.script")
+
+
+def refuse_tracer(x: Any) -> None:
+    """Raise RuntimeError if a layer is called with what torch.ao.quantization traces a model with."""
+    if any(kind.__module__.startswith("torch.ao.quantization.") for kind in type(getattr(x, "tracer", None)).__mro__):
+        _refuse("torch.ao.quantization")
+
+
+def unscripted(*layers: Any) -> None:
+    """Let torch.jit.script say so of these classes, before it compiles any of a model."""
+    for layer in layers:
+        layer.__prepare_scriptable__ = _prepare_scriptable
+
+
+def unquantised(*layers: Any) -> None:
+    """Let torch.ao.quantization say so of these classes."""
+    for layer in layers:
+        layer.qconfig = _Config()
