@@ -42,7 +42,12 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Resolved]] = {
 
 def has_fused_form(act: Act) -> bool:
     """Whether a kernel's epilogue can apply ``act``."""
-    return act is None or (act in _NAMES if isinstance(act, str) else type(act) in _MODULES)
+    return act is None or (act in _NAMES if isinstance(act, str) else is_activation(type(act)))
+
+
+def is_activation(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class are activations with a fused form."""
+    return kind in _MODULES
 
 
 def let_be(kind: type[nn.Module], name: str) -> None:

@@ -1,10 +1,10 @@
 """Finds chains of convolution -> batch norm (-> activation, residual) in a model, and makes each one call.
 
-No list of models: where a module's own forward calls a convolution and a batch norm, that forward alone is traced by
-torch.fx, with every child a leaf, so that what it decides by its attributes is decided for this instance. The chain's
-calls become one of ``run_chain`` with the same children, and the instance's ``__class__`` a subclass of its class with
-that forward. Parameters, names and children stay; whatever the trace did not see (other arguments, proxies, attributes
-set since) runs the class's own forward.
+No list of models: where a module's own forward calls a convolution and a batch norm, that forward alone is traced
+(``trace``), with every child a leaf. The chain's calls become one of ``run_chain`` with the same children, and the
+instance's ``__class__`` a subclass of its class with that forward. Parameters, names and children stay. What the
+forward decided by is compared at each call (``guards``); where it is not what it was, and for arguments of other
+kinds, the class's own forward runs.
 
 A chain whose result is its module's may go on in the module that calls it, as where a block adds its input to what a
 Sequential gives: that call becomes one of ``run_open``, which hands the steps on to the child's forward.
@@ -20,7 +20,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse.chains import Chain, Studies, reach
-from fastconv.fuse.rewrite import fuse_module, fused_names
+from fastconv.fuse.rewrite import broken, fuse_module, fused_names
 from fastconv.fuse.trace import class_of
 from fastconv.nn.fused import ConvBNAct, fusible, interference
 
@@ -102,22 +102,27 @@ def _conv_and_norm(links: list[_Link]) -> tuple[torch.nn.Module, torch.nn.Module
 
 def _findings(model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
     """Batch norms, more than once perhaps, with chain and convolution, if any, and the reason; the best known first."""
-    studies = Studies()
+    studies = Studies(as_fused=True)
     # What goes on with the chain at the end of a module.
     goes_on: dict[torch.nn.Module, _Link] = {}
     unfused: list[_Finding] = []
     found = studies.of(model) | {module: studies[module] for module in names if fused_names(module)}
+    changed = {module: why for module in found if (why := broken(module)) is not None}
+
+    def is_fused(module: torch.nn.Module, chain: Chain) -> bool:
+        return isinstance(module, ConvBNAct) or (chain.head in fused_names(module) and module not in changed)
+
     for module, study in found.items():
         for chain in study.chains:
-            if not _is_fused(module, chain):
+            if not is_fused(module, chain):
                 conv, norm = _conv_and_norm(_links(module, chain, studies))
                 if norm is not None:
-                    unfused.append((norm, None, conv, _against(conv)))
+                    unfused.append((norm, None, conv, changed.get(module) or _against(conv)))
             elif not chain.of_conv:
                 goes_on.setdefault(module.get_submodule(chain.head), (module, chain))
     for module, study in found.items():
         for chain in study.chains:
-            if chain.of_conv and _is_fused(module, chain):
+            if chain.of_conv and is_fused(module, chain):
                 links, hooked = [(module, chain)], None
                 while links[-1][1] is studies[links[-1][0]].end and links[-1][0] in goes_on and hooked is None:
                     hooked = interference(links[-1][0])
@@ -144,10 +149,6 @@ def _finding(links: list[_Link], hooked: str | None, names: dict[torch.nn.Module
             reason = hooked or links[-1][1].ends
         chain = " + ".join([names[conv], *(label for label in labels if label)]) if end else None
         yield norm, chain, conv, reason
-
-
-def _is_fused(module: torch.nn.Module, chain: Chain) -> bool:
-    return isinstance(module, ConvBNAct) or chain.head in fused_names(module)
 
 
 def _against(conv: torch.nn.Module) -> str:

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from fastconv.activations import activation_of, has_fused_form, let_be
-from fastconv.fuse.trace import Kinds, Untraceable, class_of, is_sequential, parameters, trace
+from fastconv.activations import activation_of, has_fused_form, is_activation, let_be
+from fastconv.fuse.trace import Kinds, Trace, Untraceable, class_of, is_sequential, parameters, path_of, trace
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct
 
@@ -82,14 +83,18 @@ class Chain:
         return self.head, *steps, self.is_result
 
 
+def found_in(module: torch.nn.Module) -> Study | None:
+    """What was found in ``module`` when it was fused; None where it is not."""
+    return type(module).__dict__.get("_fastconv_found")
+
+
 @dataclass(frozen=True)
 class Study:
-    """What there is to fuse in one module. ``graphs`` by training and what it is called with, the usual first."""
+    """What there is to fuse in one module. ``traces`` by training and what it is called with, the usual first."""
 
-    graphs: dict[tuple[bool, Kinds], tuple[Graph, list[Chain]]]
+    traces: dict[tuple[bool, Kinds], tuple[Trace, list[Chain]]]
     chains: list[Chain]  # those of the usual call, the same in training and in eval
     apart: dict[str, str]  # the other batch norms, and why
-    reads: frozenset[str] = frozenset()  # the attributes by which the forward may have decided what to call
     untraceable: str | None = None
 
     @property
@@ -99,10 +104,18 @@ class Study:
 
 
 class Studies(dict[torch.nn.Module, Study]):
-    """What there is to fuse in each module, found when it is first asked for."""
+    """What there is to fuse in each module, found when it is first asked for; ``as_fused``: in one that is fused, what
+    was found then."""
+
+    def __init__(self, as_fused: bool = False) -> None:
+        super().__init__()
+        self.as_fused = as_fused
 
     def __missing__(self, module: torch.nn.Module) -> Study:
         self[module] = Study({}, [], {})  # for one that holds itself
+        if self.as_fused and (found := found_in(module)) is not None:
+            self[module] = found
+            return found
         forward = class_of(module).forward
         nothing = not module._modules or forward is torch.nn.Module.forward
         if forward is ConvBNAct.forward:
@@ -150,51 +163,39 @@ def _of_layer(layer: ConvBNAct) -> Chain:
 
 def study(module: torch.nn.Module, studies: Studies) -> Study:
     """Trace ``module``'s forward in training and in eval, with a tensor or, where it asks, a list, and find chains."""
-    reads: set[str] = set()
-    graphs: dict[tuple[bool, Kinds], Graph] = {}
-    required, optional = parameters(class_of(module).forward)
-    kinds: Kinds = (Tensor,) * len(required)
+    traces: dict[tuple[bool, Kinds], Trace] = {}
     try:
         if "forward" in vars(module):
             raise Untraceable("is the instance's own")
+        required, optional = parameters(class_of(module).forward)
+        kinds: Kinds = (Tensor,) * len(required)
         try:
-            graph, asks = trace(module, True, kinds, reads)
+            usual = trace(module, True, kinds)
         except Untraceable as why:
             # What cannot be called with a tensor may be with a list, as DLA's roots are.
             kinds = (list, *kinds[1:])
             try:
-                graph, asks = trace(module, True, kinds, reads)
+                usual = trace(module, True, kinds)
             except Untraceable:
                 raise why from None
-        graphs[True, kinds] = graph
-        if is_sequential(module):
-            graphs[False, kinds] = graph
-            reads |= set(module._modules)
-        else:
-            graphs[False, kinds], _ = trace(module, False, kinds, reads)
-            with torch.set_grad_enabled(not torch.is_grad_enabled()):
-                again, _ = trace(module, True, kinds, reads)
-            if again.python_code("self").src != graph.python_code("self").src:
-                raise Untraceable("asks for the grad mode")
-            # It may also be called with a list, or with one more tensor, as a shortcut that its caller has computed.
-            for other in ((list, *kinds[1:]) if asks else kinds, (*kinds, Tensor) if optional else kinds):
-                with suppress(Untraceable):
-                    if (True, other) not in graphs:
-                        graphs |= {(mode, other): trace(module, mode, other, reads)[0] for mode in (True, False)}
+        traces[True, kinds] = usual
+        traces[False, kinds] = trace(module, False, kinds)
+        # It may also be called with a list, or with one more tensor, as a shortcut that its caller has computed.
+        for other in ((list, *kinds[1:]) if usual.asks else kinds, (*kinds, Tensor) if optional else kinds):
+            with suppress(Untraceable):
+                if (True, other) not in traces:
+                    traces |= {(mode, other): trace(module, mode, other) for mode in (True, False)}
     except Untraceable as why:
         return Study({}, [], {}, untraceable=f"{class_of(module).__name__}.forward {why}")
 
     apart: dict[str, str] = {}
-    in_graph = {graph: _Search(graph, module, studies, apart).chains() for graph in graphs.values()}
-    in_eval = {chain.key for chain in in_graph[graphs[False, kinds]]}
-    chains = [chain for chain in in_graph[graph] if chain.key in in_eval]
-    norms = {graph: {norm for chain in found for norm in _norms(chain)} for graph, found in in_graph.items()}
-    for others in norms.values():
-        apart |= dict.fromkeys(others, "called otherwise in training than in eval")
+    found = {which: (traced, _Search(traced, module, studies, apart).chains()) for which, traced in traces.items()}
+    in_eval = {chain.key for chain in found[False, kinds][1]}
+    chains = [chain for chain in found[True, kinds][1] if chain.key in in_eval]
+    others = {norm for _, chains_found in found.values() for chain in chains_found for norm in _norms(chain)}
+    apart |= dict.fromkeys(others, "called otherwise in training than in eval")
     fused = {norm for chain in chains for norm in _norms(chain)}
-    apart = {norm: reason for norm, reason in apart.items() if norm not in fused}
-    found_in = {which: (graph, in_graph[graph]) for which, graph in graphs.items()}
-    return Study(found_in, chains, apart, frozenset(reads - {"training"}))
+    return Study(found, chains, {norm: reason for norm, reason in apart.items() if norm not in fused})
 
 
 def _norms(chain: Chain) -> list[str]:
@@ -204,9 +205,15 @@ def _norms(chain: Chain) -> list[str]:
 class _Search:
     """For the chains of a graph; why a batch norm is in none is added to ``apart``."""
 
-    def __init__(self, graph: Graph, module: torch.nn.Module, studies: Studies, apart: dict[str, str]) -> None:
-        self.graph, self.module, self.studies, self.apart = graph, module, studies, apart
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
+    def __init__(self, traced: Trace, module: torch.nn.Module, studies: Studies, apart: dict[str, str]) -> None:
+        self.graph, self.guards, self.module, self.studies, self.apart = (
+            traced.graph,
+            traced.guards,
+            module,
+            studies,
+            apart,
+        )
+        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
         self.taken: set[Node] = set()
 
     def chains(self) -> list[Chain]:
@@ -326,7 +333,9 @@ class _Search:
             nodes.pop()
         if self._may_not_move(nodes):
             return "something in between may write in place"
-        passed = (str(node.target) for node in self._between(nodes) if self._is_identity(node))
+        passed = [str(node.target) for node in self._between(nodes) if self._is_identity(node)]
+        self._rely_on_what_is_passed(nodes)
+        self._rely_on_what_is_kept(steps, nodes[-1])
         return Chain(
             head=str(nodes[0].target),
             of_conv=isinstance(head, _CONVS),
@@ -342,29 +351,75 @@ class _Search:
         """Whether it matters that the first of ``nodes`` is called where the last is: what it reads may be written on
         the way; a module that is not known may do anything."""
         moved = self._called(nodes[0])
-        others = [node for node in self._between(nodes) if not self._is_identity(node)]
+        others = self._passed(nodes)
         known = isinstance(moved, _CONVS) or not others or _is_known(moved)
         return not known or any(_may_write(node, self.module) for node in others)
+
+    def _rely_on_what_is_passed(self, nodes: list[Node]) -> None:
+        """Require at each call what `_may_not_move` finds out about modules, which may be replaced or set otherwise."""
+        for node in self._between(nodes):
+            if self._is_identity(node):
+                self._require(_is_identity, True, node, "is no Identity any more")
+            elif node.op == "call_module":
+                self._require(_module_may_write, False, node, "may write in place")
+        if not isinstance(self._called(nodes[0]), _CONVS) and self._passed(nodes):
+            self._require(_is_known, True, nodes[0], "is another module now")
+
+    def _rely_on_what_is_kept(self, steps: list[Step], last: Node) -> None:
+        """Likewise of `_is_kept_and_written`."""
+        added, act = _kept(steps)
+        if added is None or act is None:
+            return
+        for user in self._later(added, last):
+            if user.op == "call_module":
+                self._require(_module_may_write, False, user, "may write in place")
+            elif isinstance(act, str) and _may_write(user, self.module):
+                test = f"{self.guards.name(_needs_no_sum)}({path_of(act)})"
+                self.guards.require(test, f"{act} is another module now")
+
+    def _require(self, question: Callable[[Any], bool], answer: bool, node: Node, otherwise: str) -> None:
+        test = f"{self.guards.name(question)}({path_of(str(node.target))}) is {answer}"
+        self.guards.require(test, f"{node.target} {otherwise}")
+
+    def _passed(self, nodes: list[Node]) -> list[Node]:
+        return [node for node in self._between(nodes) if not self._is_identity(node)]
 
     def _between(self, nodes: list[Node]) -> list[Node]:
         between = islice(self.order, self.order[nodes[0]] + 1, self.order[nodes[-1]])
         return [node for node in between if node not in nodes and node.op != "get_attr"]
 
     def _is_identity(self, node: Node) -> bool:
-        return node.op == "call_module" and type(self._called(node)) is torch.nn.Identity
+        return node.op == "call_module" and _is_identity(self._called(node))
 
     def _is_kept_and_written(self, steps: list[Step], last: Node) -> bool:
         """Whether the fused call would keep for backward what is added, and it may be written in place afterwards."""
-        added = None
-        for step in steps:
-            if step.kind in SUMS:
-                added = step.operand
-            elif step.kind == "act" and added is not None:
-                act = self.module.get_submodule(step.operand) if isinstance(step.operand, str) else step.operand
-                if not ACTIVATIONS[activation_of(act)[0]].from_output:
-                    later = (user for user in added.users if self.order[user] > self.order[last])
-                    return any(_may_write(user, self.module) for user in later)
-        return False
+        added, act = _kept(steps)
+        if added is None or act is None:
+            return False
+        if _needs_no_sum(self.module.get_submodule(act) if isinstance(act, str) else act):
+            return False
+        return any(_may_write(user, self.module) for user in self._later(added, last))
+
+    def _later(self, value: Node, last: Node) -> list[Node]:
+        return [user for user in value.users if self.order[user] > self.order[last]]
+
+
+def _is_identity(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Identity
+
+
+def _kept(steps: list[Step]) -> tuple[Node | None, str | torch.nn.Module | None]:
+    """What is added in front of an activation, and that, whose derivative may need the sum."""
+    kinds = [step.kind for step in steps]
+    sums = [kinds.index(kind) for kind in SUMS if kind in kinds]
+    if not sums or "act" not in kinds[sums[0] :]:
+        return None, None
+    return steps[sums[0]].operand, steps[kinds.index("act", sums[0])].operand
+
+
+def _needs_no_sum(act: torch.nn.Module) -> bool:
+    """Whether backward takes the activation's derivative from its result, and keeps no residual in front of it."""
+    return has_fused_form(act) and ACTIVATIONS[activation_of(act)[0]].from_output
 
 
 def _does(step: Step) -> set[str]:
@@ -388,14 +443,22 @@ def _is_result(node: Node) -> bool:
 
 def _is_known(module: torch.nn.Module) -> bool:
     """Whether a call of ``module`` does nothing but compute: it writes no input, draws no random numbers."""
-    if _module_may_write(module):
-        return False
-    return all(
-        is_sequential(part)
-        or isinstance(part, torch.nn.Identity | ConvBNAct)
-        or has_fused_form(part)
-        or (isinstance(part, _ConvNd | _BatchNorm) and type(part).__module__.startswith(("torch.nn.", "fastconv.nn.")))
-        for part in module.modules()
+    return not _module_may_write(module) and _has_known_parts(module)
+
+
+def _has_known_parts(module: torch.nn.Module) -> bool:
+    children = module._modules.values()
+    return _is_known_class(class_of(module)) and all(child is None or _has_known_parts(child) for child in children)
+
+
+@cache
+def _is_known_class(kind: type[torch.nn.Module]) -> bool:
+    theirs = kind.__module__.startswith(("torch.nn.", "fastconv.nn."))
+    return (
+        kind.forward is torch.nn.Sequential.forward
+        or issubclass(kind, torch.nn.Identity | ConvBNAct)
+        or is_activation(kind)
+        or (theirs and issubclass(kind, _ConvNd | _BatchNorm))
     )
 
 
@@ -452,14 +515,14 @@ def _may_write(node: Node, module: torch.nn.Module) -> bool:
 def _module_may_write(module: torch.nn.Module) -> bool:
     """Whether a call of ``module`` may change its input."""
     if is_sequential(module):
-        for child in module.children():
+        for child in module._modules.values():
             if isinstance(child, _ConvNd | _BatchNorm):
                 return False
-            if _module_may_write(child):
+            if child is None or _module_may_write(child):
                 return True
         return False
     theirs = type(module).__module__.startswith(("torch.nn.modules.", "fastconv.nn."))
-    return not theirs or bool(getattr(module, "inplace", False))
+    return not theirs or bool(vars(module).get("inplace"))
 
 
 def _describe(node: Node) -> str:

@@ -6,18 +6,29 @@ import copy
 import copyreg
 import itertools
 import linecache
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastconv.fuse.chains import Chain, Step, Studies, Study
-from fastconv.fuse.trace import Kinds, class_of, parameters, subclass
+from fastconv.fuse.chains import Chain, Step, Studies, Study, found_in
+from fastconv.fuse.guards import Guards
+from fastconv.fuse.trace import Kinds, Trace, class_of, parameters, path_of
 from fastconv.nn.fused import Steps, interference, run_chain, run_open, take
+
+
+def broken(module: torch.nn.Module) -> str | None:
+    """Why ``module``'s own forward runs and not the fused one, in the mode that it is in; None where that does."""
+    study = found_in(module)
+    if study is None:
+        return None
+    traced = next(traced for (training, _), (traced, _) in study.traces.items() if training == module.training)
+    return traced.guards.broken(module)
 
 
 def fused_names(module: torch.nn.Module) -> tuple[str, ...]:
@@ -33,25 +44,60 @@ def fuse_module(module: torch.nn.Module, found: Study, names: Iterable[str]) -> 
     if not chosen:
         module.__class__ = original
         return
-    done: dict[Graph, _Source] = {}
-    for graph, chains in found.graphs.values():
-        if graph not in done:
-            done[graph] = _rewrite(graph, [chain for chain in chains if chain.head in chosen])
-    sources = tuple((which, done[graph]) for which, (graph, _) in found.graphs.items())
-    prefixes = {target.rpartition(".")[0] for _, source in sources for target in source.targets}
-    sizes = tuple(sorted((name, len(module.get_submodule(name)._modules)) for name in {"", *prefixes}))
-    module.__class__ = _fused_class(original, chosen, sources, found.reads, sizes)
+    sources = tuple(
+        (which, _rewrite(traced, [chain for chain in chains if chain.head in chosen]))
+        for which, (traced, chains) in found.traces.items()
+    )
+    module.__class__ = _fused_class(original, chosen, sources, _Found(found))
+
+
+class _Found:
+    """What was found in a module when it was fused: the same for all of a class, so that it is none of its key."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Found)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _subclass(original: Any, body: dict[str, Any]) -> Any:
+    """A class that gives itself out for ``original``, also to who patches it."""
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    kind: Any = type(original)
+    return _seen_through(kind)(original.__name__, (original,), {**names, **body})
+
+
+@cache
+def _seen_through(kind: Any) -> Any:
+    """A class of classes: what is set on one of them is set on the class behind it. (But what is set on a class that
+    somebody derives from one of them stays there.)"""
+
+    def behind(cls: Any) -> Any:
+        return vars(cls).get("_fastconv_original", cls)
+
+    def __setattr__(cls: Any, name: str, value: Any) -> None:
+        # Who found ours in the class's dictionary and puts it back means the one that it stands for.
+        is_ours = behind(cls) is not cls and vars(cls).get(name) is value
+        kind.__setattr__(behind(cls), name, getattr(value, "__wrapped__", value) if is_ours else value)
+
+    def __delattr__(cls: Any, name: str) -> None:
+        kind.__delattr__(behind(cls), name)
+
+    return type(kind.__name__, (kind,), {"__setattr__": __setattr__, "__delattr__": __delattr__})
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A rewritten forward; ``meaning`` tells apart what the same text would mean with other globals."""
+    """A rewritten forward; ``meaning`` tells apart what the same text would mean with other globals or guards."""
 
     text: str
-    meaning: tuple[tuple[str, Any], ...]
+    meaning: tuple[Any, ...]
     goes_on: bool  # whether it takes further steps as its last argument
-    unhooked: tuple[str, ...]  # modules whose hooks would see that they are called by position, or in another order
-    targets: frozenset[str] = field(compare=False)
+    guards: Guards = field(compare=False)
     globals: dict[str, Any] = field(compare=False)
 
     def compile(self) -> Callable[..., Any]:
@@ -76,8 +122,9 @@ class _Constant:
         return self.name
 
 
-def _rewrite(graph: Graph, chains: list[Chain]) -> _Source:
+def _rewrite(traced: Trace, chains: list[Chain]) -> _Source:
     """Put one call of ``run_chain`` or ``run_open`` in the place of each chain's calls; the code of the result."""
+    graph, guards = traced.graph, traced.guards
     constants: dict[str, torch.nn.Module] = {}
     calls: dict[Node, Node] = {}
 
@@ -90,8 +137,10 @@ def _rewrite(graph: Graph, chains: list[Chain]) -> _Source:
         return graph.get_attr(step.operand) if isinstance(step.operand, str) else calls.get(step.operand, step.operand)
 
     nodes = [node for chain in chains for node in chain.nodes]
+    # Modules whose hooks would see that they are called by position, or in another order.
     unhooked = {str(node.target) for node in nodes if node.op == "call_module" and node.kwargs}
-    unhooked.update(*(chain.passed for chain in chains))
+    for target in sorted(unhooked.union(*(chain.passed for chain in chains))):
+        guards.require(f"{guards.name(_is_unhooked)}({path_of(target)})", f"a hook on {target}")
     goes_on = False
     for chain in chains:
         first, last = chain.nodes[0], chain.nodes[-1]
@@ -109,13 +158,14 @@ def _rewrite(graph: Graph, chains: list[Chain]) -> _Source:
         calls[last] = call
         for node in reversed(chain.nodes):
             graph.erase_node(node)
-    targets = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     code = graph.python_code("self")
-    meaning: list[tuple[str, Any]] = [(name, id(value)) for name, value in code.globals.items()]
-    meaning += [(name, repr(value)) for name, value in constants.items()]
-    return _Source(
-        code.src, tuple(sorted(meaning)), goes_on, tuple(sorted(unhooked)), targets, {**code.globals, **constants}
-    )
+    meaning = *((name, id(value)) for name, value in code.globals.items()), guards.key
+    meaning += tuple((name, repr(value)) for name, value in constants.items())
+    return _Source(code.src, meaning, goes_on, guards, {**code.globals, **constants})
+
+
+def _is_unhooked(module: torch.nn.Module) -> bool:
+    return not _has_any_global_hook() and interference(module) is None
 
 
 @cache
@@ -123,18 +173,14 @@ def _fused_class(
     original: Any,
     names: tuple[str, ...],
     sources: tuple[tuple[tuple[bool, Kinds], _Source], ...],
-    reads: frozenset[str],
-    sizes: tuple[tuple[str, int], ...],
+    found: _Found,
 ) -> Any:
     """The subclass of ``original`` whose forward is ``sources`` where they apply, and ``original``'s elsewhere."""
-    compiled = {source: (source.compile(), source.goes_on) for _, source in sources}
+    compiled = {source: (source.guards.compile(), source.compile(), source.goes_on) for _, source in sources}
     forwards = {which: compiled[source] for which, source in sources}
     # Each with the forwards of eval and of training.
     called_with = [(kinds, (forwards[False, kinds], fused)) for (trains, kinds), fused in forwards.items() if trains]
     required, optional = parameters(original.forward)
-    unhooked = sorted({name for source in compiled for name in source.unhooked})
-    # How many children it and the containers that it reaches into had: one more may be one more to call.
-    own_size, inner_sizes = sizes[0][1], sizes[1:]
 
     def chosen(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, tuple[Any, ...]]:
         """The fused forward for such a call or None, whether it goes on, and its arguments."""
@@ -145,23 +191,27 @@ def _fused_class(
             args = (*args, *(kwargs[name] for name in given))
         while len(args) > len(required) and args[-1] is None:
             args = args[:-1]
-        if len(self._modules) != own_size:
-            return None, False, args
-        for name, size in inner_sizes:
-            if len(self.get_submodule(name)._modules) != size:
-                return None, False, args
-        for name in unhooked:
-            if _has_any_global_hook() or interference(self.get_submodule(name)) is not None:
-                return None, False, args
         for kinds, fused in called_with:
             if len(args) == len(kinds) and all(map(isinstance, args, kinds)):
-                return *fused[self.training], args
+                holds, forward, goes_on = fused[self.training]
+                return (forward, goes_on, args) if holds(self) else (None, False, args)
         return None, False, args
 
-    @wraps(original.forward)
+    own, within = original.forward, threading.local()
+
+    @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         fused, _, given = chosen(self, args, kwargs)
-        return original.forward(self, *args, **kwargs) if fused is None else fused(self, *given)
+        if fused is not None:
+            return fused(self, *given)
+        if original.forward is own or getattr(within, "module", None) is self:
+            return own(self, *args, **kwargs)
+        # Patched, and what it is patched with may call what it found here.
+        within.module, before = self, getattr(within, "module", None)
+        try:
+            return original.forward(self, *args, **kwargs)
+        finally:
+            within.module = before
 
     def go_on(self: Any, args: tuple[Any, ...], steps: Steps) -> Any:
         fused, goes_on, given = chosen(self, args, {})
@@ -174,16 +224,6 @@ def _fused_class(
         self.__class__ = original
         self.__init__(*args, **kwargs)
 
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        if name in reads and not _replaces_its_like(self, name, value):
-            self.__class__ = original
-        original.__setattr__(self, name, value)
-
-    def __delattr__(self: Any, name: str) -> None:
-        if name in reads:
-            self.__class__ = original
-        original.__delattr__(self, name)
-
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, args, *rest = original.__reduce_ex__(self, max(2, int(protocol)))
         if function is copyreg.__newobj__ and args == (fused,):  # type: ignore[attr-defined]
@@ -192,32 +232,23 @@ def _fused_class(
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = self.__new__(type(self))
-        twin.__setstate__(copy.deepcopy(original.__reduce_ex__(self, 4)[2], memo))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
 
     body = {
         "_fastconv_original": original,
         "_fastconv_names": names,
+        "_fastconv_found": found.study,
         "forward": forward,
         "__init__": __init__,
-        "__setattr__": __setattr__,
-        "__delattr__": __delattr__,
         "__reduce_ex__": __reduce_ex__,
     }
-    own = original.__reduce_ex__, original.__reduce__, hasattr(original, "__deepcopy__")
-    if own == (object.__reduce_ex__, object.__reduce__, False):
+    # As copy does where a class says nothing of it. (One that is parametrised since refuses to be pickled.)
+    says = (getattr(original, name, None) for name in ("__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__"))
+    if tuple(says) == (object.__reduce_ex__, object.__reduce__, getattr(object, "__getstate__", None), None):
         body["__deepcopy__"] = __deepcopy__
-    fused = subclass(original, body)
+    fused = _subclass(original, body)
     return fused
-
-
-def _replaces_its_like(module: torch.nn.Module, name: str, value: Any) -> bool:
-    """Whether a child, parameter or buffer gives way to one of the same type, which decides nothing otherwise."""
-    # DataParallel sets the children of its replicas.
-    for kept in (module._modules, module._parameters, module._buffers):
-        if name in kept:
-            return type(kept[name]) is type(value)
-    return False
 
 
 def restore(original: Any, names: tuple[str, ...]) -> torch.nn.Module:
@@ -238,7 +269,7 @@ def _unfinished(original: Any, names: tuple[str, ...]) -> Any:
         self.__setstate__(state)
         fuse_module(self, Studies()[self], names)
 
-    return subclass(original, {"__setstate__": __setstate__})
+    return _subclass(original, {"__setstate__": __setstate__})
 
 
 torch.serialization.add_safe_globals([restore])

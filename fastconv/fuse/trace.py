@@ -1,25 +1,33 @@
-"""The graph of one module's own forward: torch.fx with every child a leaf, and with what torch.fx would not notice.
+"""The graph of one module's own forward, with every child a leaf, and what the forward must find again to be that.
 
-torch.fx records calls on proxies. A forward that does more than calls (sets attributes, draws numbers, enters contexts,
-asks for types, for the grad mode) would lose that in a graph; here it raises Untraceable, and leaves nothing behind.
+The forward is run once on stand-ins for its arguments, from its source (`fastconv.fuse.source`), so that nothing
+happens that is not allowed here. It may call its own modules, tensors' methods and torch's functions on its tensors,
+Python's pure functions, and functions of the user's, which are run likewise. What it reads by a path, as in
+``self.config.flag``, is a guard (`fastconv.fuse.guards`): read again and compared at each call. Whatever else it does
+or reads raises Untraceable, and is left undone.
 """
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import math
 import operator
-import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import takewhile
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastconv.fuse import source
+from fastconv.fuse.guards import CONTAINERS, Guards, is_constant, is_constant_throughout
 
 # torch.nn's modules whose result is a tensor whatever they are called with.
 _GIVE_TENSORS = (
@@ -27,6 +35,23 @@ _GIVE_TENSORS = (
     *(torch.nn.ReLU, torch.nn.Hardtanh, torch.nn.SiLU, torch.nn.GELU, torch.nn.Sigmoid, torch.nn.Hardswish),
     *(torch.nn.AvgPool2d, torch.nn.AdaptiveAvgPool2d, torch.nn.Flatten, torch.nn.Dropout),
 )
+# Of these a module may be asked for its children; their forwards, and no others of torch's, are run like the user's.
+_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+_CONTAINERS_CODE = torch.nn.Sequential.__module__
+# Functions of Python's that do nothing but compute, from what they are given.
+_PURE = {
+    id(function): function
+    for function in (
+        *(len, range, zip, enumerate, reversed, sorted, min, max, sum, abs, any, all, int, float, bool, round, divmod),
+        *(map, filter, slice, list, tuple, dict, set, frozenset, OrderedDict, complex, pow),
+    )
+}
+# Those that write down what they are given.
+_WRITING = {id(function): function for function in (str, repr, format)}
+# Of containers and strings, the methods that change nothing.
+_READING = frozenset({"copy", "count", "get", "index", "items", "keys", "values"})
+# What torch answers according to who runs the forward.
+_STATES = (torch.jit.is_scripting, torch.jit.is_tracing)
 
 
 class Untraceable(Exception):
@@ -43,10 +68,9 @@ def is_sequential(module: torch.nn.Module) -> bool:
     return class_of(module).forward is torch.nn.Sequential.forward
 
 
-def subclass(original: Any, body: dict[str, Any]) -> Any:
-    """A class that gives itself out for ``original``."""
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original)(original.__name__, (original,), {**names, **body})
+def _forward_of(module: torch.nn.Module) -> Any:
+    """What ``module.forward`` would be a method of if nothing were fused."""
+    return vars(module).get("forward", class_of(module).forward)
 
 
 Kinds = tuple[type, ...]
@@ -60,185 +84,592 @@ def parameters(forward: Callable[..., Any]) -> tuple[list[str], list[str]]:
     return required, [p.name for p in takewhile(lambda p: p.default is None, positional[len(required) :])]
 
 
-def trace(module: torch.nn.Module, training: bool, kinds: Kinds, reads: set[str]) -> tuple[Graph, bool]:
-    """The graph of ``module``'s forward, and whether it asks what its arguments are.
+class Trace:
+    """``graph``, the ``guards`` under which it is what the forward does, and whether this ``asks`` what it is given."""
 
-    kinds: of the arguments, by position (Tensor or list); no others are given. The names of the attributes read are
-    added to ``reads``. Raises Untraceable.
-    """
-    now, original = type(module), class_of(module)
-    required, optional = parameters(original.forward)
+    def __init__(self, graph: Graph, guards: Guards, asks: bool) -> None:
+        self.graph, self.guards, self.asks = graph, guards, asks
+
+
+def path_of(target: str) -> str:
+    """The expression for the child ``target`` of ``self``."""
+    return "".join(("self", *(f"._modules[{name!r}]" for name in target.split("."))))
+
+
+def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
+    """What ``module``'s forward does in training or in eval, given such arguments by position (Tensor or list each) and
+    no others. Raises Untraceable; nothing is changed."""
+    original = class_of(module)
+    forward = original.forward
+    if not isinstance(forward, FunctionType):
+        raise Untraceable("is no function of Python's")
+    required, optional = parameters(forward)
     if not required:
         raise Untraceable("takes no argument that must be given")
-
-    def read(self: torch.nn.Module, name: str) -> Any:
-        if name[0] != "_":
-            reads.add(name)
-        return original.__getattribute__(self, name)
-
-    tracer = _Tracer(dict(zip([*required, *optional], kinds, strict=False)))
-    with _nothing_left_behind(module):
-        module.__dict__["training"] = training
-        try:
-            module.__class__ = subclass(original, {"__getattribute__": read})
-            graph = tracer.trace(module)
-        except Untraceable:
-            raise
-        except Exception as error:  # of any kind: the forward may do anything with what is no tensor
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise Untraceable(f"does what torch.fx cannot trace: {lines[0]}") from error
-        finally:
-            module.__class__ = now
-    return graph, tracer.asked
+    tracer = _Tracer(training)
+    tracer.guards.require(f"{tracer.guards.name(original)}.forward is {tracer.guards.name(forward)}", "it is patched")
+    values = [tracer._argument(name, kind) for name, kind in zip([*required, *optional], kinds, strict=False)]
+    try:
+        result = tracer.run(forward, (_Ref(tracer, module, "self", "self", target=""), *values), {})
+        tracer.create_node("output", "output", (tracer.returned(result),), {})
+    except Untraceable:
+        raise
+    except Exception as error:  # of any kind: the forward may do anything with what is no tensor
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise Untraceable(f"does what torch.fx cannot trace: {lines[0]}") from error
+    return Trace(tracer.graph, tracer.guards, tracer.asked)
 
 
 class _Value(Proxy):
-    """Stands for a tensor or a list, as far as the forward can tell, or for what it may not ask."""
+    """Stands for a tensor or a list, or, where ``kind`` is None, for what it may not be asked.
 
-    tracer: _Tracer
+    ``made_by``: of a module's result, that module, and the kinds of what it was called with.
+    """
 
-    def __init__(self, node: Node, tracer: _Tracer, kind: type | None) -> None:
+    kind: type | None
+    made_by: tuple[_Ref, list[Any]] | None
+
+    def __init__(
+        self, node: Node, tracer: _Tracer, kind: type | None = None, made_by: tuple[_Ref, list[Any]] | None = None
+    ) -> None:
         super().__init__(node, tracer)
-        object.__setattr__(self, "_kind", kind)
-
-    # What isinstance asks where the true type does not do. torch's own code and ours are told the truth.
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        code = sys._getframe(1)
-        package = code.f_globals.get("__name__", "").split(".")[0]
-        if package in ("torch", "fastconv") and code.f_code.co_name != "is_tensor":
-            return _Value
-        if self._kind is None:
-            raise Untraceable(f"asks what {self.node.name} is")
-        self.tracer.asked = True
-        return self._kind
-
-    def __getattr__(self, name: str) -> Any:
-        if not hasattr(self._kind or Tensor, name):
-            if self._kind is None:
-                raise Untraceable(f"reads {name} of {self.node.name}")
-            raise AttributeError(name)
-        return super().__getattr__(name)
-
-    # Without these Python, and so torch.fx, makes ``a += b`` an ``a = a + b``, which other readers of ``a`` do not see.
-    def __iadd__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+        self.kind, self.made_by = kind, made_by
+        tracer.values[node] = self
 
 
-class _Tracer(torch.fx.Tracer):
-    proxy_buffer_attributes = True
+class _Ref:
+    """Stands for what the forward has reached by a path and is no constant: a module, an object, a function, a class.
 
-    def __init__(self, arguments: dict[str, type]) -> None:
-        super().__init__()
-        self.arguments = arguments
-        self.asked = False
-        self.mode = _mode()
+    ``path`` is an expression in guards, ``shown`` the same for a reader; ``target``: a module's name under the one that
+    is traced; ``receiver``: of a method, what it is a method of.
+    """
 
-    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return True
+    __slots__ = ("path", "receiver", "shown", "target", "tracer", "value")
+    __hash__ = None  # type: ignore[assignment]
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        values = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments]
-        return root_fn, [self.root, *values]
+    def __init__(
+        self, tracer: _Tracer, value: Any, path: str, shown: str, target: str | None = None, receiver: Any = None
+    ) -> None:
+        self.tracer, self.value, self.path, self.shown = tracer, value, path, shown
+        self.target, self.receiver = target, receiver
+
+    def __bool__(self) -> bool:
+        kind = type(self.value)
+        if self._is_container("__len__"):
+            return bool(self.children())
+        if hasattr(kind, "__bool__") or hasattr(kind, "__len__"):
+            raise Untraceable(f"asks whether {self.shown}, a {kind.__name__}, is true")
+        return not self.is_none()
+
+    def is_none(self) -> bool:
+        """False; requires that something is there at each call too."""
+        kind = torch.nn.Module if isinstance(self.value, torch.nn.Module) else type(self.value)
+        test = f"isinstance({self.path}, {self.tracer.guards.name(kind)})"
+        self.tracer.guards.require(test, f"{self.shown} is no {kind.__name__} any more")
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        raise Untraceable(f"compares {self.shown}, a {type(self.value).__name__}")
+
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+
+    def __len__(self) -> int:
+        return len(self._container("__len__"))
+
+    def __iter__(self) -> Iterator[Any]:
+        children = self._container("__iter__")
+        return iter(children if isinstance(self.value, torch.nn.ModuleDict) else children.values())
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(self.value, torch.nn.ModuleDict):
+            return name in self._container("__contains__")
+        raise Untraceable(f"searches {self.shown}, a {type(self.value).__name__}")
+
+    def __getitem__(self, index: Any) -> Any:
+        children = self._container("__getitem__")
+        if isinstance(self.value, torch.nn.ModuleDict):
+            return children[index]
+        return list(children.values())[index]
+
+    def _is_container(self, method: str) -> bool:
+        kind = next((kind for kind in _CONTAINERS if isinstance(self.value, kind)), None)
+        return kind is not None and getattr(class_of(self.value), method, None) is getattr(kind, method, None)
+
+    def _container(self, method: str) -> dict[str, Any]:
+        if not self._is_container(method):
+            raise Untraceable(f"reads {self.shown}, a {type(self.value).__name__}, in a way that is not known")
+        return self.children()
+
+    def children(self) -> dict[str, Any]:
+        """By name; requires that no others are there at each call, in this order."""
+        modules = self.value._modules
+        test = f"tuple({self.path}._modules) == {tuple(modules)!r}"
+        self.tracer.guards.require(test, f"{self.shown} has other children now")
+        return {name: self.child(name) for name in modules}
+
+    def child(self, name: str) -> Any:
+        child = self.value._modules[name]
+        path, shown = f"{self.path}._modules[{name!r}]", f"{self.shown}.{name}"
+        if child is None:
+            self.tracer.guards.is_still(path, None, shown)
+            return None
+        target = None if self.target is None else ".".join(filter(None, (self.target, name)))
+        return _Ref(self.tracer, child, path, shown, target)
+
+
+class _Names(dict[str, Any]):
+    """The globals of rewritten code: the answers to what it asks, and ``function``'s own names, looked up as they are
+    read."""
+
+    def __init__(self, tracer: _Tracer, function: FunctionType) -> None:
+        super().__init__(tracer.answers, **{source.SUPER: lambda *first: tracer.parent(function, *first)})
+        self.tracer, self.function = tracer, function
+
+    def __missing__(self, name: str) -> Any:
+        guards, function = self.tracer.guards, self.function
+        if name in function.__code__.co_freevars:
+            assert function.__closure__ is not None
+            cell = function.__closure__[function.__code__.co_freevars.index(name)]
+            return self.tracer.seen(cell.cell_contents, f"{guards.name(cell)}.cell_contents", name)
+        space = function.__globals__
+        if name in space:
+            module = sys.modules.get(space.get("__name__", ""))
+            of_module = module is not None and vars(module) is space
+            path = f"{guards.name(module)}.{name}" if of_module else f"{guards.name(space)}[{name!r}]"
+            return self.tracer.seen(space[name], path, name)
+        try:
+            found = getattr(builtins, name)
+        except AttributeError:
+            raise Untraceable(f"reads {name}, which is not defined") from None
+        return _Ref(self.tracer, found, guards.name(found), name)
+
+
+class _Parent:
+    """``super()``: the classes behind ``kind`` in the order of ``receiver``'s."""
+
+    def __init__(self, kind: type, receiver: _Ref) -> None:
+        order = class_of(receiver.value).__mro__
+        self.kinds, self.receiver = order[order.index(kind) + 1 :], receiver
+
+
+class _NotSet:
+    """Takes the place of what the forward sets an attribute of, or an item."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+
+    def __setitem__(self, name: Any, _: Any) -> None:
+        raise Untraceable(f"sets {self.of}.{name}")
+
+    def __delitem__(self, name: Any) -> None:
+        raise Untraceable(f"deletes {self.of}.{name}")
+
+
+class _Tracer(GraphAppendingTracer):
+    """Answers what a forward asks for, and writes down the calls that it makes."""
+
+    def __init__(self, training: bool) -> None:
+        super().__init__(Graph())
+        self.training, self.asked, self.guards = training, False, Guards()
+        self.values: dict[Any, _Value] = {}
+        # Copies of containers that the forward has read, by identity: it may not change them.
+        self.lent: dict[int, tuple[Any, str]] = {}
+        self.answers = {
+            source.ATTRIBUTE: self.attribute,
+            source.ATTRIBUTES: lambda owner: _NotSet(owner.shown if isinstance(owner, _Ref) else "a value"),
+            source.ITEM: lambda owner, index: owner[index],
+            source.ITEMS: self.items,
+            source.CALL: self.call,
+            source.IS: self.is_same,
+            source.IN_PLACE: self.in_place,
+            source.TEXT: self.text,
+            source.REMAINDER: self.remainder,
+            source.SLICE: slice,
+            source.REFUSE: self.refuse,
+        }
+
+    # What is written down
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is _Value:
             return a.node
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
-        if isinstance(a, dict | list) and type(a) not in (dict, list):
-            raise Untraceable(f"makes a {type(a).__name__}")  # torch.fx would make it a plain one
-        return super().create_arg(a)
+        if isinstance(a, _Ref):
+            raise Untraceable(f"hands on {a.shown}, a {type(a.value).__name__}")
+        if type(a) in (list, dict, tuple, slice, range) or isinstance(a, Proxy) or is_constant(a) or a is ...:
+            return super().create_arg(a)
+        raise Untraceable(f"hands on a {type(a).__name__}")
 
-    def proxy(self, node: Node) -> Proxy:
-        kind: type | None = None
-        if node.op == "placeholder":
-            kind = self.arguments[str(node.target)]
-        elif node.op == "get_attr" or (node.op == "call_module" and self._gives_tensor(str(node.target))):
-            kind = Tensor
-        return _Value(node, self, kind)
+    def returned(self, result: Any) -> Any:
+        if id(result) in self.lent:
+            raise Untraceable(f"returns {self.lent[id(result)][1]}")
+        for part in result if isinstance(result, list | tuple) else ():
+            self.returned(part)
+        return self.create_arg(result)
 
-    def _gives_tensor(self, target: str) -> bool:
-        child = self.root.get_submodule(target)
-        while is_sequential(child) and child._modules:
-            child = list(child.children())[-1]
-        return isinstance(child, _GIVE_TENSORS)
+    def run(self, function: FunctionType, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of a function of the user's."""
+        try:
+            code = source.rewritten(function)
+        except source.SourceUnknown as why:
+            raise Untraceable(str(why)) from None
+        code_is = f"{self.guards.name(function)}.__code__ is {self.guards.name(function.__code__)}"
+        self.guards.require(code_is, f"{function.__qualname__} is patched")
+        twin = FunctionType(code, _Names(self, function), function.__name__)
+        if function.__defaults__:
+            twin.__defaults__ = tuple(map(self._default, function.__defaults__))
+        if function.__kwdefaults__:
+            twin.__kwdefaults__ = {name: self._default(value) for name, value in function.__kwdefaults__.items()}
+        return twin(*args, **kwargs)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        # torch.fx records no contexts: what is called inside one would leave it.
-        if _mode() != self.mode:
-            raise Untraceable("calls a part of it in a context of its own (no_grad, autocast or the like)")
-        return super().create_node(*args, **kwargs)
+    def _default(self, value: Any) -> Any:
+        return self.seen(value, self.guards.name(value), "a default")
+
+    # What is read
+
+    def seen(self, value: Any, path: str, shown: str, owner: _Ref | None = None) -> Any:
+        """``value``, read at ``path``, or what stands for it."""
+        if is_constant(value):
+            if owner is not None and shown.endswith(".training") and isinstance(owner.value, torch.nn.Module):
+                value = self.training
+            self.guards.is_still(path, value, shown)
+            return value
+        if is_constant_throughout(value):
+            self.guards.is_still(path, value, shown)
+            return self._lend(value, shown)
+        return _Ref(self, value, path, shown)
+
+    def _lend(self, value: Any, shown: str) -> Any:
+        """A copy of a container of constants, which nobody may change."""
+        if type(value) is dict:
+            lent: Any = {key: self._lend(item, shown) for key, item in value.items()}
+        elif type(value) in CONTAINERS:
+            lent = type(value)(self._lend(item, shown) for item in value)
+        else:
+            return value
+        if type(value) in (list, dict, set):
+            self.lent[id(lent)] = lent, shown
+        return lent
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise Untraceable(f"reads {name}")
+        if isinstance(owner, Proxy):
+            kind = owner.kind if type(owner) is _Value else None
+            if not hasattr(kind or Tensor, name):
+                if kind is None:
+                    raise Untraceable(f"reads {name} of {owner.node.name}")
+                raise AttributeError(name)
+            return getattr(owner, name)
+        if isinstance(owner, _Parent):
+            return self._of_parent(owner, name)
+        if isinstance(owner, _Ref):
+            return self._of_reference(owner, name)
+        if type(owner) in (*CONTAINERS, OrderedDict, slice, range) or is_constant(owner):
+            return getattr(owner, name)
+        raise Untraceable(f"reads {name} of a {type(owner).__name__}")
+
+    def _of_reference(self, owner: _Ref, name: str) -> Any:
+        value, path, shown = owner.value, f"{owner.path}.{name}", f"{owner.shown}.{name}"
+        if isinstance(value, ModuleType):
+            if name in vars(value):
+                return self.seen(vars(value)[name], path, shown)
+            raise Untraceable(f"reads {shown}, which is not there")
+        if isinstance(value, type):
+            raw = _in_classes(value.__mro__, name, shown)
+            return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown)
+        kind = class_of(value) if isinstance(value, torch.nn.Module) else type(value)
+        if kind.__getattribute__ not in (object.__getattribute__, SimpleNamespace.__getattribute__):
+            raise Untraceable(f"reads {shown}, which its class finds in a way of its own")
+        raw = _in_classes(kind.__mro__, name, shown, _MISSING)
+        if isinstance(raw, property) and isinstance(raw.fget, FunctionType):
+            self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(raw)}", f"{shown} is patched")
+            return self.run(raw.fget, (owner,), {})
+        if isinstance(raw, MemberDescriptorType):
+            return self.seen(raw.__get__(value), path, shown)
+        if hasattr(type(raw), "__set__"):
+            raise Untraceable(f"reads {shown}, a {type(raw).__name__}")
+        own = getattr(value, "__dict__", {})
+        if name in own:
+            return self._of_instance(owner, own[name], path, shown, f"{owner.path}.__dict__[{name!r}]")
+        if isinstance(raw, FunctionType):
+            return _Ref(self, raw, path, shown, receiver=owner)
+        if raw is not _MISSING:
+            return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown, owner)
+        if isinstance(value, torch.nn.Module) and kind.__getattr__ is torch.nn.Module.__getattr__:
+            if name in value._modules:
+                return owner.child(name)
+            for kept in ("_parameters", "_buffers"):
+                if name in getattr(value, kept):
+                    stored = f"{owner.path}.{kept}[{name!r}]"
+                    return self._of_instance(owner, getattr(value, kept)[name], stored, shown, stored)
+        raise Untraceable(f"reads {shown}, which is not there")
+
+    def _of_instance(self, owner: _Ref, value: Any, path: str, shown: str, stored: str) -> Any:
+        if not isinstance(value, Tensor):
+            return self.seen(value, path, shown, owner)
+        if owner.target is None:
+            return _Ref(self, value, path, shown)
+        self.guards.require(f"isinstance({stored}, {self.guards.name(Tensor)})", f"{shown} is no tensor any more")
+        target = ".".join(filter(None, (owner.target, shown.rpartition(".")[2])))
+        return _Value(self.create_node("get_attr", target, (), {}), self, Tensor)
+
+    def _of_class(self, raw: Any, path: str, shown: str, owner: _Ref | None = None) -> Any:
+        if hasattr(type(raw), "__get__") and not isinstance(raw, FunctionType | type):
+            raise Untraceable(f"reads {shown}, a {type(raw).__name__}")
+        return self.seen(raw, path, shown, owner)
+
+    def parent(self, function: FunctionType, *first: Any) -> Any:
+        """``super()`` in ``function``, whose first argument is ``first``."""
+        free = function.__code__.co_freevars
+        if not first or not isinstance(first[0], _Ref) or "__class__" not in free or function.__closure__ is None:
+            raise Untraceable("calls super in a way that is not known")
+        return _Parent(function.__closure__[free.index("__class__")].cell_contents, first[0])
+
+    def _of_parent(self, parent: _Parent, name: str) -> Any:
+        kind = next((kind for kind in parent.kinds if name in vars(kind)), None)
+        if kind is None or not isinstance(vars(kind)[name], FunctionType):
+            raise Untraceable(f"reads {name} of super()")
+        found = vars(kind)[name]
+        self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(found)}", f"{name} is patched")
+        return _Ref(self, found, "", f"super().{name}", receiver=parent.receiver)
+
+    # What is called
+
+    def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(function, FunctionType | Proxy):
+            # (One that the forward made, or a tensor's method.)
+            return function(*args, **kwargs)
+        if isinstance(function, BuiltinFunctionType) and type(function.__self__) in (*CONTAINERS, OrderedDict, str):
+            return self._call_method(function, args, kwargs)
+        if not isinstance(function, _Ref):
+            raise Untraceable(f"calls a {type(function).__name__}")
+        value = function.value
+        if isinstance(value, torch.nn.Module):
+            return self._call_module(function, args, kwargs)
+        if function.receiver is not None:
+            return self._call_bound(function, args, kwargs)
+        if id(value) in _PURE:
+            return value(*args, **kwargs)
+        if id(value) in _WRITING:
+            return value(*map(self.text, args), **kwargs)
+        for known, answer in ((isinstance, self.is_instance), (getattr, self.get_attribute), (hasattr, self.has)):
+            if value is known:
+                return answer(*args)
+        if value is super and len(args) == 2 and all(isinstance(arg, _Ref) for arg in args):
+            return _Parent(args[0].value, args[1])
+        self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
+        if any(value is state for state in _STATES):
+            answer, said = value(), f"{function.shown}() is not {value()} any more"
+            self.guards.require(f"{self.guards.name(value)}() is {answer}", said)
+            return answer
+        if _is_of(operator, value) or _is_of(math, value):
+            if any(map(_holds_value, (args, kwargs))):
+                return self.create_proxy("call_function", value, args, kwargs)
+            if all(map(is_constant, args)) and not kwargs:
+                return value(*args)
+        elif any(_is_of(module, value) for module in _TORCH):
+            if any(map(_holds_value, (args, kwargs))):
+                return self.create_proxy("call_function", value, args, kwargs)
+        elif isinstance(value, FunctionType) and not _is_torchs(value):
+            return self.run(value, args, kwargs)
+        elif isinstance(value, type):
+            raise Untraceable(f"makes a {value.__name__}")
+        raise Untraceable(f"calls {function.shown}")
+
+    def _call_method(self, method: Any, args: Any, kwargs: Any) -> Any:
+        """That of a container or a string."""
+        owner = method.__self__
+        if isinstance(owner, str):
+            args = tuple(map(self.text, args)) if method.__name__ == "format" else args
+        elif id(owner) in self.lent and method.__name__ not in _READING:
+            raise Untraceable(f"changes {self.lent[id(owner)][1]}")
+        return method(*args, **kwargs)
+
+    def _call_module(self, module: _Ref, args: Any, kwargs: Any) -> Any:
+        if not module.target:
+            raise Untraceable("calls itself" if module.target == "" else f"calls {module.shown}, which is not its own")
+        node = self.create_proxy("call_module", module.target, args, kwargs).node
+        kinds = [arg.kind if type(arg) is _Value else None if isinstance(arg, Proxy) else type(arg) for arg in args]
+        return _Value(node, self, made_by=None if kwargs else (module, kinds))
+
+    def _call_bound(self, method: _Ref, args: Any, kwargs: Any) -> Any:
+        value, receiver = method.value, method.receiver
+        if isinstance(receiver.value, torch.nn.Module) and not (args or kwargs):
+            name = value.__name__
+            if value is getattr(torch.nn.Module, name, None) and name in ("children", "named_children"):
+                children = receiver.children()
+                return list(children.items() if name == "named_children" else children.values())
+            if value is getattr(torch.nn.ModuleDict, name, None) and name in ("items", "keys", "values"):
+                return list(getattr(receiver.children(), name)())
+        if method.path and value.__name__ == "forward" and isinstance(receiver.value, torch.nn.Module):
+            test = f"{self.guards.name(_forward_of)}({receiver.path}) is {self.guards.name(value)}"
+            self.guards.require(test, f"{method.shown} is patched")
+        elif method.path:
+            self.guards.require(f"{method.path}.__func__ is {self.guards.name(value)}", f"{method.shown} is patched")
+        if _is_torchs(value) and value.__globals__["__name__"] != _CONTAINERS_CODE:
+            raise Untraceable(f"calls {method.shown}")
+        return self.run(value, (receiver, *args), kwargs)
+
+    # What is asked
+
+    def _kind_of(self, value: Proxy) -> type:
+        if type(value) is not _Value:
+            raise Untraceable(f"asks what {value.node.name} is")
+        kind = value.kind
+        if kind is None and value.made_by is not None:
+            kind = self._kind_given_by(*value.made_by)
+        elif kind is None and value.node.target in _ARITHMETIC and value.node.args[0] in self.values:
+            kind = Tensor if self._kind_of(self.values[value.node.args[0]]) is Tensor else None
+        if kind is None:
+            raise Untraceable(f"asks what {value.node.name} is")
+        value.kind = kind
+        return kind
+
+    def _kind_given_by(self, module: _Ref, kinds: list[type]) -> type | None:
+        """Of what ``module`` gives, called with these kinds, as long as the guards hold that this adds."""
+        kind, forward = class_of(module.value), class_of(module.value).forward
+        self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
+        # (Only these hooks can put something else in the place of the result.)
+        hooks = torch.nn.modules.module._global_forward_hooks
+        self.guards.require(f"not {self.guards.name(hooks)}", "a hook on every module")
+        unhooked = f"not {module.path}._forward_hooks and 'forward' not in {module.path}.__dict__"
+        self.guards.require(unhooked, f"a hook or a forward of its own on {module.shown}")
+        if isinstance(module.value, _GIVE_TENSORS):
+            return Tensor
+        graph, self.graph = self.graph, Graph()
+        try:
+            values = [self._argument(f"x{i}", given) for i, given in enumerate(kinds)]
+            result = self._call_bound(_Ref(self, forward, "", f"{module.shown}.forward", receiver=module), values, {})
+            return self._kind_of(result) if isinstance(result, Proxy) else type(result)
+        except Untraceable:
+            return None
+        finally:
+            self.graph = graph
+
+    def _argument(self, name: str, kind: type) -> _Value:
+        return _Value(self.create_node("placeholder", name, (), {}), self, kind)
+
+    def is_instance(self, value: Any, kinds: Any) -> bool:
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not all(isinstance(kind, _Ref) and isinstance(kind.value, type) for kind in kinds):
+            raise Untraceable("calls isinstance in a way that is not known")
+        classes = tuple(kind.value for kind in kinds)
+        if isinstance(value, Proxy):
+            kind = self._kind_of(value)
+            self.asked |= value.node.op == "placeholder"
+            if not set(classes) <= {Tensor, list, tuple, dict, OrderedDict, set, str, int, float, bool}:
+                raise Untraceable(f"asks whether {value.node.name} is a {classes[0].__name__}")
+            return issubclass(kind, classes)
+        if isinstance(value, _Ref):
+            answer = isinstance(value.value, classes)
+            names = ", ".join(self.guards.name(kind) for kind in classes)
+            said = f"{value.shown} is {'no ' if answer else 'a '}{classes[0].__name__} now"
+            self.guards.require(f"isinstance({value.path}, ({names},)) is {answer}", said)
+            return answer
+        return isinstance(value, classes)
+
+    def get_attribute(self, owner: Any, name: str, *default: Any) -> Any:
+        return self.attribute(owner, name) if not default or self.has(owner, name) else default[0]
+
+    def has(self, owner: Any, name: str) -> bool:
+        if not isinstance(owner, _Ref) or not isinstance(name, str):
+            raise Untraceable("asks for an attribute in a way that is not known")
+        answer = True
+        try:
+            self.attribute(owner, name)
+        except Untraceable:
+            if hasattr(type(owner.value), name) or name in getattr(owner.value, "__dict__", {}):
+                raise
+            kind = type(owner.value)
+            if getattr(kind, "__getattr__", torch.nn.Module.__getattr__) is not torch.nn.Module.__getattr__:
+                raise
+            answer = False
+        said = f"{owner.shown}.{name} is there now" if not answer else f"{owner.shown}.{name} is gone"
+        self.guards.require(f"hasattr({owner.path}, {name!r}) is {answer}", said)
+        return answer
+
+    def is_same(self, a: Any, b: Any) -> bool:
+        if isinstance(a, Proxy) or isinstance(b, Proxy):
+            if a is b:
+                return True
+            for value in (a, b):
+                if isinstance(value, Proxy):
+                    self._kind_of(value)
+            if isinstance(a, Proxy) and isinstance(b, Proxy):
+                raise Untraceable("asks whether two values are one")
+            return False
+        if isinstance(a, _Ref) and isinstance(b, _Ref):
+            same = a.value is b.value
+            self.guards.require(f"({a.path} is {b.path}) is {same}", f"{a.shown} is {b.shown} no more, or now")
+            return same
+        for value, other in ((a, b), (b, a)):
+            if isinstance(value, _Ref):
+                return value.is_none() if is_constant(other) else False
+        return a is b
+
+    def text(self, value: Any) -> Any:
+        if not is_constant(value) and not is_constant_throughout(value):
+            raise Untraceable("writes down what a value is")
+        return value
+
+    def remainder(self, a: Any, b: Any) -> Any:
+        return a % (self.text(b) if isinstance(a, str) else b)
+
+    def refuse(self, why: str) -> Any:
+        raise Untraceable(why)
+
+    # What is changed
+
+    def items(self, owner: Any) -> Any:
+        """``owner``, of which an item is set."""
+        if id(owner) in self.lent:
+            raise Untraceable(f"changes {self.lent[id(owner)][1]}")
+        if type(owner) in (list, dict, OrderedDict):
+            return owner
+        return _NotSet(owner.shown if isinstance(owner, _Ref) else "an item of a value")
+
+    def in_place(self, name: str, a: Any, b: Any) -> Any:
+        function = getattr(operator, name)
+        if isinstance(a, Proxy):
+            return self.create_proxy("call_function", function, (a, b), {})
+        if id(a) in self.lent:
+            raise Untraceable(f"changes {self.lent[id(a)][1]}")
+        return function(a, b)
 
 
-def _mode() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-    )
+_MISSING = object()
+# Whose result is a tensor if the first operand is.
+_ARITHMETIC = (
+    *(operator.add, operator.sub, operator.mul, operator.truediv),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+)
+_TORCH = (torch, torch.nn.functional, torch._C._nn, torch.special, torch.fft, torch.linalg)
 
 
-@contextmanager
-def _nothing_left_behind(module: torch.nn.Module) -> Iterator[None]:
-    """Undo what the body does to ``module``'s attributes and the random numbers; raise Untraceable if it did any."""
-    state = vars(module)
-    before = {name: (value, _contents(value)) for name, value in state.items()}
-    numbers = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        state["training"] = before["training"][0]
-        drawn = not torch.equal(torch.get_rng_state(), numbers[0]) or random.getstate() != numbers[1]
-        torch.set_rng_state(numbers[0])
-        random.setstate(numbers[1])
-        changed = [name for name in state if name not in before]
-        for name in changed:
-            del state[name]
-        for name, (value, contents) in before.items():
-            if state.get(name) is not value or _contents(value) != contents:
-                changed.append(name)
-                state[name] = value
-                _refill(value, contents)
-    if changed:
-        made = any(name.startswith("_tensor_constant") for name in changed)
-        raise Untraceable("makes tensors of its own" if made else f"sets {', '.join(sorted(changed))}")
-    if drawn:
-        raise Untraceable("draws random numbers")
+def _is_of(module: ModuleType, function: Any) -> bool:
+    """Whether it is a function of ``module``'s, by its name."""
+    return getattr(module, getattr(function, "__name__", ""), None) is function and not isinstance(function, type)
 
 
-class _Same:
-    """Compares by identity."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
+def _is_torchs(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).split(".")[0] == "torch"
 
 
-def _contents(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [(key, _Same(item)) for key, item in value.items()]
-    return [_Same(item) for item in value] if isinstance(value, list) else None
+def _in_classes(order: tuple[type, ...], name: str, shown: str, *default: Any) -> Any:
+    for kind in order:
+        if name in vars(kind):
+            return vars(kind)[name]
+    if default:
+        return default[0]
+    raise Untraceable(f"reads {shown}, which is not there")
 
 
-def _refill(value: Any, contents: Any) -> None:
-    if isinstance(value, dict):
-        value.clear()
-        value.update((key, same.value) for key, same in contents)
-    elif isinstance(value, list):
-        value[:] = [same.value for same in contents]
+def _holds_value(args: Any) -> bool:
+    if isinstance(args, dict):
+        args = args.values()
+    return any(isinstance(arg, Proxy) or (type(arg) in (tuple, list, dict) and _holds_value(arg)) for arg in args)

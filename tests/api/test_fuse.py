@@ -6,15 +6,20 @@ The fused call is replaced by PyTorch's own operators, so that every value here 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
+import linecache
 import operator
 import pickle
 import random
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -679,7 +684,7 @@ def test_other_calls_of_what_a_chain_crosses_are_seen(calls: list[Any]) -> None:
         (lambda m: m.f[1].__setitem__(1, nn.Sigmoid()), ALONE[:1]),
         (lambda m: m.f[1].add_module("0", nn.Identity()), ALONE[:1]),
         (lambda m: m.__setattr__("f", sequence().to(DEVICE)), []),
-        (lambda m: m.__setattr__("relu", nn.SiLU()), ALONE),
+        (lambda m: m.__setattr__("relu", nn.SiLU()), [(None, None), ("SiLU", "before")]),
         (lambda m: m.add_module("relu", nn.SiLU()), [(None, None), ("SiLU", "before")]),
         (lambda m: m.add_module("relu", nn.Softsign()), [(None, None), (None, "after")]),
         (lambda m: m.f[1][1].register_forward_hook(lambda *_: None), ALONE[:1]),
@@ -840,45 +845,304 @@ def checkpointed(m: Any, x: Any) -> Any:
     return checkpoint(lambda x: m.bn1(m.conv1(x)), x, use_reentrant=False)
 
 
+class Counting:
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    @property
+    def value(self) -> int:
+        self.times += 1
+        return self.times
+
+    def __bool__(self) -> bool:
+        self.times += 1
+        return True
+
+
+def prints(m: Any, x: Any) -> Any:
+    print("called")
+    return m.bn1(m.conv1(x))
+
+
+def sets_global(m: Any, x: Any) -> Any:
+    global CALLS
+    CALLS += 1
+    return m.bn1(m.conv1(x))
+
+
+def catches(m: Any, x: Any) -> Any:
+    try:
+        return m.bn1(m.conv1(x))
+    except ValueError:
+        return x
+
+
+def changes_an_option(m: Any, x: Any) -> Any:
+    m.options["sizes"].append(1)
+    return m.bn1(m.conv1(x))
+
+
+def counts_on_another(m: Any, x: Any) -> Any:
+    m.counting.times += 1
+    return m.bn1(m.conv1(x))
+
+
+def raises(m: Any, x: Any) -> Any:
+    if m.training:
+        raise ValueError("not in training")
+    return m.bn1(m.conv1(x))
+
+
+def generates(m: Any, x: Any) -> Any:
+    def parts() -> Any:
+        yield m.conv1(x)
+
+    return m.bn1(next(parts()))
+
+
+CALLS = 0
 CONTROL_FLOW = "does what torch.fx cannot trace: .*control flow"
+CONTEXT = r"enters a context \(no_grad, autocast or the like\)"
 UNTRACEABLE = {
     "values": (lambda m, x: m.bn1(m.conv1(x)) if x.sum() > -1e9 else x, CONTROL_FLOW),
     "size": (lambda m, x: m.bn1(m.conv1(x)) if x.shape[0] > 0 else x, CONTROL_FLOW),
-    "sets": (sets, "sets seen"),
-    "appends": (appends, "sets log"),
-    "random": (draws, "draws random numbers"),
-    "torch's random": (draws_torch, "draws random numbers"),
-    "constant": (lambda m, x: m.bn1(m.conv1(x)) + torch.ones(4, 1, 1, device=DEVICE), "makes tensors of its own"),
-    "no_grad": (no_grad, "calls a part of it in a context of its own .*"),
-    "autocast": (autocast, "calls a part of it in a context of its own .*"),
-    "checkpoint": (checkpointed, ".*"),
-    "grad mode": (lambda m, x: m.bn1(m.conv1(x)) * (1 + torch.is_grad_enabled()), "asks for the grad mode"),
-    "type of an unknown": (
-        lambda m, x: y[0] if isinstance(y := m.block(m.bn1(m.conv1(x))), tuple) else y,
-        "asks what block is",
+    "sets": (sets, "sets self.seen"),
+    "appends": (appends, "changes self.log"),
+    "changes what it reads": (changes_an_option, "changes self.options"),
+    "counts": (counts_on_another, "sets self.counting.times"),
+    "sets a global": (sets_global, "sets variables of others"),
+    "property": (lambda m, x: m.bn1(m.conv1(x)) * m.counting.value, "sets self.counting.times"),
+    "truth": (lambda m, x: m.bn1(m.conv1(x)) if m.counting else x, "asks whether self.counting, a Counting, is true"),
+    "prints": (prints, "calls print"),
+    "catches": (catches, "catches exceptions"),
+    "raises": (raises, "raises"),
+    "generates": (generates, "runs generates, a generator"),
+    "random": (draws, "calls random.random"),
+    "torch's random": (draws_torch, "calls torch.rand"),
+    "numpy's random": (lambda m, x: m.bn1(m.conv1(x)) * np.random.rand(), "calls np.random.rand"),
+    "constant": (lambda m, x: m.bn1(m.conv1(x)) + torch.ones(4, 1, 1, device=DEVICE), "calls torch.ones"),
+    "another's tensor": (lambda m, x: m.bn1(m.conv1(x)) + ONE, "hands on ONE, a Tensor"),
+    "no_grad": (no_grad, CONTEXT),
+    "autocast": (autocast, CONTEXT),
+    "autocast's state": (
+        lambda m, x: m.bn1(m.conv1(x)) + torch.is_autocast_enabled(),
+        "calls torch.is_autocast_enabled",
     ),
-    "module of another": (lambda m, x: OUTSIDE.to(DEVICE)(m.bn1(m.conv1(x))), "does what torch.fx cannot trace: .*"),
+    "checkpoint": (checkpointed, "imports a module"),
+    "grad mode": (lambda m, x: m.bn1(m.conv1(x)) * (1 + torch.is_grad_enabled()), "calls torch.is_grad_enabled"),
+    "text of a value": (lambda m, x: m.bn1(m.conv1(x)) * len(f"{x}"), "writes down what a value is"),
+    "text by remainder": (
+        lambda m, x: m.bn1(m.conv1(x)) * len("%s" % x),  # noqa: UP031
+        "writes down what a value is",
+    ),
+    "type": (lambda m, x: m.bn1(m.conv1(x)) if type(m.conv1) is nn.Conv2d else x, "makes a type"),
+    "object in a list": (lambda m, x: m.bn1(m.conv1(x)) * len(m.objects), "reads self.objects, a list, .*"),
+    "type of an unknown": (
+        lambda m, x: y[0] if isinstance(y := m.block(m.bn1(m.conv1(x))).sum(), tuple) else y,
+        "asks what sum_1 is",
+    ),
+    "module of another": (lambda m, x: OUTSIDE(m.bn1(m.conv1(x))), "calls OUTSIDE, which is not its own"),
 }
+ONE = torch.ones(())
 OUTSIDE = nn.Conv2d(4, 4, 1)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", UNTRACEABLE)
-def test_untraceable(name: str, calls: list[Any]) -> None:
+def test_untraceable(name: str, calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     body, reason = UNTRACEABLE[name]
-    module = Block(body, block=Block(plain_block))
-    module.log = []
-    random.seed(3)
-    before = set(vars(module)), random.getstate(), torch.get_rng_state()
+    module: Any = Block(body, block=Block(plain_block))
+    module.log, module.options, module.objects, module.counting = [], {"sizes": []}, [object()], Counting()
+    random.seed(3), np.random.seed(3)
+    state = copy.deepcopy(vars(module))
+    numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), CALLS
     model = fastconv.convert(module)
-    assert (set(vars(module)), module.log, random.getstate()) == (before[0], [], before[1])
-    assert torch.equal(torch.get_rng_state(), before[2])
-    assert type(model) is Block
     unfused = dict(fastconv.report(model).unfused)
+    assert type(model) is Block
     assert re.fullmatch(reason, unfused["bn1"].removeprefix("Block.forward ")), unfused
-    if name not in ("sets", "appends"):
-        model, plain = pair(module)
-        assert_same(model, plain, images())
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), CALLS) == numbers
+    assert set(vars(module)) == set(state)
+    assert (module.log, module.options, module.counting.times) == ([], {"sizes": []}, 0)
+    assert capsys.readouterr().out == ""
+
+
+# What a forward decides by, and a change of it
+
+
+class Deciding(nn.Module):
+    """A forward that chooses by ``how``; every choice but the first has no activation."""
+
+    wanted = True
+
+    def __init__(self, how: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.0)
+        self.how, self.flag, self._flag, self.times, self.name, self.rate = how, True, True, 1, "relu", 0.0
+        self.config = SimpleNamespace(flag=True, inner=SimpleNamespace(flag=True))
+        self.options: dict[str, Any] = {"flag": True, "sizes": [1]}
+        self.down: Any = None
+        self.act: nn.Module = nn.ReLU()
+
+    @property
+    def is_flag(self) -> bool:
+        return self.flag
+
+    def asks(self) -> bool:
+        return self.flag
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return F.relu(y) if self.how(self) else y * 2
+
+
+FLAG = True
+SPACE = SimpleNamespace(flag=True)
+
+
+def set_global(name: str, value: Any) -> Any:
+    def change(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(globals(), name, value)
+
+    return change
+
+
+def assign(name: str, value: Any) -> Any:
+    def change(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        *path, last = name.split(".")
+        setattr(operator.attrgetter(".".join(path))(module) if path else module, last, value)
+
+    return change
+
+
+# name -> (what is asked, a change that turns the answer)
+DECIDED: dict[str, tuple[Any, Any]] = {
+    "attribute": (lambda m: m.flag, assign("flag", False)),
+    "private": (lambda m: m._flag, assign("_flag", False)),
+    "of a configuration": (lambda m: m.config.flag, assign("config.flag", False)),
+    "of a nested one": (lambda m: m.config.inner.flag, assign("config.inner.flag", False)),
+    "another configuration": (lambda m: m.config.flag, assign("config", SimpleNamespace(flag=False))),
+    "item": (lambda m: m.options["flag"], lambda m, _: m.options.__setitem__("flag", False)),
+    "item by get": (lambda m: m.options.get("flag"), lambda m, _: m.options.pop("flag")),
+    "item of an item": (lambda m: len(m.options["sizes"]) == 1, lambda m, _: m.options["sizes"].append(1)),
+    "True that becomes 1.5": (lambda m: m.flag is True, assign("flag", 1.5)),
+    "True that becomes 1": (lambda m: m.flag is True, assign("flag", 1)),
+    "number": (lambda m: m.times == 1, assign("times", 2)),
+    "loop": (lambda m: [0 for _ in range(m.times)], assign("times", 0)),
+    "string": (lambda m: m.name == "relu", assign("name", "none")),
+    "rate": (lambda m: not m.rate > 0, assign("rate", 0.5)),
+    "None": (lambda m: m.down is None, assign("down", nn.Identity())),
+    "a child's training": (lambda m: m.drop.training == m.training, lambda m, _: m.drop.train(not m.training)),
+    "batch norm's momentum": (lambda m: m.bn.momentum == 0.1, assign("bn.momentum", 0.2)),
+    "type of a child": (lambda m: isinstance(m.act, nn.ReLU), assign("act", nn.SiLU())),
+    "what there is": (lambda m: not hasattr(m, "extra"), assign("extra", 1)),
+    "what there is by getattr": (lambda m: getattr(m, "extra", True), assign("extra", False)),
+    "property": (lambda m: m.is_flag, assign("flag", False)),
+    "method": (lambda m: m.asks(), assign("flag", False)),
+    "method patched": (lambda m: m.asks(), lambda m, patch: patch.setattr(Deciding, "asks", lambda self: False)),
+    "property patched": (
+        lambda m: m.is_flag,
+        lambda m, patch: patch.setattr(Deciding, "is_flag", property(lambda self: False)),
+    ),
+    "method of the instance": (lambda m: m.asks(), assign("asks", lambda: False)),
+    "class attribute": (lambda m: m.wanted, lambda m, patch: patch.setattr(Deciding, "wanted", False)),
+    "class attribute of the instance": (lambda m: m.wanted, assign("wanted", False)),
+    "global": (lambda m: FLAG, set_global("FLAG", False)),
+    "of a global": (lambda m: SPACE.flag, lambda m, patch: patch.setattr(SPACE, "flag", False)),
+    "global function": (lambda m: asked(m), set_global("asked", lambda m: False)),
+    "forward patched": (
+        lambda m: True,
+        lambda m, patch: patch.setattr(Deciding, "forward", lambda self, x: self.bn(self.conv(x))),
+    ),
+    "forward patched on its type": (
+        lambda m: True,
+        lambda m, patch: patch.setattr(type(m), "forward", lambda self, x: self.bn(self.conv(x))),
+    ),
+    "function patched": (lambda m: True, lambda m, patch: patch.setattr(F, "relu", lambda x: x - 1)),
+}
+
+
+def asked(m: Any) -> bool:
+    return m.flag
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", DECIDED)
+def test_what_a_forward_decides_by(
+    name: str, training: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, change = DECIDED[name]
+    model, plain = pair(Deciding(how))
+    plain.train(training)
+    assert_same(model, plain, images())
+    assert calls == [("ReLU", None)]
+    # (A class, a global: once for both.)
+    change(model, monkeypatch)
+    if "patch" not in name and "lobal" not in name and name != "class attribute":
+        change(plain, monkeypatch)
+    calls.clear()
+    for ours_, theirs in zip(step(model, images()), step(plain, images()), strict=True):
+        assert torch.equal(ours_, theirs)
+    assert calls == []
+    report = fastconv.report(model)
+    assert report.fused == [] and report.unfused[0][1], report
+
+
+def test_what_is_passed_on_the_way_may_change(calls: list[Any]) -> None:
+    """A convolution is called where its batch norm is; in between something begins to write its input."""
+
+    def body(m: Any, x: Any) -> Any:
+        y = m.conv1(x)
+        other = m.act(x)
+        return m.bn1(y) + other
+
+    for change in (
+        lambda m: setattr(m.act, "inplace", True),
+        lambda m: setattr(m, "act", nn.ReLU(inplace=True)),
+        lambda m: m.add_module("act", Writes()),
+    ):
+        for before in (nn.ReLU(), nn.Identity()):
+            calls.clear()
+            model, plain = pair(Block(body, act=before))
+            assert_same(model, plain, images())
+            assert len(calls) == 1
+            change(model), change(plain)
+            with torch.no_grad():
+                assert torch.equal(model(images()), plain(images()))
+
+
+class Writes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+def test_a_source_that_has_changed_is_not_believed(tmp_path: Path) -> None:
+    text = "from torch.nn import Module\nclass Net(Module):\n    def forward(self, x): return self.bn(self.conv(x))\n"
+    file = tmp_path / "net_of_a_file.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location("net_of_a_file", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    nets = [module.Net() for _ in range(2)]
+    for net in nets:
+        net.conv, net.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    file.write_text(text.replace("self.bn(self.conv(x))", "self.bn(self.conv(x * 2))"))
+    assert fastconv.report(fastconv.convert(nets[0])).unfused == [
+        ("bn", "Net.forward runs Net.forward, whose source is not that of its file any more")
+    ]
+    file.write_text(text)
+    linecache.clearcache()
+    assert fastconv.report(fastconv.convert(nets[1])).fused == ["conv + bn"]
+
+
+def test_no_source_no_fusion() -> None:
+    space: dict[str, Any] = {"nn": nn}
+    exec("class Net(nn.Module):\n    def forward(self, x):\n        return self.bn(self.conv(x))", space)
+    net = space["Net"]()
+    net.conv, net.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    reason = "Net.forward runs Net.forward, whose source is not to be had"
+    assert fastconv.report(fastconv.convert(net)).unfused == [("bn", reason)]
 
 
 def test_buffers_are_not_touched_by_the_trace() -> None:
@@ -1156,7 +1420,7 @@ def parametrised(model: Any) -> None:
     [
         (parametrised, 1),
         (lambda m: nn.utils.weight_norm(m.conv1), 1),
-        (lambda m: setattr(m, "bn1", nn.Identity()), 0),
+        (lambda m: setattr(m, "bn1", nn.Identity()), 1),
         (lambda m: m.add_module("bn1", nn.Identity()), 1),
         (lambda m: m.add_module("relu", nn.Sigmoid()), 2),
         (lambda m: m.add_module("relu", nn.Softsign()), 2),
@@ -1214,7 +1478,7 @@ def test_children_of_a_sequential(calls: list[Any]) -> None:
         (lambda m: m.insert(1, nn.Sigmoid()), 0),
         (lambda m: m.__delitem__(2), 0),
         (lambda m: m.pop(0), 0),
-        (lambda m: m.__setitem__(2, nn.SiLU()), 0),
+        (lambda m: m.__setitem__(2, nn.SiLU()), 2),
         (lambda m: m.extend([nn.ReLU()]), 0),
         (lambda m: None, 2),
     ]
