@@ -32,6 +32,9 @@ INTERPRETED_STEP = 1.5e-3
 INTERPRETED_ELEMENT = 1.7e-8
 
 MAX_REGISTERS = 255  # that a thread can name
+# Bytes of the partial sums that a first launch leaves to a second: more than any layer list's tiles want, and what a
+# training step that fits a GPU can spare.
+MAX_WORKSPACE = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Work:
     warps: int
     stages: int
     matrix_share: float  # of Gpu.matrix_rate for this dtype; 0: vector units
-    extra_bytes: int = 0  # moved by a second launch, 0: none
+    extra_bytes: int = 0  # moved by way of a workspace, each of its own twice; 0: none
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class Prediction:
 
 
 def predict(work: Work, gpu: Gpu) -> Prediction | None:
-    """Predicted time; None where the work does not fit a multiprocessor."""
+    """Predicted time; None where the work does not fit a multiprocessor, or its partial sums no workspace."""
+    if work.extra_bytes > 2 * MAX_WORKSPACE:
+        return None
     if gpu.interpreted:
         step = INTERPRETED_STEP + INTERPRETED_ELEMENT * work.step_elements
         return Prediction(work.programs * (INTERPRETED_PROGRAM + work.steps * step), "interpreter", 1)

@@ -32,11 +32,16 @@ log = logging.getLogger("fastconv")
 
 
 def cache_dir() -> Path:
-    """``FASTCONV_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastconv``, else ``~/.cache/fastconv``; it need not exist."""
+    """``FASTCONV_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastconv``, else ``~/.cache/fastconv``; it need not exist, nor be
+    writable."""
     named = os.environ.get("FASTCONV_CACHE_DIR")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "fastconv"
+    except RuntimeError:  # a user that the machine does not know, as in containers
+        return Path(os.devnull) / "fastconv"
 
 
 class Store:

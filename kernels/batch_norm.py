@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastconv.autotune import Config, Gpu
-from fastconv.kernels.call import Operands, Prepared, Sizes, prepared
+from fastconv.kernels.call import Operands, Prepared, Sizes, carried_out, prepared, workspace
 from fastconv.kernels.epilogue import ACTIVATIONS, activate, check_operands, normalise
 from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.layout import INT32_MAX, dense_copy, pointer_type, strides_like, vector
@@ -327,13 +327,17 @@ def batch_norm_act_sums(
     how: Activated,
 ) -> Tensor:
     """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. All [N, K, spatial] as y."""
-    operands = (dz, y, z, *norm, slope, residual)
-    call = prepared(_prepare_sums, operands, (how,))
+    return carried_out(_prepare_sums, (dz, y, z, *norm, slope, residual), (how,), _sum)
+
+
+def _sum(call: Prepared, operands: Operands) -> Tensor:
+    y = operands[1]
+    assert y is not None
     out = y.new_empty_strided(call.shape, call.strides, dtype=torch.float32)
     if not call.launches:
         return out.zero_()
     first, *second = call.launches
-    partial = y.new_empty((first.grid[1], *call.shape), dtype=torch.float32) if second else out
+    partial = workspace(y, (first.grid[1], *call.shape)) if second else out
     run(first, *call.laid_out(operands), partial)
     if second:
         run(second[0], partial, out)

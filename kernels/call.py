@@ -5,29 +5,36 @@ A call met before costs one dictionary hit: what was decided for it is kept unde
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any, TypeVar
 
 import torch
 
-from fastconv.autotune.choose import join, on_change
+from fastconv.autotune import Choice, Config, Gpu, Space, Work
+from fastconv.autotune.choose import by_cost_model, join, on_change
 from fastconv.kernels import dispatch
 from fastconv.kernels.descriptor import ALIGNMENT, start_of
-from fastconv.kernels.launch import Launch, deciding, run
+from fastconv.kernels.launch import Launch, Uncovered, deciding, run
+from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import CALLER, regime
 
 Sizes = tuple[int, ...]
 Operands = tuple[torch.Tensor | None, ...]
+Result = TypeVar("Result")
 
-
-class Uncovered(NotImplementedError):
-    """No kernel family serves the call; the message says why."""
+log = logging.getLogger("fastconv")
 
 
 class Slower(Uncovered):
     """One would serve it, but PyTorch's own op was measured faster."""
+
+
+class NoRoom(torch.OutOfMemoryError):
+    """No memory is left for partial sums."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,9 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         try:
+            old = dispatch.too_old(gpu)
+            if old is not None:
+                raise Uncovered(old)
             call = prepare(gpu, operands, *arguments)
         except Uncovered as refusal:
             # (An exception that is kept would keep the operands, by its traceback.)
@@ -100,6 +110,54 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
         refusal_type, reason = call
         raise refusal_type(reason)
     return call
+
+
+def carried_out(
+    prepare: Callable[..., Any],
+    operands: Operands,
+    arguments: tuple[Any, ...],
+    carry_out: Callable[[Any, Operands], Result],
+) -> Result:
+    """``carry_out`` of what is `prepared`; where no memory is left for partial sums, of the same without any, which is
+    slower and from then on takes its place. (Its order of summation is another, so not where one is to be kept.)"""
+    call = prepared(prepare, operands, arguments)
+    try:
+        return carry_out(call, operands)
+    except NoRoom:
+        if regime().stable:
+            raise
+    _say_no_room()
+    return carry_out(_unsplit(call, prepare, operands, arguments), operands)
+
+
+def workspace(like: torch.Tensor, shape: int | Sizes, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory for partial sums, of at most MAX_WORKSPACE bytes, as tiles are chosen. Raises NoRoom."""
+    try:
+        return like.new_empty(shape, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise NoRoom(str(error)) from None
+
+
+@cache
+def _say_no_room() -> None:
+    log.warning("no memory is left for partial sums: what finds none is called without from then on, which is slower")
+
+
+def _unsplit(call: Any, prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
+    """What is prepared of tiles that split no reduction, kept in the place of ``call``."""
+    thread = threading.get_ident()
+
+    def whole(space: Space, features: Any, work: Callable[[Config], Work], gpu: Gpu, choice: Choice) -> Choice:
+        if threading.get_ident() != thread or choice.config.get("SPLITS", 1) == 1:
+            return choice
+        return by_cost_model(replace(space, ranges={**space.ranges, "SPLITS": (1,)}), work, gpu)
+
+    assert operands[0] is not None
+    with considering(whole):
+        found = prepare(dispatch.target(operands[0].device), operands, *arguments)
+    for key in [key for key, kept in list(_calls.items()) if kept is call]:
+        _calls[key] = found
+    return found
 
 
 def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
@@ -117,13 +175,13 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
         run(call.launches[0], operands[1], packed)
         operands = (operands[0], packed, *operands[2:])
     if call.workspace:
-        workspace = first.new_empty(call.workspace, dtype=torch.float32)
+        partial = workspace(first, call.workspace)
         before = call.launches[0]
         # An epilogue's operands are the second launch's.
         taken = sum(pointer is not None for pointer in before.pointers) - 1
-        given = iter((*operands[:taken], workspace))
+        given = iter((*operands[:taken], partial))
         run(before, *(None if pointer is None else next(given) for pointer in before.pointers))
-        operands = (workspace, *operands[taken:])
+        operands = (partial, *operands[taken:])
     if len(launch.pointers) == len(operands) + 1:
         run(launch, *operands, out)
     elif call.partials is None:

@@ -23,7 +23,7 @@ from fastconv.autotune import Gpu
 from fastconv.kernels import mend
 from fastconv.kernels.children import Ended, results_of
 from fastconv.kernels.descriptor import Descriptor
-from fastconv.kernels.launch import Launch, loaded
+from fastconv.kernels.launch import Launch, last_line, loaded
 from fastconv.kernels.layout import POINTER_TYPES
 from fastconv.kernels.pool_window import INDEX_TYPES
 
@@ -133,7 +133,7 @@ def _compile_one(launch: Launch, arch: int, make: Callable[[Binary], Any]) -> tu
         kernel = launch.kernel.warmup(*operands(launch), *launch.scalars, grid=launch.grid, **launch.arguments)
         return make(Binary(kernel, arch, found == [True])), None
     except Exception as error:
-        return None, _last_line(error)
+        return None, last_line(error)
 
 
 def _failure(launch: Launch, arch: int, why: str) -> str:
@@ -141,9 +141,3 @@ def _failure(launch: Launch, arch: int, why: str) -> str:
         f"{launch.name} does not compile for sm_{arch} with {dict(launch.constants)}, {launch.num_warps} warps, "
         f"{launch.num_stages} stages: {why}"
     )
-
-
-def _last_line(error: Exception) -> str:
-    """What a compiler's message of many lines comes to."""
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

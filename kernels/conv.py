@@ -12,7 +12,7 @@ from torch import Tensor
 from fastconv.autotune import Config, Gpu
 from fastconv.kernels import dispatch, reduce
 from fastconv.kernels.batch_norm import combine_statistics
-from fastconv.kernels.call import Call, Operands, Sizes, Slower, Uncovered, execute, prepared
+from fastconv.kernels.call import Call, Operands, Sizes, Slower, Uncovered, carried_out, execute
 from fastconv.kernels.descriptor import aligned, pitched
 from fastconv.kernels.dispatch import Layout, Plan
 from fastconv.kernels.epilogue import Epilogue, check_operands
@@ -47,7 +47,7 @@ def conv_fprop(
     Uncovered where no kernel serves them.
     """
     operands = (x, weight, bias, *NO_EPILOGUE)
-    return execute(prepared(_prepare_fprop, operands, (stride, padding, dilation, groups)), operands)[0]
+    return carried_out(_prepare_fprop, operands, (stride, padding, dilation, groups), execute)[0]
 
 
 def conv_act(
@@ -76,7 +76,7 @@ def conv_act(
     """
     operands = (x, weight, bias, *norm, slope, residual)
     how = act, eps, a, b, residual_after
-    return execute(_prepared(operands, output_size, (stride, padding, dilation, groups), how), operands)[0]
+    return _carried_out(operands, output_size, (stride, padding, dilation, groups), how)[0]
 
 
 def conv_statistics(
@@ -96,17 +96,19 @@ def conv_statistics(
     """
     operands = (x, weight, bias, *NO_EPILOGUE)
     how = "identity", 0.0, 0.0, 0.0, False, True
-    y, *partials = execute(_prepared(operands, output_size, (stride, padding, dilation, groups), how), operands)
+    y, *partials = _carried_out(operands, output_size, (stride, padding, dilation, groups), how)
     if not partials:
         mean, var = (y.new_zeros(y.shape[1], dtype=torch.float32) for _ in range(2))
         return y, mean, var
     return y, *combine_statistics(*partials)
 
 
-def _prepared(operands: Operands, output_size: Sizes | None, arguments: tuple[Any, ...], how: tuple[Any, ...]) -> Call:
+def _carried_out(
+    operands: Operands, output_size: Sizes | None, arguments: tuple[Any, ...], how: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
     if output_size is None:
-        return prepared(_prepare_fprop, operands, (*arguments, *how))
-    return prepared(_prepare_dgrad, operands, (output_size, *arguments, None, *how))
+        return carried_out(_prepare_fprop, operands, (*arguments, *how), execute)
+    return carried_out(_prepare_dgrad, operands, (output_size, *arguments, None, *how), execute)
 
 
 def _prepare_fprop(
@@ -138,7 +140,7 @@ def conv_dgrad(
     """
     operands = (dy, weight, bias, *NO_EPILOGUE)
     arguments = (input_size, stride, padding, dilation, groups, channels_last)
-    return execute(prepared(_prepare_dgrad, operands, arguments), operands)[0]
+    return carried_out(_prepare_dgrad, operands, arguments, execute)[0]
 
 
 def _prepare_dgrad(
@@ -238,7 +240,7 @@ def conv_wgrad(
     Raises Uncovered where no kernel serves the call.
     """
     arguments = (filter_size, stride, padding, dilation, groups, format)
-    return execute(prepared(_prepare_wgrad, (x, dy), arguments), (x, dy))[0]
+    return carried_out(_prepare_wgrad, (x, dy), arguments, execute)[0]
 
 
 def _prepare_wgrad(
@@ -289,7 +291,7 @@ def _prepare_wgrad(
 
 def channel_sum(x: Tensor) -> Tensor:
     """The sum of [N, K, spatial] over all axes but the second, added in fp32: the bias's gradient [K]."""
-    return execute(prepared(_prepare_channel_sum, (x,), ()), (x,))[0]
+    return carried_out(_prepare_channel_sum, (x,), (), execute)[0]
 
 
 def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:

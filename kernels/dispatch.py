@@ -17,6 +17,7 @@ import torch
 
 from fastconv.autotune import Choice, Gpu, gpu_named
 from fastconv.autotune import gpus as gpu_table
+from fastconv.autotune.cost_model import MAX_WORKSPACE
 from fastconv.kernels import mend
 from fastconv.kernels.conv_depthwise import MAX_ROW, MAX_STRIDE, conv_depthwise, conv_depthwise_wgrad
 from fastconv.kernels.conv_gather import conv_gather, packed_groups
@@ -92,12 +93,15 @@ class Family:
     trial: str | None = None  # why it serves only where it is asked for by name
 
 
-def _unserved(dtype: torch.dtype, gpu: Gpu) -> str | None:
-    if dtype not in POINTER_TYPES:
-        return f"{dtype} is not one of float32, float16, bfloat16"
-    if not gpu.interpreted and gpu.arch < 80:
-        return f"compute capability {gpu.arch / 10:.1f} is below 8.0"
-    return None
+def too_old(gpu: Gpu) -> str | None:
+    """Why no kernel runs on a GPU, or None."""
+    if gpu.interpreted or gpu.arch >= 80:
+        return None
+    return f"the {gpu.name}'s compute capability {gpu.arch / 10:.1f} is below 8.0"
+
+
+def _unserved(dtype: torch.dtype) -> str | None:
+    return None if dtype in POINTER_TYPES else f"{dtype} is not one of float32, float16, bfloat16"
 
 
 def _convolution_unserved(problem: ConvProblem, gpu: Gpu) -> str | None:
@@ -106,7 +110,7 @@ def _convolution_unserved(problem: ConvProblem, gpu: Gpu) -> str | None:
         return "more than 2^31 pixels"
     if problem.out_channels * (problem.in_channels // problem.groups) * problem.taps > INT32_MAX:
         return "a weight of more than 2^31 elements"
-    return _unserved(problem.dtype, gpu)
+    return _unserved(problem.dtype)
 
 
 def _gather_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
@@ -252,6 +256,8 @@ def _rows_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
         return form
     if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
         return "fp32 products outside the tensor cores"
+    if direction == "wgrad" and 4 * form.columns * prod(problem.weight_shape) > MAX_WORKSPACE:
+        return "a weight whose gradient, of each column of outputs, is more than a workspace holds"
     return _gather_unsupported(direction, problem, gpu, layout)
 
 
@@ -299,7 +305,7 @@ def _pool_unsupported(direction: str, problem: PoolProblem, gpu: Gpu, layout: La
         (h + 1) * (p + 1) > INT32_MAX for h, p in zip(problem.input_size, problem.output_size, strict=True)
     ):
         return "an adaptive axis whose sizes multiply to more than 2^31"
-    return _unserved(problem.dtype, gpu)
+    return _unserved(problem.dtype)
 
 
 def _plan_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
@@ -363,6 +369,9 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
     only = single_family()
+    old = too_old(gpu)
+    if old is not None:
+        return decided(Plan(direction, problem, "pytorch", None, (), (("every family", old),)))
     for family in FAMILIES[direction]:
         if only not in (None, family.name) or (family.trial and only is None):
             continue

@@ -131,8 +131,22 @@ def deciding() -> bool:
     return _decisions.get() is not None
 
 
+class Uncovered(NotImplementedError):
+    """No kernel serves the call; the message says why."""
+
+
+class Failed(Uncovered):
+    """One should have, but does not compile here, or cannot be loaded. ``why``: its error without its name."""
+
+    def __init__(self, launch: Launch, why: str) -> None:
+        super().__init__(f"{launch.name} cannot be launched: {why}")
+        self.why = why
+
+
 # (Launch.compile_key, a GPU's index) of what has been loaded there: a launch that was made, or was warmed up.
 _loaded: set[tuple[Any, int]] = set()
+# The same of what failed, and why: to compile it again at each call would take seconds.
+_failed: dict[tuple[Any, int], str] = {}
 
 
 def loaded(launches: Iterable[Launch], device: int) -> None:
@@ -145,18 +159,32 @@ def _first(launch: Launch, tensors: Sequence[Any], device: int) -> None:
 
     What Triton compiled for it is kept: a binary is the right one for as long as operands start at multiples of 16
     bytes where these do, which is part of the key that a call's launches are kept by. RuntimeError where the binary
-    would have to be compiled while a CUDA graph is captured.
+    would have to be compiled while a CUDA graph is captured; Failed where it cannot be compiled or loaded.
     """
-    if (launch.compile_key, device) not in _loaded:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{launch.name} is not compiled for this call, and a CUDA graph is being captured: "
-                "call fastconv.warmup(model, *inputs), for training with train=True, before the capture"
-            )
-        loaded([launch], device)
-    binary = launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+    key = launch.compile_key, device
+    if key in _failed:
+        raise Failed(launch, _failed[key])
+    if key not in _loaded and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{launch.name} is not compiled for this call, and a CUDA graph is being captured: "
+            "call fastconv.warmup(model, *inputs), for training with train=True, before the capture"
+        )
+    try:
+        binary = launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's, its compilers', the file system's
+        _failed[key] = f"{last_line(error)} (Triton's cache: {knobs.cache.dir})"
+        raise Failed(launch, _failed[key]) from error
+    loaded([launch], device)
     if isinstance(binary, CompiledKernel):
         launch.again[device] = _repeat(launch, binary, device)
+
+
+def last_line(error: Exception) -> str:
+    """What a compiler's message of many lines comes to."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _repeat(launch: Launch, binary: CompiledKernel, device: int) -> Callable[[Sequence[Any]], None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.call import Operands, Prepared, Sizes, Uncovered, prepared
+from fastconv.kernels.call import Operands, Prepared, Sizes, Uncovered, carried_out, prepared, workspace
 from fastconv.kernels.dispatch import Layout
 from fastconv.kernels.launch import Launch, run
 from fastconv.kernels.layout import (
@@ -39,30 +39,38 @@ def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dty
     The last NaN of a window wins, else its first maximum. y alone where ``index`` is None. Channels_last where x is,
     else contiguous. Raises Uncovered where no kernel serves them.
     """
-    call = prepared(_prepare_forward, (x,), ("max", output_size, geometry, index))
-    y = x.new_empty_strided(call.shape, call.strides)
-    taps = None if index is None else x.new_empty_strided(call.shape, call.strides, dtype=index)
-    if len(call.launches) == 1:
-        run(call.launches[0], *call.laid_out((x,)), y, taps)
-    elif call.launches:
-        splits = call.launches[0].grid[1]
-        partial = x.new_empty(splits * y.numel(), dtype=torch.float32)
-        partial_taps = None if taps is None else partial.new_empty(partial.shape, dtype=torch.int32)
-        run(call.launches[0], *call.laid_out((x,)), partial, partial_taps)
-        run(call.launches[1], partial, partial_taps, y, taps)
-    return (y,) if taps is None else (y, taps)
+
+    def carry_out(call: Prepared, operands: Operands) -> tuple[Tensor, ...]:
+        y = x.new_empty_strided(call.shape, call.strides)
+        taps = None if index is None else x.new_empty_strided(call.shape, call.strides, dtype=index)
+        if len(call.launches) == 1:
+            run(call.launches[0], *call.laid_out(operands), y, taps)
+        elif call.launches:
+            partial = workspace(x, call.launches[0].grid[1] * y.numel())
+            partial_taps = None if taps is None else workspace(x, partial.shape, torch.int32)
+            run(call.launches[0], *call.laid_out(operands), partial, partial_taps)
+            run(call.launches[1], partial, partial_taps, y, taps)
+        return (y,) if taps is None else (y, taps)
+
+    return carried_out(_prepare_forward, (x,), ("max", output_size, geometry, index), carry_out)
 
 
 def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padding: bool, divisor: int) -> Tensor:
     """The averages [N, C, *output_size] of x [N, C, spatial], summed in fp32. ``divisor`` 0: the pixels of each window,
     with or without its padding. Formats and errors as `max_pool`."""
-    call = prepared(_prepare_forward, (x,), ("average", output_size, geometry, None, include_padding, divisor))
+    arguments = ("average", output_size, geometry, None, include_padding, divisor)
+    return carried_out(_prepare_forward, (x,), arguments, _average)
+
+
+def _average(call: Prepared, operands: Operands) -> Tensor:
+    (x,) = operands
+    assert x is not None
     y = x.new_empty_strided(call.shape, call.strides)
     if len(call.launches) == 1:
-        run(call.launches[0], *call.laid_out((x,)), y, None)
+        run(call.launches[0], *call.laid_out(operands), y, None)
     elif call.launches:
-        partial = x.new_empty(call.launches[0].grid[1] * y.numel(), dtype=torch.float32)
-        run(call.launches[0], *call.laid_out((x,)), partial, None)
+        partial = workspace(x, call.launches[0].grid[1] * y.numel())
+        run(call.launches[0], *call.laid_out(operands), partial, None)
         run(call.launches[1], partial, y)
     return y
 

@@ -20,6 +20,7 @@ from fastconv.autograd.operators import Function, operator
 from fastconv.kernels import conv as kernels
 from fastconv.kernels import tuned
 from fastconv.kernels.call import Slower
+from fastconv.kernels.launch import Failed
 from fastconv.kernels.layout import is_channels_last, strides_like, weight_format, weight_strides
 from fastconv.kernels.problem import conv_problem
 from fastconv.settings import Values, settings
@@ -44,13 +45,21 @@ def _say_once(name: str, reason: str) -> None:
     log.info("%s runs PyTorch's own op: %s", name, reason)
 
 
+@lru_cache(maxsize=1024)
+def _warn_once(why: str) -> None:
+    log.warning("PyTorch's own ops run where kernels cannot be launched: %s", why)
+
+
 def _fall_back(name: str, reason: Exception) -> None:
-    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log.
+    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log, a
+    warning where a kernel should have served it.
 
     Where PyTorch's op was measured faster, it is what ``settings(prefer="fastest")`` asks for: a line alone.
     """
     if _in_force().strict and not isinstance(reason, Slower):
         raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
+    if isinstance(reason, Failed):
+        _warn_once(reason.why)
     _say_once(name, str(reason))
 
 
@@ -176,6 +185,14 @@ def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
     return x.new_empty_strided(shape, weight_strides(shape, format))
 
 
+def _channel_sum(x: Tensor) -> Tensor:
+    try:
+        return kernels.channel_sum(x)
+    except kernels.Uncovered as reason:
+        _fall_back("channel_sum", reason)
+    return x.sum([0, *range(2, x.dim())], dtype=torch.float32).to(x.dtype)
+
+
 def _channel_sum_fake(x):
     return x.new_empty(x.shape[1])
 
@@ -198,7 +215,7 @@ conv_wgrad = operator(
     _wgrad,
     _wgrad_fake,
 )
-channel_sum = operator("channel_sum(Tensor x) -> Tensor", kernels.channel_sum, _channel_sum_fake)
+channel_sum = operator("channel_sum(Tensor x) -> Tensor", _channel_sum, _channel_sum_fake)
 
 
 # For torch.utils.flop_counter: in each direction every output pixel meets all of the weight [K, C/groups, filter].

@@ -520,9 +520,9 @@ def test_uncovered_problems_say_why() -> None:
     assert huge.family == "pytorch" and "2^31 pixels" in huge.reasons[0][1]
     shares = dispatch.plan("forward", problem((2**17,), (2**15,), True), gpus.H200)
     assert shares.family == "pytorch" and "adaptive axis" in shares.reasons[0][1]
-    old = gpus.describe("an older GPU", 75, 40, 64 << 10, 4 << 20, None)
+    old = gpus.describe("NVIDIA T4", 75, 40, 64 << 10, 4 << 20, None)
     plan = dispatch.plan("backward", problem((8,), (4,), True), old)
-    assert plan.reasons == (("pool", "compute capability 7.5 is below 8.0"),)
+    assert plan.reasons == (("every family", "the NVIDIA T4's compute capability 7.5 is below 8.0"),)
     assert dispatch.plan("backward", problem((8,), (4,), True), gpus.H200).family == "pool"
 
 
