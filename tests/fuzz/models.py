@@ -376,6 +376,7 @@ class _Writer:
     layers: dict[str, list[str]] = field(default_factory=dict)
     children: list[tuple[str, Part]] = field(default_factory=list)
     variables: Lines = field(default_factory=lambda: ["x"])
+    new: Lines = field(default_factory=list)  # variables that the statement at hand sets
     takes: str = "x"
     gives: str = "{v}"
 
@@ -428,7 +429,11 @@ class _Writer:
             kinds += [self._branch] * 4 + [self._choice_of_act]
             if self.wild:
                 kinds += [self._effect] * 2 + [self._context, self._odd]
-        return self.choice(kinds)(depth)
+        lines = self.choice(kinds)(depth)
+        if depth == 0:
+            self.variables += self.new
+            self.new.clear()
+        return lines
 
     def _chain(self, depth: int) -> Lines:
         """Convolution, batch norm, activation and sum in one line or several, with parts left out."""
@@ -600,10 +605,7 @@ class _Writer:
         return lines
 
     def _nested(self, depth: int) -> Lines:
-        known = list(self.variables)
-        lines = self._statement(depth + 1)
-        self.variables[:] = known
-        return [f"    {line}" for line in lines]
+        return [f"    {line}" for line in self._statement(depth + 1)]
 
     def _choice_of_act(self, depth: int) -> Lines:
         value = self._variable()
@@ -652,7 +654,7 @@ class _Writer:
             [f"{value} = {value} * self.{conv}.weight.mean()"],
             [f"{value} = [self.{norm}(self.{conv}(v)) for v in [{value}]][0]"],
             [f"{value} = functools.reduce(lambda v, f: f(v), [self.{conv}, self.{norm}], {value})"],
-            [f"y0, {value} = {value}, self.{norm}(self.{conv}({value}))", f"{value} = {value} + y0"],
+            [f"before, {value} = {value}, self.{norm}(self.{conv}({value}))", f"{value} = {value} + before"],
         ]
         return self.choice(forms)
 
@@ -738,8 +740,8 @@ class _Writer:
     def _target(self, depth: int) -> str:
         if depth or not self.chance(30):
             return self._variable()
-        self.variables.append(f"y{len(self.variables)}")
-        return self.variables[-1]
+        self.new.append(f"y{len(self.variables) + len(self.new)}")
+        return self.new[-1]
 
     def _set(self, line: str) -> None:
         if line and line not in self.init:
