@@ -353,7 +353,26 @@ class _Search:
         moved = self._called(nodes[0])
         others = self._passed(nodes)
         known = isinstance(moved, _CONVS) or not others or _is_known(moved)
-        return not known or any(_may_write(node, self.module) for node in others)
+        return not known or any(_may_write(node, self.module) for node in others) or self._is_seen_on_the_way(nodes)
+
+    def _is_seen_on_the_way(self, nodes: list[Node]) -> bool:
+        """Whether statistics that ``nodes`` update are updated or read by others before the last of them is called."""
+        for norm, passed in self._passed_by_norms(nodes):
+            prefix = f"{norm.target}."
+            if passed and any(node.op == "get_attr" and str(node.target).startswith(prefix) for node in self.order):
+                return True
+            if any(_share_norms(self._called(norm), self._called(node)) for node in passed):
+                return True
+        return False
+
+    def _passed_by_norms(self, nodes: list[Node]) -> list[tuple[Node, list[Node]]]:
+        """Those of ``nodes`` that call batch norms, each with the calls of modules that are between it and the last."""
+        others = [node for node in self._between(nodes) if node.op == "call_module"]
+        return [
+            (norm, [node for node in others if self.order[node] > self.order[norm]])
+            for norm in nodes
+            if norm.op == "call_module" and _norms_in(self._called(norm))
+        ]
 
     def _rely_on_what_is_passed(self, nodes: list[Node]) -> None:
         """Require at each call what `_may_not_move` finds out about modules, which may be replaced or set otherwise."""
@@ -364,6 +383,11 @@ class _Search:
                 self._require(_module_may_write, False, node, "may write in place")
         if not isinstance(self._called(nodes[0]), _CONVS) and self._passed(nodes):
             self._require(_is_known, True, nodes[0], "is another module now")
+        for norm, passed in self._passed_by_norms(nodes):
+            for node in passed:
+                paths = f"{path_of(str(norm.target))}, {path_of(str(node.target))}"
+                shared = f"{norm.target} and {node.target} share a batch norm now"
+                self.guards.require(f"not {self.guards.name(_share_norms)}({paths})", shared)
 
     def _rely_on_what_is_kept(self, steps: list[Step], last: Node) -> None:
         """Likewise of `_is_kept_and_written`."""
@@ -402,6 +426,18 @@ class _Search:
 
     def _later(self, value: Node, last: Node) -> list[Node]:
         return [user for user in value.users if self.order[user] > self.order[last]]
+
+
+def _norms_in(module: torch.nn.Module) -> list[torch.nn.Module]:
+    if not module._modules:
+        return [module] if isinstance(module, _BatchNorm) else []
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def _share_norms(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Whether a call of either updates the same statistics."""
+    theirs = _norms_in(b)
+    return bool(theirs) and not set(theirs).isdisjoint(_norms_in(a))
 
 
 def _is_identity(module: torch.nn.Module) -> bool:

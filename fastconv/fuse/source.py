@@ -12,7 +12,7 @@ import ast
 import copy
 import linecache
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -46,7 +46,7 @@ class SourceUnknown(Exception):
     """Why a function's source is not to be had."""
 
 
-@cache
+@lru_cache(maxsize=16)
 def _definitions(filename: str, text: str) -> tuple[list[CodeType], list[ast.FunctionDef | ast.Lambda]]:
     """All functions in a file: compiled, and as they are written."""
     tree = ast.parse(text)

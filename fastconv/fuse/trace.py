@@ -14,6 +14,7 @@ import inspect
 import math
 import operator
 import sys
+from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import takewhile
@@ -111,7 +112,8 @@ def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
     values = [tracer._argument(name, kind) for name, kind in zip([*required, *optional], kinds, strict=False)]
     try:
         result = tracer.run(forward, (_Ref(tracer, module, "self", "self", target=""), *values), {})
-        tracer.create_node("output", "output", (tracer.returned(result),), {})
+        tracer.own(result)
+        tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Untraceable:
         raise
     except Exception as error:  # of any kind: the forward may do anything with what is no tensor
@@ -304,12 +306,13 @@ class _Tracer(GraphAppendingTracer):
             return super().create_arg(a)
         raise Untraceable(f"hands on a {type(a).__name__}")
 
-    def returned(self, result: Any) -> Any:
+    def own(self, result: Any) -> None:
+        """Raise Untraceable where a container in ``result`` is not the forward's own."""
         if id(result) in self.lent:
             raise Untraceable(f"returns {self.lent[id(result)][1]}")
-        for part in result if isinstance(result, list | tuple) else ():
-            self.returned(part)
-        return self.create_arg(result)
+        if isinstance(result, list | tuple | dict):
+            for part in result.values() if isinstance(result, dict) else result:
+                self.own(part)
 
     def run(self, function: FunctionType, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of a function of the user's."""
@@ -474,6 +477,7 @@ class _Tracer(GraphAppendingTracer):
                 return value(*args)
         elif any(_is_of(module, value) for module in _TORCH):
             if any(map(_holds_value, (args, kwargs))):
+                self.asked |= any(value is joins for joins in _JOIN) and _is_argument(*args[:1])
                 return self.create_proxy("call_function", value, args, kwargs)
         elif isinstance(value, FunctionType) and not _is_torchs(value):
             return self.run(value, args, kwargs)
@@ -556,12 +560,13 @@ class _Tracer(GraphAppendingTracer):
 
     def is_instance(self, value: Any, kinds: Any) -> bool:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if not all(isinstance(kind, _Ref) and isinstance(kind.value, type) for kind in kinds):
+        # (A class of classes may answer as it likes.)
+        if not all(isinstance(kind, _Ref) and type(kind.value) in _ANSWER_TRULY for kind in kinds):
             raise Untraceable("calls isinstance in a way that is not known")
         classes = tuple(kind.value for kind in kinds)
         if isinstance(value, Proxy):
             kind = self._kind_of(value)
-            self.asked |= value.node.op == "placeholder"
+            self.asked |= _is_argument(value)
             if not set(classes) <= {Tensor, list, tuple, dict, OrderedDict, set, str, int, float, bool}:
                 raise Untraceable(f"asks whether {value.node.name} is a {classes[0].__name__}")
             return issubclass(kind, classes)
@@ -643,12 +648,19 @@ class _Tracer(GraphAppendingTracer):
 
 
 _MISSING = object()
+# Which want a list.
+_JOIN = (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack)
+_ANSWER_TRULY = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 # Whose result is a tensor if the first operand is.
 _ARITHMETIC = (
     *(operator.add, operator.sub, operator.mul, operator.truediv),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
 )
 _TORCH = (torch, torch.nn.functional, torch._C._nn, torch.special, torch.fft, torch.linalg)
+
+
+def _is_argument(*values: Any) -> bool:
+    return any(type(value) is _Value and value.node.op == "placeholder" for value in values)
 
 
 def _is_of(module: ModuleType, function: Any) -> bool:

@@ -1111,6 +1111,40 @@ def test_what_is_passed_on_the_way_may_change(calls: list[Any]) -> None:
                 assert torch.equal(model(images()), plain(images()))
 
 
+def shared_norm(m: Any, x: Any) -> Any:
+    """The first chain goes on behind a second call of its batch norm."""
+    y = m.bn1(m.conv1(x))
+    other = m.bn1(m.conv2(x))
+    return m.relu(y) + other
+
+
+def read_statistics(m: Any, x: Any) -> Any:
+    y = m.bn1(m.conv1(x))
+    other = m.relu(x) * m.bn1.running_mean.sum()
+    return m.relu(y) + other
+
+
+@pytest.mark.parametrize("body", [shared_norm, read_statistics], ids=["updated", "read"])
+def test_statistics_are_kept_in_the_forwards_order(body: Any, calls: list[Any]) -> None:
+    model, plain = pair(Block(body, relu=nn.ReLU()))
+    assert_same(model, plain, images())
+    assert calls == [(None, None), (None, "after")][: 2 if body is shared_norm else 1]
+
+
+def test_a_norm_that_is_shared_later(calls: list[Any]) -> None:
+    def body(m: Any, x: Any) -> Any:
+        y = m.bn1(m.conv1(x))
+        other = m.bn2(m.conv2(x))
+        return m.relu(y) + other
+
+    model, plain = pair(Block(body, relu=nn.ReLU()))
+    assert_same(model, plain, images())
+    assert sorted(calls, key=str) == [("ReLU", None), (None, "after")]
+    for m in (model, plain):
+        m.bn2 = m.bn1
+    assert_same(model, plain, images())
+
+
 class Writes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2)
