@@ -425,19 +425,22 @@ class AveragePoolBackward(Function):
 
 
 class LpPool(Function):
-    """Norms of windows; backward, which reads them and the input, spreads each over its window."""
+    """Norms of windows; backward, which reads them and the input, spreads each over its window.
+
+    It computes them again: as with PyTorch's, they may be changed in place before.
+    """
 
     @staticmethod
     def forward(ctx, x, output_size, window, stride, norm):
-        y = lp_pool_op(x, output_size, window, stride, norm)
-        ctx.save_for_backward(x, y)
-        ctx.arguments = window, stride, norm
-        return y
+        ctx.save_for_backward(x)
+        ctx.arguments = output_size, window, stride, norm
+        return lp_pool_op(x, *ctx.arguments)
 
     @staticmethod
     def backward(ctx, dy):
-        x, y = ctx.saved_tensors
-        window, stride, norm = ctx.arguments
+        (x,) = ctx.saved_tensors
+        y = lp_pool(x, *ctx.arguments)
+        _, window, stride, norm = ctx.arguments
         channels_last = is_channels_last(x.shape, x.stride())
         if not _tracked(dy, x):
             return lp_pool_backward_op(dy, y, x, window, stride, norm, channels_last), None, None, None, None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -568,8 +569,10 @@ def test_one_tensor_as_input_and_residual(training: bool) -> None:
 
 
 @each_mode
-@pytest.mark.parametrize("residual", [None, "before", "after"])
-@pytest.mark.parametrize("act", sorted(set(autograd.ACTIVATIONS) - {"hardsigmoid"}))
+@pytest.mark.parametrize(
+    ("act", "residual"),
+    list(zip(sorted(set(autograd.ACTIVATIONS) - {"hardsigmoid"}), cycle(["before", None, "after"]), strict=False)),
+)
 def test_the_plain_twin_gradchecks(act: str, residual: str | None, training: bool) -> None:
     """What a gradient of the gradient is composed of, in fp64: first and second order. (PyTorch has no second gradient
     of hardsigmoid.)"""

@@ -238,7 +238,7 @@ POOLS: dict[str, tuple[torch.nn.Module, tuple[int, ...], list[str]]] = {
     "average, 1-d": (nn.AvgPool1d(3), (2, 8, 9), ["forward", "backward"]),
     "global": (nn.AdaptiveAvgPool2d(1), (2, 8, 5, 6), ["forward", "backward"]),
     "adaptive, 3-d": (nn.AdaptiveMaxPool3d(2), (2, 3, 4, 3, 5), ["forward", "backward"]),
-    "power": (nn.LPPool2d(2, 2), (2, 8, 6, 6), ["forward", "backward"]),
+    "power": (nn.LPPool2d(2, 2), (2, 8, 6, 6), ["forward", "forward", "backward"]),
 }
 
 

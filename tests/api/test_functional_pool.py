@@ -101,7 +101,9 @@ def test_forward_and_gradients_of_two_orders(name: str) -> None:
         scale = reference.detach().abs().max().expand(reference.shape)
         assert_close(value, reference.detach(), scale, 256, f"tensor {index} of {name}")
     # Forward, backward, and through both once more; PyTorch knows that a maximum's second derivative needs no forward.
-    assert len(records) == 4 and all(r.name.startswith("pool_") for r in records)
+    # An lp norm's backward computes it again.
+    assert len(records) == (8 if "lp" in name and "infinite" not in name else 4)
+    assert all(r.name.startswith("pool_") for r in records)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
