@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastconv import functional as F
-from fastconv.nn.exact import refuse_tracer, unquantised, unscripted
+from fastconv.nn.exact import exact, refuse_tracer, unquantised
 from fastconv.nn.patches import patched_beneath
 
 
@@ -162,7 +162,7 @@ class LazyConvTranspose3d(torch.nn.LazyConvTranspose3d, ConvTranspose3d):  # typ
 
 _LAYERS = Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 _LAZY = LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d, LazyConvTranspose3d
-unscripted(*_LAYERS)
+exact(*_LAYERS)
 unquantised(*_LAYERS)
 # So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
 torch.serialization.add_safe_globals([*_LAYERS, *_LAZY])

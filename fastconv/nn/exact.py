@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
+
 
 def _refuse(tool: str) -> NoReturn:
     raise RuntimeError(f"{tool} knows torch.nn's layers, not fastconv's: call fastconv.revert(model) first")
@@ -33,16 +35,24 @@ def _prepare_scriptable(layer: Any) -> NoReturn:
     _refuse("torch.jit.script")
 
 
+def _register_buffer(layer: Any, name: str, *args: Any, **kwargs: Any) -> None:
+    # thop's, before it looks the layer's class up in its table.
+    if name == "total_ops":
+        _refuse("thop")
+    torch.nn.Module.register_buffer(layer, name, *args, **kwargs)
+
+
 def refuse_tracer(x: Any) -> None:
     """Raise RuntimeError if a layer is called with what torch.ao.quantization traces a model with."""
     if any(kind.__module__.startswith("torch.ao.quantization.") for kind in type(getattr(x, "tracer", None)).__mro__):
         _refuse("torch.ao.quantization")
 
 
-def unscripted(*layers: Any) -> None:
-    """Let torch.jit.script say so of these classes, before it compiles any of a model."""
+def exact(*layers: Any) -> None:
+    """Let torch.jit.script, before it compiles any of a model, and thop say so of these classes."""
     for layer in layers:
         layer.__prepare_scriptable__ = _prepare_scriptable
+        layer.register_buffer = _register_buffer
 
 
 def unquantised(*layers: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastconv import functional as F
-from fastconv.nn.exact import unscripted
+from fastconv.nn.exact import exact
 from fastconv.nn.patches import patched_beneath
 
 
@@ -163,6 +163,6 @@ _LAYERS = (
     *(AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d),
     *(LPPool1d, LPPool2d, LPPool3d),
 )
-unscripted(*_LAYERS)
+exact(*_LAYERS)
 # So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
 torch.serialization.add_safe_globals([*_LAYERS])

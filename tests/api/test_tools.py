@@ -295,3 +295,21 @@ def test_a_table_of_hooks() -> None:
         model(X.to(DEVICE))
         shapes.append(seen)
     assert shapes[0] == shapes[1] and len(shapes[0]) == 8
+
+
+def test_a_counter_that_looks_classes_up() -> None:
+    """As thop's, which gives every layer a buffer and then hooks those that its table has."""
+    table = dict.fromkeys((torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.BatchNorm2d))
+    hooked: list[type] = []
+
+    def add_hooks(layer: torch.nn.Module) -> None:
+        if not layer._modules:
+            layer.register_buffer("total_ops", torch.zeros(1))
+            hooked.extend({type(layer)} & table.keys())
+
+    model, plain, _ = both()
+    with pytest.raises(RuntimeError, match=rf"^thop {SAYS}"):
+        model.apply(add_hooks)
+    fastconv.revert(model).apply(add_hooks)
+    plain.apply(add_hooks)
+    assert hooked[:4] == hooked[4:] and len(hooked) == 8
