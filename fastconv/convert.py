@@ -38,6 +38,12 @@ _SCRIPTED_POOLS = {theirs.__name__ for theirs in _POOLS}
 _FORMATS = {torch.contiguous_format: None, torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
+_BACKEND = (
+    "where a forward does or reads what cannot be compared at each call, its layers are left apart; "
+    'torch.compile(backend="fastconv"), which is to come, will capture it with guards'
+)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution layer of a model, or a pool.
@@ -99,6 +105,8 @@ class Report:
             by = "PyTorch" if pool.reason else "fastconv"
             rows.append([pool.name or "(the model)", pool.kind, by, pool.reason or ""])
         rows += [[norm.name, norm.kind, "PyTorch", norm.reason or ""] for norm in self.norms if norm.chain is None]
+        if any(norm.untraceable for norm in self.norms):
+            return f"{table(rows)}\n{_BACKEND}\n{self.summary}"
         return f"{table(rows)}\n{self.summary}"
 
     @property

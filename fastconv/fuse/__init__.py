@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse.chains import Chain, Studies, reach
 from fastconv.fuse.rewrite import broken, fuse_module, fused_names
-from fastconv.fuse.trace import class_of
+from fastconv.fuse.stand_ins import class_of
 from fastconv.nn.fused import ConvBNAct, fusible, interference
 
 
@@ -34,6 +34,7 @@ class Norm:
     chain: str | None = None  # "layer1.0.conv1 + bn1 + relu"
     conv: str | None = None  # the name of the convolution layer in it
     reason: str | None = None  # with a chain: why it does not take the next call, if that is an activation or a sum
+    untraceable: bool = False  # whether the reason is what the forward that calls it does
 
 
 def fuse(model: torch.nn.Module, wanted: Callable[[torch.nn.Module, torch.nn.Module], bool]) -> None:
@@ -62,9 +63,12 @@ def norms(model: torch.nn.Module) -> Iterator[Norm]:
     """Every batch norm of ``model``, once, with what is true of it now."""
     names = {module: name for name, module in model.named_modules()}
     found: dict[torch.nn.Module, Norm] = {}
-    for norm, chain, conv, reason in _findings(model, names):
+    studies = Studies(as_fused=True)
+    for norm, chain, conv, reason in _findings(studies, model, names):
         if norm not in found or (chain and not found[norm].chain):
             found[norm] = Norm(names[norm], type(norm).__name__, chain, names.get(conv), reason)
+    for norm, reason in _untraceable(studies, model):
+        found.setdefault(norm, Norm(names[norm], type(norm).__name__, reason=reason, untraceable=True))
     for module, name in names.items():
         if isinstance(module, _BatchNorm):
             yield found.get(module) or Norm(
@@ -100,9 +104,8 @@ def _conv_and_norm(links: list[_Link]) -> tuple[torch.nn.Module, torch.nn.Module
     return module.get_submodule(chain.head), next((norm for kind, norm in _steps(links) if kind == "norm"), None)
 
 
-def _findings(model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
+def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
     """Batch norms, more than once perhaps, with chain and convolution, if any, and the reason; the best known first."""
-    studies = Studies(as_fused=True)
     # What goes on with the chain at the end of a module.
     goes_on: dict[torch.nn.Module, _Link] = {}
     unfused: list[_Finding] = []
@@ -131,11 +134,15 @@ def _findings(model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iter
         for target, reason in study.apart.items():
             yield module.get_submodule(target), None, None, reason
     yield from unfused
-    # The innermost module that might have called it.
+
+
+def _untraceable(studies: Studies, model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
+    """Batch norms, each with what the innermost module does that might have called it."""
+    found = studies.of(model)
     for module in reversed(found):
         for child in reach(module):
-            if isinstance(child, _BatchNorm) and found[module].untraceable is not None:
-                yield child, None, None, found[module].untraceable
+            if isinstance(child, _BatchNorm) and (reason := found[module].untraceable) is not None:
+                yield child, reason
 
 
 def _finding(links: list[_Link], hooked: str | None, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:

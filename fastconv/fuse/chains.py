@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fastconv.activations import activation_of, has_fused_form, is_activation, let_be
-from fastconv.fuse.trace import Kinds, Trace, Untraceable, class_of, is_sequential, parameters, path_of, trace
+from fastconv.fuse.stand_ins import Untraceable, class_of, is_sequential, path_of
+from fastconv.fuse.trace import Kinds, Trace, parameters, trace
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct
 

@@ -18,7 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastconv.fuse.chains import Chain, Step, Studies, Study, found_in
 from fastconv.fuse.guards import Guards
-from fastconv.fuse.trace import Kinds, Trace, class_of, parameters, path_of
+from fastconv.fuse.stand_ins import class_of, path_of
+from fastconv.fuse.trace import Kinds, Trace, parameters
 from fastconv.nn.fused import Steps, interference, run_chain, run_open, take
 
 

@@ -9,14 +9,12 @@ or reads raises Untraceable, and is left undone.
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import math
 import operator
-import sys
 from abc import ABCMeta
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import takewhile
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, ModuleType, SimpleNamespace
 from typing import Any
@@ -29,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse import source
 from fastconv.fuse.guards import CONTAINERS, Guards, is_constant, is_constant_throughout
+from fastconv.fuse.stand_ins import Names, NotSet, Parent, Reference, Untraceable, Value, class_of
 
 # torch.nn's modules whose result is a tensor whatever they are called with.
 _GIVE_TENSORS = (
@@ -36,8 +35,7 @@ _GIVE_TENSORS = (
     *(torch.nn.ReLU, torch.nn.Hardtanh, torch.nn.SiLU, torch.nn.GELU, torch.nn.Sigmoid, torch.nn.Hardswish),
     *(torch.nn.AvgPool2d, torch.nn.AdaptiveAvgPool2d, torch.nn.Flatten, torch.nn.Dropout),
 )
-# Of these a module may be asked for its children; their forwards, and no others of torch's, are run like the user's.
-_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+# The forwards of its containers, and no others of torch's, are run like the user's.
 _CONTAINERS_CODE = torch.nn.Sequential.__module__
 # Functions of Python's that do nothing but compute, from what they are given.
 _PURE = {
@@ -53,20 +51,6 @@ _WRITING = {id(function): function for function in (str, repr, format)}
 _READING = frozenset({"copy", "count", "get", "index", "items", "keys", "values"})
 # What torch answers according to who runs the forward.
 _STATES = (torch.jit.is_scripting, torch.jit.is_tracing)
-
-
-class Untraceable(Exception):
-    """What the forward does that no graph holds: "sets seen"."""
-
-
-def class_of(module: torch.nn.Module) -> Any:
-    """The class of ``module`` as if nothing were fused."""
-    return type(module).__dict__.get("_fastconv_original", type(module))
-
-
-def is_sequential(module: torch.nn.Module) -> bool:
-    """Whether its forward is torch.nn.Sequential's."""
-    return class_of(module).forward is torch.nn.Sequential.forward
 
 
 def _forward_of(module: torch.nn.Module) -> Any:
@@ -92,11 +76,6 @@ class Trace:
         self.graph, self.guards, self.asks = graph, guards, asks
 
 
-def path_of(target: str) -> str:
-    """The expression for the child ``target`` of ``self``."""
-    return "".join(("self", *(f"._modules[{name!r}]" for name in target.split("."))))
-
-
 def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
     """What ``module``'s forward does in training or in eval, given such arguments by position (Tensor or list each) and
     no others. Raises Untraceable; nothing is changed."""
@@ -111,7 +90,7 @@ def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
     tracer.guards.require(f"{tracer.guards.name(original)}.forward is {tracer.guards.name(forward)}", "it is patched")
     values = [tracer._argument(name, kind) for name, kind in zip([*required, *optional], kinds, strict=False)]
     try:
-        result = tracer.run(forward, (_Ref(tracer, module, "self", "self", target=""), *values), {})
+        result = tracer.run(forward, (Reference(tracer, module, "self", "self", target=""), *values), {})
         tracer.own(result)
         tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Untraceable:
@@ -122,163 +101,18 @@ def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
     return Trace(tracer.graph, tracer.guards, tracer.asked)
 
 
-class _Value(Proxy):
-    """Stands for a tensor or a list, or, where ``kind`` is None, for what it may not be asked.
-
-    ``made_by``: of a module's result, that module, and the kinds of what it was called with.
-    """
-
-    kind: type | None
-    made_by: tuple[_Ref, list[Any]] | None
-
-    def __init__(
-        self, node: Node, tracer: _Tracer, kind: type | None = None, made_by: tuple[_Ref, list[Any]] | None = None
-    ) -> None:
-        super().__init__(node, tracer)
-        self.kind, self.made_by = kind, made_by
-        tracer.values[node] = self
-
-
-class _Ref:
-    """Stands for what the forward has reached by a path and is no constant: a module, an object, a function, a class.
-
-    ``path`` is an expression in guards, ``shown`` the same for a reader; ``target``: a module's name under the one that
-    is traced; ``receiver``: of a method, what it is a method of.
-    """
-
-    __slots__ = ("path", "receiver", "shown", "target", "tracer", "value")
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(
-        self, tracer: _Tracer, value: Any, path: str, shown: str, target: str | None = None, receiver: Any = None
-    ) -> None:
-        self.tracer, self.value, self.path, self.shown = tracer, value, path, shown
-        self.target, self.receiver = target, receiver
-
-    def __bool__(self) -> bool:
-        kind = type(self.value)
-        if self._is_container("__len__"):
-            return bool(self.children())
-        if hasattr(kind, "__bool__") or hasattr(kind, "__len__"):
-            raise Untraceable(f"asks whether {self.shown}, a {kind.__name__}, is true")
-        return not self.is_none()
-
-    def is_none(self) -> bool:
-        """False; requires that something is there at each call too."""
-        kind = torch.nn.Module if isinstance(self.value, torch.nn.Module) else type(self.value)
-        test = f"isinstance({self.path}, {self.tracer.guards.name(kind)})"
-        self.tracer.guards.require(test, f"{self.shown} is no {kind.__name__} any more")
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        raise Untraceable(f"compares {self.shown}, a {type(self.value).__name__}")
-
-    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
-
-    def __len__(self) -> int:
-        return len(self._container("__len__"))
-
-    def __iter__(self) -> Iterator[Any]:
-        children = self._container("__iter__")
-        return iter(children if isinstance(self.value, torch.nn.ModuleDict) else children.values())
-
-    def __contains__(self, name: object) -> bool:
-        if isinstance(self.value, torch.nn.ModuleDict):
-            return name in self._container("__contains__")
-        raise Untraceable(f"searches {self.shown}, a {type(self.value).__name__}")
-
-    def __getitem__(self, index: Any) -> Any:
-        children = self._container("__getitem__")
-        if isinstance(self.value, torch.nn.ModuleDict):
-            return children[index]
-        return list(children.values())[index]
-
-    def _is_container(self, method: str) -> bool:
-        kind = next((kind for kind in _CONTAINERS if isinstance(self.value, kind)), None)
-        return kind is not None and getattr(class_of(self.value), method, None) is getattr(kind, method, None)
-
-    def _container(self, method: str) -> dict[str, Any]:
-        if not self._is_container(method):
-            raise Untraceable(f"reads {self.shown}, a {type(self.value).__name__}, in a way that is not known")
-        return self.children()
-
-    def children(self) -> dict[str, Any]:
-        """By name; requires that no others are there at each call, in this order."""
-        modules = self.value._modules
-        test = f"tuple({self.path}._modules) == {tuple(modules)!r}"
-        self.tracer.guards.require(test, f"{self.shown} has other children now")
-        return {name: self.child(name) for name in modules}
-
-    def child(self, name: str) -> Any:
-        child = self.value._modules[name]
-        path, shown = f"{self.path}._modules[{name!r}]", f"{self.shown}.{name}"
-        if child is None:
-            self.tracer.guards.is_still(path, None, shown)
-            return None
-        target = None if self.target is None else ".".join(filter(None, (self.target, name)))
-        return _Ref(self.tracer, child, path, shown, target)
-
-
-class _Names(dict[str, Any]):
-    """The globals of rewritten code: the answers to what it asks, and ``function``'s own names, looked up as they are
-    read."""
-
-    def __init__(self, tracer: _Tracer, function: FunctionType) -> None:
-        super().__init__(tracer.answers, **{source.SUPER: lambda *first: tracer.parent(function, *first)})
-        self.tracer, self.function = tracer, function
-
-    def __missing__(self, name: str) -> Any:
-        guards, function = self.tracer.guards, self.function
-        if name in function.__code__.co_freevars:
-            assert function.__closure__ is not None
-            cell = function.__closure__[function.__code__.co_freevars.index(name)]
-            return self.tracer.seen(cell.cell_contents, f"{guards.name(cell)}.cell_contents", name)
-        space = function.__globals__
-        if name in space:
-            module = sys.modules.get(space.get("__name__", ""))
-            of_module = module is not None and vars(module) is space
-            path = f"{guards.name(module)}.{name}" if of_module else f"{guards.name(space)}[{name!r}]"
-            return self.tracer.seen(space[name], path, name)
-        try:
-            found = getattr(builtins, name)
-        except AttributeError:
-            raise Untraceable(f"reads {name}, which is not defined") from None
-        return _Ref(self.tracer, found, guards.name(found), name)
-
-
-class _Parent:
-    """``super()``: the classes behind ``kind`` in the order of ``receiver``'s."""
-
-    def __init__(self, kind: type, receiver: _Ref) -> None:
-        order = class_of(receiver.value).__mro__
-        self.kinds, self.receiver = order[order.index(kind) + 1 :], receiver
-
-
-class _NotSet:
-    """Takes the place of what the forward sets an attribute of, or an item."""
-
-    def __init__(self, of: str) -> None:
-        self.of = of
-
-    def __setitem__(self, name: Any, _: Any) -> None:
-        raise Untraceable(f"sets {self.of}.{name}")
-
-    def __delitem__(self, name: Any) -> None:
-        raise Untraceable(f"deletes {self.of}.{name}")
-
-
 class _Tracer(GraphAppendingTracer):
     """Answers what a forward asks for, and writes down the calls that it makes."""
 
     def __init__(self, training: bool) -> None:
         super().__init__(Graph())
         self.training, self.asked, self.guards = training, False, Guards()
-        self.values: dict[Any, _Value] = {}
+        self.values: dict[Any, Value] = {}
         # Copies of containers that the forward has read, by identity: it may not change them.
         self.lent: dict[int, tuple[Any, str]] = {}
         self.answers = {
             source.ATTRIBUTE: self.attribute,
-            source.ATTRIBUTES: lambda owner: _NotSet(owner.shown if isinstance(owner, _Ref) else "a value"),
+            source.ATTRIBUTES: lambda owner: NotSet(owner.shown if isinstance(owner, Reference) else "a value"),
             source.ITEM: lambda owner, index: owner[index],
             source.ITEMS: self.items,
             source.CALL: self.call,
@@ -293,14 +127,14 @@ class _Tracer(GraphAppendingTracer):
     # What is written down
 
     def proxy(self, node: Node) -> Proxy:
-        return _Value(node, self)
+        return Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _Value:
+        if type(a) is Value:
             return a.node
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
-        if isinstance(a, _Ref):
+        if isinstance(a, Reference):
             raise Untraceable(f"hands on {a.shown}, a {type(a.value).__name__}")
         if type(a) in (list, dict, tuple, slice, range) or isinstance(a, Proxy) or is_constant(a) or a is ...:
             return super().create_arg(a)
@@ -322,7 +156,7 @@ class _Tracer(GraphAppendingTracer):
             raise Untraceable(str(why)) from None
         code_is = f"{self.guards.name(function)}.__code__ is {self.guards.name(function.__code__)}"
         self.guards.require(code_is, f"{function.__qualname__} is patched")
-        twin = FunctionType(code, _Names(self, function), function.__name__)
+        twin = FunctionType(code, Names(self, function), function.__name__)
         if function.__defaults__:
             twin.__defaults__ = tuple(map(self._default, function.__defaults__))
         if function.__kwdefaults__:
@@ -334,7 +168,7 @@ class _Tracer(GraphAppendingTracer):
 
     # What is read
 
-    def seen(self, value: Any, path: str, shown: str, owner: _Ref | None = None) -> Any:
+    def seen(self, value: Any, path: str, shown: str, owner: Reference | None = None) -> Any:
         """``value``, read at ``path``, or what stands for it."""
         if is_constant(value):
             if owner is not None and shown.endswith(".training") and isinstance(owner.value, torch.nn.Module):
@@ -344,7 +178,7 @@ class _Tracer(GraphAppendingTracer):
         if is_constant_throughout(value):
             self.guards.is_still(path, value, shown)
             return self._lend(value, shown)
-        return _Ref(self, value, path, shown)
+        return Reference(self, value, path, shown)
 
     def _lend(self, value: Any, shown: str) -> Any:
         """A copy of a container of constants, which nobody may change."""
@@ -362,21 +196,21 @@ class _Tracer(GraphAppendingTracer):
         if name.startswith("__"):
             raise Untraceable(f"reads {name}")
         if isinstance(owner, Proxy):
-            kind = owner.kind if type(owner) is _Value else None
+            kind = owner.kind if type(owner) is Value else None
             if not hasattr(kind or Tensor, name):
                 if kind is None:
                     raise Untraceable(f"reads {name} of {owner.node.name}")
                 raise AttributeError(name)
             return getattr(owner, name)
-        if isinstance(owner, _Parent):
+        if isinstance(owner, Parent):
             return self._of_parent(owner, name)
-        if isinstance(owner, _Ref):
+        if isinstance(owner, Reference):
             return self._of_reference(owner, name)
         if type(owner) in (*CONTAINERS, OrderedDict, slice, range) or is_constant(owner):
             return getattr(owner, name)
         raise Untraceable(f"reads {name} of a {type(owner).__name__}")
 
-    def _of_reference(self, owner: _Ref, name: str) -> Any:
+    def _of_reference(self, owner: Reference, name: str) -> Any:
         value, path, shown = owner.value, f"{owner.path}.{name}", f"{owner.shown}.{name}"
         if isinstance(value, ModuleType):
             if name in vars(value):
@@ -400,7 +234,7 @@ class _Tracer(GraphAppendingTracer):
         if name in own:
             return self._of_instance(owner, own[name], path, shown, f"{owner.path}.__dict__[{name!r}]")
         if isinstance(raw, FunctionType):
-            return _Ref(self, raw, path, shown, receiver=owner)
+            return Reference(self, raw, path, shown, receiver=owner)
         if raw is not _MISSING:
             return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown, owner)
         if isinstance(value, torch.nn.Module) and kind.__getattr__ is torch.nn.Module.__getattr__:
@@ -412,16 +246,16 @@ class _Tracer(GraphAppendingTracer):
                     return self._of_instance(owner, getattr(value, kept)[name], stored, shown, stored)
         raise Untraceable(f"reads {shown}, which is not there")
 
-    def _of_instance(self, owner: _Ref, value: Any, path: str, shown: str, stored: str) -> Any:
+    def _of_instance(self, owner: Reference, value: Any, path: str, shown: str, stored: str) -> Any:
         if not isinstance(value, Tensor):
             return self.seen(value, path, shown, owner)
         if owner.target is None:
-            return _Ref(self, value, path, shown)
+            return Reference(self, value, path, shown)
         self.guards.require(f"isinstance({stored}, {self.guards.name(Tensor)})", f"{shown} is no tensor any more")
         target = ".".join(filter(None, (owner.target, shown.rpartition(".")[2])))
-        return _Value(self.create_node("get_attr", target, (), {}), self, Tensor)
+        return Value(self.create_node("get_attr", target, (), {}), self, Tensor)
 
-    def _of_class(self, raw: Any, path: str, shown: str, owner: _Ref | None = None) -> Any:
+    def _of_class(self, raw: Any, path: str, shown: str, owner: Reference | None = None) -> Any:
         if hasattr(type(raw), "__get__") and not isinstance(raw, FunctionType | type):
             raise Untraceable(f"reads {shown}, a {type(raw).__name__}")
         return self.seen(raw, path, shown, owner)
@@ -429,17 +263,17 @@ class _Tracer(GraphAppendingTracer):
     def parent(self, function: FunctionType, *first: Any) -> Any:
         """``super()`` in ``function``, whose first argument is ``first``."""
         free = function.__code__.co_freevars
-        if not first or not isinstance(first[0], _Ref) or "__class__" not in free or function.__closure__ is None:
+        if not first or not isinstance(first[0], Reference) or "__class__" not in free or function.__closure__ is None:
             raise Untraceable("calls super in a way that is not known")
-        return _Parent(function.__closure__[free.index("__class__")].cell_contents, first[0])
+        return Parent(function.__closure__[free.index("__class__")].cell_contents, first[0])
 
-    def _of_parent(self, parent: _Parent, name: str) -> Any:
+    def _of_parent(self, parent: Parent, name: str) -> Any:
         kind = next((kind for kind in parent.kinds if name in vars(kind)), None)
         if kind is None or not isinstance(vars(kind)[name], FunctionType):
             raise Untraceable(f"reads {name} of super()")
         found = vars(kind)[name]
         self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(found)}", f"{name} is patched")
-        return _Ref(self, found, "", f"super().{name}", receiver=parent.receiver)
+        return Reference(self, found, "", f"super().{name}", receiver=parent.receiver)
 
     # What is called
 
@@ -449,7 +283,7 @@ class _Tracer(GraphAppendingTracer):
             return function(*args, **kwargs)
         if isinstance(function, BuiltinFunctionType) and type(function.__self__) in (*CONTAINERS, OrderedDict, str):
             return self._call_method(function, args, kwargs)
-        if not isinstance(function, _Ref):
+        if not isinstance(function, Reference):
             raise Untraceable(f"calls a {type(function).__name__}")
         value = function.value
         if isinstance(value, torch.nn.Module):
@@ -463,8 +297,8 @@ class _Tracer(GraphAppendingTracer):
         for known, answer in ((isinstance, self.is_instance), (getattr, self.get_attribute), (hasattr, self.has)):
             if value is known:
                 return answer(*args)
-        if value is super and len(args) == 2 and all(isinstance(arg, _Ref) for arg in args):
-            return _Parent(args[0].value, args[1])
+        if value is super and len(args) == 2 and all(isinstance(arg, Reference) for arg in args):
+            return Parent(args[0].value, args[1])
         self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
         if any(value is state for state in _STATES):
             answer, said = value(), f"{function.shown}() is not {value()} any more"
@@ -494,14 +328,14 @@ class _Tracer(GraphAppendingTracer):
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
         return method(*args, **kwargs)
 
-    def _call_module(self, module: _Ref, args: Any, kwargs: Any) -> Any:
+    def _call_module(self, module: Reference, args: Any, kwargs: Any) -> Any:
         if not module.target:
             raise Untraceable("calls itself" if module.target == "" else f"calls {module.shown}, which is not its own")
         node = self.create_proxy("call_module", module.target, args, kwargs).node
-        kinds = [arg.kind if type(arg) is _Value else None if isinstance(arg, Proxy) else type(arg) for arg in args]
-        return _Value(node, self, made_by=None if kwargs else (module, kinds))
+        kinds = [arg.kind if type(arg) is Value else None if isinstance(arg, Proxy) else type(arg) for arg in args]
+        return Value(node, self, made_by=None if kwargs else (module, kinds))
 
-    def _call_bound(self, method: _Ref, args: Any, kwargs: Any) -> Any:
+    def _call_bound(self, method: Reference, args: Any, kwargs: Any) -> Any:
         value, receiver = method.value, method.receiver
         if isinstance(receiver.value, torch.nn.Module) and not (args or kwargs):
             name = value.__name__
@@ -522,7 +356,7 @@ class _Tracer(GraphAppendingTracer):
     # What is asked
 
     def _kind_of(self, value: Proxy) -> type:
-        if type(value) is not _Value:
+        if type(value) is not Value:
             raise Untraceable(f"asks what {value.node.name} is")
         kind = value.kind
         if kind is None and value.made_by is not None:
@@ -534,7 +368,7 @@ class _Tracer(GraphAppendingTracer):
         value.kind = kind
         return kind
 
-    def _kind_given_by(self, module: _Ref, kinds: list[type]) -> type | None:
+    def _kind_given_by(self, module: Reference, kinds: list[type]) -> type | None:
         """Of what ``module`` gives, called with these kinds, as long as the guards hold that this adds."""
         kind, forward = class_of(module.value), class_of(module.value).forward
         self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
@@ -548,20 +382,22 @@ class _Tracer(GraphAppendingTracer):
         graph, self.graph = self.graph, Graph()
         try:
             values = [self._argument(f"x{i}", given) for i, given in enumerate(kinds)]
-            result = self._call_bound(_Ref(self, forward, "", f"{module.shown}.forward", receiver=module), values, {})
+            result = self._call_bound(
+                Reference(self, forward, "", f"{module.shown}.forward", receiver=module), values, {}
+            )
             return self._kind_of(result) if isinstance(result, Proxy) else type(result)
         except Untraceable:
             return None
         finally:
             self.graph = graph
 
-    def _argument(self, name: str, kind: type) -> _Value:
-        return _Value(self.create_node("placeholder", name, (), {}), self, kind)
+    def _argument(self, name: str, kind: type) -> Value:
+        return Value(self.create_node("placeholder", name, (), {}), self, kind)
 
     def is_instance(self, value: Any, kinds: Any) -> bool:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         # (A class of classes may answer as it likes.)
-        if not all(isinstance(kind, _Ref) and type(kind.value) in _ANSWER_TRULY for kind in kinds):
+        if not all(isinstance(kind, Reference) and type(kind.value) in _ANSWER_TRULY for kind in kinds):
             raise Untraceable("calls isinstance in a way that is not known")
         classes = tuple(kind.value for kind in kinds)
         if isinstance(value, Proxy):
@@ -570,7 +406,7 @@ class _Tracer(GraphAppendingTracer):
             if not set(classes) <= {Tensor, list, tuple, dict, OrderedDict, set, str, int, float, bool}:
                 raise Untraceable(f"asks whether {value.node.name} is a {classes[0].__name__}")
             return issubclass(kind, classes)
-        if isinstance(value, _Ref):
+        if isinstance(value, Reference):
             answer = isinstance(value.value, classes)
             names = ", ".join(self.guards.name(kind) for kind in classes)
             said = f"{value.shown} is {'no ' if answer else 'a '}{classes[0].__name__} now"
@@ -582,7 +418,7 @@ class _Tracer(GraphAppendingTracer):
         return self.attribute(owner, name) if not default or self.has(owner, name) else default[0]
 
     def has(self, owner: Any, name: str) -> bool:
-        if not isinstance(owner, _Ref) or not isinstance(name, str):
+        if not isinstance(owner, Reference) or not isinstance(name, str):
             raise Untraceable("asks for an attribute in a way that is not known")
         answer = True
         try:
@@ -608,12 +444,12 @@ class _Tracer(GraphAppendingTracer):
             if isinstance(a, Proxy) and isinstance(b, Proxy):
                 raise Untraceable("asks whether two values are one")
             return False
-        if isinstance(a, _Ref) and isinstance(b, _Ref):
+        if isinstance(a, Reference) and isinstance(b, Reference):
             same = a.value is b.value
             self.guards.require(f"({a.path} is {b.path}) is {same}", f"{a.shown} is {b.shown} no more, or now")
             return same
         for value, other in ((a, b), (b, a)):
-            if isinstance(value, _Ref):
+            if isinstance(value, Reference):
                 return value.is_none() if is_constant(other) else False
         return a is b
 
@@ -636,7 +472,7 @@ class _Tracer(GraphAppendingTracer):
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
         if type(owner) in (list, dict, OrderedDict):
             return owner
-        return _NotSet(owner.shown if isinstance(owner, _Ref) else "an item of a value")
+        return NotSet(owner.shown if isinstance(owner, Reference) else "an item of a value")
 
     def in_place(self, name: str, a: Any, b: Any) -> Any:
         function = getattr(operator, name)
@@ -660,7 +496,7 @@ _TORCH = (torch, torch.nn.functional, torch._C._nn, torch.special, torch.fft, to
 
 
 def _is_argument(*values: Any) -> bool:
-    return any(type(value) is _Value and value.node.op == "placeholder" for value in values)
+    return any(type(value) is Value and value.node.op == "placeholder" for value in values)
 
 
 def _is_of(module: ModuleType, function: Any) -> bool:

@@ -958,7 +958,9 @@ def test_untraceable(name: str, calls: list[Any], capsys: pytest.CaptureFixture[
     state = copy.deepcopy(vars(module))
     numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), CALLS
     model = fastconv.convert(module)
-    unfused = dict(fastconv.report(model).unfused)
+    report = fastconv.report(model)
+    assert 'torch.compile(backend="fastconv")' in str(report).splitlines()[-2]
+    unfused = dict(report.unfused)
     assert type(model) is Block
     assert re.fullmatch(reason, unfused["bn1"].removeprefix("Block.forward ")), unfused
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), CALLS) == numbers

@@ -1,0 +1,183 @@
+"""What a forward that is traced gets in the place of tensors and of what it reaches by a path.
+
+Each answers what the tracer allows, through Python's own operators, and raises Untraceable on all else.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.fx import Node, Proxy
+
+from fastconv.fuse import source
+
+_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+
+
+class Untraceable(Exception):
+    """What the forward does that no graph holds: "sets seen"."""
+
+
+def class_of(module: torch.nn.Module) -> Any:
+    """The class of ``module`` as if nothing were fused."""
+    return type(module).__dict__.get("_fastconv_original", type(module))
+
+
+def is_sequential(module: torch.nn.Module) -> bool:
+    """Whether its forward is torch.nn.Sequential's."""
+    return class_of(module).forward is torch.nn.Sequential.forward
+
+
+def path_of(target: str) -> str:
+    """The expression for the child ``target`` of ``self``."""
+    return "".join(("self", *(f"._modules[{name!r}]" for name in target.split("."))))
+
+
+class Value(Proxy):
+    """Stands for a tensor or a list, or, where ``kind`` is None, for what it may not be asked.
+
+    ``made_by``: of a module's result, that module, and the kinds of what it was called with.
+    """
+
+    kind: type | None
+    made_by: tuple[Reference, list[Any]] | None
+
+    def __init__(
+        self, node: Node, tracer: Any, kind: type | None = None, made_by: tuple[Reference, list[Any]] | None = None
+    ) -> None:
+        super().__init__(node, tracer)
+        self.kind, self.made_by = kind, made_by
+        tracer.values[node] = self
+
+
+class Reference:
+    """Stands for what the forward has reached by a path and is no constant: a module, an object, a function, a class.
+
+    ``path`` is an expression in guards, ``shown`` the same for a reader; ``target``: a module's name under the one that
+    is traced; ``receiver``: of a method, what it is a method of.
+    """
+
+    __slots__ = ("path", "receiver", "shown", "target", "tracer", "value")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self, tracer: Any, value: Any, path: str, shown: str, target: str | None = None, receiver: Any = None
+    ) -> None:
+        self.tracer, self.value, self.path, self.shown = tracer, value, path, shown
+        self.target, self.receiver = target, receiver
+
+    def __bool__(self) -> bool:
+        kind = type(self.value)
+        if self._is_container("__len__"):
+            return bool(self.children())
+        if hasattr(kind, "__bool__") or hasattr(kind, "__len__"):
+            raise Untraceable(f"asks whether {self.shown}, a {kind.__name__}, is true")
+        return not self.is_none()
+
+    def is_none(self) -> bool:
+        """False; requires that something is there at each call too."""
+        kind = torch.nn.Module if isinstance(self.value, torch.nn.Module) else type(self.value)
+        test = f"isinstance({self.path}, {self.tracer.guards.name(kind)})"
+        self.tracer.guards.require(test, f"{self.shown} is no {kind.__name__} any more")
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        raise Untraceable(f"compares {self.shown}, a {type(self.value).__name__}")
+
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+
+    def __len__(self) -> int:
+        return len(self._container("__len__"))
+
+    def __iter__(self) -> Iterator[Any]:
+        children = self._container("__iter__")
+        return iter(children if isinstance(self.value, torch.nn.ModuleDict) else children.values())
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(self.value, torch.nn.ModuleDict):
+            return name in self._container("__contains__")
+        raise Untraceable(f"searches {self.shown}, a {type(self.value).__name__}")
+
+    def __getitem__(self, index: Any) -> Any:
+        children = self._container("__getitem__")
+        if isinstance(self.value, torch.nn.ModuleDict):
+            return children[index]
+        return list(children.values())[index]
+
+    def _is_container(self, method: str) -> bool:
+        kind = next((kind for kind in _CONTAINERS if isinstance(self.value, kind)), None)
+        return kind is not None and getattr(class_of(self.value), method, None) is getattr(kind, method, None)
+
+    def _container(self, method: str) -> dict[str, Any]:
+        if not self._is_container(method):
+            raise Untraceable(f"reads {self.shown}, a {type(self.value).__name__}, in a way that is not known")
+        return self.children()
+
+    def children(self) -> dict[str, Any]:
+        """By name; requires that no others are there at each call, in this order."""
+        modules = self.value._modules
+        test = f"tuple({self.path}._modules) == {tuple(modules)!r}"
+        self.tracer.guards.require(test, f"{self.shown} has other children now")
+        return {name: self.child(name) for name in modules}
+
+    def child(self, name: str) -> Any:
+        child = self.value._modules[name]
+        path, shown = f"{self.path}._modules[{name!r}]", f"{self.shown}.{name}"
+        if child is None:
+            self.tracer.guards.is_still(path, None, shown)
+            return None
+        target = None if self.target is None else ".".join(filter(None, (self.target, name)))
+        return Reference(self.tracer, child, path, shown, target)
+
+
+class Names(dict[str, Any]):
+    """The globals of rewritten code: the answers to what it asks, and ``function``'s own names, looked up as they are
+    read."""
+
+    def __init__(self, tracer: Any, function: FunctionType) -> None:
+        super().__init__(tracer.answers, **{source.SUPER: lambda *first: tracer.parent(function, *first)})
+        self.tracer, self.function = tracer, function
+
+    def __missing__(self, name: str) -> Any:
+        guards, function = self.tracer.guards, self.function
+        if name in function.__code__.co_freevars:
+            assert function.__closure__ is not None
+            cell = function.__closure__[function.__code__.co_freevars.index(name)]
+            return self.tracer.seen(cell.cell_contents, f"{guards.name(cell)}.cell_contents", name)
+        space = function.__globals__
+        if name in space:
+            module = sys.modules.get(space.get("__name__", ""))
+            of_module = module is not None and vars(module) is space
+            path = f"{guards.name(module)}.{name}" if of_module else f"{guards.name(space)}[{name!r}]"
+            return self.tracer.seen(space[name], path, name)
+        try:
+            found = getattr(builtins, name)
+        except AttributeError:
+            raise Untraceable(f"reads {name}, which is not defined") from None
+        return Reference(self.tracer, found, guards.name(found), name)
+
+
+class Parent:
+    """``super()``: the classes behind ``kind`` in the order of ``receiver``'s."""
+
+    def __init__(self, kind: type, receiver: Reference) -> None:
+        order = class_of(receiver.value).__mro__
+        self.kinds, self.receiver = order[order.index(kind) + 1 :], receiver
+
+
+class NotSet:
+    """Takes the place of what the forward sets an attribute of, or an item."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+
+    def __setitem__(self, name: Any, _: Any) -> None:
+        raise Untraceable(f"sets {self.of}.{name}")
+
+    def __delitem__(self, name: Any) -> None:
+        raise Untraceable(f"deletes {self.of}.{name}")
