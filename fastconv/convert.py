@@ -105,9 +105,12 @@ class Report:
             by = "PyTorch" if pool.reason else "fastconv"
             rows.append([pool.name or "(the model)", pool.kind, by, pool.reason or ""])
         rows += [[norm.name, norm.kind, "PyTorch", norm.reason or ""] for norm in self.norms if norm.chain is None]
-        if any(norm.untraceable for norm in self.norms):
-            return f"{table(rows)}\n{_BACKEND}\n{self.summary}"
-        return f"{table(rows)}\n{self.summary}"
+        return "\n".join((table(rows), *self.notes, self.summary))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else there is to do."""
+        return (_BACKEND,) if any(norm.untraceable for norm in self.norms) else ()
 
     @property
     def chains(self) -> dict[str, Norm]:

@@ -137,7 +137,7 @@ class Explanation(Report):
         text = [line if isinstance(line, str) else next(rows) for line in lines]
         if self.gpu:
             text.append(f"planned for the {self.gpu}")
-        text.append(self.summary)
+        text += [*self.notes, self.summary]
         ours, pytorch = self.moved, self.pytorch_moved
         if pytorch.total:
             text.append(f"they move {ours}, PyTorch's own operators {pytorch}: {ours.total / pytorch.total:.2f} of it")
