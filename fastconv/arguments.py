@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.layout import POINTER_TYPES
@@ -20,6 +21,7 @@ _INTERPRETING = mend.interpreting()
 _is_compiling, _transforms = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _INTEGERS: Any = (int, torch.SymInt)
+TENSORS = {Tensor, Parameter, type(None)}
 
 
 def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
@@ -52,11 +54,10 @@ def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensio
     """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``; an int is what stands for an index."""
     if type(value) is int:
         return (value,) * rank
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    # (Of sequences PyTorch takes these alone.)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not all(type(item) is int for item in values):
-        if not all(_is_integer(item) for item in values):
-            raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}")
-        values = tuple(item if isinstance(item, _INTEGERS) else operator.index(item) for item in values)
+        values = tuple(integer(name, item) for item in values)
     if len(values) == 1:
         return values * rank
     if len(values) != rank:
@@ -67,6 +68,25 @@ def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensio
     return values
 
 
-def _is_integer(value: Any) -> bool:
-    # (As PyTorch has it, a bool is none.)
-    return not isinstance(value, bool) and (isinstance(value, _INTEGERS) or hasattr(value, "__index__"))
+def integer(name: str, value: Any) -> Any:
+    """What stands for an index as an int, or a SymInt; TypeError for anything else, as PyTorch has it a bool too."""
+    if isinstance(value, _INTEGERS) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, but got {value!r}")
+    return operator.index(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """A bool; TypeError for anything else, as PyTorch has it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, but got {value!r}")
+    return value
+
+
+def check_tensors(*values: Any) -> None:
+    """Raise TypeError where one is neither a tensor nor None."""
+    if not TENSORS.issuperset(map(type, values)):
+        for value in values:
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"expected a Tensor, but got {value!r}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastconv.activations import Act, activation_of
-from fastconv.arguments import Ints, served
+from fastconv.arguments import TENSORS, Ints, check_tensors, integer, served
 from fastconv.arguments import expand as _expand
 from fastconv.autograd import conv as autograd
 from fastconv.autograd.conv_bn_act import conv_bn_act
@@ -384,7 +384,11 @@ def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Te
     dtype = _autocast_dtype(x)
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or served(x, dtype):
         return theirs(x, weight, bias, *arguments)
+    if type(bias) not in TENSORS:
+        check_tensors(bias)
     stride, padding, dilation, groups = arguments
+    if type(groups) is not int:
+        groups = integer("groups", groups)
     if x.dim() != rank + 2 or weight.dim() != rank + 2:
         _check_ranks(ours.__name__, rank, x, weight)
     stride, dilation = _expand("stride", stride, rank), _expand("dilation", dilation, rank)
@@ -407,7 +411,11 @@ def _conv_transpose(
     dtype = _autocast_dtype(x)
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or served(x, dtype):
         return theirs(x, weight, bias, *arguments)
+    if type(bias) not in TENSORS:
+        check_tensors(bias)
     stride, padding, output_padding, groups, dilation = arguments
+    if type(groups) is not int:
+        groups = integer("groups", groups)
     _check_ranks(ours.__name__, rank, x, weight)
     stride, dilation = _expand("stride", stride, rank), _expand("dilation", dilation, rank)
     padding, output_padding = _expand("padding", padding, rank), _expand("output_padding", output_padding, rank)
@@ -453,8 +461,16 @@ def conv_norm_act(
     statistics; ``output_padding``: a transposed convolution's; ``batches``: the count that is increased in training."""
     name, a, b, slope = activation_of(act)
     running_mean, running_var, gamma, beta = norm
-    if not training and (running_mean is None or running_var is None):
-        raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
+    if running_mean is None or running_var is None:
+        if not training:
+            raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
+        if running_mean is not running_var:
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if eps <= 0 and (training or eps < 0):
+        bound = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {bound}, but got {eps}")
+    momentum, eps = float(momentum), float(eps)
+    check_tensors(x, weight, bias, running_mean, running_var, gamma, beta, residual)
     dtype = _autocast_dtype(x)
     if served(x, dtype):
         if output_padding is None:
@@ -468,6 +484,8 @@ def conv_norm_act(
             z = z + residual
         z = ACTIVATIONS[name].torch(z, a if slope is None else slope, b)
         return z + residual if residual is not None and residual_after else z
+    if type(groups) is not int:
+        groups = integer("groups", groups)
     rank = _CONVOLUTIONS.index(conv) % 3 + 1
     _check_ranks(conv.__name__, rank, x, weight)
     if x.dim() != rank + 2:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastconv.arguments import Ints, expand, served
+from fastconv.arguments import Ints, boolean, expand, integer, served
 from fastconv.autograd import pool as autograd
 from fastconv.kernels.pool import ADAPTIVE
 
@@ -233,10 +233,13 @@ def _avg_pool(
         # (Of these torch takes no None.)
         return theirs(x, kernel_size, kernel_size if stride is None else stride, padding, *options)
     ceil_mode, include_padding, divisor = (*options, None)[:3]
+    include_padding = boolean("count_include_pad", include_padding)
+    if divisor is not None and type(divisor) is not int:
+        divisor = integer("divisor_override", divisor)
     if divisor == 0:
         raise RuntimeError(f"divisor must be not zero, but got divisor_override=0 for input of size: {list(x.shape)}")
     geometry, size = _windows(ours.__name__, rank, x, kernel_size, stride, padding, 1, ceil_mode)
-    return _like(x, rank, autograd.average_pool(_batched(x, rank), size, geometry, bool(include_padding), divisor or 0))
+    return _like(x, rank, autograd.average_pool(_batched(x, rank), size, geometry, include_padding, divisor or 0))
 
 
 def _adaptive_max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any, return_indices: bool) -> Any:
@@ -276,6 +279,8 @@ def _lp_pool(
     # (A tensor may be a norm as well, and be differentiated by.)
     if not isinstance(x, Tensor) or isinstance(norm_type, Tensor) or served(x):
         return theirs(x, norm_type, kernel_size, stride, ceil_mode)
+    if isinstance(norm_type, (str, bytes)):
+        raise TypeError(f"{ours.__name__}: norm_type must be a number, but got {norm_type!r}")
     if norm_type == float("inf"):
         return max_pool(x.abs(), kernel_size, stride, 0, 1, ceil_mode)
     if norm_type == -float("inf"):
@@ -284,7 +289,7 @@ def _lp_pool(
         raise ZeroDivisionError(f"{ours.__name__}: norm_type must not be zero, for input of size: {list(x.shape)}")
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()  # as autocast has powers
-    if rank > 1 and isinstance(kernel_size, Sequence) and len(kernel_size) not in (1, rank):
+    if rank > 1 and isinstance(kernel_size, Sequence) and len(kernel_size) != rank:
         raise ValueError(
             f"{ours.__name__}: expected {rank} values of kernel_size, but got {kernel_size!r} for {list(x.shape)}"
         )
@@ -297,6 +302,7 @@ def _windows(
 ) -> tuple[autograd.Geometry, tuple[int, ...]]:
     """(geometry, output size) of a pool; what torch checks, checked with the shapes in the message."""
     _check_rank(name, rank, x)
+    ceil_mode = boolean("ceil_mode", ceil_mode)
     of = "the pooled dimensions"
     window = expand("kernel_size", kernel_size, rank, of)
     if stride is None or (isinstance(stride, Sequence) and not stride):
@@ -321,7 +327,7 @@ def _windows(
         raise RuntimeError(f"{name}: Expected a tensor with optional 0 dim batch size, but got: {list(x.shape)}")
     if rank == 3 and not name.startswith("max") and any(h < r for h, r in zip(x.shape[-rank:], window, strict=True)):
         raise RuntimeError(f"{name}: input image smaller than kernel size {list(window)} {_where(x)}")
-    size = tuple(map(_output_size, x.shape[-rank:], window, stride, padding, dilation, (bool(ceil_mode),) * rank))
+    size = tuple(map(_output_size, x.shape[-rank:], window, stride, padding, dilation, (ceil_mode,) * rank))
     if any(p < 1 for p in size):
         raise RuntimeError(
             f"{name}: Given input size: {list(x.shape)}. Calculated output size: {list(size)}. Output size is too small"
@@ -346,7 +352,6 @@ def _adaptive_size(
     name: str, rank: int, x: Tensor, output_size: Any, full: Sequence[int]
 ) -> tuple[int, ...]:  # fmt: skip
     """The output size as a tuple of ``rank``, None taken from the input; ``full``: the axes that must not be empty."""
-    _check_rank(name, rank, x)
     if rank > 1 and hasattr(output_size, "__len__") and not isinstance(output_size, str):
         output_size = list(output_size)
         if len(output_size) >= x.dim():
@@ -358,6 +363,7 @@ def _adaptive_size(
         output_size = [h if p is None else p for p, h in sizes] + output_size[rank:]
         if len(output_size) != rank:
             raise RuntimeError(f"{name}: output_size must be {rank}, but got {output_size} for input {list(x.shape)}")
+    _check_rank(name, rank, x)
     size = expand("output_size", output_size, rank, "the pooled dimensions")
     if any(p < 0 for p in size):
         raise RuntimeError(f"{name}: output_size must not be negative, but got {list(size)} for input {list(x.shape)}")
