@@ -250,7 +250,7 @@ def conv_bn_act(
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Any, group: Any) -> tuple[Any, ...]:
-    """(y, mean, variance, pixels, over the group) of the convolution in training."""
+    """(y, and over the group mean, variance, pixels) of the convolution in training."""
     y, mean, var = conv_statistics(x, weight, bias, *arguments)
     pixels = y.numel() // y.shape[1]
     if group is not None:
@@ -351,6 +351,8 @@ class ConvBNAct(Function):
 
     @staticmethod
     def backward(ctx, dz, dy):
+        if dz is None and dy is None:
+            return (None,) * 15
         if ctx.group is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 gradients = ConvBNAct.backward(ctx, dz, dy)

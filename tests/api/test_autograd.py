@@ -170,6 +170,26 @@ def test_saved_tensors_elsewhere_and_two_backwards(training: bool) -> None:
     compare_states(ours, theirs)
 
 
+class Silent(torch.autograd.Function):
+    """Has no gradient to give, which is not one of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> Any:
+        return None
+
+
+@each_mode
+def test_no_gradient_at_all(training: bool) -> None:
+    ours, theirs, x = pair(training)
+    for model, operand in ((ours, x.to(DEVICE)), (theirs, x.double())):
+        Silent.apply(model(operand.requires_grad_())).sum().backward()
+    compare_states(ours, theirs)
+
+
 FROZEN: dict[str, Callable[[str], bool]] = {
     "nothing": lambda name: False,
     "convolutions": lambda name: "bn" not in name,
