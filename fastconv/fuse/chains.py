@@ -26,7 +26,7 @@ from fastconv.activations import activation_of, has_fused_form, is_activation, l
 from fastconv.fuse.stand_ins import Untraceable, class_of, is_sequential, path_of
 from fastconv.fuse.trace import Kinds, Trace, parameters, trace
 from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct
+from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct, Function
 
 _CONVS = (
     *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d),
@@ -517,7 +517,9 @@ def _activation(node: Node, module: torch.nn.Module) -> str | torch.nn.Module | 
         return None
     if not node.args or len(node.all_input_nodes) != 1:
         return None
-    return _ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)
+    act = _ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)
+    vars(act)["forward"] = Function(node.target, node.args[1:], dict(node.kwargs))
+    return act
 
 
 def _added(node: Node, value: Node) -> Node | None:

@@ -161,7 +161,7 @@ def _rewrite(traced: Trace, chains: list[Chain]) -> _Source:
             graph.erase_node(node)
     code = graph.python_code("self")
     meaning = *((name, id(value)) for name, value in code.globals.items()), guards.key
-    meaning += tuple((name, repr(value)) for name, value in constants.items())
+    meaning += tuple((name, repr(value), repr(value.forward)) for name, value in constants.items())
     return _Source(code.src, meaning, goes_on, guards, {**code.globals, **constants})
 
 

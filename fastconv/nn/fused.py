@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ def take(value: Any, steps: Steps) -> Any:
             value = value + operand
         elif kind == "+=":
             value += operand
+        elif stands_for_function(operand):
+            value = operand.forward(value)
         else:
             value = operand(value)
     return value
@@ -140,8 +142,27 @@ def fusible(conv: Any, steps: Steps) -> tuple[int, str | None]:
     return end, reason
 
 
-def interference(module: torch.nn.Module) -> str | None:
+class Function(NamedTuple):
+    """A call of torch's that a chain takes for an activation: the forward of the module that stands for it there."""
+
+    target: Any  # a function, or the name of a tensor's method
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, value: Any) -> Any:
+        function = getattr(type(value), self.target) if isinstance(self.target, str) else self.target
+        return function(value, *self.args, **self.kwargs)
+
+
+def stands_for_function(act: Any) -> bool:
+    """Whether no module of the user's but a function is called where ``act`` stands."""
+    return type(getattr(act, "__dict__", {}).get("forward")) is Function
+
+
+def interference(module: torch.nn.Module | None) -> str | None:
     """What of the user's would not be called, or not see the value, if ``module`` was not called."""
+    if module is None:
+        return "a None in its place"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on its {type(module).__name__}"
     own = module.__dict__
@@ -184,7 +205,7 @@ def _against_norm(norm: Any, axes: int) -> tuple[str | None, bool]:
 
 
 def _against_act(act: torch.nn.Module) -> str | None:
-    reason = interference(act)
+    reason = None if stands_for_function(act) else interference(act)
     if reason is None and not has_fused_form(act):
         reason = f"{type(act).__name__} has no fused form"
     return reason

@@ -790,6 +790,19 @@ def test_a_convolution_replaced_by_something_else(calls: list[Any]) -> None:
     assert not calls
 
 
+def test_a_function_is_not_the_module_of_its_name(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who replaces or hooks nn.ReLU does not mean F.relu."""
+    model, plain = pair(Block(lambda m, x: F.relu(m.bn1(m.conv1(x))) * F.relu(m.conv2(x))))
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 0)
+    assert_same(model, plain, images())
+    assert calls == [("ReLU", None)]
+    names: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: names.append(type(m).__name__))
+    with handle:
+        model(images())
+    assert names == ["Conv2d", "BatchNorm2d", "Conv2d", "Block"]
+
+
 def test_functions_that_are_overridden_are_called(calls: list[Any]) -> None:
     names: list[str] = []
 
