@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,14 +22,16 @@ Ints = int | Sequence[int]
 _INTERPRETING = mend.interpreting()
 _is_compiling, _transforms = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
+log = logging.getLogger("fastconv")
 _INTEGERS: Any = (int, torch.SymInt)
 TENSORS = {Tensor, Parameter, type(None)}
 
 
 def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
-    # What is compiled takes the operators' own rules, and Dynamo knows none of these two.
-    if _is_compiling():
+    # What is compiled takes the operators' own rules, and Dynamo knows none of these.
+    compiling = _is_compiling()
+    if compiling:
         if torch.onnx.is_in_onnx_export():
             return "torch.onnx.export knows PyTorch's operators alone"
     else:
@@ -42,12 +46,30 @@ def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"{dtype} is not one of float32, float16, bfloat16"
     if x.layout is not torch.strided:
         return f"its layout is {x.layout}"
-    if x.is_cuda and torch.version.cuda is not None:
-        return None
+    if x.is_cuda:
+        return _build_unserved() if compiling or dispatch.is_forced() else _gpu_unserved(x.get_device())
     # Without data it stands for a tensor of the GPU that is planned for.
     if x.is_cpu and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
     return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.is_cpu else "")
+
+
+def _build_unserved() -> str | None:
+    if torch.version.hip is not None:
+        return "this PyTorch is built for AMD's GPUs, the kernels are for NVIDIA's"
+    return None if torch.version.cuda is not None else "this PyTorch is built without CUDA"
+
+
+@cache
+def _gpu_unserved(index: int) -> str | None:
+    """Why PyTorch's own ops serve all that is on the GPU of this index, or None. Said once, as a warning."""
+    reason = _build_unserved()
+    # (Without a GPU a tensor there has no data.)
+    if reason is None and torch.cuda.is_available():
+        reason = dispatch.too_old(dispatch.target(torch.device("cuda", index)))
+    if reason is not None:
+        log.warning("PyTorch's own ops run on cuda:%d: %s", index, reason)
+    return reason
 
 
 def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:
