@@ -429,16 +429,18 @@ class _Search:
         return [user for user in value.users if self.order[user] > self.order[last]]
 
 
-def _norms_in(module: torch.nn.Module) -> list[torch.nn.Module]:
-    if not module._modules:
-        return [module] if isinstance(module, _BatchNorm) else []
-    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+def _norms_in(module: torch.nn.Module) -> set[torch.nn.Module]:
+    found = {module} if isinstance(module, _BatchNorm) else set()
+    for child in module._modules.values():
+        if child is not None and (child._modules or isinstance(child, _BatchNorm)):
+            found |= _norms_in(child)
+    return found
 
 
 def _share_norms(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Whether a call of either updates the same statistics."""
     theirs = _norms_in(b)
-    return bool(theirs) and not set(theirs).isdisjoint(_norms_in(a))
+    return bool(theirs) and not theirs.isdisjoint(_norms_in(a))
 
 
 def _is_identity(module: torch.nn.Module) -> bool:
