@@ -279,8 +279,8 @@ def _follow(running: Running, mean: Tensor, var: Tensor, pixels: int | Tensor) -
     # An empty batch has no statistics, unless it is one process's share of one.
     if running_mean is None or running_var is None or (not isinstance(pixels, Tensor) and pixels == 0):
         return
-    # As PyTorch's batch norm does, unseen by autograd: the same layer called alone keeps them for its backward. (A program
-    # that is exported knows them by themselves alone.)
+    # As PyTorch's batch norm does, unseen by autograd: the same layer called alone keeps them for its backward.
+    # (torch.export knows no tensor's data.)
     if not torch.compiler.is_exporting():
         running_mean, running_var = running_mean.data, running_var.data
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
