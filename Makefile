@@ -1,15 +1,17 @@
-# make test, bench, check, gpu: each sets up what it needs first.
+# make test, fuzz, bench, check, gpu: each sets up what it needs first.
 #   PYTHON=python3.12  the interpreter to build the environment from
 #   VENV=.venv         the environment, a folder in the checkout; VENV=system installs nothing and uses what PYTHON holds
 #   TRITON=3.6.0       another Triton, in an environment of its own over .venv
 #   JOBS=2             test processes
 #   OUT=dir ARGS=...   bench, gpu: where results go; bench: further arguments
+#   N=1000             fuzz: how many calls of each kind, and models
 #   STAGE=models       gpu: some stages of tests, operators, blocks, models, tuning
 #   FASTCONV_COMMIT=   gpu: what was measured, where there is no .git to ask
 SHELL = bash
 PYTHON ?= python3
 VENV ?= .venv$(TRITON:%=-triton-%)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))
+N ?= 1000
 export PYTHON VENV TRITON JOBS
 
 ifeq ($(VENV),system)
@@ -25,7 +27,7 @@ PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 COMPILED = tests/kernels/test_compile.py tests/kernels/test_launch.py tests/api/test_warmup.py \
 	-k "sm_90 and not variants or launch or warmup"
 
-.PHONY: setup test test-fast test-compile test-slow test-tiles bench check gpu
+.PHONY: setup test test-fast test-compile test-slow test-tiles fuzz bench check gpu
 .DEFAULT_GOAL = test
 .NOTPARALLEL:
 
@@ -49,6 +51,10 @@ test-tiles: setup
 
 test-slow: setup
 	@.ci/stage "slow tests" env TRITON_INTERPRET=1 $(PYTEST) -m "slow and not compile"
+
+# random calls of every operator and random models, other ones each time; a failure ends with lines to paste
+fuzz: setup
+	@FASTCONV_FUZZ=$(N) TRITON_INTERPRET=1 $(PYTEST) tests/fuzz
 
 bench: setup
 	@$(RUN) -m fastconv bench $(if $(OUT),--out "$(OUT)") $(ARGS)
