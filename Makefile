@@ -27,7 +27,7 @@ PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 COMPILED = tests/kernels/test_compile.py tests/kernels/test_launch.py tests/api/test_warmup.py \
 	-k "sm_90 and not variants or launch or warmup"
 
-.PHONY: setup test test-fast test-compile test-slow test-tiles fuzz bench check gpu
+.PHONY: setup test test-fast test-compile test-slow test-tiles fuzz same-binaries bench check gpu
 .DEFAULT_GOAL = test
 .NOTPARALLEL:
 
@@ -55,6 +55,10 @@ test-slow: setup
 # random calls of every operator and random models, other ones each time; a failure ends with lines to paste
 fuzz: setup
 	@FASTCONV_FUZZ=$(N) TRITON_INTERPRET=1 $(PYTEST) tests/fuzz
+
+# whether a refactoring compiles to what BASE did: ten to twenty minutes a commit
+same-binaries: setup
+	@env -u TRITON_INTERPRET $(RUN) benchmarks/tools/same_binaries.py $(BASE) $(ARGS)
 
 bench: setup
 	@$(RUN) -m fastconv bench $(if $(OUT),--out "$(OUT)") $(ARGS)

@@ -274,17 +274,18 @@ def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Ten
 def _follow(running: Running, mean: Tensor, var: Tensor, pixels: int | Tensor) -> None:
     """Let the running statistics follow a batch's: mean and biased variance, fp32, over so many pixels."""
     running_mean, running_var, batches, momentum = running
+    # An empty batch has no statistics, unless it is one process's share of one.
+    if running_mean is not None and running_var is not None and (isinstance(pixels, Tensor) or pixels > 0):
+        # As PyTorch's batch norm does, unseen by autograd: the same layer called alone keeps them for its backward.
+        # (torch.export knows no tensor's data.)
+        if not torch.compiler.is_exporting():
+            running_mean, running_var = running_mean.data, running_var.data
+        # Both first: where memory ends, neither has moved.
+        mean, var = mean.to(running_mean.dtype), (var * (pixels / (pixels - 1))).to(running_var.dtype)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var, momentum)
     if batches is not None:
         batches.add_(1)
-    # An empty batch has no statistics, unless it is one process's share of one.
-    if running_mean is None or running_var is None or (not isinstance(pixels, Tensor) and pixels == 0):
-        return
-    # As PyTorch's batch norm does, unseen by autograd: the same layer called alone keeps them for its backward.
-    # (torch.export knows no tensor's data.)
-    if not torch.compiler.is_exporting():
-        running_mean, running_var = running_mean.data, running_var.data
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
 
 
 class ConvBNAct(Function):
