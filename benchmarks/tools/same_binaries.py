@@ -163,8 +163,8 @@ def _by_kernel(binaries: Iterable[Binary]) -> defaultdict[tuple[int, str], list[
 
 def _difference(before: Binary, after: Binary) -> list[str]:
     """The first lines that differ."""
-    texts = ([each.resources, *each.instructions.splitlines()] for each in (before, after))
-    changed = [line for line in difflib.unified_diff(*texts, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
+    old, new = ([each.resources, *each.instructions.splitlines()] for each in (before, after))
+    changed = [line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
     more = [f"    and {len(changed) - LINES} more lines"] if len(changed) > LINES else []
     return [f"    {line}" for line in changed[:LINES]] + more
 
