@@ -430,7 +430,7 @@ class _Search:
 
 
 def _norms_in(module: torch.nn.Module) -> set[torch.nn.Module]:
-    found = {module} if isinstance(module, _BatchNorm) else set()
+    found: set[torch.nn.Module] = {module} if isinstance(module, _BatchNorm) else set()
     for child in module._modules.values():
         if child is not None and (child._modules or isinstance(child, _BatchNorm)):
             found |= _norms_in(child)
