@@ -99,9 +99,8 @@ def _conv_statistics_fake(x, weight, bias, *arguments):
 
 
 def _batch_norm_act(y, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after, channels_last):
-    residual = None if residual is None else as_pixels(residual)
     how = Activated(eps, act, a, b, residual_after)
-    z = batch_norm.batch_norm_act(as_pixels(y), (mean, var, gamma, beta), slope, residual, how)
+    z = batch_norm.batch_norm_act(y, (mean, var, gamma, beta), slope, residual, how)
     return z if channels_last else z.new_empty_strided(z.shape, strides_like(z.shape, False)).copy_(z)
 
 
@@ -109,12 +108,7 @@ def _batch_norm_act_fake(y, mean, var, gamma, beta, slope, residual, eps, act, a
     return y.new_empty_strided(y.shape, strides_like(y.shape, channels_last))
 
 
-def _as_pixels(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else as_pixels(t) for t in tensors)
-
-
 def _batch_norm_act_sums(dz, y, z, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after):
-    dz, y, z, residual = _as_pixels(dz, y, z, residual)
     how = Activated(eps, act, a, b, residual_after)
     return batch_norm.batch_norm_act_sums(dz, y, z, (mean, var, gamma, beta), slope, residual, how)
 
@@ -126,7 +120,6 @@ def _batch_norm_act_sums_fake(dz, y, *others):
 def _batch_norm_act_gradient(
     dz, y, z, mean, var, gamma, beta, slope, residual, sums, count, eps, act, a, b, residual_after, need_residual
 ):
-    dz, y, z, residual = _as_pixels(dz, y, z, residual)
     how = Activated(eps, act, a, b, residual_after)
     norm, share = (mean, var, gamma, beta), 1.0 / max(1, count)
     dy, dresidual = batch_norm.batch_norm_act_gradient(dz, y, z, norm, slope, residual, sums, share, how, need_residual)
