@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fastconv.activations import activation_of, has_fused_form, is_activation, let_be
-from fastconv.fuse.stand_ins import Untraceable, class_of, is_sequential, path_of
+from fastconv.fuse.stand_ins import Untraceable, class_of, is_sequential, path_of, unpacked
 from fastconv.fuse.trace import Kinds, Trace, parameters, trace
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.nn.fused import NORMS, SKIPPED, SUMS, ConvBNAct, Function
@@ -111,6 +111,7 @@ class Studies(dict[torch.nn.Module, Study]):
     def __init__(self, as_fused: bool = False) -> None:
         super().__init__()
         self.as_fused = as_fused
+        self._setting: dict[torch.nn.Module, bool] = {}
 
     def __missing__(self, module: torch.nn.Module) -> Study:
         self[module] = Study({}, [], {})  # for one that holds itself
@@ -124,6 +125,19 @@ class Studies(dict[torch.nn.Module, Study]):
         elif not nothing and not isinstance(module, ConvBNAct | torch.jit.ScriptModule):
             self[module] = study(module, self)
         return self[module]
+
+    def sets_nothing(self, module: torch.nn.Module) -> bool:
+        """Whether a call of ``module`` leaves the attributes of all objects as they are, for all that is known."""
+        if module not in self._setting:
+            self._setting[module] = False  # for one that holds itself
+            self._setting[module] = all(map(self._sets_nothing_itself, module.modules()))
+        return self._setting[module]
+
+    def _sets_nothing_itself(self, module: torch.nn.Module) -> bool:
+        if class_of(module).__module__.startswith(("torch.nn.modules.", "fastconv.nn.")):
+            return True
+        found = self[module]
+        return bool((found if found.traces else study(module, self)).traces)
 
     def of(self, model: torch.nn.Module) -> dict[torch.nn.Module, Study]:
         """Those of the modules with a batch norm, or with a module that ends in a chain, among their children."""
@@ -165,32 +179,36 @@ def _of_layer(layer: ConvBNAct) -> Chain:
 def study(module: torch.nn.Module, studies: Studies) -> Study:
     """Trace ``module``'s forward in training and in eval, with a tensor or, where it asks, a list, and find chains."""
     traces: dict[tuple[bool, Kinds], Trace] = {}
+
+    def traced(training: bool, kinds: Kinds) -> Trace:
+        return trace(module, training, kinds, studies.sets_nothing)
+
     try:
         if "forward" in vars(module):
             raise Untraceable("is the instance's own")
         required, optional = parameters(class_of(module).forward)
         kinds: Kinds = (Tensor,) * len(required)
         try:
-            usual = trace(module, True, kinds)
+            usual = traced(True, kinds)
         except Untraceable as why:
             # What cannot be called with a tensor may be with a list, as DLA's roots are.
             kinds = (list, *kinds[1:])
             try:
-                usual = trace(module, True, kinds)
+                usual = traced(True, kinds)
             except Untraceable:
                 raise why from None
         traces[True, kinds] = usual
-        traces[False, kinds] = trace(module, False, kinds)
+        traces[False, kinds] = traced(False, kinds)
         # It may also be called with a list, or with one more tensor, as a shortcut that its caller has computed.
         for other in ((list, *kinds[1:]) if usual.asks else kinds, (*kinds, Tensor) if optional else kinds):
             with suppress(Untraceable):
                 if (True, other) not in traces:
-                    traces |= {(mode, other): trace(module, mode, other) for mode in (True, False)}
+                    traces |= {(mode, other): traced(mode, other) for mode in (True, False)}
     except Untraceable as why:
         return Study({}, [], {}, untraceable=f"{class_of(module).__name__}.forward {why}")
 
     apart: dict[str, str] = {}
-    found = {which: (traced, _Search(traced, module, studies, apart).chains()) for which, traced in traces.items()}
+    found = {which: (each, _Search(each, module, studies, apart).chains()) for which, each in traces.items()}
     in_eval = {chain.key for chain in found[False, kinds][1]}
     chains = [chain for chain in found[True, kinds][1] if chain.key in in_eval]
     others = {norm for _, chains_found in found.values() for chain in chains_found for norm in _norms(chain)}
@@ -358,17 +376,24 @@ class _Search:
 
     def _is_seen_on_the_way(self, nodes: list[Node]) -> bool:
         """Whether statistics that ``nodes`` update are updated or read by others before the last of them is called."""
-        for norm, passed in self._passed_by_norms(nodes):
-            prefix = f"{norm.target}."
-            if passed and any(node.op == "get_attr" and str(node.target).startswith(prefix) for node in self.order):
-                return True
-            if any(_share_norms(self._called(norm), self._called(node)) for node in passed):
-                return True
-        return False
+        passed = self._passed_by_norms(nodes)
+        if any(others for _, others in passed) and any(map(self._is_of_norm, self.order)):
+            return True
+        return any(
+            _share_norms(self._called(norm), self._called(node))
+            for norm, others in passed
+            for node in others
+            if node.op == "call_module"
+        )
+
+    def _is_of_norm(self, node: Node) -> bool:
+        """Whether ``node`` reads a tensor of a batch norm's."""
+        owner = str(node.target).rpartition(".")[0]
+        return node.op == "get_attr" and isinstance(self.module.get_submodule(owner), _BatchNorm)
 
     def _passed_by_norms(self, nodes: list[Node]) -> list[tuple[Node, list[Node]]]:
-        """Those of ``nodes`` that call batch norms, each with the calls of modules that are between it and the last."""
-        others = [node for node in self._between(nodes) if node.op == "call_module"]
+        """Those of ``nodes`` that call batch norms, each with the calls that are between it and the last."""
+        others = self._between(nodes)
         return [
             (norm, [node for node in others if self.order[node] > self.order[norm]])
             for norm in nodes
@@ -386,6 +411,8 @@ class _Search:
             self._require(_is_known, True, nodes[0], "is another module now")
         for norm, passed in self._passed_by_norms(nodes):
             for node in passed:
+                if node.op != "call_module":
+                    continue
                 paths = f"{path_of(str(norm.target))}, {path_of(str(node.target))}"
                 shared = f"{norm.target} and {node.target} share a batch norm now"
                 self.guards.require(f"not {self.guards.name(_share_norms)}({paths})", shared)
@@ -407,11 +434,11 @@ class _Search:
         self.guards.require(test, f"{node.target} {otherwise}")
 
     def _passed(self, nodes: list[Node]) -> list[Node]:
-        return [node for node in self._between(nodes) if not self._is_identity(node)]
+        return [node for node in self._between(nodes, reads=True) if not self._is_identity(node)]
 
-    def _between(self, nodes: list[Node]) -> list[Node]:
+    def _between(self, nodes: list[Node], reads: bool = False) -> list[Node]:
         between = islice(self.order, self.order[nodes[0]] + 1, self.order[nodes[-1]])
-        return [node for node in between if node not in nodes and node.op != "get_attr"]
+        return [node for node in between if node not in nodes and (reads or node.op != "get_attr")]
 
     def _is_identity(self, node: Node) -> bool:
         return node.op == "call_module" and _is_identity(self._called(node))
@@ -548,7 +575,7 @@ def _may_write(node: Node, module: torch.nn.Module) -> bool:
     if package == "_operator":
         return function.__name__ == "setitem" or (function.__name__[0] == "i" and function.__name__ not in _PURE)
     if package not in ("torch", "builtins"):
-        return True
+        return function is not unpacked
     flags = *node.args[1:], node.kwargs.get("inplace"), node.kwargs.get("out") is not None
     return function.__name__.endswith("_") or any(flag is True for flag in flags)
 

@@ -35,7 +35,8 @@ def frozen(value: Any) -> Any:
         return dict, tuple((frozen(key), frozen(item)) for key, item in value.items())
     if type(value) in CONTAINERS:
         return type(value), tuple(map(frozen, value))
-    return type(value), value
+    # (0.0 and -0.0 compare equal.)
+    return type(value), repr(value) if type(value) is float else value
 
 
 class Guards:

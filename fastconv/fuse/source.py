@@ -1,9 +1,9 @@
 """A function's code with everything that it reaches for beside its own variables made a question to somebody.
 
 A forward is to be run on stand-ins, and none of its side effects may happen. So it is not run as it is but from its
-source, rewritten: attributes, calls, items, ``is`` and in-place operators become calls of the functions in `ASKED`,
-which answer or refuse; names that are no local variables are looked up in the globals that the caller gives. What is
-left is Python's own control flow on local variables.
+source, rewritten: attributes, calls, items, ``is`` and in-place operators become calls of functions of the
+caller's, which answer or refuse; names that are no local variables are looked up in the globals that the caller gives.
+What is left is Python's own control flow on local variables.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 
 # Names that no program has: whoever runs the code puts a function under each.
 ATTRIBUTE, ATTRIBUTES, ITEM, ITEMS = "@attribute", "@attributes", "@item", "@items"
-CALL, SUPER, IS, IN_PLACE, TEXT, REMAINDER, SLICE, REFUSE = (
-    *("@call", "@super", "@is", "@in_place", "@text", "@remainder", "@slice", "@refuse"),
+CALL, SUPER, IS, IN_PLACE, TEXT, REMAINDER, SLICE, UNPACK, REFUSE = (
+    *("@call", "@super", "@is", "@in_place", "@text", "@remainder", "@slice", "@unpack", "@refuse"),
 )
-ASKED = (ATTRIBUTE, ATTRIBUTES, ITEM, ITEMS, CALL, SUPER, IS, IN_PLACE, TEXT, REMAINDER, SLICE, REFUSE)
 
 # What is run as it stands, but for its parts.
 _STATEMENTS = (
@@ -180,7 +179,19 @@ class _Rewriter(ast.NodeTransformer):
         answer = _ask(IS, self.visit(node.left), self.visit(node.comparators[0]))
         return answer if isinstance(node.ops[0], ast.Is) else ast.UnaryOp(op=ast.Not(), operand=answer)
 
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        self.generic_visit(node)
+        target, *others = node.targets
+        names = target.elts if isinstance(target, ast.Tuple | ast.List) and not others else []
+        if names and not any(isinstance(name, ast.Starred) for name in names):
+            node.value = _ask(UNPACK, node.value, ast.Constant(len(names)))
+        return node
+
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        # (The target is read and set, each from its own expression.)
+        if any(isinstance(part, ast.Call | ast.NamedExpr) for part in ast.walk(node.target)):
+            refused = ast.Expr(_ask(REFUSE, ast.Constant("changes in place what a call gives")))
+            return ast.copy_location(refused, node)
         before = copy.deepcopy(node.target)
         before.ctx = ast.Load()
         name = ast.Constant(f"i{_OPERATORS.get(type(node.op), type(node.op).__name__.lower())}")

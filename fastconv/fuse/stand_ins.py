@@ -41,18 +41,46 @@ def path_of(target: str) -> str:
 class Value(Proxy):
     """Stands for a tensor or a list, or, where ``kind`` is None, for what it may not be asked.
 
-    ``made_by``: of a module's result, that module, and the kinds of what it was called with.
+    ``made_by``: of a module's result, that module, and what it was called with.
     """
 
     kind: type | None
-    made_by: tuple[Reference, list[Any]] | None
+    made_by: tuple[Reference, tuple[Any, ...]] | None
 
     def __init__(
-        self, node: Node, tracer: Any, kind: type | None = None, made_by: tuple[Reference, list[Any]] | None = None
+        self,
+        node: Node,
+        tracer: Any,
+        kind: type | None = None,
+        made_by: tuple[Reference, tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__(node, tracer)
         self.kind, self.made_by = kind, made_by
         tracer.values[node] = self
+
+    def __iter__(self) -> Iterator[Any]:
+        raise Untraceable(f"iterates over {self.node.name}")
+
+
+def unpacked(values: Any, count: int) -> tuple[Any, ...]:
+    """``values`` as what they are assigned to: ``count`` names."""
+    parts = tuple(values)
+    if len(parts) != count:
+        raise ValueError(f"cannot unpack {len(parts)} values into {count} names")
+    return parts
+
+
+class Gone:
+    """Takes the place of what was in a list or the like that the forward has handed on to a module, which may have
+    changed it."""
+
+    def __bool__(self) -> bool:
+        raise Untraceable("reads a container that a module was called with")
+
+    __eq__ = __iter__ = __bool__  # type: ignore[assignment]
+
+    def __hash__(self) -> int:
+        return 0
 
 
 class Reference:
@@ -74,22 +102,30 @@ class Reference:
     def __bool__(self) -> bool:
         kind = type(self.value)
         if self._is_container("__len__"):
-            return bool(self.children())
+            return bool(self._container("__len__"))
         if hasattr(kind, "__bool__") or hasattr(kind, "__len__"):
             raise Untraceable(f"asks whether {self.shown}, a {kind.__name__}, is true")
-        return not self.is_none()
+        self.tracer.guards.require(self.path, f"{self.shown} is not true any more")
+        return True
 
-    def is_none(self) -> bool:
-        """False; requires that something is there at each call too."""
-        kind = torch.nn.Module if isinstance(self.value, torch.nn.Module) else type(self.value)
-        test = f"isinstance({self.path}, {self.tracer.guards.name(kind)})"
-        self.tracer.guards.require(test, f"{self.shown} is no {kind.__name__} any more")
+    def is_one(self, constant: Any) -> bool:
+        """False: it is not None, True, False or the like; nor may it be at each call."""
+        guards = self.tracer.guards
+        guards.require(f"{self.path} is not {guards.name(constant)}", f"{self.shown} is {constant!r} now")
         return False
 
     def __eq__(self, other: object) -> bool:
+        if other is None and type(self.value).__eq__ is object.__eq__:
+            return self.is_one(None)
         raise Untraceable(f"compares {self.shown}, a {type(self.value).__name__}")
 
-    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def _compare(self, other: object) -> bool:
+        raise Untraceable(f"compares {self.shown}, a {type(self.value).__name__}")
+
+    __lt__ = __le__ = __gt__ = __ge__ = _compare
 
     def __len__(self) -> int:
         return len(self._container("__len__"))
@@ -116,6 +152,8 @@ class Reference:
     def _container(self, method: str) -> dict[str, Any]:
         if not self._is_container(method):
             raise Untraceable(f"reads {self.shown}, a {type(self.value).__name__}, in a way that is not known")
+        own = self.tracer.guards.name(getattr(class_of(self.value), method))
+        self.tracer.guards.require(f"type({self.path}).{method} is {own}", f"{self.shown} is another container now")
         return self.children()
 
     def children(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse import source
 from fastconv.fuse.guards import CONTAINERS, Guards, is_constant, is_constant_throughout
-from fastconv.fuse.stand_ins import Names, NotSet, Parent, Reference, Untraceable, Value, class_of
+from fastconv.fuse.stand_ins import Gone, Names, NotSet, Parent, Reference, Untraceable, Value, class_of, unpacked
 
 # torch.nn's modules whose result is a tensor whatever they are called with.
 _GIVE_TENSORS = (
@@ -76,9 +76,12 @@ class Trace:
         self.graph, self.guards, self.asks = graph, guards, asks
 
 
-def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
+def trace(
+    module: torch.nn.Module, training: bool, kinds: Kinds, sets_nothing: Callable[[torch.nn.Module], bool]
+) -> Trace:
     """What ``module``'s forward does in training or in eval, given such arguments by position (Tensor or list each) and
-    no others. Raises Untraceable; nothing is changed."""
+    no others; ``sets_nothing`` tells of a module whether a call leaves all attributes as they are. Raises Untraceable;
+    nothing is changed."""
     original = class_of(module)
     forward = original.forward
     if not isinstance(forward, FunctionType):
@@ -86,7 +89,7 @@ def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
     required, optional = parameters(forward)
     if not required:
         raise Untraceable("takes no argument that must be given")
-    tracer = _Tracer(training)
+    tracer = _Tracer(training, sets_nothing)
     tracer.guards.require(f"{tracer.guards.name(original)}.forward is {tracer.guards.name(forward)}", "it is patched")
     values = [tracer._argument(name, kind) for name, kind in zip([*required, *optional], kinds, strict=False)]
     try:
@@ -104,10 +107,12 @@ def trace(module: torch.nn.Module, training: bool, kinds: Kinds) -> Trace:
 class _Tracer(GraphAppendingTracer):
     """Answers what a forward asks for, and writes down the calls that it makes."""
 
-    def __init__(self, training: bool) -> None:
+    def __init__(self, training: bool, sets_nothing: Callable[[torch.nn.Module], bool]) -> None:
         super().__init__(Graph())
         self.training, self.asked, self.guards = training, False, Guards()
+        self.sets_nothing = sets_nothing
         self.values: dict[Any, Value] = {}
+        self.called: list[Reference] = []
         # Copies of containers that the forward has read, by identity: it may not change them.
         self.lent: dict[int, tuple[Any, str]] = {}
         self.answers = {
@@ -121,6 +126,7 @@ class _Tracer(GraphAppendingTracer):
             source.TEXT: self.text,
             source.REMAINDER: self.remainder,
             source.SLICE: slice,
+            source.UNPACK: self.unpack,
             source.REFUSE: self.refuse,
         }
 
@@ -157,28 +163,43 @@ class _Tracer(GraphAppendingTracer):
         code_is = f"{self.guards.name(function)}.__code__ is {self.guards.name(function.__code__)}"
         self.guards.require(code_is, f"{function.__qualname__} is patched")
         twin = FunctionType(code, Names(self, function), function.__name__)
-        if function.__defaults__:
-            twin.__defaults__ = tuple(map(self._default, function.__defaults__))
-        if function.__kwdefaults__:
-            twin.__kwdefaults__ = {name: self._default(value) for name, value in function.__kwdefaults__.items()}
+        name = self.guards.name(function)
+        twin.__defaults__ = tuple(
+            self.seen(value, f"{name}.__defaults__[{i}]", "a default")
+            for i, value in enumerate(function.__defaults__ or ())
+        )
+        twin.__kwdefaults__ = {
+            key: self.seen(value, f"{name}.__kwdefaults__[{key!r}]", "a default")
+            for key, value in (function.__kwdefaults__ or {}).items()
+        }
         return twin(*args, **kwargs)
-
-    def _default(self, value: Any) -> Any:
-        return self.seen(value, self.guards.name(value), "a default")
 
     # What is read
 
     def seen(self, value: Any, path: str, shown: str, owner: Reference | None = None) -> Any:
         """``value``, read at ``path``, or what stands for it."""
         if is_constant(value):
+            self._must_be_settled(owner, shown)
             if owner is not None and shown.endswith(".training") and isinstance(owner.value, torch.nn.Module):
                 value = self.training
             self.guards.is_still(path, value, shown)
             return value
         if is_constant_throughout(value):
+            self._must_be_settled(owner, shown, type(value) in _OWN)
             self.guards.is_still(path, value, shown)
             return self._lend(value, shown)
         return Reference(self, value, path, shown)
+
+    def _must_be_settled(self, owner: Reference | None, shown: str, may_change: bool = False) -> None:
+        """Raise Untraceable where a module that has been called may have set what is read: guards are before that.
+        (The module that is traced has it set by none of its children.)"""
+        if owner is None or (owner.target == "" and not may_change):
+            return
+        for module in self.called:
+            if not self.sets_nothing(module.value):
+                raise Untraceable(f"reads {shown} behind a call of {module.shown}, which may set it")
+            kind = self.guards.name(class_of(module.value))
+            self.guards.require(f"isinstance({module.path}, {kind})", f"{module.shown} is another module")
 
     def _lend(self, value: Any, shown: str) -> Any:
         """A copy of a container of constants, which nobody may change."""
@@ -188,6 +209,8 @@ class _Tracer(GraphAppendingTracer):
             lent = type(value)(self._lend(item, shown) for item in value)
         else:
             return value
+        if type(value) in (set, frozenset) and list(lent) != list(value):
+            raise Untraceable(f"reads {shown}, a set, of which a copy has another order")
         if type(value) in (list, dict, set):
             self.lent[id(lent)] = lent, shown
         return lent
@@ -290,21 +313,24 @@ class _Tracer(GraphAppendingTracer):
             return self._call_module(function, args, kwargs)
         if function.receiver is not None:
             return self._call_bound(function, args, kwargs)
+        if function.path != self.guards.name(value):
+            self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
         if id(value) in _PURE:
             return value(*args, **kwargs)
         if id(value) in _WRITING:
-            return value(*map(self.text, args), **kwargs)
+            return value(*map(self.text, args), **{name: self.text(arg) for name, arg in kwargs.items()})
         for known, answer in ((isinstance, self.is_instance), (getattr, self.get_attribute), (hasattr, self.has)):
             if value is known:
                 return answer(*args)
         if value is super and len(args) == 2 and all(isinstance(arg, Reference) for arg in args):
             return Parent(args[0].value, args[1])
-        self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
         if any(value is state for state in _STATES):
             answer, said = value(), f"{function.shown}() is not {value()} any more"
             self.guards.require(f"{self.guards.name(value)}() is {answer}", said)
             return answer
         if _is_of(operator, value) or _is_of(math, value):
+            if any(type(arg) in _OWN for arg in args):
+                raise Untraceable(f"calls {function.shown} with a {type(args[0]).__name__}")
             if any(map(_holds_value, (args, kwargs))):
                 return self.create_proxy("call_function", value, args, kwargs)
             if all(map(is_constant, args)) and not kwargs:
@@ -323,7 +349,7 @@ class _Tracer(GraphAppendingTracer):
         """That of a container or a string."""
         owner = method.__self__
         if isinstance(owner, str):
-            args = tuple(map(self.text, args)) if method.__name__ == "format" else args
+            args, kwargs = tuple(map(self.text, args)), {name: self.text(arg) for name, arg in kwargs.items()}
         elif id(owner) in self.lent and method.__name__ not in _READING:
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
         return method(*args, **kwargs)
@@ -332,26 +358,50 @@ class _Tracer(GraphAppendingTracer):
         if not module.target:
             raise Untraceable("calls itself" if module.target == "" else f"calls {module.shown}, which is not its own")
         node = self.create_proxy("call_module", module.target, args, kwargs).node
-        kinds = [arg.kind if type(arg) is Value else None if isinstance(arg, Proxy) else type(arg) for arg in args]
-        return Value(node, self, made_by=None if kwargs else (module, kinds))
+        for given in (*args, *kwargs.values()):
+            self._hand_over(given)
+        self.called.append(module)
+        return Value(node, self, made_by=None if kwargs else (module, args))
+
+    def _hand_over(self, given: Any) -> None:
+        """Let nobody read a container any more that a module was called with, which may have changed it."""
+        if id(given) in self.lent:
+            raise Untraceable(f"hands on {self.lent[id(given)][1]}")
+        if not isinstance(given, list | tuple | dict):
+            return
+        for part in list(given.values() if isinstance(given, dict) else given):
+            self._hand_over(part)
+        if isinstance(given, list):
+            given[:] = [Gone() for _ in range(len(given) + 1)]
+        elif isinstance(given, dict):
+            given.clear()
+            given[Gone()] = Gone()
 
     def _call_bound(self, method: Reference, args: Any, kwargs: Any) -> Any:
         value, receiver = method.value, method.receiver
-        if isinstance(receiver.value, torch.nn.Module) and not (args or kwargs):
-            name = value.__name__
-            if value is getattr(torch.nn.Module, name, None) and name in ("children", "named_children"):
-                children = receiver.children()
-                return list(children.items() if name == "named_children" else children.values())
-            if value is getattr(torch.nn.ModuleDict, name, None) and name in ("items", "keys", "values"):
-                return list(getattr(receiver.children(), name)())
         if method.path and value.__name__ == "forward" and isinstance(receiver.value, torch.nn.Module):
             test = f"{self.guards.name(_forward_of)}({receiver.path}) is {self.guards.name(value)}"
             self.guards.require(test, f"{method.shown} is patched")
         elif method.path:
             self.guards.require(f"{method.path}.__func__ is {self.guards.name(value)}", f"{method.shown} is patched")
+        if isinstance(receiver.value, torch.nn.Module) and not (args or kwargs):
+            name = value.__name__
+            if value is getattr(torch.nn.Module, name, None) and name in ("children", "named_children"):
+                children = self._once_each(receiver)
+                return list(children.items() if name == "named_children" else children.values())
+            if value is getattr(torch.nn.ModuleDict, name, None) and name in ("items", "keys", "values"):
+                return list(getattr(receiver.children(), name)())
         if _is_torchs(value) and value.__globals__["__name__"] != _CONTAINERS_CODE:
             raise Untraceable(f"calls {method.shown}")
         return self.run(value, (receiver, *args), kwargs)
+
+    def _once_each(self, module: Reference) -> dict[str, Any]:
+        """Its children, of which none is there twice or None."""
+        if not _are_apart(module.value):
+            raise Untraceable(f"goes through {module.shown}'s children, of which two are one or one is None")
+        test = f"{self.guards.name(_are_apart)}({module.path})"
+        self.guards.require(test, f"two children of {module.shown} are one now, or one is None")
+        return module.children()
 
     # What is asked
 
@@ -368,8 +418,8 @@ class _Tracer(GraphAppendingTracer):
         value.kind = kind
         return kind
 
-    def _kind_given_by(self, module: Reference, kinds: list[type]) -> type | None:
-        """Of what ``module`` gives, called with these kinds, as long as the guards hold that this adds."""
+    def _kind_given_by(self, module: Reference, args: tuple[Any, ...]) -> type | None:
+        """Of what ``module`` gives, called with such as ``args``, as long as the guards hold that this adds."""
         kind, forward = class_of(module.value), class_of(module.value).forward
         self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
         # (Only these hooks can put something else in the place of the result.)
@@ -381,7 +431,7 @@ class _Tracer(GraphAppendingTracer):
             return Tensor
         graph, self.graph = self.graph, Graph()
         try:
-            values = [self._argument(f"x{i}", given) for i, given in enumerate(kinds)]
+            values = [arg if is_constant(arg) else self._argument(f"x{i}", _kind(arg)) for i, arg in enumerate(args)]
             result = self._call_bound(
                 Reference(self, forward, "", f"{module.shown}.forward", receiver=module), values, {}
             )
@@ -391,7 +441,7 @@ class _Tracer(GraphAppendingTracer):
         finally:
             self.graph = graph
 
-    def _argument(self, name: str, kind: type) -> Value:
+    def _argument(self, name: str, kind: type | None) -> Value:
         return Value(self.create_node("placeholder", name, (), {}), self, kind)
 
     def is_instance(self, value: Any, kinds: Any) -> bool:
@@ -399,6 +449,8 @@ class _Tracer(GraphAppendingTracer):
         # (A class of classes may answer as it likes.)
         if not all(isinstance(kind, Reference) and type(kind.value) in _ANSWER_TRULY for kind in kinds):
             raise Untraceable("calls isinstance in a way that is not known")
+        for kind in kinds:
+            self.guards.require(f"{kind.path} is {self.guards.name(kind.value)}", f"{kind.shown} is another class now")
         classes = tuple(kind.value for kind in kinds)
         if isinstance(value, Proxy):
             kind = self._kind_of(value)
@@ -435,23 +487,23 @@ class _Tracer(GraphAppendingTracer):
         return answer
 
     def is_same(self, a: Any, b: Any) -> bool:
-        if isinstance(a, Proxy) or isinstance(b, Proxy):
-            if a is b:
-                return True
-            for value in (a, b):
-                if isinstance(value, Proxy):
-                    self._kind_of(value)
-            if isinstance(a, Proxy) and isinstance(b, Proxy):
-                raise Untraceable("asks whether two values are one")
-            return False
+        if type(a) is type(b) and type(a) in (int, float, str):
+            raise Untraceable("compares numbers or strings by identity")
+        if a is b or (_is_single(a) and _is_single(b)):
+            return a is b
         if isinstance(a, Reference) and isinstance(b, Reference):
             same = a.value is b.value
             self.guards.require(f"({a.path} is {b.path}) is {same}", f"{a.shown} is {b.shown} no more, or now")
             return same
         for value, other in ((a, b), (b, a)):
+            if not _is_single(other):
+                continue
             if isinstance(value, Reference):
-                return value.is_none() if is_constant(other) else False
-        return a is b
+                return value.is_one(other)
+            if isinstance(value, Proxy):
+                self._kind_of(value)
+            return False
+        raise Untraceable("asks whether two things are one")
 
     def text(self, value: Any) -> Any:
         if not is_constant(value) and not is_constant_throughout(value):
@@ -460,6 +512,12 @@ class _Tracer(GraphAppendingTracer):
 
     def remainder(self, a: Any, b: Any) -> Any:
         return a % (self.text(b) if isinstance(a, str) else b)
+
+    def unpack(self, value: Any, count: int) -> Any:
+        if not isinstance(value, Proxy):
+            return value
+        parts: Any = self.create_proxy("call_function", unpacked, (value, count), {})
+        return [parts[i] for i in range(count)]
 
     def refuse(self, why: str) -> Any:
         raise Untraceable(why)
@@ -470,12 +528,14 @@ class _Tracer(GraphAppendingTracer):
         """``owner``, of which an item is set."""
         if id(owner) in self.lent:
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
-        if type(owner) in (list, dict, OrderedDict):
+        if type(owner) in _OWN:
             return owner
         return NotSet(owner.shown if isinstance(owner, Reference) else "an item of a value")
 
     def in_place(self, name: str, a: Any, b: Any) -> Any:
         function = getattr(operator, name)
+        if isinstance(a, str):
+            self.text(b)
         if isinstance(a, Proxy):
             return self.create_proxy("call_function", function, (a, b), {})
         if id(a) in self.lent:
@@ -484,6 +544,7 @@ class _Tracer(GraphAppendingTracer):
 
 
 _MISSING = object()
+_OWN = (list, dict, set, OrderedDict)
 # Which want a list.
 _JOIN = (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack)
 _ANSWER_TRULY = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
@@ -493,6 +554,20 @@ _ARITHMETIC = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
 )
 _TORCH = (torch, torch.nn.functional, torch._C._nn, torch.special, torch.fft, torch.linalg)
+
+
+def _is_single(value: Any) -> bool:
+    """Whether what equals the constant ``value`` is the same object."""
+    return value is None or value is ... or type(value) in (bool, torch.dtype, torch.layout, torch.memory_format)
+
+
+def _kind(value: Any) -> type | None:
+    return value.kind if type(value) is Value else None if isinstance(value, Proxy) else type(value)
+
+
+def _are_apart(module: torch.nn.Module) -> bool:
+    children = module._modules.values()
+    return None not in children and len(set(map(id, children))) == len(children)
 
 
 def _is_argument(*values: Any) -> bool:

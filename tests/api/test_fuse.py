@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import io
 import linecache
+import math
 import operator
 import pickle
 import random
@@ -998,6 +999,8 @@ class Deciding(nn.Module):
         self.options: dict[str, Any] = {"flag": True, "sizes": [1]}
         self.down: Any = None
         self.act: nn.Module = nn.ReLU()
+        self.parts: nn.Module = nn.ModuleList([nn.ReLU()])
+        self.choose, self.kind = max, nn.ReLU
 
     @property
     def is_flag(self) -> bool:
@@ -1009,6 +1012,15 @@ class Deciding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
         return F.relu(y) if self.how(self) else y * 2
+
+
+class Empty(nn.ModuleList):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def with_default(m: Any, answer: bool = True) -> bool:
+    return answer
 
 
 FLAG = True
@@ -1050,6 +1062,18 @@ DECIDED: dict[str, tuple[Any, Any]] = {
     "a child's training": (lambda m: m.drop.training == m.training, lambda m, _: m.drop.train(not m.training)),
     "batch norm's momentum": (lambda m: m.bn.momentum == 0.1, assign("bn.momentum", 0.2)),
     "type of a child": (lambda m: isinstance(m.act, nn.ReLU), assign("act", nn.SiLU())),
+    "truth": (lambda m: m.act, assign("act", nn.Sequential())),
+    "an object": (lambda m: m.config is not None, assign("config", None)),
+    "by equality with None": (lambda m: m.act != None, assign("act", None)),  # noqa: E711
+    "sign of zero": (lambda m: math.copysign(1, m.rate) > 0, assign("rate", -0.0)),
+    "builtin function": (lambda m: m.choose((0, 1)), assign("choose", min)),
+    "class": (lambda m: isinstance(m.act, m.kind), assign("kind", nn.SiLU)),
+    "children": (lambda m: len([0 for _ in m.children()]) == 5, lambda m, _: setattr(m, "act", m.drop)),
+    "container": (lambda m: [0 for _ in m.parts], assign("parts", Empty([nn.ReLU()]))),
+    "default": (
+        lambda m: with_default(m),
+        lambda m, patch: patch.setattr(with_default, "__defaults__", (False,)),
+    ),
     "what there is": (lambda m: not hasattr(m, "extra"), assign("extra", 1)),
     "what there is by getattr": (lambda m: getattr(m, "extra", True), assign("extra", False)),
     "property": (lambda m: m.is_flag, assign("flag", False)),
@@ -1093,7 +1117,7 @@ def test_what_a_forward_decides_by(
     assert calls == [("ReLU", None)]
     # (A class, a global: once for both.)
     change(model, monkeypatch)
-    if "patch" not in name and "lobal" not in name and name != "class attribute":
+    if "patch" not in name and "lobal" not in name and name not in ("class attribute", "default"):
         change(plain, monkeypatch)
     calls.clear()
     for ours_, theirs in zip(step(model, images()), step(plain, images()), strict=True):
@@ -1101,6 +1125,152 @@ def test_what_a_forward_decides_by(
     assert calls == []
     report = fastconv.report(model)
     assert report.fused == [] and report.unfused[0][1], report
+
+
+# What Python and PyTorch do that a graph does not show
+
+
+class Recorder(nn.Module):
+    """Keeps what it is called with, how often it is called, and appends to what it is given."""
+
+    def __init__(self, shared: Any = None) -> None:
+        super().__init__()
+        self.last, self.times, self.shared = torch.zeros((), device=DEVICE), 0, shared
+
+    def forward(self, x: Tensor, seen: Any = None) -> Tensor:
+        self.last = x * 2
+        self.times += 1
+        if self.shared is not None:
+            self.shared.times += 1
+        if isinstance(seen, list):
+            seen.append(x * 3)
+        elif seen is not None:
+            seen["x"] = x * 3
+        return x
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Any:
+        return x if mask is None else (x, mask)
+
+
+def reads_behind(read: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """What is read behind a batch norm, in front of an activation and of a sum."""
+
+    def body(m: Any, x: Any) -> Any:
+        y = m.bn1(m.conv1(m.recorder(x)))
+        other = read(m)
+        return m.relu(y) * other
+
+    return body
+
+
+def reads_of_a_head(m: Any, x: Any) -> Any:
+    y = m.f(x)
+    last = m.f[0].last
+    return y + last
+
+
+def appends_elsewhere(m: Any, x: Any) -> Any:
+    seen: list[Any] = []
+    y = m.relu(m.bn1(m.conv1(m.recorder(x, seen))))
+    for value in seen:
+        y = y + value
+    return y
+
+
+def sets_elsewhere(m: Any, x: Any) -> Any:
+    seen: dict[str, Any] = {}
+    return m.relu(m.bn1(m.conv1(m.recorder(x, seen)))) + sum(seen.values())
+
+
+def asks_of_a_masked(m: Any, x: Any) -> Any:
+    y = m.masked(m.bn1(m.conv1(x)) + m.bn2(x), None)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def index_once(m: Any, x: Any) -> Any:
+    numbers, places = [1, 2], [0, 1]
+    numbers[places.pop()] += 10
+    return m.bn1(m.conv1(x)) * numbers[0] + numbers[1]
+
+
+def sets_an_item_by_function(m: Any, x: Any) -> Any:
+    values = [x, x]
+    operator.setitem(values, 0, m.bn1(m.conv1(x)))
+    return values[0]
+
+
+def of_children(m: Any, x: Any) -> Any:
+    for child in m.children():
+        x = child(x)
+    return x
+
+
+def of_a_set(m: Any, x: Any) -> Any:
+    y = m.bn1(m.conv1(x))
+    for number in m.numbers:
+        y = y * number + 1
+    return y
+
+
+def with_another_order() -> set[int]:
+    numbers = set(range(100))
+    numbers.difference_update(set(numbers) - {1, 8})
+    assert list(numbers) != list(set(numbers) | set())  # a copy is {8, 1}
+    return numbers
+
+
+# name -> (forward, further attributes)
+SEEN_IN_ORDER: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
+    "statistics": (reads_behind(lambda m: m.bn1.running_mean.sum()), lambda: {"recorder": nn.Identity()}),
+    "count of batches": (reads_behind(lambda m: m.bn1.num_batches_tracked * 1), lambda: {"recorder": nn.Identity()}),
+    "a child's number": (reads_behind(lambda m: m.recorder.times), lambda: {"recorder": Recorder()}),
+    "an object's number": (
+        reads_behind(lambda m: m.recorder.shared.times),
+        lambda: {"recorder": Recorder(SimpleNamespace(times=0))},
+    ),
+    "a tensor of the head's": (reads_of_a_head, lambda: {"f": sequence(Recorder())}),
+    "a list": (appends_elsewhere, lambda: {"recorder": Recorder()}),
+    "a dictionary": (sets_elsewhere, lambda: {"recorder": Recorder()}),
+    "a child called with None": (asks_of_a_masked, lambda: {"masked": Masked()}),
+    "an index": (index_once, dict),
+    "an item": (sets_an_item_by_function, dict),
+    "children that are one": (of_children, lambda: {"bn2": nn.Identity(), **dict.fromkeys(("act", "relu"), nn.Tanh())}),
+    "a set": (of_a_set, lambda: {"numbers": with_another_order()}),
+    "text": (lambda m, x: m.bn1(m.conv1(x)) * len("{x}".format(x=x)), dict),  # noqa: UP032
+    "lists by identity": (
+        lambda m, x: m.bn1(m.conv1(x)) * (2 if m.numbers is m.numbers else 3),
+        lambda: {"numbers": [1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", SEEN_IN_ORDER)
+def test_what_a_graph_does_not_show(name: str, training: bool, calls: list[Any]) -> None:
+    body, attributes = SEEN_IN_ORDER[name]
+    model = Block(body, **attributes())
+    numbers = getattr(model, "numbers", None)
+    model, plain = pair(model)
+    plain.numbers = numbers
+    plain.train(training)
+    for _ in range(2):
+        assert_same(model, plain, images())
+
+
+def test_what_is_unpacked_is_counted(calls: list[Any]) -> None:
+    def halves(m: Any, x: Any) -> Any:
+        first, second = m.bn1(m.conv1(x)).chunk(m.count, 1)
+        return first * second
+
+    model, plain = pair(Block(halves, count=2))
+    assert_same(model, plain, images())
+    assert len(calls) == 1
+    for m in (model, plain):
+        m.count = 4
+        with pytest.raises(ValueError, match="unpack"):
+            m(images())
 
 
 def test_what_is_passed_on_the_way_may_change(calls: list[Any]) -> None:
