@@ -118,7 +118,8 @@ class Studies(dict[torch.nn.Module, Study]):
         if self.as_fused and (found := found_in(module)) is not None:
             self[module] = found
             return found
-        forward = class_of(module).forward
+        # (Of a scripted one the class has none.)
+        forward = getattr(class_of(module), "forward", None)
         nothing = not module._modules or forward is torch.nn.Module.forward
         if forward is ConvBNAct.forward:
             self[module] = Study({}, [_of_layer(module)], {})  # type: ignore[arg-type]
@@ -521,7 +522,7 @@ def _has_known_parts(module: torch.nn.Module) -> bool:
 def _is_known_class(kind: type[torch.nn.Module]) -> bool:
     theirs = kind.__module__.startswith(("torch.nn.", "fastconv.nn."))
     return (
-        kind.forward is torch.nn.Sequential.forward
+        getattr(kind, "forward", None) is torch.nn.Sequential.forward
         or issubclass(kind, torch.nn.Identity | ConvBNAct)
         or is_activation(kind)
         or (theirs and issubclass(kind, _ConvNd | _BatchNorm))

@@ -10,7 +10,7 @@ import torch
 
 _SCALARS = (type(None), bool, int, float, str)
 _OF_TORCH = (torch.dtype, torch.memory_format, torch.layout, torch.device)
-CONTAINERS = (tuple, list, dict, set, frozenset)
+CONTAINERS = (tuple, list, dict, set, frozenset, torch.Size)
 _GONE = (AttributeError, LookupError, TypeError, ValueError)
 
 

@@ -7,9 +7,10 @@ import copyreg
 import itertools
 import linecache
 import threading
+from abc import ABCMeta
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def broken(module: torch.nn.Module) -> str | None:
     study = found_in(module)
     if study is None:
         return None
+    if "forward" not in vars(type(module)):
+        return "it is patched"
     traced = next(traced for (training, _), (traced, _) in study.traces.items() if training == module.training)
     return traced.guards.broken(module)
 
@@ -49,7 +52,9 @@ def fuse_module(module: torch.nn.Module, found: Study, names: Iterable[str]) -> 
         (which, _rewrite(traced, [chain for chain in chains if chain.head in chosen]))
         for which, (traced, chains) in found.traces.items()
     )
-    module.__class__ = _fused_class(original, chosen, sources, _Found(found))
+    module.__class__ = kind = _fused_class(original, chosen, sources, _Found(found))
+    # (It may have been patched, and the patch been taken back elsewhere.)
+    type.__setattr__(kind, "forward", kind._fastconv_forward)
 
 
 class _Found:
@@ -66,10 +71,17 @@ class _Found:
 
 
 def _subclass(original: Any, body: dict[str, Any]) -> Any:
-    """A class that gives itself out for ``original``, also to who patches it."""
+    """A class that gives itself out for ``original``, also to who patches it, and of which no code of the user's that
+    looks at new classes hears."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind: Any = type(original)
-    return _seen_through(kind)(original.__name__, (original,), {**names, **body})
+    make: Any = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+    tells = any("__init_subclass__" in vars(each) for each in original.__mro__[:-1])
+    base: Any = torch.nn.Module if tells else original
+    made = make(_seen_through(kind), original.__name__, (base,), {**names, **body})
+    if tells:
+        type.__setattr__(made, "__bases__", (original,))
+    return made
 
 
 @cache
@@ -81,9 +93,15 @@ def _seen_through(kind: Any) -> Any:
         return vars(cls).get("_fastconv_original", cls)
 
     def __setattr__(cls: Any, name: str, value: Any) -> None:
-        # Who found ours in the class's dictionary and puts it back means the one that it stands for.
-        is_ours = behind(cls) is not cls and vars(cls).get(name) is value
-        kind.__setattr__(behind(cls), name, getattr(value, "__wrapped__", value) if is_ours else value)
+        if behind(cls) is not cls and name == "forward":
+            ours = cls._fastconv_forward
+            # Whoever finds ours here wraps it, or puts it back in the end; the next finds what the first has set.
+            if value is ours:
+                type.__setattr__(cls, name, ours)
+                value = ours.__wrapped__
+            elif name in vars(cls):
+                type.__delattr__(cls, name)
+        kind.__setattr__(behind(cls), name, value)
 
     def __delattr__(cls: Any, name: str) -> None:
         kind.__delattr__(behind(cls), name)
@@ -169,7 +187,8 @@ def _is_unhooked(module: torch.nn.Module) -> bool:
     return not _has_any_global_hook() and interference(module) is None
 
 
-@cache
+# (As many as a program may have kinds of blocks, and not as many as it may make models.)
+@lru_cache(maxsize=1024)
 def _fused_class(
     original: Any,
     names: tuple[str, ...],
@@ -202,12 +221,13 @@ def _fused_class(
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fused, _, given = chosen(self, args, kwargs)
-        if fused is not None:
-            return fused(self, *given)
-        if original.forward is own or getattr(within, "module", None) is self:
+        run, _, given = chosen(self, args, kwargs)
+        if run is not None:
+            return run(self, *given)
+        is_own = vars(fused).get("forward") is forward and isinstance(self, fused)
+        if original.forward is own or not is_own or getattr(within, "module", None) is self:
             return own(self, *args, **kwargs)
-        # Patched, and what it is patched with may call what it found here.
+        # Patched behind our back, and what it is patched with may call what it found here.
         within.module, before = self, getattr(within, "module", None)
         try:
             return original.forward(self, *args, **kwargs)
@@ -215,15 +235,16 @@ def _fused_class(
             within.module = before
 
     def go_on(self: Any, args: tuple[Any, ...], steps: Steps) -> Any:
-        fused, goes_on, given = chosen(self, args, {})
-        return fused(self, *given, steps) if goes_on else take(forward(self, *args), steps)
+        run, goes_on, given = chosen(self, args, {})
+        return run(self, *given, steps) if goes_on else take(forward(self, *args), steps)
 
     forward.go_on = go_on  # type: ignore[attr-defined]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # A new one, as a slice of a Sequential is, has children of its own.
-        self.__class__ = original
-        self.__init__(*args, **kwargs)
+        if type(self) is fused:
+            self.__class__ = original
+        original.__init__(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         function, args, *rest = original.__reduce_ex__(self, max(2, int(protocol)))
@@ -240,6 +261,7 @@ def _fused_class(
         "_fastconv_original": original,
         "_fastconv_names": names,
         "_fastconv_found": found.study,
+        "_fastconv_forward": forward,
         "forward": forward,
         "__init__": __init__,
         "__reduce_ex__": __reduce_ex__,

@@ -47,7 +47,7 @@ class SourceUnknown(Exception):
 
 @lru_cache(maxsize=16)
 def _definitions(filename: str, text: str) -> tuple[list[CodeType], list[ast.FunctionDef | ast.Lambda]]:
-    """All functions in a file: compiled, and as they are written."""
+    """All functions in a file: compiled, and as they are written, each with the name of the class around it."""
     tree = ast.parse(text)
 
     def inside(code: CodeType) -> Iterator[CodeType]:
@@ -56,8 +56,15 @@ def _definitions(filename: str, text: str) -> tuple[list[CodeType], list[ast.Fun
                 yield part
                 yield from inside(part)
 
+    def written(node: ast.AST, kind: str) -> Iterator[ast.FunctionDef | ast.Lambda]:
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.FunctionDef | ast.Lambda):
+                part._in_class = kind  # type: ignore[union-attr]
+                yield part
+            yield from written(part, part.name.lstrip("_") if isinstance(part, ast.ClassDef) else kind)
+
     compiled = list(inside(compile(tree, filename, "exec", dont_inherit=True)))
-    return compiled, [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    return compiled, list(written(tree, ""))
 
 
 def _definition(function: FunctionType) -> ast.FunctionDef | ast.Lambda:
@@ -108,7 +115,7 @@ def rewritten(function: FunctionType) -> CodeType:
             raise SourceUnknown(f"runs {function.__qualname__}, a generator")
         arguments = node.args
         names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-        rewriter = _Rewriter(names[0] if names else None)
+        rewriter = _Rewriter(names[0] if names else None, node._in_class)  # type: ignore[union-attr]
         body = node.body if isinstance(node, ast.FunctionDef) else [ast.Return(value=node.body)]
         (shell,) = ast.parse("def function(): pass").body
         assert isinstance(shell, ast.FunctionDef)
@@ -134,10 +141,15 @@ def _ask(name: str, *args: ast.expr) -> ast.Call:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """``first``: the function's first argument, of which ``super()`` speaks."""
+    """``first``: the function's first argument, of which ``super()`` speaks; ``kind``: the name of the class that
+    private names are of."""
 
-    def __init__(self, first: str | None) -> None:
-        self.first = first
+    def __init__(self, first: str | None, kind: str) -> None:
+        self.first, self.kind = first, kind
+
+    def _mangled(self, name: str) -> str:
+        is_private = self.kind and name.startswith("__") and not name.endswith("__")
+        return f"_{self.kind}{name}" if is_private else name
 
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.stmt) and not isinstance(node, _STATEMENTS):
@@ -147,8 +159,13 @@ class _Rewriter(ast.NodeTransformer):
             return _ask(REFUSE, ast.Constant(f"has an expression that is not known, {type(node).__name__}"))
         return super().visit(node)
 
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if self._mangled(node.id) != node.id and isinstance(node.ctx, ast.Load):
+            return _ask(REFUSE, ast.Constant(f"reads {node.id}"))
+        return node
+
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        value, name = self.visit(node.value), ast.Constant(node.attr)
+        value, name = self.visit(node.value), ast.Constant(self._mangled(node.attr))
         if isinstance(node.ctx, ast.Load):
             return _ask(ATTRIBUTE, value, name)
         return ast.Subscript(value=_ask(ATTRIBUTES, value), slice=name, ctx=node.ctx)
@@ -218,7 +235,7 @@ class _Rewriter(ast.NodeTransformer):
         if node.decorator_list:
             refused = ast.Expr(_ask(REFUSE, ast.Constant(f"decorates a function of its own, {node.name}")))
             return ast.copy_location(refused, node)
-        inner = _Rewriter(None)
+        inner = _Rewriter(None, self.kind)
         defaults = [self.visit(value) for value in node.args.defaults]
         kw_defaults = [None if value is None else self.visit(value) for value in node.args.kw_defaults]
         node.args = _bare(node.args)

@@ -30,7 +30,7 @@ def class_of(module: torch.nn.Module) -> Any:
 
 def is_sequential(module: torch.nn.Module) -> bool:
     """Whether its forward is torch.nn.Sequential's."""
-    return class_of(module).forward is torch.nn.Sequential.forward
+    return getattr(class_of(module), "forward", None) is torch.nn.Sequential.forward
 
 
 def path_of(target: str) -> str:
@@ -117,6 +117,8 @@ class Reference:
     def __eq__(self, other: object) -> bool:
         if other is None and type(self.value).__eq__ is object.__eq__:
             return self.is_one(None)
+        if isinstance(other, Reference) and type(self.value).__eq__ is type(other.value).__eq__ is object.__eq__:
+            return self.tracer.is_same(self, other)
         raise Untraceable(f"compares {self.shown}, a {type(self.value).__name__}")
 
     def __ne__(self, other: object) -> bool:

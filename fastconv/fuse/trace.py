@@ -9,6 +9,7 @@ or reads raises Untraceable, and is left undone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import operator
@@ -55,14 +56,17 @@ _STATES = (torch.jit.is_scripting, torch.jit.is_tracing)
 
 def _forward_of(module: torch.nn.Module) -> Any:
     """What ``module.forward`` would be a method of if nothing were fused."""
-    return vars(module).get("forward", class_of(module).forward)
+    return vars(module).get("forward", getattr(class_of(module), "forward", None))
 
 
 Kinds = tuple[type, ...]
 
 
 def parameters(forward: Callable[..., Any]) -> tuple[list[str], list[str]]:
-    """The names of a forward's positional parameters but for self: those without a default, and next those of None."""
+    """The names of a forward's positional parameters but for self: those without a default, and next those of None.
+    Raises Untraceable."""
+    if not isinstance(forward, FunctionType):
+        raise Untraceable("is no function of Python's")
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     positional = [p for p in list(inspect.signature(forward).parameters.values())[1:] if p.kind in kinds]
     required = [p.name for p in positional if p.default is inspect.Parameter.empty]
@@ -84,8 +88,8 @@ def trace(
     nothing is changed."""
     original = class_of(module)
     forward = original.forward
-    if not isinstance(forward, FunctionType):
-        raise Untraceable("is no function of Python's")
+    if isinstance(inspect.getattr_static(original, "forward"), functools.partialmethod):
+        raise Untraceable("is made anew each time that it is read")
     required, optional = parameters(forward)
     if not required:
         raise Untraceable("takes no argument that must be given")
@@ -142,7 +146,8 @@ class _Tracer(GraphAppendingTracer):
             return self.create_node("call_function", OrderedDict, (super().create_arg(list(a.items())),), {})
         if isinstance(a, Reference):
             raise Untraceable(f"hands on {a.shown}, a {type(a.value).__name__}")
-        if type(a) in (list, dict, tuple, slice, range) or isinstance(a, Proxy) or is_constant(a) or a is ...:
+        is_made_of_such = type(a) in (list, dict, tuple, torch.Size, slice, range)
+        if is_made_of_such or isinstance(a, Proxy) or is_constant(a) or a is ...:
             return super().create_arg(a)
         raise Untraceable(f"hands on a {type(a).__name__}")
 
@@ -313,12 +318,16 @@ class _Tracer(GraphAppendingTracer):
             return self._call_module(function, args, kwargs)
         if function.receiver is not None:
             return self._call_bound(function, args, kwargs)
+        if type(value) is functools.partial:
+            return self._call_partial(function, args, kwargs)
         if function.path != self.guards.name(value):
             self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
         if id(value) in _PURE:
             return value(*args, **kwargs)
         if id(value) in _WRITING:
             return value(*map(self.text, args), **{name: self.text(arg) for name, arg in kwargs.items()})
+        if value is torch.is_tensor:
+            return self.is_instance(args[0], Reference(self, Tensor, self.guards.name(Tensor), "Tensor"))
         for known, answer in ((isinstance, self.is_instance), (getattr, self.get_attribute), (hasattr, self.has)):
             if value is known:
                 return answer(*args)
@@ -344,6 +353,13 @@ class _Tracer(GraphAppendingTracer):
         elif isinstance(value, type):
             raise Untraceable(f"makes a {value.__name__}")
         raise Untraceable(f"calls {function.shown}")
+
+    def _call_partial(self, partial: Reference, args: Any, kwargs: Any) -> Any:
+        value, path, shown = partial.value, partial.path, partial.shown
+        self.guards.require(f"type({path}) is {self.guards.name(type(value))}", f"{shown} is something else now")
+        first = [self.seen(arg, f"{path}.args[{i}]", shown) for i, arg in enumerate(value.args)]
+        named = {name: self.seen(arg, f"{path}.keywords[{name!r}]", shown) for name, arg in value.keywords.items()}
+        return self.call(self.seen(value.func, f"{path}.func", shown), *first, *args, **{**named, **kwargs})
 
     def _call_method(self, method: Any, args: Any, kwargs: Any) -> Any:
         """That of a container or a string."""
@@ -420,7 +436,7 @@ class _Tracer(GraphAppendingTracer):
 
     def _kind_given_by(self, module: Reference, args: tuple[Any, ...]) -> type | None:
         """Of what ``module`` gives, called with such as ``args``, as long as the guards hold that this adds."""
-        kind, forward = class_of(module.value), class_of(module.value).forward
+        kind, forward = class_of(module.value), _forward_of(module.value)
         self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
         # (Only these hooks can put something else in the place of the result.)
         hooks = torch.nn.modules.module._global_forward_hooks
@@ -429,6 +445,8 @@ class _Tracer(GraphAppendingTracer):
         self.guards.require(unhooked, f"a hook or a forward of its own on {module.shown}")
         if isinstance(module.value, _GIVE_TENSORS):
             return Tensor
+        if not isinstance(forward, FunctionType):
+            return None
         graph, self.graph = self.graph, Graph()
         try:
             values = [arg if is_constant(arg) else self._argument(f"x{i}", _kind(arg)) for i, arg in enumerate(args)]

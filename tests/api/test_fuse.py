@@ -16,6 +16,8 @@ import random
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1257,6 +1259,117 @@ def test_what_a_graph_does_not_show(name: str, training: bool, calls: list[Any])
     plain.train(training)
     for _ in range(2):
         assert_same(model, plain, images())
+
+
+Mode = Enum("Mode", ["ONE", "TWO"])
+
+
+@pytest.mark.parametrize(
+    ("body", "value", "other"),
+    [
+        (lambda m, x: m.choice(m.bn1(m.conv1(x))), partial(F.leaky_relu, negative_slope=0.3), partial(F.leaky_relu)),
+        (lambda m, x: F.interpolate(m.bn1(m.conv1(x)), m.choice), torch.Size([3, 4]), torch.Size([3, 5])),
+        (lambda m, x: m.bn1(m.conv1(x)) * (2 if m.choice == Mode.ONE else 3), Mode.ONE, Mode.TWO),
+        (lambda m, x: m.bn1(m.conv1(x)) * (2 if torch.is_tensor(x) else m.choice), 1, 2),
+    ],
+    ids=["partial", "size", "enumeration", "is_tensor"],
+)
+def test_what_a_forward_may_read(body: Any, value: Any, other: Any, calls: list[Any]) -> None:
+    model, plain = pair(Block(body, choice=value))
+    assert_same(model, plain, images())
+    assert len(calls) == 1
+    model.choice = plain.choice = other
+    assert_same(model, plain, images())
+
+
+class Private(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__conv, self.__bn, self.__scale = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), 2
+
+    def __norm(self, x: Tensor) -> Tensor:
+        return self.__bn(x) * self.__scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__norm(self.__conv(x))
+
+
+def test_private_names(calls: list[Any]) -> None:
+    model, plain = pair(Private())
+    assert_same(model, plain, images())
+    assert len(calls) == 1
+
+
+def test_a_scripted_child(calls: list[Any]) -> None:
+    model = Block(lambda m, x: m.scripted(m.bn1(m.conv1(x))), scripted=torch.jit.script(nn.ReLU())).to(DEVICE)
+    assert fastconv.report(fastconv.convert(model)).fused == [BN1]
+    assert torch.equal(model(images()), fastconv.revert(model)(images()) if calls else images())
+
+
+def test_forwards_that_are_no_functions() -> None:
+    for forward in (torch.relu, partialmethod(plain_block)):
+        kind = type("Odd", (Block,), {"forward": forward})
+        assert not fastconv.report(fastconv.convert(kind(plain_block))).fused
+
+
+@pytest.mark.parametrize("how", ["subclass", "argument", "metaclass"])
+def test_new_classes_are_nobodys_business(how: str, calls: list[Any]) -> None:
+    seen: list[str] = []
+
+    class Kind(type):
+        def __new__(cls, name: str, bases: Any, space: Any, tag: str) -> Any:
+            seen.append(name)
+            return super().__new__(cls, name, bases, space)
+
+        def __init__(cls, name: str, bases: Any, space: Any, tag: str) -> None:
+            super().__init__(name, bases, space)
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            seen.append(kwargs["tag"] if how == "argument" else cls.__name__)
+
+    kind: Any
+    if how == "metaclass":
+        kind = Kind("Named", (Block,), {}, tag="named")
+    else:
+        kind = type("Named", (Registered, Block), {}, **({"tag": "Named"} if how == "argument" else {}))
+        kind.forward = Block.forward
+    model, plain = pair(kind(plain_block))
+    assert_same(model, plain, images())
+    assert len(calls) == 2 and seen == ["Named"]
+
+
+def test_a_class_of_somebodys_behind_a_fused_one(calls: list[Any]) -> None:
+    model, plain = pair(Unit())
+
+    class Further(type(model)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.further = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.further
+
+    twin = Further().to(DEVICE)
+    twin.load_state_dict(model.state_dict())
+    assert type(twin) is Further
+    assert torch.equal(twin(images()), plain(images()) * 2) and calls == []
+
+
+def test_wrappers_of_wrappers(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each around what it has found on the converted model's class; the other models of that class have them too."""
+    model, plain = pair(Unit())
+    expected = plain(images())
+    with monkeypatch.context() as patch:
+        for do in (lambda y: y * 2, lambda y: y + 1):
+            found = type(model).forward
+            patch.setattr(type(model), "forward", lambda self, x, do=do, found=found: do(found(self, x)))
+            expected = do(expected)
+            assert torch.equal(model(images()), expected) and torch.equal(plain(images()), expected)
+    calls.clear()
+    plain.load_state_dict(model.state_dict())
+    assert_same(model, plain, images())
+    assert len(calls) == 1
 
 
 def test_what_is_unpacked_is_counted(calls: list[Any]) -> None:
