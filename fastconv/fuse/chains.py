@@ -472,7 +472,12 @@ def _share_norms(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 def _is_identity(module: torch.nn.Module) -> bool:
-    return type(module) is torch.nn.Identity
+    return type(module) is torch.nn.Identity and not _is_seen(module)
+
+
+def _is_seen(module: torch.nn.Module) -> bool:
+    """Whether a hook gets what ``module`` is called with."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _kept(steps: list[Step]) -> tuple[Node | None, str | torch.nn.Module | None]:
@@ -583,6 +588,8 @@ def _may_write(node: Node, module: torch.nn.Module) -> bool:
 
 def _module_may_write(module: torch.nn.Module) -> bool:
     """Whether a call of ``module`` may change its input."""
+    if _is_seen(module):
+        return True
     if is_sequential(module):
         for child in module._modules.values():
             if isinstance(child, _ConvNd | _BatchNorm):

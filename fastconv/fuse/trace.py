@@ -272,6 +272,8 @@ class _Tracer(GraphAppendingTracer):
                 if name in getattr(value, kept):
                     stored = f"{owner.path}.{kept}[{name!r}]"
                     return self._of_instance(owner, getattr(value, kept)[name], stored, shown, stored)
+        elif hasattr(kind, "__getattr__"):
+            raise Untraceable(f"reads {shown}, which its class finds in a way of its own")
         raise Untraceable(f"reads {shown}, which is not there")
 
     def _of_instance(self, owner: Reference, value: Any, path: str, shown: str, stored: str) -> Any:

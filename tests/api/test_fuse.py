@@ -1398,6 +1398,7 @@ def test_what_is_passed_on_the_way_may_change(calls: list[Any]) -> None:
         lambda m: setattr(m.act, "inplace", True),
         lambda m: setattr(m, "act", nn.ReLU(inplace=True)),
         lambda m: m.add_module("act", Writes()),
+        lambda m: m.act.register_forward_pre_hook(lambda _, args: (args[0].mul_(2), None)[1]),
     ):
         for before in (nn.ReLU(), nn.Identity()):
             calls.clear()
