@@ -16,7 +16,7 @@ import torch
 # What a call of a module runs before its forward; torch.fx and torch.export put functions of torch's in their place.
 _CALL = ("__call__", "_call_impl")
 # Where the functions of torch.nn.functional and torch that are not built in have their code.
-_FUNCTIONS = ("torch.functional", "torch.nn.functional", "torch._jit_internal")
+_FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional", "torch._jit_internal")
 _PACKAGES = ("torch", "fastconv", "timm")
 Point = tuple[Any, str]  # a class or a module, and the name of an attribute
 Found = tuple[Callable[[], bool], str | None]  # whether nothing has changed since, and what was found
@@ -82,7 +82,15 @@ def _method(kind: type, *names: str) -> Iterator[Point]:
         yield point
         value = getattr(*point)
         if point[1] not in _CALL and isinstance(value, FunctionType) and _is_own(*point, value):
-            todo += _named(point[0], value)
+            for function in (value, *_chosen_by(value)):
+                todo += _named(point[0], function)
+
+
+def _chosen_by(function: FunctionType) -> Iterator[FunctionType]:
+    """Those between which one of torch.nn.functional's chooses by an argument, as max_pool2d by return_indices."""
+    if _code_of(function) == "torch._jit_internal":
+        held = (cell.cell_contents for cell in function.__closure__ or ())
+        yield from (each for each in held if isinstance(each, FunctionType))
 
 
 def _named(owner: Any, function: FunctionType) -> Iterator[Point]:

@@ -70,6 +70,7 @@ PATCHES: dict[str, tuple[Any, str, str]] = {
     "functional.relu": (F, "relu", "1"),
     "functional.max_pool2d": (F, "max_pool2d", "3"),
     "torch.relu": (torch, "relu", "1"),
+    "torch.max_pool2d": (torch, "max_pool2d", "3"),
     "Module.__call__": (torch.nn.Module, "__call__", "0"),
     "Module._call_impl": (torch.nn.Module, "_call_impl", "0"),
 }
