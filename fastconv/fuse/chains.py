@@ -552,7 +552,10 @@ def _activation(node: Node, module: torch.nn.Module) -> str | torch.nn.Module | 
         return None
     if not node.args or len(node.all_input_nodes) != 1:
         return None
-    act = _ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)
+    try:
+        act = _ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)
+    except (TypeError, ValueError, AssertionError):  # the module is stricter than the function
+        return None
     vars(act)["forward"] = Function(node.target, node.args[1:], dict(node.kwargs))
     return act
 

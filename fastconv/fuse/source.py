@@ -18,8 +18,8 @@ from typing import Any
 
 # Names that no program has: whoever runs the code puts a function under each.
 ATTRIBUTE, ATTRIBUTES, ITEM, ITEMS = "@attribute", "@attributes", "@item", "@items"
-CALL, SUPER, IS, IN_PLACE, TEXT, REMAINDER, SLICE, UNPACK, REFUSE = (
-    *("@call", "@super", "@is", "@in_place", "@text", "@remainder", "@slice", "@unpack", "@refuse"),
+CALL, NAME, SUPER, IS, IN_PLACE, TEXT, REMAINDER, SLICE, UNPACK, REFUSE = (
+    *("@call", "@name", "@super", "@is", "@in_place", "@text", "@remainder", "@slice", "@unpack", "@refuse"),
 )
 
 # What is run as it stands, but for its parts.
@@ -162,7 +162,7 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if self._mangled(node.id) != node.id and isinstance(node.ctx, ast.Load):
             return _ask(REFUSE, ast.Constant(f"reads {node.id}"))
-        return node
+        return _ask(NAME, node) if isinstance(node.ctx, ast.Load) else node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         value, name = self.visit(node.value), ast.Constant(self._mangled(node.attr))

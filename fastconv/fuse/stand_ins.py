@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node, Proxy
+from torch.fx.proxy import Attribute
 
 from fastconv.fuse import source
 
@@ -70,17 +71,16 @@ def unpacked(values: Any, count: int) -> tuple[Any, ...]:
     return parts
 
 
+class Part(Attribute):
+    """An attribute of what a `Value` stands for."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise Untraceable(f"iterates over {self.attr}")
+
+
 class Gone:
-    """Takes the place of what was in a list or the like that the forward has handed on to a module, which may have
-    changed it."""
-
-    def __bool__(self) -> bool:
-        raise Untraceable("reads a container that a module was called with")
-
-    __eq__ = __iter__ = __bool__  # type: ignore[assignment]
-
-    def __hash__(self) -> int:
-        return 0
+    """Takes the place of what was in a list or the like that the forward has handed on to a module, for who still goes
+    through it."""
 
 
 class Reference:
@@ -195,11 +195,10 @@ class Names(dict[str, Any]):
             of_module = module is not None and vars(module) is space
             path = f"{guards.name(module)}.{name}" if of_module else f"{guards.name(space)}[{name!r}]"
             return self.tracer.seen(space[name], path, name)
-        try:
-            found = getattr(builtins, name)
-        except AttributeError:
-            raise Untraceable(f"reads {name}, which is not defined") from None
-        return Reference(self.tracer, found, guards.name(found), name)
+        if not hasattr(builtins, name):
+            raise Untraceable(f"reads {name}, which is not defined")
+        guards.require(f"{name!r} not in {guards.name(space)}", f"{name} is no builtin any more")
+        return Reference(self.tracer, getattr(builtins, name), f"{guards.name(builtins)}.{name}", name)
 
 
 class Parent:

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse import source
 from fastconv.fuse.guards import CONTAINERS, Guards, is_constant, is_constant_throughout
-from fastconv.fuse.stand_ins import Gone, Names, NotSet, Parent, Reference, Untraceable, Value, class_of, unpacked
+from fastconv.fuse.stand_ins import Gone, Names, NotSet, Parent, Part, Reference, Untraceable, Value, class_of, unpacked
 
 # torch.nn's modules whose result is a tensor whatever they are called with.
 _GIVE_TENSORS = (
@@ -117,14 +117,16 @@ class _Tracer(GraphAppendingTracer):
         self.sets_nothing = sets_nothing
         self.values: dict[Any, Value] = {}
         self.called: list[Reference] = []
+        self.given: dict[int, Any] = {}
         # Copies of containers that the forward has read, by identity: it may not change them.
         self.lent: dict[int, tuple[Any, str]] = {}
         self.answers = {
             source.ATTRIBUTE: self.attribute,
             source.ATTRIBUTES: lambda owner: NotSet(owner.shown if isinstance(owner, Reference) else "a value"),
-            source.ITEM: lambda owner, index: owner[index],
+            source.ITEM: lambda owner, index: self.named(owner[index]),
             source.ITEMS: self.items,
             source.CALL: self.call,
+            source.NAME: self.named,
             source.IS: self.is_same,
             source.IN_PLACE: self.in_place,
             source.TEXT: self.text,
@@ -220,6 +222,12 @@ class _Tracer(GraphAppendingTracer):
             self.lent[id(lent)] = lent, shown
         return lent
 
+    def named(self, value: Any) -> Any:
+        """``value``, read by a name."""
+        if id(value) in self.given:
+            raise Untraceable(f"reads a {type(value).__name__} that a module was called with, which may change it")
+        return value
+
     def attribute(self, owner: Any, name: str) -> Any:
         if name.startswith("__"):
             raise Untraceable(f"reads {name}")
@@ -229,7 +237,7 @@ class _Tracer(GraphAppendingTracer):
                 if kind is None:
                     raise Untraceable(f"reads {name} of {owner.node.name}")
                 raise AttributeError(name)
-            return getattr(owner, name)
+            return Part(owner, name)
         if isinstance(owner, Parent):
             return self._of_parent(owner, name)
         if isinstance(owner, Reference):
@@ -382,7 +390,7 @@ class _Tracer(GraphAppendingTracer):
         return Value(node, self, made_by=None if kwargs else (module, args))
 
     def _hand_over(self, given: Any) -> None:
-        """Let nobody read a container any more that a module was called with, which may have changed it."""
+        """Let nobody read a container any more that a module is called with, which may change it."""
         if id(given) in self.lent:
             raise Untraceable(f"hands on {self.lent[id(given)][1]}")
         if not isinstance(given, list | tuple | dict):
@@ -390,10 +398,10 @@ class _Tracer(GraphAppendingTracer):
         for part in list(given.values() if isinstance(given, dict) else given):
             self._hand_over(part)
         if isinstance(given, list):
-            given[:] = [Gone() for _ in range(len(given) + 1)]
+            given[:] = [Gone()] * len(given)
         elif isinstance(given, dict):
-            given.clear()
-            given[Gone()] = Gone()
+            given.update(dict.fromkeys(given, Gone()))
+        self.given[id(given)] = given
 
     def _call_bound(self, method: Reference, args: Any, kwargs: Any) -> Any:
         value, receiver = method.value, method.receiver

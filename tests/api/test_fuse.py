@@ -5,6 +5,7 @@ The fused call is replaced by PyTorch's own operators, so that every value here 
 
 from __future__ import annotations
 
+import builtins
 import copy
 import importlib.util
 import io
@@ -1068,6 +1069,11 @@ DECIDED: dict[str, tuple[Any, Any]] = {
     "an object": (lambda m: m.config is not None, assign("config", None)),
     "by equality with None": (lambda m: m.act != None, assign("act", None)),  # noqa: E711
     "sign of zero": (lambda m: math.copysign(1, m.rate) > 0, assign("rate", -0.0)),
+    "global in front of a builtin": (
+        lambda m: min(0, 1) == 0,
+        lambda m, patch: patch.setitem(globals(), "min", lambda *_: 1),
+    ),
+    "patched builtin": (lambda m: min(0, 1) == 0, lambda m, patch: patch.setattr(builtins, "min", lambda *_: 1)),
     "builtin function": (lambda m: m.choose((0, 1)), assign("choose", min)),
     "class": (lambda m: isinstance(m.act, m.kind), assign("kind", nn.SiLU)),
     "children": (lambda m: len([0 for _ in m.children()]) == 5, lambda m, _: setattr(m, "act", m.drop)),
@@ -1151,6 +1157,13 @@ class Recorder(nn.Module):
         return x
 
 
+class Unused(nn.Module):
+    shared = None
+
+    def forward(self, x: Tensor, *unused: Any) -> Tensor:
+        return x
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Any:
         return x if mask is None else (x, mask)
@@ -1179,6 +1192,12 @@ def appends_elsewhere(m: Any, x: Any) -> Any:
     for value in seen:
         y = y + value
     return y
+
+
+def asks_for_what_is_elsewhere(m: Any, x: Any) -> Any:
+    seen: list[Any] = []
+    y = m.bn1(m.conv1(m.recorder(x, m.recorder.shared, seen)))
+    return y * 2 if seen else y
 
 
 def sets_elsewhere(m: Any, x: Any) -> Any:
@@ -1234,6 +1253,7 @@ SEEN_IN_ORDER: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
     ),
     "a tensor of the head's": (reads_of_a_head, lambda: {"f": sequence(Recorder())}),
     "a list": (appends_elsewhere, lambda: {"recorder": Recorder()}),
+    "whether a list is empty": (asks_for_what_is_elsewhere, lambda: {"recorder": Unused()}),
     "a dictionary": (sets_elsewhere, lambda: {"recorder": Recorder()}),
     "a child called with None": (asks_of_a_masked, lambda: {"masked": Masked()}),
     "an index": (index_once, dict),
@@ -1370,6 +1390,12 @@ def test_wrappers_of_wrappers(calls: list[Any], monkeypatch: pytest.MonkeyPatch)
     plain.load_state_dict(model.state_dict())
     assert_same(model, plain, images())
     assert len(calls) == 1
+
+
+def test_an_activation_that_no_module_can_be(calls: list[Any]) -> None:
+    model, plain = pair(Block(lambda m, x: F.hardtanh(m.bn1(m.conv1(x)), 0.0, 0.0)))
+    assert_same(model, plain, images())
+    assert calls == [(None, None)]
 
 
 def test_what_is_unpacked_is_counted(calls: list[Any]) -> None:
