@@ -68,6 +68,26 @@ def fused(training: bool) -> Results:
     return {"z": z.detach(), "mean": mean, "var": var, "bias": bias} | dict(zip("xwbge", gradients, strict=True))
 
 
+def served() -> Results:
+    """One operator a layer, in both directions."""
+    vectors = [drawn(16).square() + 0.5 for _ in range(4)]
+    how: dict[str, Any] = {"training": False, "momentum": 0.1, "eps": 1e-5, "act": "silu"}
+    x, w = drawn(2, 16, 5, 5), drawn(16, 16, 3, 3)
+    with torch.no_grad():
+        convolutions = F.conv2d_bn_act, F.conv_transpose2d_bn_act
+        return {each.__name__: each(x, w, drawn(16), *vectors, residual=x, padding=1, **how) for each in convolutions}
+
+
+def twice() -> Results:
+    """A max pool's indices, and the gradient of its gradient."""
+    x = drawn(2, 16, 6, 6).requires_grad_()
+    y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    dy = drawn(*y.shape).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    (ddy,) = torch.autograd.grad(dx, dy, drawn(*dx.shape))
+    return {"indices": indices, "ddy": ddy}
+
+
 def pool(function: Callable[..., Tensor], *arguments: Any) -> Results:
     x = drawn(2, 16, 6, 6).requires_grad_()
     y = function(x, *arguments)
@@ -83,7 +103,9 @@ CASES: dict[str, tuple[Any, ...]] = {
         if family.trial is None
     },
     **{f"batch norm, training={training}": (fused, training) for training in (False, True)},
+    "inference": (served,),
     "max": (pool, F.max_pool2d, 3, 2, 1),
+    "max twice": (twice,),
     "average": (pool, F.avg_pool2d, 3, 2, 1),
     "global": (pool, F.adaptive_avg_pool2d, 1),
     "lp": (pool, F.lp_pool2d, 3.0, 2),
