@@ -36,7 +36,7 @@ from fastconv.autograd import conv as autograd_conv
 from fastconv.autograd import pool as autograd_pool
 from fastconv.autotune.gpus import H200
 from fastconv.cli.measure.screen import console
-from fastconv.kernels import call, conv, dispatch, mend, pool, tiles, tuned
+from fastconv.kernels import call, dispatch, mend, pool, tiles, tuned
 from fastconv.kernels.compile import _Driver
 from fastconv.kernels.problem import conv_problem
 
@@ -62,12 +62,11 @@ PROBLEMS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | int, dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A call, and where it is cut off at ever later points: an attribute and what stands for the rest of the call; at
-    last before the launch, with the module whose look-up that is."""
+    """A call, and where it is cut off at ever later points, at last before the launch: an attribute and what stands for
+    the rest of the call."""
 
     call: Callable[[], object]
     cuts: tuple[tuple[Any, str, Callable[..., object]], ...]
-    module: Any
 
 
 def _subject(family: str) -> Subject:
@@ -87,7 +86,7 @@ def _subject(family: str) -> Subject:
         (autograd_conv.kernels, "conv_fprop", rest),
         (call, "run", lambda *_: None),
     )
-    return Subject(lambda: functional.conv2d(x, w, **keywords), cuts, conv)
+    return Subject(lambda: functional.conv2d(x, w, **keywords), cuts)
 
 
 def _pool(x: torch.Tensor, window: int, keywords: dict[str, Any]) -> Subject:
@@ -103,7 +102,7 @@ def _pool(x: torch.Tensor, window: int, keywords: dict[str, Any]) -> Subject:
         (autograd_pool.kernels, "max_pool", rest),
         (pool, "run", lambda *_: None),
     )
-    return Subject(lambda: functional.max_pool2d(x, window, **keywords), cuts, pool)
+    return Subject(lambda: functional.max_pool2d(x, window, **keywords), cuts)
 
 
 class _Clocked(dict[Any, Any]):
@@ -150,11 +149,11 @@ def measure(family: str, gradient: bool, calls: int = CALLS) -> dict[str, Any]:
         stubs = [statistics.median(_times(rest, calls // ROUNDS)) for _, _, rest in subject.cuts]
         samples: list[list[float]] = [[] for _ in range(len(subject.cuts) + 1)]
         looks: list[int] = []
-        hits = _Clocked(call._calls)
+        hits, prepared = _Clocked(call._calls), call.prepared
 
         def looked(*given: Any) -> Any:
             started = time.perf_counter_ns()
-            found = call.prepared(*given)
+            found = prepared(*given)
             looks.append(time.perf_counter_ns() - started)
             return found
 
@@ -163,7 +162,7 @@ def measure(family: str, gradient: bool, calls: int = CALLS) -> dict[str, Any]:
                 with mock.patch.object(owner, attribute, rest):
                     times += _times(subject.call, calls // ROUNDS)
             samples[-1] += _times(subject.call, calls // ROUNDS)
-            with mock.patch.object(subject.module, "prepared", looked):
+            with mock.patch.object(call, "prepared", looked):
                 _times(subject.call, calls // ROUNDS)
             with mock.patch.object(call, "_calls", hits):
                 _times(subject.call, calls // ROUNDS)

@@ -199,10 +199,13 @@ class _Tracer(GraphAppendingTracer):
 
     def _must_be_settled(self, owner: Reference | None, shown: str, may_change: bool = False) -> None:
         """Raise Untraceable where a module that has been called may have set what is read: guards are before that.
-        (The module that is traced has it set by none of its children.)"""
-        if owner is None or (owner.target == "" and not may_change):
+        (A module's own are set by itself and what holds it alone; what objects hold and what may change, by any.)"""
+        if owner is None:
             return
         for module in self.called:
+            is_own = owner.target is not None and not may_change
+            if is_own and not f"{owner.target}.".startswith(f"{module.target}."):
+                continue
             if not self.sets_nothing(module.value):
                 raise Untraceable(f"reads {shown} behind a call of {module.shown}, which may set it")
             kind = self.guards.name(class_of(module.value))
