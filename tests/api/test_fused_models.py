@@ -48,8 +48,7 @@ COUNTS = {
     "timm regnety_002": (44, 44, 13),
     "timm cspresnet50": (55, 55, 13),
     "timm dla34": (37, 37, 12),
-    # Its own forward asks its head for attributes behind the stages, which write into lists and might set them.
-    "timm hrnet_w18_small": (89, 91, 23),
+    "timm hrnet_w18_small": (91, 91, 26),
     "timm darknet53": (52, 52, 23),
     "timm repvgg_a0": (44, 61, 22),
 }
