@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as theirs
 from torch import Tensor, nn
-from views import VIEWS, dense
 
 import fastconv.functional as ours
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch, mend
 from reference import assert_close, assert_equal
+from views import VIEWS, dense
 
 DEVICE = "cpu" if mend.interpreting() else "cuda"
 # Smooth ones, whose derivative a rounding does not change by much; and those that keep integers what they are.

@@ -10,13 +10,13 @@ import os
 from typing import Any
 
 import pytest
-from guards import guarded_memory, poisoned_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from views import KEEPING, VIEWS
 
 from fastconv.kernels import mend
+from guards import guarded_memory, poisoned_memory
 from tests.fuzz.operators import EXACT, SMOOTH, Case, check
+from views import KEEPING, VIEWS
 
 __all__ = ["guarded_memory", "poisoned_memory"]
 pytestmark = [pytest.mark.usefixtures("poisoned_memory", "guarded_memory"), pytest.mark.filterwarnings("ignore")]

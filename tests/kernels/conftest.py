@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from guards import guarded_memory, poisoned_memory
 
 from convolutions import DEVICE
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
+from guards import guarded_memory, poisoned_memory
 
 __all__ = ["bulk_copies", "guarded_memory", "poisoned_memory"]
 

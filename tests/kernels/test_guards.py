@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from guards import guarded
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from convolutions import DEVICE, Case, expected, trailing
@@ -16,6 +15,7 @@ from fastconv.kernels.batch_norm import Activated
 from fastconv.kernels.dispatch import FAMILIES
 from fastconv.kernels.launch import record
 from fastconv.kernels.problem import DIRECTIONS
+from guards import guarded
 from reference import assert_equal
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="guards memory in the interpreter")

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from views import KEEPING, VIEWS, dense
 
 import fastconv.functional as F
 from convolutions import DEVICE
 from fastconv.autograd import operators
 from fastconv.kernels import mend
+from views import KEEPING, VIEWS, dense
 
 pytestmark = [pytest.mark.gpu] * (not mend.interpreting())
 
