@@ -45,7 +45,7 @@ def fuse(model: torch.nn.Module, wanted: Callable[[torch.nn.Module, torch.nn.Mod
         for chain in study.chains:
             links = _links(module, chain, studies)
             conv, norm = _conv_and_norm(links)
-            if chain.steps and norm is not None and wanted(conv, norm):
+            if chain.steps and conv is not None and norm is not None and wanted(conv, norm):
                 for part, link in links:
                     heads[part].add(link.head)
     for module, names in heads.items():
@@ -66,7 +66,8 @@ def norms(model: torch.nn.Module) -> Iterator[Norm]:
     studies = Studies(as_fused=True)
     for norm, chain, conv, reason in _findings(studies, model, names):
         if norm not in found or (chain and not found[norm].chain):
-            found[norm] = Norm(names[norm], type(norm).__name__, chain, names.get(conv), reason)
+            of_conv = None if conv is None else names.get(conv)
+            found[norm] = Norm(names[norm], type(norm).__name__, chain, of_conv, reason)
     for norm, reason in _untraceable(studies, model):
         found.setdefault(norm, Norm(names[norm], type(norm).__name__, reason=reason, untraceable=True))
     for module, name in names.items():
@@ -80,28 +81,41 @@ _Link = tuple[torch.nn.Module, Chain]
 _Finding = tuple[torch.nn.Module, "str | None", "torch.nn.Module | None", "str | None"]
 
 
+def _child(module: torch.nn.Module, target: str) -> torch.nn.Module | None:
+    """What is at ``target`` under ``module`` now."""
+    for name in target.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
 def _links(module: torch.nn.Module, chain: Chain, studies: Studies) -> list[_Link]:
-    """The chains that make up ``chain`` of ``module``, from a convolution's on, each with the module that calls it."""
+    """The chains that make up ``chain`` of ``module``, from a convolution's on, each with the module that calls it;
+    none where the module that it goes on from is another now."""
     if chain.of_conv:
         return [(module, chain)]
-    child = module.get_submodule(chain.head)
-    end = studies[child].end
-    assert end is not None
-    return [*_links(child, end, studies), (module, chain)]
+    child = _child(module, chain.head)
+    end = None if child is None else studies[child].end
+    links = [] if child is None or end is None else _links(child, end, studies)
+    return [*links, (module, chain)] if links else []
 
 
 def _steps(links: list[_Link]) -> list[tuple[str, Any]]:
     """What they do to the convolution's result, with the modules that do it."""
     return [
-        (step.kind, module.get_submodule(step.operand) if isinstance(step.operand, str) else step.operand)
+        (step.kind, _child(module, step.operand) if isinstance(step.operand, str) else step.operand)
         for module, chain in links
         for step in chain.steps
     ]
 
 
-def _conv_and_norm(links: list[_Link]) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+def _conv_and_norm(links: list[_Link]) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+    if not links:
+        return None, None
     module, chain = links[0]
-    return module.get_submodule(chain.head), next((norm for kind, norm in _steps(links) if kind == "norm"), None)
+    return _child(module, chain.head), next((norm for kind, norm in _steps(links) if kind == "norm"), None)
 
 
 def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
@@ -113,16 +127,18 @@ def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Mod
     changed = {module: why for module in found if (why := broken(module)) is not None}
 
     def is_fused(module: torch.nn.Module, chain: Chain) -> bool:
-        return isinstance(module, ConvBNAct) or (chain.head in fused_names(module) and module not in changed)
+        return module not in changed and (isinstance(module, ConvBNAct) or chain.head in fused_names(module))
 
     for module, study in found.items():
         for chain in study.chains:
             if not is_fused(module, chain):
                 conv, norm = _conv_and_norm(_links(module, chain, studies))
-                if norm is not None:
-                    unfused.append((norm, None, conv, changed.get(module) or _against(conv)))
-            elif not chain.of_conv:
-                goes_on.setdefault(module.get_submodule(chain.head), (module, chain))
+                if isinstance(norm, _BatchNorm) and module in changed:
+                    yield norm, None, conv, changed[module]
+                elif isinstance(norm, _BatchNorm):
+                    unfused.append((norm, None, conv, _against(conv)))
+            elif not chain.of_conv and (child := _child(module, chain.head)) is not None:
+                goes_on.setdefault(child, (module, chain))
     for module, study in found.items():
         for chain in study.chains:
             if chain.of_conv and is_fused(module, chain):
@@ -132,7 +148,8 @@ def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Mod
                     links += [] if hooked else [goes_on[links[-1][0]]]
                 yield from _finding(links, hooked, names)
         for target, reason in study.apart.items():
-            yield module.get_submodule(target), None, None, reason
+            if (norm := _child(module, target)) is not None:
+                yield norm, None, None, reason
     yield from unfused
 
 
@@ -148,16 +165,18 @@ def _untraceable(studies: Studies, model: torch.nn.Module) -> Iterator[tuple[tor
 def _finding(links: list[_Link], hooked: str | None, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
     """The batch norm of a chain that is fused, as its modules are now."""
     conv, norm = _conv_and_norm(links)
-    if norm is not None:
+    if isinstance(norm, _BatchNorm):
         steps = _steps(links)
         end, reason = fusible(conv, tuple(steps))
         labels = [step.label for _, chain in links for step in chain.steps][:end]
         if all(kind == "skip" for kind, _ in steps[end:]):
             reason = hooked or links[-1][1].ends
-        chain = " + ".join([names[conv], *(label for label in labels if label)]) if end else None
+        chain = " + ".join([names[conv], *(label for label in labels if label)]) if end and conv is not None else None
         yield norm, chain, conv, reason
 
 
-def _against(conv: torch.nn.Module) -> str:
+def _against(conv: torch.nn.Module | None) -> str:
+    if conv is None:
+        return "its convolution is gone"
     theirs = type(conv).__module__.startswith(("torch.nn.modules.", "fastconv.nn."))
     return "not converted" if theirs else f"its convolution, a {type(conv).__name__}, is not converted"

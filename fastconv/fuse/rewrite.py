@@ -26,6 +26,8 @@ from fastconv.nn.fused import Steps, interference, run_chain, run_open, take
 
 def broken(module: torch.nn.Module) -> str | None:
     """Why ``module``'s own forward runs and not the fused one, in the mode that it is in; None where that does."""
+    if "forward" in vars(module):
+        return f"a forward of its own on its {type(module).__name__}"
     study = found_in(module)
     if study is None:
         return None

@@ -1859,6 +1859,46 @@ def test_children_of_a_sequential(calls: list[Any]) -> None:
     assert fastconv.report(fastconv.convert(model[1:])).fused == ["3 + 4 + 5"]
 
 
+def added_behind(m: Any, x: Any) -> Any:
+    return x + m.f(m.bn1(m.conv1(x)))
+
+
+@pytest.mark.parametrize("gone", ["conv1", "bn1", "bn2", "f", "f.0", "f.1"])
+@pytest.mark.parametrize("how", ["None", "deleted"])
+def test_a_report_where_children_are_gone(gone: str, how: str) -> None:
+    model = fastconv.convert(Block(added_behind, f=sequence()))
+    assert fastconv.report(model).fused == [BN1, "f.0 + 1 + residual"]
+    parent, _, name = gone.rpartition(".")
+    if how == "None":
+        model.get_submodule(parent)._modules[name] = None
+    else:
+        delattr(model.get_submodule(parent), name)
+    report = fastconv.report(model)
+    left = {"conv1": 3, "bn1": 2, "bn2": 2, "f": 2, "f.0": 3, "f.1": 2}[gone]
+    assert len(report.norms) == left and str(report)
+    assert BN1 not in report.fused if gone in ("conv1", "bn1") else BN1 in report.fused
+
+
+def test_a_report_of_a_forward_of_the_instance() -> None:
+    model: Any = fastconv.convert(nn.Sequential(Block(plain_block), ours.ConvBNAct2d(4, 4, 1)))
+    for block in model:
+        block.forward = lambda x: x
+    report = fastconv.report(model)
+    reasons = dict(report.unfused)
+    assert report.fused == [] and reasons["0.bn1"] == "a forward of its own on its Block"
+    assert reasons["1.bn"] == "a forward of its own on its ConvBNAct2d"
+
+
+def test_a_report_of_models_converted_around_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fastconv.convert(Block(added_behind, f=sequence()))
+    with monkeypatch.context() as patch:
+        forward = nn.Sequential.forward
+        patch.setattr(nn.Sequential, "forward", lambda self, x: forward(self, x) * 2)
+        second = fastconv.convert(Block(added_behind, f=sequence()))
+        assert [fastconv.report(model).fused for model in (first, second)] == [[BN1]] * 2
+    assert fastconv.report(first).fused == [BN1, "f.0 + 1 + residual"]
+
+
 def test_children_of_a_list(calls: list[Any]) -> None:
     body, children, *_ = FOUND["loop"]
     model, plain = pair(Block(body, **copy.deepcopy(children)))
