@@ -226,13 +226,8 @@ class _Search:
     """For the chains of a graph; why a batch norm is in none is added to ``apart``."""
 
     def __init__(self, traced: Trace, module: torch.nn.Module, studies: Studies, apart: dict[str, str]) -> None:
-        self.graph, self.guards, self.module, self.studies, self.apart = (
-            traced.graph,
-            traced.guards,
-            module,
-            studies,
-            apart,
-        )
+        self.graph, self.guards = traced.graph, traced.guards
+        self.module, self.studies, self.apart = module, studies, apart
         self.order = {node: index for index, node in enumerate(self.graph.nodes)}
         self.taken: set[Node] = set()
 

@@ -107,9 +107,10 @@ class Guards:
 
     def broken(self, module: Any) -> str | None:
         """What is to be said of the first that does not hold."""
+        space = self._space
         for test, otherwise in self.tests.items():
             try:
-                holds = eval(test, self._space, {"self": module})
+                holds = eval(test, space, {"self": module})
             except _GONE:
                 holds = False
             if not holds:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 # Names that no program has: whoever runs the code puts a function under each.
 ATTRIBUTE, ATTRIBUTES, ITEM, ITEMS = "@attribute", "@attributes", "@item", "@items"
@@ -104,7 +105,8 @@ def _name(node: ast.FunctionDef | ast.Lambda) -> str:
     return node.name if isinstance(node, ast.FunctionDef) else "<lambda>"
 
 
-_rewritten: dict[CodeType, CodeType] = {}
+# (For as long as the functions are there.)
+_rewritten: WeakKeyDictionary[CodeType, CodeType] = WeakKeyDictionary()
 
 
 def rewritten(function: FunctionType) -> CodeType:

@@ -91,6 +91,7 @@ def at_the(number: int, error: Exception, function: Callable[..., Any]) -> tuple
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["launch", "memory"])
 def test_a_step_that_fails_anywhere_harms_no_state(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import GridExecutor

@@ -16,7 +16,7 @@ import pickle
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial, partialmethod
 from pathlib import Path
@@ -30,67 +30,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
-from fastconv import functional
 from fastconv import nn as ours
 from fastconv.kernels import mend
+from plainly import activation, fused_by_torch
 
 DEVICE = "cpu" if mend.interpreting() else "cuda"
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
 
 
-def composed(
-    conv: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: tuple[Tensor | None, ...],
-    training: bool,
-    momentum: float,
-    eps: float,
-    act: nn.Module | None,
-    residual: Tensor | None,
-    residual_after: bool,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    group: Any = None,
-    output_padding: Any = None,
-    batches: Tensor | None = None,
-) -> Tensor:
-    """functional.conv_norm_act from PyTorch's operators."""
-    assert group is None
-    mean, var, gamma, beta = norm
-    if output_padding is None:
-        y = conv(x, weight, bias, stride, padding, dilation, groups)
-    else:
-        y = conv(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    if batches is not None:
-        batches.add_(1)
-    z = F.batch_norm(y, mean, var, gamma, beta, training, momentum, eps)
-    if residual is not None and not residual_after:
-        z = z + residual
-    if act is not None:
-        z = act(z)
-    return z if residual is None or not residual_after else z + residual
+def how(args: tuple[Any, ...]) -> tuple[str | None, str | None]:
+    """A fused call's activation, with the residual's place: None, "before" or "after"."""
+    residual, after = args[9:11]
+    return activation(args), None if residual is None else "after" if after else "before"
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The activations of the fused calls made, with the residual's place: None, "before" or "after"."""
-    made: list[Any] = []
-
-    def fused(*args: Any) -> Tensor:
-        act, residual, after = args[8:11]
-        made.append((act and type(act).__name__, residual if residual is None else "after" if after else "before"))
-        return composed(*args)
-
-    monkeypatch.setattr(functional, "conv_norm_act", fused)
-    for rank in (1, 2, 3):
-        for layer, function in ((f"Conv{rank}d", f"conv{rank}d"), (f"ConvTranspose{rank}d", f"conv_transpose{rank}d")):
-            monkeypatch.setattr(functional, function, getattr(F, function))
-            monkeypatch.setitem(ours.fused._FUNCTIONS, getattr(ours, layer), getattr(F, function))
-    return made
+def calls() -> Iterator[list[Any]]:
+    """The fused calls made."""
+    with fused_by_torch(how) as made:
+        yield made
 
 
 class Block(nn.Module):
@@ -1666,21 +1624,15 @@ def test_statistics_are_kept_by_the_module(calls: list[Any]) -> None:
 def test_a_synchronised_norm_takes_statistics_over_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(fastconv.convert(Block(plain_block)), "the group").to(DEVICE)
     assert fastconv.report(model).fused == [f"{BN1} + relu", f"{BN2} + residual + relu"]
-    groups: list[Any] = []
-
-    def fused(*args: Any) -> Tensor:
-        groups.append(args[15])
-        return composed(*args[:15])
-
-    monkeypatch.setattr(functional, "conv_norm_act", fused)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2 if group == "the group" else 1)
-    model(images())
-    model.eval()
-    model(images())
-    model.train()
-    model.bn1.process_group = "another, of one"
-    model(images())
+    with fused_by_torch(lambda args: args[15]) as groups:
+        model(images())
+        model.eval()
+        model(images())
+        model.train()
+        model.bn1.process_group = "another, of one"
+        model(images())
     assert groups == ["the group"] * 2 + [None] * 2 + [None, "the group"]
 
 

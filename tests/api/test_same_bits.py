@@ -183,6 +183,7 @@ def main(mode: str) -> None:
     print(json.dumps({"taken": taken, "digests": found}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mend.interpreting(), reason="plans for another GPU: needs TRITON_INTERPRET=1")
 def test_every_operator_gives_the_same_bits_in_any_process_and_whatever_is_tuned(tmp_path: Path) -> None:
     children = {}

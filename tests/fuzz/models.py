@@ -298,7 +298,7 @@ def case(seed: int) -> Case:
 
 def _operations(draw: Random, net: Part) -> list[str]:
     instances = net.instances("m")
-    calls = _calls(net.takes)
+    calls = [call.format(v="x", w="y") for call in _CALLS[net.takes]]
     switches = [switch.replace("{s}", path) for path, part in instances for switch in part.switches]
     layers = [
         (f"{path}.{name}", kind)
@@ -347,17 +347,16 @@ def _operations(draw: Random, net: Part) -> list[str]:
     return operations
 
 
-def _calls(takes: str) -> tuple[str, ...]:
-    """What a root of such a signature can be called with."""
-    return {
-        "x": ("x",),
-        "x, other=None": ("x", "x, y", "x, other=y", "x, None"),
-        "x, scale=1.0": ("x", "x, 2.0", "x, scale=0.0"),
-        "x, *, flag=False": ("x", "x, flag=True"),
-        "xs": ("[x, y]", "(x,)"),
-        "*xs": ("x", "x, y"),
-        "x, **options": ("x", "x, other=y"),
-    }[takes]
+# What a module of such a signature can be called with.
+_CALLS = {
+    "x": ("{v}", "x={v}"),
+    "x, other=None": ("{v}", "{v}, {w}", "{v}, other={w}", "{v}, None"),
+    "x, scale=1.0": ("{v}", "{v}, 0.5", "{v}, scale=2"),
+    "x, *, flag=False": ("{v}", "{v}, flag=True"),
+    "xs": ("[{v}, {w}]", "({v},)"),
+    "*xs": ("{v}", "{v}, {w}"),
+    "x, **options": ("{v}", "{v}, other={w}"),
+}
 
 
 @dataclass
@@ -533,16 +532,7 @@ class _Writer:
                 self._set(f"self.{name} = {part.name}()")
             self.children.append((name, part))
         other = self._variable()
-        arguments = {
-            "x": ("{v}", "x={v}"),
-            "x, other=None": ("{v}", "{v}, {w}", "{v}, other={w}", "{v}, None"),
-            "x, scale=1.0": ("{v}", "{v}, 0.5", "{v}, scale=2"),
-            "x, *, flag=False": ("{v}", "{v}, flag=True"),
-            "xs": ("[{v}, {w}]", "({v},)"),
-            "*xs": ("{v}", "{v}, {w}"),
-            "x, **options": ("{v}", "{v}, other={w}"),
-        }[part.takes]
-        call = f"self.{name}({self.choice(arguments).format(v=value, w=other)})"
+        call = f"self.{name}({self.choice(_CALLS[part.takes]).format(v=value, w=other)})"
         if part.gives == "{v}":
             return call
         return f'{call}["out"]' if "out" in part.gives else self.choice([f"{call}[0]", f"sum({call})"])

@@ -9,45 +9,27 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from fastconv import functional
 from fastconv.kernels import mend
+from plainly import fused_by_torch, fused_calls
 from tests.fuzz.models import Case, case
-from tests.fuzz.plainly import fused_by_torch
 from tests.fuzz.shrink import shrink
 from tests.fuzz.worlds import Differs, check
 
-pytestmark = [pytest.mark.filterwarnings("ignore")] + ([] if mend.interpreting() else [pytest.mark.gpu])
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), *[pytest.mark.gpu] * (not mend.interpreting())]
 
 NUMBER = int(os.environ.get("FASTCONV_FUZZ", 0))
 FIRST = random.SystemRandom().randrange(10**9) if NUMBER else 0
-
-
-@contextmanager
-def fused_by_kernels() -> Iterator[list[str]]:
-    """The names of the fused calls' activations."""
-    made: list[str] = []
-    fused = functional.conv_norm_act
-
-    def noted(*args: Any) -> Any:
-        made.append(type(args[8]).__name__)
-        return fused(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "conv_norm_act", noted)
-        yield made
 
 
 # (how it is computed, how many models, the least share of them with a fused call)
 @pytest.mark.parametrize(("real", "few"), [(False, 220), (True, 10)], ids=["by torch", "by kernels"])
 def test_models(real: bool, few: int, record_property: Any) -> None:
     def run(case: Case) -> list[str]:
-        with fused_by_kernels() if real else fused_by_torch() as made:
+        with fused_calls() if real else fused_by_torch(float64=True) as made:
             check(case.source, case.operations, real)
         return made
 
@@ -80,5 +62,5 @@ def _lines(failing: Case, kind: str, run: Any) -> str:
     try:
         run(smaller)
     except Differs as error:
-        return f"{error}\n\nwith fused_by_torch():\n    {smaller!r}"
+        return f"{error}\n\nwith fused_by_torch(float64=True):\n    {smaller!r}"
     raise AssertionError(f"fails only now and then:\n{failing!r}")

@@ -20,7 +20,7 @@ from views import KEEPING, VIEWS
 
 __all__ = ["guarded_memory", "poisoned_memory"]
 pytestmark = [pytest.mark.usefixtures("poisoned_memory", "guarded_memory"), pytest.mark.filterwarnings("ignore")]
-pytestmark += [pytest.mark.gpu] * (not mend.interpreting())
+pytestmark += [pytest.mark.slow, *[pytest.mark.gpu] * (not mend.interpreting())]
 
 NUMBER = int(os.environ.get("FASTCONV_FUZZ", 0))
 DTYPES = ("float32", "float32", "float16", "bfloat16")
