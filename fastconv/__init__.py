@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastconv import functional, nn
-    from fastconv.convert import convert, report, revert
+    from fastconv.convert import convert, revert
     from fastconv.explain import explain
+    from fastconv.report import report
     from fastconv.settings import settings
     from fastconv.warmup import warmup
 
@@ -25,7 +26,7 @@ __all__ = ["convert", "explain", "functional", "nn", "report", "revert", "settin
 _FUNCTIONS = {
     "convert": "fastconv.convert",
     "explain": "fastconv.explain",
-    "report": "fastconv.convert",
+    "report": "fastconv.report",
     "revert": "fastconv.convert",
     "settings": "fastconv.settings",
     "warmup": "fastconv.warmup",

@@ -3,41 +3,30 @@ shapes through it."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import Module, SyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastconv import functional
-from fastconv.convert import (
-    Layer,
-    Report,
-    convert,
-    convolutions,
-    is_converted,
-    kind,
-    pools,
-    reason_against,
-    revert,
-    table,
-)
+from fastconv.convert import convert, revert
+from fastconv.dry_run import AloneSyncBatchNorm, copied, rejoined, settled
 from fastconv.fuse import norms
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Plan
-from fastconv.nn.fused import Steps, _group, call_chain, taken, watchers
+from fastconv.nn.fused import Steps, call_chain, taken, watchers
 from fastconv.nn.patches import patched
+from fastconv.report import Layer, Report, convolutions, is_converted, kind, pools, table, why_not_converted
 from fastconv.settings import settings
 from fastconv.traffic import Pass, Traffic
 
@@ -95,10 +84,24 @@ class Run:
 
 
 @dataclass(frozen=True)
+class ExplainedLayer(Layer):
+    """A layer with what runs for each way in which it, or the chain that it begins, is called."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """What serves each problem that it is called with: forward, then the gradients that are needed."""
+        return tuple(plan for run in self.runs for plan in run.plans)
+
+
+@dataclass(frozen=True)
 class Explanation(Report):
     """A report with what runs in every call, planned for ``gpu``. Times are predictions and bytes are counted, as
     `fastconv.traffic` says: neither is measured."""
 
+    layers: tuple[ExplainedLayer, ...]
+    pools: tuple[ExplainedLayer, ...] = field(default=(), kw_only=True)
     gpu: str | None = None  # None: no call is served by fastconv's kernels
 
     @property
@@ -165,7 +168,7 @@ def explain(model: Module, *inputs: Any) -> Explanation:
     with settings(strict=False):
         watch = _run_without_data(model, inputs, mode)
         if watch is None:
-            watch = _Watch(copy.deepcopy(model, _shared(model)), mode)
+            watch = _Watch(copied(model), mode)
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 watch.run(inputs)
     fused = []
@@ -178,32 +181,24 @@ def explain(model: Module, *inputs: Any) -> Explanation:
     return Explanation(layers, tuple(fused), watch.gpu, pools=pooling)
 
 
-def _explained(name: str, layer: Module, watch: _Watch) -> Layer:
+def _explained(name: str, layer: Module, watch: _Watch) -> ExplainedLayer:
     runs = tuple(watch.runs.get(name, {}).values())
-    reason = reason_against(layer)
+    reason = why_not_converted(layer)
     if runs and all(run.reason for run in runs):
         reason = runs[0].reason
-    return Layer(name, kind(layer), reason, runs)
+    return ExplainedLayer(name, kind(layer), reason, runs)
 
 
 def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMode) -> _Watch | None:
     """What was seen; None where the model cannot be run so."""
     try:
-        with FakeCopyMode(mode):
-            duplicate = copy.deepcopy(model, _shared(model))
-        watch = _Watch(duplicate, mode)
+        watch = _Watch(copied(model, mode), mode)
         with mode:
             watch.run(tree_map_only(Tensor, mode.from_tensor, inputs))
     except Exception as error:  # of any kind: the model may do anything with a tensor that has no values
         log.debug("explain needs the model's values: %s: %s", type(error).__name__, error)
         return None
     return watch
-
-
-def _shared(model: Module) -> dict[int, Any]:
-    """What a copy of ``model`` shares with it: process groups, which cannot be copied."""
-    groups = [getattr(module, "process_group", None) for module in model.modules()]
-    return {id(group): group for group in groups if group is not None}
 
 
 class _Watch:
@@ -223,15 +218,12 @@ class _Watch:
         self._in_chain = False
         self._thread = get_ident()
         for name, layer in (*convolutions(model), *pools(model)):
-            if not reason_against(layer):
+            if not why_not_converted(layer):
                 revert(layer)
                 handle = layer.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
                 self._hooks.add(handle.id)
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.momentum is None:
-                module.momentum = 0.0  # None asks for the value of a count
-            if type(module) is SyncBatchNorm:
-                module.__class__ = _Alone
+        for norm in settled(model):
+            norm.__class__ = AloneSyncBatchNorm
 
     def run(self, inputs: tuple[Any, ...]) -> None:
         watchers.append(self._chain)
@@ -281,7 +273,7 @@ class _Watch:
         with self.mode:
             pytorch = _counted(theirs, args, kwargs, their_steps, 0)
             convert(conv, fuse=False)
-            processes = [_rejoin(operand) for _, operand in our_steps if type(operand) is _Alone]
+            processes = [rejoined(operand) for _, operand in our_steps if type(operand) is AloneSyncBatchNorm]
             end, why = taken(x, conv, our_steps) if steps else (0, None)
             ours = _counted(conv, args, kwargs, our_steps, end)
         if any(found.choice for found in ours.passes):
@@ -362,40 +354,6 @@ def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps:
         if z.requires_grad:
             torch.autograd.grad(z, wanted, torch.empty_like(z), allow_unused=True)
     return Step(forward, backward)
-
-
-class _Alone(SyncBatchNorm):
-    """Takes its statistics as if its process was the only one, on any device."""
-
-    forward = _BatchNorm.forward
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-class _Group:
-    """A process group that sends nothing."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-
-    def size(self) -> int:
-        return self.processes
-
-    def allgather(self, *_: Any) -> None:
-        pass
-
-    allreduce = allgather
-
-
-def _rejoin(norm: Any) -> int:
-    """Let ``norm`` take its statistics with other processes again, but send nothing; how many processes there are."""
-    norm.__class__ = SyncBatchNorm
-    group = _group(norm)
-    if group is None:
-        return 1
-    norm.process_group = _Group(torch.distributed.get_world_size(group))
-    return norm.process_group.size()
 
 
 def _form(x: Tensor, steps: Steps, step: Step, processes: list[int]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Callable
@@ -12,17 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.nn import Module, SyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from fastconv.autograd.operators import implementations
 from fastconv.autotune import Gpu, gpu_named, known_gpus
 from fastconv.autotune.choose import MEASURING
-from fastconv.explain import _rejoin, _shared
+from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.kernels.compile import compile_each, load
 from fastconv.settings import settings
@@ -90,7 +85,7 @@ def warmup(
         if settings.tune in MEASURING:
             looking.enter_context(settings(tune="cached"))
         records = looking.enter_context(launch.record())
-        note = _find(model, inputs, train, named is None)
+        note = make_calls(model, inputs, train, named is None)
     launches = list({record.launch.compile_key: record.launch for record in records}.values())
     if not launches:
         return _nothing("the model launches none of fastconv's kernels; fastconv.convert(model) swaps its layers")
@@ -147,46 +142,3 @@ def _logged() -> Callable[[int, int], None]:
             log.info("warmup: %d of %d kernels compiled, about %.0f s left", done, everything, left)
 
     return tell
-
-
-def _find(model: Module, inputs: tuple[Any, ...], train: bool, here: bool) -> str | None:
-    """Make every call of ``model(*inputs)`` without its launches; ``here``: where that cannot be, with them. Why."""
-    mode = FakeTensorMode()
-    try:
-        with FakeCopyMode(mode):
-            duplicate = copy.deepcopy(model, _shared(model))
-        for module in duplicate.modules():
-            if isinstance(module, _BatchNorm) and module.momentum is None:
-                module.momentum = 0.0  # None asks for the value of a count
-            if type(module) is SyncBatchNorm:
-                _rejoin(module)
-        with mode:
-            fakes = tree_map_only(Tensor, mode.from_tensor, inputs)
-            with _Calls():
-                _step(duplicate, fakes, train)
-    except Exception as error:  # of any kind: the model may do anything with a tensor that has no values
-        if not here:
-            raise
-        why = f"it ran, since without data it raises {type(error).__name__}: {str(error).splitlines()[0]}"
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            _step(copy.deepcopy(model, _shared(model)), inputs, train)
-        return why
-    return None
-
-
-class _Calls(TorchDispatchMode):
-    """Inside, fastconv's operators run as they are, down to their launches, on tensors without data."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return implementations.get(func, func)(*args, **(kwargs or {}))
-
-
-def _step(model: Module, inputs: tuple[Any, ...], train: bool) -> None:
-    if model.training != train:
-        model.train(train)
-    # What torch.compile made of a model hides its operators; a mode is seen by the thread that entered it alone.
-    one_thread = torch.autograd.set_multithreading_enabled(False)
-    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(train), one_thread:
-        outputs = [y for y in tree_leaves(model(*inputs)) if isinstance(y, Tensor) and y.requires_grad]
-        if train and outputs:
-            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])

@@ -221,7 +221,7 @@ def _against_skip(module: Any) -> str | None:
     return interference(module)
 
 
-def _group(norm: Any) -> Any:
+def process_group(norm: Any) -> Any:
     """The process group over which ``norm`` takes statistics; None where it is alone. As torch.nn.SyncBatchNorm's."""
     distributed = torch.distributed
     if not isinstance(norm, torch.nn.SyncBatchNorm) or not norm.training:
@@ -277,7 +277,7 @@ def _fused(x: Tensor, conv: Any, steps: Steps) -> Tensor:
         *(_FUNCTIONS[type(conv)], x, conv.weight, conv.bias),
         *((mean, var, norm.weight, norm.bias), batch, momentum, norm.eps),
         *(act, residual, residual_after),
-        *(conv.stride, padding, conv.dilation, conv.groups, _group(norm)),
+        *(conv.stride, padding, conv.dilation, conv.groups, process_group(norm)),
         conv.output_padding if conv.transposed else None,
         count if training else None,
     )

@@ -18,12 +18,12 @@ from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.registry import channels_last
 from fastconv.cli.measure.directions import TOGETHER, fakes, step
 from fastconv.cli.models import Subject
+from fastconv.dry_run import OurOperators, make_calls
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import decisions
 from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import CALLER
 from fastconv.tuning.subject import Unmeasurable, subject_of
-from fastconv.warmup import _Calls, _find
 
 Found = dict[Problem, Task]
 
@@ -50,7 +50,7 @@ def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> lis
     x = torch.empty(subject.input_shape, dtype=dtype).to(memory_format=subject.memory_format)
     found: Found = {}
     with _asking(gpu, found):
-        _find(model, (x,), train, False)
+        make_calls(model, (x,), train, False)
     return _choosing(found)
 
 
@@ -62,7 +62,7 @@ def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, tra
         direction = TOGETHER if TOGETHER in each.directions and train else each.directions[0]
         with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False), _asking(gpu, found, count):
             operands = [None if t is None else channels_last(t) for t in fakes(each, dtype, torch.device("cpu"))]
-            with _Calls():
+            with OurOperators():
                 step(getattr(fastconv.functional, each.function), each, direction, operands)()
     return _choosing(found)
 

@@ -17,9 +17,10 @@ import fastconv
 from fastconv import arguments, warmup
 from fastconv.autotune.choose import forget
 from fastconv.autotune.gpus import A100, H200
+from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch, launch, mend, tiles, tuned
 from fastconv.kernels.compile import Compiled
-from fastconv.warmup import Warmup, _find, gpu_called
+from fastconv.warmup import Warmup, gpu_called
 
 interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 compiling = pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
@@ -73,7 +74,7 @@ def test_what_is_found_is_what_a_call_launches(train: bool, dtype: torch.dtype |
     autocast = contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with autocast, launch.record() as found:
-        assert _find(model, (x,), train, False) is None
+        assert make_calls(model, (x,), train, False) is None
     assert model.training and all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     model.train(train)
@@ -90,7 +91,7 @@ def test_a_frozen_batch_norm_stays_frozen() -> None:
     model, x = converted(Block()), image(2, 3, 12, 12)
     model.stem[1].eval()
     with launch.record() as found:
-        _find(model, (x,), True, False)
+        make_calls(model, (x,), True, False)
     with launch.record() as made:
         model(x).sum().backward()
     assert keys(found) == keys(made)
@@ -100,13 +101,13 @@ def test_a_frozen_batch_norm_stays_frozen() -> None:
 def test_a_model_that_asks_for_values_runs_on_a_copy() -> None:
     model, x = converted(Asking()), image(2, 4, 6, 6)
     with launch.record() as records:
-        why = _find(model, (x,), False, True)
+        why = make_calls(model, (x,), False, True)
     assert why is not None and why.startswith("it ran, since without data it raises DataDependentOutputException")
     with launch.record() as made, torch.no_grad():
         model(x)
     assert keys(records) == keys(made)
     with pytest.raises(Exception, match="_local_scalar_dense"):
-        _find(model, (x,), False, False)
+        make_calls(model, (x,), False, False)
 
 
 @interpreted

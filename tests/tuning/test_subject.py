@@ -16,13 +16,13 @@ from fastconv.autotune import Problem
 from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
 from fastconv.autotune.measure import Task
 from fastconv.cli.measure.clock import HostClock
+from fastconv.dry_run import OurOperators
 from fastconv.kernels import mend
 from fastconv.kernels import pool as kernels
 from fastconv.kernels.tuned import CALLER
 from fastconv.tuning import problems, worker
 from fastconv.tuning.process import Refused
 from fastconv.tuning.subject import Unmeasurable, subject_of
-from fastconv.warmup import _Calls
 from tests.autotune.making import tuned
 
 choose = import_module("fastconv.autotune.choose")  # whose name the package gives to its function
@@ -77,7 +77,7 @@ def asked_by(call: Any, dtype: torch.dtype, gpu: Any) -> list[Task]:
     """What a call and its backward ask."""
     found: problems.Found = {}
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with one_thread, problems._asking(gpu, found), torch._subclasses.FakeTensorMode(), _Calls():
+    with one_thread, problems._asking(gpu, found), torch._subclasses.FakeTensorMode(), OurOperators():
         y = call(dtype)
         y.backward(torch.empty_like(y))
     assert found

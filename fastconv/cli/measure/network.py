@@ -23,8 +23,8 @@ from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchr
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject
-from fastconv.convert import convolutions, reason_against
 from fastconv.kernels import launch
+from fastconv.report import convolutions, why_not_converted
 
 MODES = ("infer", "train")
 YARDSTICK_PROVIDER = "eager channels_last"
@@ -136,7 +136,7 @@ def check(work: Workload) -> Part:
     without TF32 for half precision, fp64 for fp32."""
     part: Part = {"id": f"check-{work.mode}", "kind": "check", **work.description, "rows": [], "launches": {}}
     part["title"] = f"{part['title']}: compared"
-    if all(reason_against(layer) for _, layer in convolutions(work.model)):
+    if all(why_not_converted(layer) for _, layer in convolutions(work.model)):
         return part | {"verdict": "skipped", "reason": str(fastconv.report(work.model)).splitlines()[-1]}
     wide = torch.float64 if work.dtype == torch.float32 else torch.float32
     plain = work.subject.memory_format
