@@ -1,16 +1,15 @@
-"""Convolution of few input channels by the rows of its filter, as bulk copies: fprop, on trial.
+"""Convolution of few input channels by the rows of its filter, as bulk copies: fprop.
 
 The product is `conv_rows`'s, the tile `conv_pixels`'s: BLOCK_N images of COLUMNS neighbouring outputs, which share runs
-of RUN elements. One copy brings them for each row of the filter. Rows outside the image are not walked, and what a run
-has outside its row is read as 0, which is the padding: nothing is masked and no address worked out. Bytes: x, w and y
-once each; rows of x again from L2.
+of RUN elements. One copy brings them for each row of the filter. Rows outside the image are not walked, and a copy
+reads 0 for what a run has outside its row, which is the padding: nothing is masked and no address worked out. Bytes: x,
+w and y once each; rows of x again from L2.
 
-A run begins where its window does, which is seldom a multiple of 16 bytes. CUDA asks that of a view's start and strides
-and says nothing of a box's place; no GPU has shown it yet, and the interpreter refuses it. Until one has, no call is
-served so unless it asks for the family by name.
+A run begins where its window does, which is seldom a multiple of 16 bytes. CUDA asks alignment of a view's start and
+strides and none of a box's place; the interpreter refuses such a box.
 
-Elements of a run beside an output's own window meet zero weights; where one of them is infinite the sum is a NaN, where
-`conv_rows` begins again.
+Elements of a run beside an output's own window meet zero weights. If one of them is infinite the sum is a NaN, and a
+tile that holds any is computed again, each output from its own window.
 """
 
 from __future__ import annotations
@@ -44,9 +43,47 @@ def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | s
     return min((form for form in forms if form.run <= LONGEST_RUN), key=lambda form: form.run / form.columns)
 
 
+@triton.jit
+def _own_windows(
+    x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R, window, distance,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums of a NaN's tile, one element of a run after another, each for the outputs whose window it is in.
+
+    (Products by tensor cores with masked operands make ptxas wait for every wgmma, the first walk's too.)
+    """
+    acc = ()  # type: tuple[tl.tensor, ...]
+    for _column in tl.static_range(COLUMNS):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
+    for step in range(steps):
+        r = step % taps_h
+        t = step // taps_h
+        if RANK == 3:
+            box = x.load([d + t * hop_d, h + r * hop_h, n, first])
+        else:
+            box = x.load([h + r * hop_h, n, first])
+        x_step = tl.reshape(box, (BLOCK_N, RUN))
+        row = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * RUN
+        for e in range(RUN):
+            here = (tl.arange(0, RUN) == e)[None, :]
+            x_one = tl.sum(tl.where(here, x_step, 0.0).to(tl.float32), axis=1)
+            sums = ()  # type: tuple[tl.tensor, ...]
+            for column in tl.static_range(COLUMNS):
+                w_step = w.load([column * K + k, row])
+                w_one = tl.sum(tl.where(here, w_step, 0.0).to(tl.float32), axis=1)
+                own = (e >= column * distance) & (e < column * distance + window)
+                sums = sums + (acc[column] + tl.where(own, x_one[:, None] * w_one[None, :], 0.0),)
+            acc = sums
+    return acc
+
+
 @triton.jit(
     do_not_specialize=[
-        "N", "D", "H", "O", "P", "Q", "K", "T", "R", "hop", "begin",
+        "N", "D", "H", "O", "P", "Q", "K", "T", "R", "hop", "begin", "window",
         "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "eps", "a", "b",
     ]
 )  # fmt: skip
@@ -63,6 +100,7 @@ def conv_row_boxes_kernel(
     N, D, H, O, P, Q, K, T, R,
     hop,  # elements between two runs
     begin,  # of the first run in its row
+    window,  # elements that a row of the filter meets
     stride_d, stride_h,
     padding_d, padding_h,
     dilation_d, dilation_h,
@@ -71,6 +109,7 @@ def conv_row_boxes_kernel(
     RANK: tl.constexpr,
     COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
+    EXACT: tl.constexpr,  # a run is one window
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,11 +133,10 @@ def conv_row_boxes_kernel(
     n *= BLOCK_N
     h, hop_h, tap_h, skip_h, taps_h = taps_inside(p, H, P, R, stride_h, padding_h, dilation_h, 1, 0, False, 1)
     first = begin + run * hop
-    # (Triton would evaluate annotations.)
+    steps = taps_d * taps_h
     acc = ()  # type: tuple[tl.tensor, ...]
     for _column in tl.static_range(COLUMNS):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
-    steps = taps_d * taps_h
     # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
     if steps > 0:
         r, t = 0, 0
@@ -118,6 +156,15 @@ def conv_row_boxes_kernel(
                 carry = r >= taps_h
                 r = tl.where(carry, 0, r)
                 t = tl.where(carry, t + 1, t)
+    if not EXACT:
+        nans = 0
+        for column in tl.static_range(COLUMNS):
+            nans += tl.max((acc[column] != acc[column]).to(tl.int32))
+        if nans > 0:
+            acc = _own_windows(
+                x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R,
+                window, hop // COLUMNS, RANK, COLUMNS, RUN, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
 
     mask_n = n + tl.arange(0, BLOCK_N) < N
     tile = ((n // BLOCK_N * O + o) * P + p) * runs * COLUMNS
@@ -150,7 +197,7 @@ def conv_row_boxes(
     _, k, *outputs = lifted.output_shape
     rows, run, columns = rows_of(problem), form.run, form.columns
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
-    distance = lifted.stride[-1] * c
+    window, distance = lifted.filter_size[-1] * c, lifted.stride[-1] * c
     element = pointer_type(dtype)
     stride_n, *steps, _ = x_strides or dense_strides(lifted.input_shape)
     outer = 3 - max(problem.rank, 2)
@@ -174,7 +221,7 @@ def conv_row_boxes(
         ),
         scalars=(
             *(n, *size[:2], *outputs, k, *lifted.filter_size[:2]),
-            *(columns * distance, -lifted.padding[-1] * c),
+            *(columns * distance, -lifted.padding[-1] * c, window),
             *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2]),
             *epilogue.scalars,
         ),
@@ -182,6 +229,7 @@ def conv_row_boxes(
             "RANK": max(problem.rank, 2),
             "COLUMNS": columns,
             "RUN": run,
+            "EXACT": columns == 1 and window == run,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             "BLOCK_N": block_n,

@@ -48,6 +48,7 @@ from fastconv.kernels.tiles import (
     pixels_wgrad_tile,
     pool_tile,
     predicted_faster,
+    row_boxes_slower,
     row_boxes_tile,
     rows_tile,
     rows_wgrad_tile,
@@ -90,7 +91,6 @@ class Family:
     unsupported: Callable[[str, Any, Gpu, Layout], str | None]  # of a problem a reason, or None
     plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
     moved: tuple[str, ...] = ()  # a layout's fields whose operands bulk copies move
-    trial: str | None = None  # why it serves only where it is asked for by name
 
 
 def too_old(gpu: Gpu) -> str | None:
@@ -282,7 +282,11 @@ def _row_boxes_unsupported(direction: str, problem: ConvProblem, gpu: Gpu, layou
         return f"{problem.batch} images leave most of a box empty"
     if not bulk(problem.dtype, problem.lifted.output_shape, layout.other):
         return "a result whose pixels do not lie at multiples of 16 bytes"
-    return _unfit_for_bulk_copies(problem, gpu, layout)
+    unfit = _unfit_for_bulk_copies(problem, gpu, layout)
+    # Asked for by name it is to be measured, whatever is predicted.
+    if unfit is not None or single_family() == "row_boxes":
+        return unfit
+    return row_boxes_slower(problem, form, row_form(problem, layout.source), gpu)
 
 
 def _plan_row_boxes(
@@ -345,12 +349,7 @@ GROUPED = Family("grouped", _grouped_unsupported, _plan_grouped)
 PIXELS = Family("pixels", _pixels_unsupported, _plan_pixels, ("source", "other"))
 PIXELS_WGRAD = Family("pixels", _pixels_wgrad_unsupported, _plan_pixels_wgrad, ("source", "other"))
 ROWS = Family("rows", _rows_unsupported, _plan_rows)
-ROW_BOXES = Family(
-    "row_boxes",
-    _row_boxes_unsupported,
-    _plan_row_boxes,
-    trial="no GPU has shown that boxes may begin between multiples of 16 bytes",
-)
+ROW_BOXES = Family("row_boxes", _row_boxes_unsupported, _plan_row_boxes)
 GEMM = Family("gemm", _gemm_unsupported, _plan_gemm, ("source",))
 GEMM_WGRAD = Family("gemm", _gemm_unsupported, _plan_gemm, ("source", "other"))
 SPATIAL = Family("spatial", _spatial_unsupported, _plan_spatial, ("source",))
@@ -373,7 +372,7 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     if old is not None:
         return decided(Plan(direction, problem, "pytorch", None, (), (("every family", old),)))
     for family in FAMILIES[direction]:
-        if only not in (None, family.name) or (family.trial and only is None):
+        if only not in (None, family.name):
             continue
         laid, reason = _fitted(family, direction, problem, gpu, layout)
         if reason is None:

@@ -947,6 +947,11 @@ def depthwise_wgrad_tile(problem: ConvProblem, gpu: Gpu) -> Choice:
 
 def rows_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Choice:
     """The tile of fprop by rows."""
+    return _choose(*_rows(problem, form, precision, gpu))
+
+
+def _rows(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Asked:
+    """What `rows_tile` chooses from."""
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     runs = problem.output_pixels // problem.output_size[-1] * _cdiv(problem.output_size[-1], form.columns)
 
@@ -974,11 +979,25 @@ def rows_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Cho
             matrix_share=share,
         )
 
-    return _choose(ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)})
+    return ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)}
 
 
 def row_boxes_tile(problem: ConvProblem, form: Rows, gpu: Gpu) -> Choice:
     """The tile of fprop by rows that bulk copies bring."""
+    return _choose(*_row_boxes(problem, form, gpu))
+
+
+def row_boxes_slower(problem: ConvProblem, form: Rows, rows: Rows | str, gpu: Gpu) -> str | None:
+    """The cost model's reason against bulk copies of rows: plain loads of them, or a gather, are predicted faster."""
+    boxes = _predicted(*_row_boxes(problem, form, gpu))
+    gather = isinstance(rows, str)
+    other = _gather("fprop", problem, "ieee", gpu, 1) if isinstance(rows, str) else _rows(problem, rows, "ieee", gpu)
+    ratio = boxes / _predicted(*other)
+    return None if ratio <= 1 else f"predicted to take {ratio:.1f} times as long as {'a gather' if gather else 'rows'}"
+
+
+def _row_boxes(problem: ConvProblem, form: Rows, gpu: Gpu) -> Asked:
+    """What `row_boxes_tile` chooses from."""
     element = problem.dtype.itemsize
     *lines, outputs = problem.output_size
     runs = prod(lines) * _cdiv(outputs, form.columns)
@@ -993,13 +1012,14 @@ def row_boxes_tile(problem: ConvProblem, form: Rows, gpu: Gpu) -> Choice:
             step_bytes=(n + k) * form.run * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (n + k) * form.run * element,
-            registers=40 + n * k // (32 * config["num_warps"]),
+            # (As the walk of a NaN's tile has.)
+            registers=96 + n * k // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=1.0,
         )
 
-    return _choose(ROW_BOXES, (problem, form), work, gpu)
+    return ROW_BOXES, (problem, form), work, gpu, {}
 
 
 def rows_wgrad_tile(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Choice:

@@ -155,7 +155,8 @@ def test_other_groups_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
 @each_gpu
 def test_first_layers_read_rows(gpu: Gpu) -> None:
     """No load of x waits, nor does one hold a channel alone; the packed weight comes by 16 bytes."""
-    found = [entry for entry in planned(FIRST, gpu) if entry[1] != "dgrad"]
+    with dispatch.only_family("rows"):
+        found = list(planned(FIRST, gpu))
     wrong, compiled = complaints(found, gpu)
     for _, direction, name, family, launch in found:
         if launch.name not in ("conv_rows_kernel", "conv_rows_wgrad_kernel"):
@@ -177,22 +178,28 @@ def test_first_layers_read_rows(gpu: Gpu) -> None:
     assert not any(wrong.values()), listed(found, wrong)
 
 
-def test_rows_by_bulk_copies() -> None:
-    """On trial, so of one layer on one GPU: both operands from shared memory, by copies that run ahead."""
-    gpu = GPUS[1]
+@pytest.mark.parametrize("gpu", GPUS[1:], ids=lambda gpu: f"sm_{gpu.arch}")
+def test_rows_by_bulk_copies(gpu: Gpu) -> None:
+    """Both operands come from shared memory, by copies that run ahead, in spite of the walk of a NaN's tile."""
     with dispatch.only_family("row_boxes"):
-        _, product = dispatch.plan("fprop", FIRST[0], gpu).launches
-    binary = compile_all([(product, gpu)], JOBS)[product.compile_key, gpu.arch]
-    assert binary.spills == binary.stack == 0 and not binary.serialised
-    assert set(binary.operands) == {"shared memory"} and binary.copies >= 2
-    opcodes = {name.split(".")[0] for name in binary.opcodes}
-    assert {"UTMALDG", "UTMASTG"} <= opcodes and not opcodes & {"LDG", "LDGSTS", "STG"}
+        found = [entry for entry in planned(FIRST, gpu) if entry[4].name == "conv_row_boxes_kernel"]
+    wrong, compiled = complaints(found, gpu, allowed=32)
+    for _, _, name, _, launch in found:
+        binary = compiled[launch.compile_key, gpu.arch]
+        mine = wrong[launch.compile_key]
+        if set(binary.operands) != {"shared memory"} or binary.copies < 2:
+            mine.append(f"{binary.copies} copies ahead of operands from {binary.operands}")
+        opcodes = {opcode.split(".")[0] for opcode in binary.opcodes}
+        if name == "plain" and (not {"UTMALDG", "UTMASTG"} <= opcodes or opcodes & {"LDG", "LDGSTS", "STG"}):
+            mine.append(f"{opcodes}")
+    assert found and not any(wrong.values()), listed(found, wrong)
 
 
 @on_hopper_at_least
 def test_other_first_layers_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
-    found = [entry for entry in planned(ROWS, gpu, ("plain", "statistics")) if entry[1] != "dgrad"]
+    with dispatch.only_family("rows"):
+        found = list(planned(ROWS, gpu, ("plain", "statistics")))
     wrong, _ = complaints(found, gpu, allowed=32)
     assert {entry[3] for entry in found} == {"rows"}
     assert not any(wrong.values()), listed(found, wrong)

@@ -1,4 +1,4 @@
-"""The first layer's rows by bulk copies, which serve only where they are asked for by name.
+"""The first layer's rows by bulk copies.
 
 Interpreted where every run begins at a multiple of 16 bytes, because the interpreter refuses other boxes: of few input
 channels these are strides and paddings of 2, 4 or 8 pixels and rows of outputs that one run serves, no network's. So
@@ -133,9 +133,37 @@ def test_exact_on_integers(case: Case, record_property: Callable[..., None]) -> 
     assert products == ["conv_rows_pack_kernel", "conv_row_boxes_kernel"] * 2
 
 
-def test_it_serves_by_name_alone() -> None:
+@pytest.mark.usefixtures("small_tile")
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("case", [EVEN[0], EVEN[3]], ids=lambda case: case.name)
+def test_infinity_beside_the_window_stays_out(case: Case, value: float) -> None:
+    """Both where outputs share a run and where the run is longer than one's window."""
+    problem = case.problem(torch.bfloat16)
+    form = box_form(problem)
+    assert isinstance(form, Rows) and (form.columns, form.used < form.run) == (
+        (2, True) if case is EVEN[0] else (1, True)
+    )
+    x, weight, _ = operands_of(problem)
+    for column in range(0, problem.input_size[-1], 3):
+        x[column % problem.batch, column % problem.in_channels, 0, column] = value
+    reference = expected(problem, x.double().cpu(), torch.zeros(problem.output_shape).double(), weight.double().cpu())[
+        0
+    ]
+    with dispatch.only_family("row_boxes"):
+        y = conv.conv_fprop(x, weight, None, problem.stride, problem.padding + trailing(problem), problem.dilation, 1)
+    found = y.double().cpu()
+    assert reference.isnan().any() or not math.isnan(value)
+    assert torch.equal(found.isnan(), reference.isnan())
+    assert torch.equal(found.nan_to_num(), reference.bfloat16().double().nan_to_num())
+
+
+def test_it_serves_where_it_is_predicted_faster() -> None:
     problem = STEM.problem(torch.bfloat16)
-    assert dispatch.plan("fprop", problem, gpus.H200).family == "rows"
+    plan = dispatch.plan("fprop", problem, gpus.H200)
+    assert plan.family == "rows"
+    assert dict(plan.reasons)["row_boxes"] == "predicted to take 2.7 times as long as rows"
+    vgg = Case("VGG's", 64, 3, 64, (224, 224), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
+    assert dispatch.plan("fprop", vgg, gpus.H200).family == "row_boxes"
     with dispatch.only_family("row_boxes"):
         plan = dispatch.plan("fprop", problem, gpus.H200)
         assert plan.family == "row_boxes" and box_form(problem) == Rows(2, 1, 0, 27, 32)
