@@ -262,6 +262,12 @@ def ask(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: G
     return Asked(space, features, work, gpu, problem, version, by_cost_model(space, work, gpu))
 
 
+def fitting(asked: Asked) -> list[tuple[Config, float]]:
+    """The configs that fit the GPU, fastest predicted first, with the predicted seconds."""
+    predicted = ((config, predict(asked.work(config), asked.gpu)) for config in asked.space)
+    return sorted(((config, it.seconds) for config, it in predicted if it is not None), key=lambda pair: pair[1])
+
+
 def fixed(space: Space, config: Config, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
     """A config somebody else decided on: to measure it. Raises ValueError unless it is the space's and fits."""
     if config not in space:

@@ -25,8 +25,8 @@ import fastconv.functional
 from fastconv.autotune import SchemaError, schema
 from fastconv.benchmarks.calls import TENSORS, Operator, plain, read_off
 from fastconv.cli import BadUsage
-from fastconv.cli.measure.clock import reason
 from fastconv.cli.models import Subject
+from fastconv.measuring.clock import reason
 
 SCHEMA = "fastconv-layers/1"
 FOLDER = Path(__file__).parent / "layers"

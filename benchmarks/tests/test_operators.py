@@ -14,9 +14,9 @@ import torch
 
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.cli.measure import operator_times
-from fastconv.cli.measure.clock import synchronize
 from fastconv.cli.measure.directions import drawn
 from fastconv.kernels import mend
+from fastconv.measuring.clock import synchronize
 
 GPU = torch.cuda.is_available() and not mend.interpreting()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16

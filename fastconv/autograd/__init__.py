@@ -8,9 +8,10 @@ from fastconv.autotune.choose import Asked, install_measurer
 
 def _measure(asked: Asked) -> Tuned | None:
     # Imported where a user asks for it alone (`settings.tune`): no other call ever measures.
-    from fastconv.tuning.first import measure
+    from fastconv import __version__
+    from fastconv.measuring.first import measure
 
-    return measure(asked)
+    return measure(asked, __version__)
 
 
 install_measurer(_measure)

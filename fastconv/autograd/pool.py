@@ -22,7 +22,8 @@ from fastconv.autograd.operators import Function, operator
 from fastconv.kernels import pool as kernels
 from fastconv.kernels.call import Uncovered
 from fastconv.kernels.layout import is_channels_last, strides_like
-from fastconv.kernels.problem import largest_share, output_size
+from fastconv.kernels.problem import output_size
+from fastconv.reference.pool import axes, max_pool_indices
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
 _GEOMETRY = "SymInt[] window, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
@@ -64,7 +65,7 @@ def _max_pool_backward(
         return kernels.max_pool_backward(dy, taps, size, geometry, channels_last)
     except Uncovered as reason:
         _fall_back("max_pool_backward", reason)
-    indices = _pytorch_indices(taps, size, geometry)
+    indices = max_pool_indices(taps, size, geometry)
     shape = (*dy.shape[:2], *size)
     dx = dy.new_zeros(shape).flatten(2).scatter_add_(2, indices.flatten(2), dy.flatten(2)).view(shape)
     return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
@@ -84,7 +85,7 @@ def _max_pool_gather(
         return kernels.max_pool_gather(taps, x, geometry, channels_last)
     except Uncovered as reason:
         _fall_back("max_pool_gather", reason)
-    indices = _pytorch_indices(taps, tuple(x.shape[2:]), geometry)
+    indices = max_pool_indices(taps, tuple(x.shape[2:]), geometry)
     y = x.flatten(2).gather(2, indices.flatten(2)).view(taps.shape)
     return y.new_empty_strided(y.shape, strides_like(y.shape, channels_last)).copy_(y)
 
@@ -98,7 +99,7 @@ def _max_pool_indices(
         return kernels.max_pool_indices(taps, size, geometry, channels_last)
     except Uncovered as reason:
         _fall_back("max_pool_indices", reason)
-    indices = _pytorch_indices(taps, size, geometry)
+    indices = max_pool_indices(taps, size, geometry)
     return indices.new_empty_strided(taps.shape, strides_like(taps.shape, channels_last)).copy_(indices)
 
 
@@ -185,36 +186,12 @@ def _pytorch_max_pool(x: Tensor, size: Any, geometry: Any, index: torch.dtype | 
         function = getattr(torch.nn.functional, f"max_pool{rank}d")
         y, indices = function(x, *geometry, ceil_mode=ceil, return_indices=True)
     taps, scale = torch.zeros_like(indices), 1
-    for h, start, window, dilation in _axes(tuple(x.shape[2:]), size, geometry, x.device):
+    for h, start, window, dilation in axes(tuple(x.shape[2:]), size, geometry, x.device):
         taps += (indices % h - start) // dilation * scale
         indices, scale = indices // h, scale * window
     strides = strides_like(y.shape, is_channels_last(x.shape, x.stride()))
     found = (y,) if index is None else (y, taps.to(index))
     return tuple(t.new_empty_strided(t.shape, strides).copy_(t) for t in found)
-
-
-def _pytorch_indices(taps: Tensor, input_size: Any, geometry: Any) -> Tensor:
-    """`kernels.max_pool_indices` by PyTorch's operators."""
-    taps, scale = taps.long(), 1
-    indices = torch.zeros_like(taps)
-    for h, start, window, dilation in _axes(input_size, tuple(taps.shape[2:]), geometry, taps.device):
-        indices += (start + taps % window * dilation) * scale
-        taps, scale = taps // window, scale * h
-    return indices
-
-
-def _axes(input_size: Any, size: Any, geometry: Any, device: torch.device) -> list[tuple[int, Tensor, int, int]]:
-    """(input size, where windows begin, window, dilation) of each axis, the last first."""
-    found = []
-    for axis in reversed(range(len(size))):
-        h, p = input_size[axis], torch.arange(size[axis], device=device)
-        if geometry == kernels.ADAPTIVE:
-            start, window, dilation = p * h // size[axis], largest_share(h, size[axis]), 1
-        else:
-            window, stride, padding, dilation = (values[axis] for values in geometry)
-            start = p * stride - padding
-        found.append((h, start.view(-1, *(1,) * (len(size) - 1 - axis)), window, dilation))
-    return found
 
 
 def _is_ceiled(input_size: Any, size: Any, geometry: Any) -> bool:

@@ -45,7 +45,7 @@ def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]
     from fastconv.cli import checks
     from fastconv.cli.checks.operator import compare, precisions
     from fastconv.cli.measure import ahead
-    from fastconv.cli.measure.clock import reason
+    from fastconv.measuring.clock import reason
 
     problems = [
         (operator, case, precision)

@@ -19,16 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastconv import functional
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, predict
 from fastconv.cli import BadUsage
-from fastconv.cli.measure.clock import reason
 from fastconv.kernels import dispatch
 from fastconv.kernels.inspect import Compiled, compile_all, mix
 from fastconv.kernels.launch import Record
 from fastconv.kernels.layout import packed_taps, strides_like
 from fastconv.kernels.problem import ConvProblem
 from fastconv.kernels.tiles import considering, matrix_share
+from fastconv.measuring.clock import reason
+from fastconv.measuring.problem_to_run import at_precision
 from fastconv.settings import settings
 from fastconv.traffic import Pass, Traffic
-from fastconv.tuning.subject import at_precision
 
 CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
 POOLS = tuple(

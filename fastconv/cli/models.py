@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastconv.cli import BadUsage
-from fastconv.cli.measure.clock import reason
+from fastconv.measuring.clock import reason
 
 _kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
 

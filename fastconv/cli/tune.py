@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastconv.autotune import Gpu, Store, Tuned
     from fastconv.autotune.measure import Task
     from fastconv.autotune.records import Record
-    from fastconv.tuning.process import Worker
+    from fastconv.measuring.process import Worker
     from fastconv.tuning.sharing import Shared
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -142,7 +142,7 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
     from fastconv.autotune import Met
     from fastconv.benchmarks import layer_lists
     from fastconv.cli import BadUsage, models
-    from fastconv.cli.measure.clock import reason
+    from fastconv.measuring.clock import reason
     from fastconv.tuning import problems
 
     left: list[str] = []
@@ -176,8 +176,8 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
 
     from fastconv.autotune import Measured, Tuned
     from fastconv.cli import BadUsage, refuse, tuned
+    from fastconv.measuring.process import Worker, WorkerError
     from fastconv.tuning import sharing
-    from fastconv.tuning.process import Worker, WorkerError
     from fastconv.tuning.run import END
 
     started = time.monotonic()
@@ -225,9 +225,9 @@ def _tune(
     from fastconv.autotune.measure import share_of
     from fastconv.cli import tuned
     from fastconv.kernels.compile import cores
+    from fastconv.measuring.compiling import Compiler
+    from fastconv.measuring.runner import Benches
     from fastconv.tuning import sharing
-    from fastconv.tuning.bench import Benches
-    from fastconv.tuning.compiling import Compiler
     from fastconv.tuning.run import Options, run
 
     gpu = worker.gpu
@@ -268,7 +268,7 @@ def worker_command(device: int) -> list[str]:
     """What measures on the GPU of this index. Raises BadUsage where there is none."""
     from fastconv.cli import BadUsage
     from fastconv.cli.interpreter import gpu_present
-    from fastconv.tuning.process import COMMAND
+    from fastconv.measuring.process import COMMAND
 
     if not gpu_present():
         raise BadUsage("PyTorch sees no GPU to measure on; --dry-run --gpu H200 says what would be tuned on one")

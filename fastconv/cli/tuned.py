@@ -13,7 +13,7 @@ from rich import progress
 from rich.console import Console
 
 from fastconv.autotune import Gpu, Problem, Store, Tuned
-from fastconv.autotune.choose import Tables
+from fastconv.autotune.choose import Tables, fitting
 from fastconv.autotune.measure import Step, Task, expected_gain, share_of
 from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
 from fastconv.autotune.report import fits
@@ -22,7 +22,6 @@ from fastconv.autotune.table import Table
 from fastconv.cli.measure.tables import _table, _tile
 from fastconv.kernels.compile import cores
 from fastconv.kernels.tuned import conv_of, pool_of
-from fastconv.tuning.problems import fitting
 
 # For the time that is foretold: of a binary on one core, of a problem's measurements.
 COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5

@@ -1,1 +1,1 @@
-"""Measuring configs of the kernels: problems as something to run, the process that measures, a run shared by ranks."""
+"""Tuning many problems: those of a model, a layer list or the log; one run over them, shared by ranks."""

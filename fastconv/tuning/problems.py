@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv
-from fastconv.autotune import Choice, Config, Gpu, Met, Problem, Space, predict
-from fastconv.autotune.choose import Asked, ask
+from fastconv.autotune import Choice, Gpu, Met, Problem, Space
+from fastconv.autotune.choose import ask, fitting
 from fastconv.autotune.measure import Task
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.registry import channels_last
@@ -23,7 +23,7 @@ from fastconv.kernels import dispatch
 from fastconv.kernels.launch import decisions
 from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import CALLER
-from fastconv.tuning.subject import Unmeasurable, subject_of
+from fastconv.measuring.problem_to_run import Unmeasurable, subject_of
 
 Found = dict[Problem, Task]
 
@@ -83,9 +83,3 @@ def met(records: Iterable[Met], gpu: Gpu) -> tuple[list[Task], list[str]]:
 def _choosing(found: Found) -> list[Task]:
     """Those that have more than one config to choose from."""
     return [task for task in found.values() if len(fitting(task.asked)) > 1]
-
-
-def fitting(asked: Asked) -> list[tuple[Config, float]]:
-    """The configs that fit the GPU, fastest predicted first, with the predicted seconds."""
-    predicted = ((config, predict(asked.work(config), asked.gpu)) for config in asked.space)
-    return sorted(((config, it.seconds) for config, it in predicted if it is not None), key=lambda pair: pair[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from convolutions import of_networks
-from fastconv.autotune.choose import Asked, ask
+from fastconv.autotune.choose import Asked, ask, fitting
 from fastconv.autotune.gpus import H200
 from fastconv.benchmarks import layer_lists
 from fastconv.kernels import dispatch, tiles
@@ -41,4 +41,4 @@ def questions() -> tuple[Asked, ...]:
         for name in NETWORKS:
             pools = {call: count for call, count in layer_lists.find(name).calls.items() if call.pool}
             problems.of_layers(pools, BATCH, torch.bfloat16, True, H200)
-    return tuple(asked for asked in found.values() if len(problems.fitting(asked)) > 1)
+    return tuple(asked for asked in found.values() if len(fitting(asked)) > 1)

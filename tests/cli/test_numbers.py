@@ -17,10 +17,11 @@ from fastconv.activations import activation_of
 from fastconv.cli import checks, models, run
 from fastconv.cli.checks import conv, conv_bn_act, pool
 from fastconv.cli.checks.operator import compare, poisoned_memory
-from fastconv.cli.measure import accuracy, blocks, lenet, network
+from fastconv.cli.measure import blocks, lenet, network
 from fastconv.kernels import epilogue, mend
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import decisions
+from fastconv.measuring import accuracy
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 

@@ -14,8 +14,8 @@ from fastconv.benchmarks import layer_lists, registry
 from fastconv.cli import checks, models
 from fastconv.cli.checks.operator import compare
 from fastconv.cli.measure import ahead, block_times, network, operator_times, operators
-from fastconv.cli.measure.clock import CudaClock
 from fastconv.cli.measure.screen import Progress
+from fastconv.measuring.clock import CudaClock
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

@@ -21,11 +21,11 @@ from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS, TARGET
 from fastconv.cli import models
 from fastconv.cli.measure import ceilings, operator_times, operators, standing, tables
-from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave
 from fastconv.cli.measure.directions import drawn, exact
 from fastconv.cli.measure.results import Part, check_part
 from fastconv.cli.measure.screen import Progress
 from fastconv.kernels import dispatch, launch, mend
+from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 

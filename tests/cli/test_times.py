@@ -18,11 +18,11 @@ from torch import nn
 from fastconv.autotune import gpus
 from fastconv.cli import models, run
 from fastconv.cli.measure import block_times, host, network, operator_times, results
-from fastconv.cli.measure.clock import HostClock, Rounds, Sample, interleave, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.problem import conv_problem
+from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave, within
 
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastconv.autotune import Measured, Store, Tuned
-from fastconv.autotune.choose import Asked, load_lock, reload
+from fastconv.autotune.choose import Asked, fitting, load_lock, reload
 from fastconv.autotune.gpus import A100, H200
 from fastconv.autotune.measure import Failed, Resources, Task, share_of
 from fastconv.autotune.records import FAILURES, OUT_OF_MEMORY, RETRIED, Met
@@ -29,11 +29,12 @@ from fastconv.cli import run
 from fastconv.cli import tune as command
 from fastconv.kernels import mend
 from fastconv.kernels.tuned import version_of
+from fastconv.measuring import compiling
 from fastconv.settings import settings
-from fastconv.tuning import compiling, problems
+from fastconv.tuning import problems
 from tests.autotune.making import DATE, met, problem, tuned
 from tests.autotune.simulated import Timer
-from tests.tuning import pretending
+from tests.measuring import pretending
 
 ROOT = Path(__file__).parents[2]
 LAYERS = """{"schema": "fastconv-layers/1", "network": "small", "image": [64, 28, 28]}
@@ -68,7 +69,7 @@ def times_of(tasks: Sequence[Task], seed: int = 0) -> dict[str, float]:
     return {
         pretending.key_of(task.asked.problem, config): timer.truth(task.asked.work(config), config)
         for task in tasks
-        for config, _ in problems.fitting(task.asked)
+        for config, _ in fitting(task.asked)
     }
 
 
@@ -138,7 +139,7 @@ def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend
     from fastconv.kernels.tuned import CALLER
 
     task = tasks_of(layers)[0]
-    second = problems.fitting(task.asked)[1][0]
+    second = fitting(task.asked)[1][0]
     assert second != task.asked.choice.config
     times = dict.fromkeys(times_of([task]), 1e-3) | {pretending.key_of(task.asked.problem, second): 1e-5}
     pretend(times, otherwise=1e-4)
@@ -163,8 +164,8 @@ def test_what_fails_is_told_and_tried_again_where_it_may_be_the_gpus_fault(
     times = times_of(tasks)
     ways = ("exception", "wrong", "abort", "segmentation fault", "memory", "illegal access")
     statuses = dict(zip(ways, ("failed", "wrong", "crashed", "crashed", "out_of_memory", "crashed"), strict=True))
-    task = max(tasks, key=lambda task: len(problems.fitting(task.asked)))
-    configs = [config for config, _ in problems.fitting(task.asked) if config != task.asked.choice.config]
+    task = max(tasks, key=lambda task: len(fitting(task.asked)))
+    configs = [config for config, _ in fitting(task.asked) if config != task.asked.choice.config]
     planted = {pretending.key_of(task.asked.problem, c): how for c, how in zip(configs, ways, strict=False)}
     plan = pretend(times, planted)
     assert run(["tune", "--layers", str(layers), "--batch", "8"]) == 1, "a wrong result"
@@ -192,7 +193,7 @@ from fastconv.cli import run
 plan, *line = sys.argv[1:]
 plan += os.environ.get("RANK", "")
 compiling.Compiler._compile = estimated
-command.worker_command = lambda device: [sys.executable, "-m", "tests.tuning.pretending", plan]
+command.worker_command = lambda device: [sys.executable, "-m", "tests.measuring.pretending", plan]
 sys.exit(run(line))
 """
 
@@ -249,7 +250,7 @@ def test_under_torchrun_a_rank_that_cannot_measure_leaves_all_to_the_others(
 ) -> None:
     """And a wrong result, whichever rank met it, ends nobody before the lock file is written."""
     tasks = tasks_of(layers)
-    wrong = pretending.key_of(tasks[0].asked.problem, problems.fitting(tasks[0].asked)[1][0])
+    wrong = pretending.key_of(tasks[0].asked.problem, fitting(tasks[0].asked)[1][0])
     pretending.write(tmp_path / "plan0", H200, {}, {}, refuses="the driver is too old")
     pretending.write(tmp_path / "plan1", H200, times_of(tasks), {wrong: "wrong"})
     program, lock = tmp_path / "program.py", tmp_path / "lock.json"
@@ -445,22 +446,22 @@ def test_a_worker_that_does_not_start_is_one_line(
 @pytest.mark.parametrize("tune", ["first", "force"])
 def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastconv
-    from fastconv.tuning import first
+    from fastconv.measuring import first
 
     monkeypatch.setattr(first, "Worker", lambda *_: pytest.fail("a worker was started"))
     with fastconv.settings(tune=tune):
         fastconv.functional.conv2d(torch.randn(1, 16, 3, 3), torch.randn(16, 16, 1, 1))
-        assert first.measure(problems_asked()) is None
+        assert first.measure(problems_asked(), "0.1.0") is None
 
 
 def problems_asked() -> Asked:
-    from fastconv.tuning.subject import subject_of
+    from fastconv.measuring.problem_to_run import subject_of
 
     return subject_of(problems_first(), H200)[1]
 
 
 def problems_first() -> Any:
-    from tests.tuning.test_subject import CALLS, asked_by
+    from tests.measuring.test_problem_to_run import CALLS, asked_by
 
     return asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].asked.problem
 
@@ -468,8 +469,8 @@ def problems_first() -> Any:
 @pytest.fixture
 def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Task, Path]]:
     """A problem, and the plan of the worker that `settings.tune` asks, as on a GPU."""
-    from fastconv.tuning import first
-    from fastconv.tuning.process import Worker
+    from fastconv.measuring import first
+    from fastconv.measuring.process import Worker
 
     task = tasks_of(layers)[0]
     plan = pretend(times_of([task]))
@@ -477,32 +478,32 @@ def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    with Worker([sys.executable, "-m", "tests.tuning.pretending", str(plan)]) as worker:
+    with Worker([sys.executable, "-m", "tests.measuring.pretending", str(plan)]) as worker:
         monkeypatch.setattr(first, "_workers", {0: worker})
         yield task, plan
 
 
 def test_asked_for_a_problem_is_tuned_with_the_worker(measuring: tuple[Task, Path], store: Store) -> None:
-    from fastconv.tuning import first
+    from fastconv.measuring import first
 
     task, plan = measuring
-    found = first.measure(task.asked)
+    found = first.measure(task.asked, "0.1.0")
     assert found is not None and found.problem == task.asked.problem
     assert len(store.read(("measured",))) == len(pretending.asked(plan)) and not store.read(("tuned",))
     assert met().problem != found.problem
     # What an earlier process measured counts, unless all is to be measured again.
     once = len(pretending.asked(plan))
-    first.measure(task.asked)
+    first.measure(task.asked, "0.1.0")
     twice = len(pretending.asked(plan))
     with settings(tune="force"):
-        first.measure(task.asked)
+        first.measure(task.asked, "0.1.0")
     assert twice - once < once == len(pretending.asked(plan)) - twice
 
 
 def test_asked_for_compiling_takes_none_of_a_problems_time(
     measuring: tuple[Task, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv.tuning import first
+    from fastconv.measuring import first
 
     def slowly(self: Any, asked: Asked, configs: Sequence[Any]) -> list[Resources | Failed]:
         time.sleep(0.6)
@@ -510,5 +511,5 @@ def test_asked_for_compiling_takes_none_of_a_problems_time(
 
     monkeypatch.setattr(compiling.Compiler, "_compile", slowly)
     monkeypatch.setattr(first, "SECONDS", 0.5)
-    found = first.measure(measuring[0].asked)
+    found = first.measure(measuring[0].asked, "0.1.0")
     assert found is not None and found.measurements > 5

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastconv.autotune import Gpu, Measured, Problem, Store, Tuned, gpu_named, predict
-from fastconv.autotune.choose import RESOLUTION, Asked
+from fastconv.autotune.choose import RESOLUTION, Asked, fitting
 from fastconv.autotune.gpus import H200
 from fastconv.autotune.records import Record
 from fastconv.autotune.report import Summary, fits, summary
@@ -20,8 +20,8 @@ from fastconv.autotune.store import read_lines
 from fastconv.autotune.table import read_table, write_table
 from fastconv.benchmarks import layer_lists
 from fastconv.kernels.tuned import version_of
+from fastconv.measuring.problem_to_run import Unmeasurable, subject_of
 from fastconv.tuning import problems
-from fastconv.tuning.subject import Unmeasurable, subject_of
 from tests.autotune.making import DATE, tuned
 from tests.autotune.simulated import Timer
 
@@ -96,9 +96,9 @@ def simulated(worst_first: bool = False) -> list[Tuned | Measured]:
     """Of half of a network's problems what a table holds, of the others single measurements."""
     timer, records = Timer(H200, 0), list[Tuned | Measured]()
     tasks = problems.of_layers(layer_lists.find("resnet18").calls, 64, torch.bfloat16, True, H200)
-    for index, task in enumerate([task for task in tasks if 3 <= len(problems.fitting(task.asked)) <= 40][:12]):
+    for index, task in enumerate([task for task in tasks if 3 <= len(fitting(task.asked)) <= 40][:12]):
         asked = task.asked
-        times = [(config, timer(asked.work(config), config)) for config, _ in problems.fitting(asked)]
+        times = [(config, timer(asked.work(config), config)) for config, _ in fitting(asked)]
         if worst_first:
             times = [(config, 1e-9 / seconds) for config, seconds in times]
         times.sort(key=lambda each: each[1])

@@ -26,7 +26,7 @@ from fastconv.tuning import run, sharing
 from fastconv.tuning.sharing import RunLost, Shared
 from tests.autotune.making import VERSION, measured, problem, tuned
 from tests.autotune.test_measure import SPACE, Bench, work
-from tests.tuning import pretending
+from tests.measuring import pretending
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = 12
@@ -159,15 +159,15 @@ from pathlib import Path
 from fastconv.autotune import Store, Tuned
 from fastconv.autotune.measure import Resources
 from fastconv.tuning import sharing
-from fastconv.tuning.bench import Benches
-from fastconv.tuning.process import Worker
+from fastconv.measuring.runner import Benches
+from fastconv.measuring.process import Worker
 from fastconv.tuning.run import Options, run
 from tests.tuning.test_sharing import PROBLEMS, task
 sharing.Shared.__init__.__defaults__ = (0.1, 1.5)
 plan, folder = sys.argv[1:]
 def compiled(asked, configs):
     return [Resources(64, 0, asked.work(config).shared_memory) for config in configs]
-with sharing.join() as shared, Worker([sys.executable, "-m", "tests.tuning.pretending", plan]) as worker:
+with sharing.join() as shared, Worker([sys.executable, "-m", "tests.measuring.pretending", plan]) as worker:
     found = run([task(index) for index in range(PROBLEMS)], Benches(worker, compiled), Store(Path(folder)),
                 Options(60.0), shared=shared, merge=sharing.local_rank() == 0)
     print(sum(isinstance(record, Tuned) for record in found))

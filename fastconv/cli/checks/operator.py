@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 import fastconv
-from fastconv.cli.measure.accuracy import TF32_EPS, fp32_convolutions, max_error, tolerance
 from fastconv.kernels import launch
+from fastconv.measuring.accuracy import TF32_EPS, fp32_convolutions, max_error, tolerance
 
 FORWARD = "forward"
 Tensors = dict[str, torch.Tensor]

@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 import triton
 
-from fastconv.cli.measure.clock import reason
 from fastconv.cli.measure.results import Part
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.kernels.compile import compile_each, cores
+from fastconv.measuring.clock import reason
 
 
 def compile_kernels(calls: Callable[[], object]) -> Part:

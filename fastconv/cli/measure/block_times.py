@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from fastconv.cli.measure import network
-from fastconv.cli.measure.accuracy import Tensors
-from fastconv.cli.measure.capture import captured
-from fastconv.cli.measure.clock import Call, Clock, interleave, reason, spread, within
 from fastconv.cli.measure.network import YARDSTICK_PROVIDER, Replay, Workload, warm_up
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject, load
 from fastconv.kernels import dispatch
+from fastconv.measuring.accuracy import Tensors
+from fastconv.measuring.capture import captured
+from fastconv.measuring.clock import Call, Clock, interleave, reason, spread, within
 from fastconv.traffic import Traffic
 
 # A network of torchvision's, and a module of it, or neighbours in a Sequential. The order is that of what is compiled

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import fastconv
-from fastconv.cli.measure.accuracy import YARDSTICK, Tensors, max_error, norm_error, tolerance
 from fastconv.cli.measure.results import Part
 from fastconv.cli.models import torchvision
 from fastconv.kernels import launch
+from fastconv.measuring.accuracy import YARDSTICK, Tensors, max_error, norm_error, tolerance
 
 CROP = 224  # pixels of the photograph, as ImageNet's images; the stem makes 56x56 of them
 SEED = 0

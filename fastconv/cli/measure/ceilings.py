@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastconv.cli.measure.clock import Call, Clock
+from fastconv.measuring.clock import Call, Clock
 
 SAMPLES, UNCOUNTED = 12, 2
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from fastconv.benchmarks.calls import TENSORS, Operator
-from fastconv.cli.measure.accuracy import Tensors, fp32_convolutions
+from fastconv.measuring.accuracy import Tensors, fp32_convolutions
 
 # The operands that a direction differentiates by; of "together" all that a layer has a gradient of.
 DIFFERENTIATED = {"dgrad": ("input",), "wgrad": ("weight",), "backward": ("input",)}

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastconv
-from fastconv.cli.measure.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
-from fastconv.cli.measure.capture import Captured
-from fastconv.cli.measure.clock import Clock, interleave, reason, spread, synchronize, within
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject
 from fastconv.kernels import launch
+from fastconv.measuring.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
+from fastconv.measuring.capture import Captured
+from fastconv.measuring.clock import Clock, interleave, reason, spread, synchronize, within
 from fastconv.report import convolutions, why_not_converted
 
 MODES = ("infer", "train")

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 import fastconv
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
-from fastconv.cli.measure.accuracy import Tensors, against_yardstick
-from fastconv.cli.measure.capture import Captured, captured
-from fastconv.cli.measure.clock import Call, Clock, Sample, interleave, reason, spread, synchronize, within
 from fastconv.cli.measure.directions import Operands, Step, drawn, exact, step
 from fastconv.kernels import launch
+from fastconv.measuring.accuracy import Tensors, against_yardstick
+from fastconv.measuring.capture import Captured, captured
+from fastconv.measuring.clock import Call, Clock, Sample, interleave, reason, spread, synchronize, within
 
 ROUND_SECONDS = 0.3  # for the rounds of one row, where that is enough for the least of them
 COMPILE_SECONDS = 3.0  # that Inductor needs for one operator: not begun where less is left

@@ -21,12 +21,12 @@ import fastconv
 from fastconv.benchmarks.calls import LARGE, Operator
 from fastconv.benchmarks.registry import COMPILED, TARGET, Case, Entry, Provider
 from fastconv.cli.measure import ceilings, standing
-from fastconv.cli.measure.clock import reason
 from fastconv.cli.measure.directions import fakes
 from fastconv.cli.measure.operator_times import COMPILE_SECONDS, Bench, conditions, failed, measure_row, prepared
 from fastconv.cli.measure.results import Part
 from fastconv.cli.measure.screen import Progress
 from fastconv.kernels.dispatch import Plan
+from fastconv.measuring.clock import reason
 from fastconv.traffic import Traffic
 
 ROW_SECONDS = 0.6  # that a row needs without torch.compile, until some have been measured

@@ -17,11 +17,11 @@ from rich.console import Console
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.cli import BadUsage, options
 from fastconv.cli.measure import ahead, block_times, host, network, operators, tables
-from fastconv.cli.measure.clock import Clock, CudaClock, HostClock, reason
 from fastconv.cli.measure.results import Part, Results, read
 from fastconv.cli.measure.screen import Progress
 from fastconv.cli.models import Subject, load, torchvision
 from fastconv.kernels import mend
+from fastconv.measuring.clock import Clock, CudaClock, HostClock, reason
 
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)

@@ -1,6 +1,6 @@
 """A worker that pretends to measure, for tests: its times and failures are read from the file it is given.
 
-``python -m tests.tuning.pretending FILE DESCRIPTOR``. FILE is JSON: ``gpu`` as in `Gpu`; ``times``: seconds by
+``python -m tests.measuring.pretending FILE DESCRIPTOR``. FILE is JSON: ``gpu`` as in `Gpu`; ``times``: seconds by
 `key_of`; ``failures``: how a config fails, by the same keys. Each question is noted in ``FILE.asked``.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.autotune import Config, Gpu, Problem
-from fastconv.tuning.process import Measure, Refused, serve
+from fastconv.measuring.process import Measure, Refused, serve
 
 
 def key_of(problem: Problem, config: Config | None) -> str:
@@ -69,7 +69,7 @@ def start(path: Path) -> tuple[Gpu, Measure]:
 def write(path: Path, gpu: Gpu, times: dict[str, float], failures: dict[str, str], **more: Any) -> list[str]:
     """The command of a worker that pretends so."""
     path.write_text(json.dumps({"gpu": asdict(gpu), "times": times, "failures": failures, **more}))
-    return [sys.executable, "-m", "tests.tuning.pretending", str(path)]
+    return [sys.executable, "-m", "tests.measuring.pretending", str(path)]
 
 
 def asked(path: Path) -> list[str]:

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-import fastconv
 from fastconv.autotune import Config, Tuned
 from fastconv.autotune.choose import Asked, store, tables
 from fastconv.autotune.measure import Failed, Resources, Task, session
 from fastconv.kernels.tuned import CALLER, live, regime
-from fastconv.tuning.bench import Benches
-from fastconv.tuning.compiling import Compiler
-from fastconv.tuning.process import COMMAND, Worker
+from fastconv.measuring.compiling import Compiler
+from fastconv.measuring.process import COMMAND, Worker
+from fastconv.measuring.runner import Benches
 
 log = logging.getLogger("fastconv")
 SECONDS = 20.0  # for one problem, but for compiling and its last paired run
@@ -24,7 +23,7 @@ SECONDS = 20.0  # for one problem, but for compiling and its last paired run
 _workers: dict[int, Worker] = {}
 
 
-def measure(asked: Asked) -> Tuned | None:
+def measure(asked: Asked, fastconv: str) -> Tuned | None:
     """Tune one problem in a process beside this one, on the same GPU; None where it is not for a GPU that is here, or
     while a CUDA graph is captured. Takes seconds, the first time more. For one thread at a time. Raises WorkerError."""
     if not live(asked.gpu) or torch.cuda.is_current_stream_capturing():
@@ -60,6 +59,6 @@ def measure(asked: Asked) -> Tuned | None:
             seeds=lambda asked: seeds,
             again=regime().tune == "force",
             clock=lambda: time.monotonic() - compiling,
-            fastconv=fastconv.__version__,
+            fastconv=fastconv,
         )
     return found[0] if found else None

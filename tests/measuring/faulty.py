@@ -1,4 +1,4 @@
-"""A worker on a GPU whose configs do harm: ``python -m tests.tuning.faulty HOW DESCRIPTOR``; PyTorch's op does none."""
+"""A worker on a GPU whose configs do harm: ``python -m tests.measuring.faulty HOW DESCRIPTOR``; PyTorch does none."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, Problem
-from fastconv.tuning.process import Measure, serve
-from fastconv.tuning.worker import Measuring, on_device
+from fastconv.measuring.process import Measure, serve
+from fastconv.measuring.worker import Measuring, on_device
 
 
 @triton.jit

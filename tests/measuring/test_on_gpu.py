@@ -13,12 +13,12 @@ import fastconv
 from fastconv.autotune import Store
 from fastconv.autotune.choose import reload
 from fastconv.autotune.measure import Failed
-from fastconv.cli.measure.clock import CudaClock
 from fastconv.kernels import dispatch
-from fastconv.tuning import first, worker
-from fastconv.tuning.process import COMMAND, Worker
-from fastconv.tuning.subject import subject_of
-from tests.tuning.test_subject import CALLS, asked_by
+from fastconv.measuring import first, worker
+from fastconv.measuring.clock import CudaClock
+from fastconv.measuring.problem_to_run import subject_of
+from fastconv.measuring.process import COMMAND, Worker
+from tests.measuring.test_problem_to_run import CALLS, asked_by
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def test_every_direction_is_right_and_timed(name: str) -> None:
 def test_harm_ends_the_worker_alone(how: str, status: str) -> None:
     gpu = dispatch.target(torch.device("cuda"))
     asked = asked_by(CALLS["1x1"], torch.bfloat16, gpu)[0].asked
-    with Worker([sys.executable, "-m", "tests.tuning.faulty", how], patience=60.0) as it:
+    with Worker([sys.executable, "-m", "tests.measuring.faulty", how], patience=60.0) as it:
         assert it.gpu == gpu
         assert isinstance(it.run(asked.problem, None), float)
         it._patience = 15.0  # a first answer takes longer than a hang need be waited for

@@ -13,16 +13,18 @@ from torch import Tensor
 
 import fastconv.functional as F
 from fastconv.autotune import Problem
+from fastconv.autotune.choose import fitting
 from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
 from fastconv.autotune.measure import Task
-from fastconv.cli.measure.clock import HostClock
 from fastconv.dry_run import OurOperators
 from fastconv.kernels import mend
 from fastconv.kernels import pool as kernels
 from fastconv.kernels.tuned import CALLER
-from fastconv.tuning import problems, worker
-from fastconv.tuning.process import Refused
-from fastconv.tuning.subject import Unmeasurable, subject_of
+from fastconv.measuring import worker
+from fastconv.measuring.clock import HostClock
+from fastconv.measuring.problem_to_run import Unmeasurable, subject_of
+from fastconv.measuring.process import Refused
+from fastconv.tuning import problems
 from tests.autotune.making import tuned
 
 choose = import_module("fastconv.autotune.choose")  # whose name the package gives to its function
@@ -104,7 +106,7 @@ def test_problems_are_found_again_for_gpus(name: str, gpu: Any) -> None:
     for task in asked_by(CALLS[name], torch.bfloat16, gpu):
         subject, found = subject_of(Problem.of(**task.asked.problem.json), gpu)
         assert (found.problem, found.choice) == (task.asked.problem, task.asked.choice)
-        slowest = problems.fitting(found)[-1][0]
+        slowest = fitting(found)[-1][0]
         launches = subject.planned(gpu, slowest)[1]
         assert launches, "a config that is forced is planned"
         if dict(found.problem.kind).get("direction") == "backward":
@@ -135,7 +137,7 @@ def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(
 def test_sums_over_pixels_are_right(moved: int) -> None:
     problem = Problem.of("pass_split", {"element": 4, "moved": moved}, {"C": 8}, {"pixels": 50})
     measure = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
-    for config, _ in problems.fitting(subject_of(problem, INTERPRETER)[1])[::7]:
+    for config, _ in fitting(subject_of(problem, INTERPRETER)[1])[::7]:
         assert measure(problem, config) > 0
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fastconv.autograd.pool import _pytorch_indices
 from fastconv.autotune import Choice, Config, Gpu, Problem, Space, Work
 from fastconv.autotune.choose import Asked, ask, fixed
 from fastconv.kernels import conv, dispatch, pool
@@ -28,6 +27,7 @@ from fastconv.kernels.layout import PACKED, packed_taps, strides_like
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
 from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import CALLER, conv_of, pool_of
+from fastconv.reference.pool import max_pool_indices
 
 Call = Callable[[], Tensor]
 Operands = tuple[Tensor, ...]
@@ -249,7 +249,7 @@ def _pool(problem: Problem, it: PoolProblem, direction: str, channels_last: bool
 
     def at_taps(tensors: Operands) -> Tensor:
         x = tensors[0].flatten(2)
-        indices = _pytorch_indices(forward(*tensors)[1], it.input_size, geometry)
+        indices = max_pool_indices(forward(*tensors)[1], it.input_size, geometry)
         inside = (indices >= 0) & (indices < x.shape[2])
         found = x.gather(2, indices.where(inside, 0).flatten(2)).view(indices.shape)
         return found.where(inside, math.nan)

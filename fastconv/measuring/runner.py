@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastconv.autotune import Config
 from fastconv.autotune.choose import Asked
 from fastconv.autotune.measure import Failed, Resources
-from fastconv.tuning.process import Worker
+from fastconv.measuring.process import Worker
 
 log = logging.getLogger("fastconv")
 Compile = Callable[[Asked, Sequence[Config]], Sequence[Resources | Failed]]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.cli.measure.capture import Captured, captured
+from fastconv.measuring.capture import Captured, captured
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # What a version undoes of a capture that failed: the first nothing, the next ends allocating to the pool, then reset

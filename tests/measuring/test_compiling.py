@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from fastconv.autotune.choose import fitting
 from fastconv.autotune.gpus import H200
 from fastconv.autotune.measure import Failed, Resources, tune
 from fastconv.autotune.records import Measured, Record
 from fastconv.kernels.conv import Uncovered
-from fastconv.tuning import compiling, problems, subject
-from fastconv.tuning.bench import Benches
-from fastconv.tuning.compiling import Compiler
-from fastconv.tuning.process import Worker
-from tests.tuning import pretending
-from tests.tuning.test_subject import CALLS, asked_by
+from fastconv.measuring import compiling, problem_to_run
+from fastconv.measuring.compiling import Compiler
+from fastconv.measuring.process import Worker
+from fastconv.measuring.runner import Benches
+from tests.measuring import pretending
+from tests.measuring.test_problem_to_run import CALLS, asked_by
 
 
 def asked() -> Any:
@@ -29,7 +30,7 @@ def asked() -> Any:
 @pytest.mark.compile
 def test_registers_and_shared_memory_are_the_compilers() -> None:
     question = asked()
-    configs = [config for config, _ in problems.fitting(question)]
+    configs = [config for config, _ in fitting(question)]
     with Compiler(H200) as compiler:
         found = compiler.resources(question, configs[:2])
         assert all(isinstance(each, Resources) and 0 < each.registers <= 255 for each in found)
@@ -47,7 +48,7 @@ def of(registers: int, spills: int = 0) -> Any:
 
 def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked()
-    configs = [config for config, _ in problems.fitting(question)]
+    configs = [config for config, _ in fitting(question)]
     compiled: list[Any] = []
 
     def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
@@ -60,14 +61,14 @@ def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pyte
         both = compiler.resources(question, configs[:2])
         assert both == [Failed("failed", "kernel does not compile"), Resources(99, 0, 1024)]
         assert len(compiled) == len(set(compiled)) == 2
-        planned = subject.Subject.planned
+        planned = problem_to_run.Subject.planned
 
         def refuses(self: Any, gpu: Any, config: Any = None) -> Any:
             if config == configs[2]:
                 raise Uncovered("gather: no")
             return planned(self, gpu, config)
 
-        monkeypatch.setattr(subject.Subject, "planned", refuses)
+        monkeypatch.setattr(problem_to_run.Subject, "planned", refuses)
         assert compiler.resources(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
 
 
@@ -88,17 +89,17 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
         compiler.ahead([first, second, third], 2)
         assert begun.wait(30)
         # Not begun yet: it is not waited for.
-        assert compiler.resources(third, [problems.fitting(third)[0][0]]) == [Resources(64, 0, 1024)]
+        assert compiler.resources(third, [fitting(third)[0][0]]) == [Resources(64, 0, 1024)]
         assert threads[-1].startswith("asked")
         go_on.set()
-        configs = [config for config, _ in problems.fitting(first)[:2]]
+        configs = [config for config, _ in fitting(first)[:2]]
         assert len(compiler.resources(first, configs)) == 2
         assert sum(name.startswith("asked") for name in threads) == 1, "waited for, and not compiled again"
 
 
 def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path: Path) -> None:
     question = asked()
-    configs = [config for config, _ in problems.fitting(question)]
+    configs = [config for config, _ in fitting(question)]
     default = question.choice.config
     bad = {index: config for index, config in enumerate(configs) if config != default and index < 4}
     kept: list[Record] = []

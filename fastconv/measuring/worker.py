@@ -1,4 +1,4 @@
-"""The process that measures: ``python -m fastconv.tuning.worker [--device N] DESCRIPTOR``; see `process`.
+"""The process that measures: ``python -m fastconv.measuring.worker [--device N] DESCRIPTOR``; see `process`.
 
 A config's first run is checked: its operands and what it allocates lie between guard bands, what it allocates begins
 as NaN, and its result is held against PyTorch's in wider arithmetic. Then it is timed: cold L2, replayed from a CUDA
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastconv.autotune import Config, Gpu, Problem
-from fastconv.cli.measure.accuracy import PART, YARDSTICK, fp32_convolutions, tolerance
-from fastconv.cli.measure.capture import Captured
-from fastconv.cli.measure.clock import Clock, CudaClock, HostClock, reason
 from fastconv.kernels import dispatch, mend
-from fastconv.tuning.process import Measure, Refused, serve
-from fastconv.tuning.subject import Operand, Subject, Unmeasurable, at_precision, subject_of
+from fastconv.measuring.accuracy import PART, YARDSTICK, fp32_convolutions, tolerance
+from fastconv.measuring.capture import Captured
+from fastconv.measuring.clock import Clock, CudaClock, HostClock, reason
+from fastconv.measuring.problem_to_run import Operand, Subject, Unmeasurable, at_precision, subject_of
+from fastconv.measuring.process import Measure, Refused, serve
 
 GUARD = 1 << 16  # bytes on either side of a tensor; a multiple of what allocations are aligned to
 NAN = 0xFF  # bytes that are NaN in every floating type, and a tap that no window of ours has

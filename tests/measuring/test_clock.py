@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fastconv.cli.measure.clock import HostClock, Sample, interleave, reason, spread, within
+from fastconv.measuring.clock import HostClock, Sample, interleave, reason, spread, within
 
 
 class Now:

@@ -17,11 +17,11 @@ import pytest
 from fastconv.autotune.gpus import H200, INTERPRETER
 from fastconv.autotune.measure import Failed, Resources, tune
 from fastconv.kernels import mend
-from fastconv.tuning.bench import Benches
-from fastconv.tuning.process import Worker, WorkerError
+from fastconv.measuring.process import Worker, WorkerError
+from fastconv.measuring.runner import Benches
 from tests.autotune.making import problem
 from tests.autotune.test_measure import question
-from tests.tuning import pretending
+from tests.measuring import pretending
 
 CONFIG = {"TILE": 1}
 OTHER = {"TILE": 2}
@@ -142,7 +142,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     command = pretending.write(tmp_path / "plan", H200, {}, {pretending.key_of(problem(), CONFIG): "hang"})
     script = f"""
 import os, threading
-from fastconv.tuning.process import Worker
+from fastconv.measuring.process import Worker
 from tests.autotune.making import problem
 from tests.autotune.test_measure import question
 it = Worker({command!r})
@@ -169,15 +169,15 @@ def _status(pid: int) -> str:
 
 
 def test_the_parent_needs_no_torch() -> None:
-    script = "import sys, fastconv.tuning.process; assert not {'torch', 'triton'} & set(sys.modules)"
+    script = "import sys, fastconv.measuring.process; assert not {'torch', 'triton'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 def test_the_real_worker_measures_what_it_is_asked() -> None:
-    from fastconv.tuning.subject import subject_of
-    from tests.tuning.test_subject import tiny
+    from fastconv.measuring.problem_to_run import subject_of
+    from tests.measuring.test_problem_to_run import tiny
 
     asked = subject_of(tiny(), INTERPRETER)[1]
     kept: list[Any] = []

@@ -8,13 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastconv.autotune import Config, Gpu, Problem
-from fastconv.autotune.choose import Asked
+from fastconv.autotune.choose import Asked, fitting
 from fastconv.autotune.measure import Failed, Resources
 from fastconv.kernels.conv import Uncovered
 from fastconv.kernels.inspect import resources
 from fastconv.kernels.launch import Launch
-from fastconv.tuning.problems import fitting
-from fastconv.tuning.subject import Subject, subject_of
+from fastconv.measuring.problem_to_run import Subject, subject_of
 
 Found = Resources | Failed
 Candidates = dict[Hashable, Sequence[Launch]]

@@ -20,14 +20,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-import fastconv
 from fastconv.autotune import Config, Gpu, Problem
 from fastconv.autotune.measure import Failed
 from fastconv.kernels.children import end_with_parent
 
 PATIENCE = 30.0  # seconds for one answer; a first one allocates, draws operands and makes the reference
 START = 300.0  # seconds until a worker has imported torch and found its GPU, on a disk that is asked by many at once
-COMMAND = (sys.executable, "-m", "fastconv.tuning.worker")
+COMMAND = (sys.executable, "-m", "fastconv.measuring.worker")
 
 # Seconds of one measurement of a config, or of PyTorch's own op (None).
 Measure = Callable[[Problem, "Config | None"], float]
@@ -114,7 +113,7 @@ class Worker:
         self.close()  # one that has ended between two questions
         here, there = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
-        root = str(Path(fastconv.__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [*self._command, str(there.fileno())],

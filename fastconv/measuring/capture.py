@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastconv.cli.measure.clock import reason
+from fastconv.measuring.clock import reason
 
 
 class Captured:

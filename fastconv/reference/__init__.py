@@ -1,0 +1,1 @@
+"""The same calls by PyTorch's own operators."""
