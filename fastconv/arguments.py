@@ -27,8 +27,8 @@ _INTEGERS: Any = (int, torch.SymInt)
 TENSORS = {Tensor, Parameter, type(None)}
 
 
-def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """None where fastconv serves such a tensor, else the reason why PyTorch's own op does. ``dtype``: to be cast to."""
+def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why PyTorch's own operator takes a call on ``x``, cast to ``dtype`` if there is one; None: fastconv serves it."""
     # What is compiled takes the operators' own rules, and Dynamo knows none of these.
     compiling = _is_compiling()
     if compiling:
@@ -47,23 +47,32 @@ def served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     if x.layout is not torch.strided:
         return f"its layout is {x.layout}"
     if x.is_cuda:
-        return _build_unserved() if compiling or dispatch.is_forced() else _gpu_unserved(x.get_device())
+        return _why_not_build() if compiling or dispatch.is_forced() else _why_not_gpu(x.get_device())
     # Without data it stands for a tensor of the GPU that is planned for.
     if x.is_cpu and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
     return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.is_cpu else "")
 
 
-def _build_unserved() -> str | None:
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """What autocast casts a convolution's arguments to, None if it leaves them."""
+    # Autocast raises on a device that it does not know, as that of meta tensors.
+    if not isinstance(x, Tensor) or x.dtype not in POINTER_TYPES:
+        return None
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None
+    return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
+
+
+def _why_not_build() -> str | None:
     if torch.version.hip is not None:
         return "this PyTorch is built for AMD's GPUs, the kernels are for NVIDIA's"
     return None if torch.version.cuda is not None else "this PyTorch is built without CUDA"
 
 
 @cache
-def _gpu_unserved(index: int) -> str | None:
+def _why_not_gpu(index: int) -> str | None:
     """Why PyTorch's own ops serve all that is on the GPU of this index, or None. Said once, as a warning."""
-    reason = _build_unserved()
+    reason = _why_not_build()
     # (Without a GPU a tensor there has no data.)
     if reason is None and torch.cuda.is_available():
         reason = dispatch.too_old(dispatch.target(torch.device("cuda", index)))

@@ -18,7 +18,7 @@ from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastconv import functional
+from fastconv.arguments import autocast_dtype, why_not_served
 from fastconv.convert import convert, revert
 from fastconv.dry_run import AloneSyncBatchNorm, copied, rejoined, settled
 from fastconv.fuse import norms
@@ -258,7 +258,7 @@ class _Watch:
         x = args[0] if args else kwargs["input"]
         key = (
             *(_kind(leaf) for leaf in tree_leaves((args, kwargs, [operand for _, operand in steps]))),
-            *(torch.is_grad_enabled(), functional._autocast_dtype(x)),
+            *(torch.is_grad_enabled(), autocast_dtype(x)),
         )
         if key in runs:
             runs[key] = replace(runs[key], times=runs[key].times + 1)
@@ -278,7 +278,7 @@ class _Watch:
             ours = _counted(conv, args, kwargs, our_steps, end)
         if any(found.choice for found in ours.passes):
             self.gpu = dispatch.target(x.device).name
-        reason = functional.served(x, functional._autocast_dtype(x) if isinstance(layer, _ConvNd) else None)
+        reason = why_not_served(x, autocast_dtype(x) if isinstance(layer, _ConvNd) else None)
         plans = [found.plan for found in ours.passes if found.plan is not None]
         if plans and all(plan.choice is None for plan in plans):
             reason = "; ".join(reason for _, reason in plans[0].reasons)
@@ -367,7 +367,7 @@ def _form(x: Tensor, steps: Steps, step: Step, processes: list[int]) -> Iterator
         yield "one kernel" if "conv_act" in called else "the convolution and one pass, since backward reads its result"
     yield from (f"synchronised over {count} processes" for count in processes if count > 1)
     norm = next(operand for kind, operand in steps if kind == "norm")
-    dtype = functional._autocast_dtype(x) or x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     own = next((t.dtype for t in (norm.weight, norm.running_mean) if t is not None), dtype)
     if own is not dtype:
         yield f"batch norm in {_name(own)} around a convolution in {_name(dtype)}"

@@ -6,9 +6,7 @@ order exist.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -16,54 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastconv.autograd.operators import Function, operator
-from fastconv.kernels import conv as kernels
-from fastconv.kernels import tuned
-from fastconv.kernels.call import Slower
-from fastconv.kernels.launch import Failed
+from fastconv.autograd.operators import Function, fall_back, operator, tracked
+from fastconv.kernels import conv as conv_ops
+from fastconv.kernels.call import Uncovered
 from fastconv.kernels.layout import is_channels_last, strides_like, weight_format, weight_strides
 from fastconv.kernels.problem import conv_problem
-from fastconv.settings import Values, settings
-
-log = logging.getLogger("fastconv")
 
 
-def _in_force() -> Values:
-    """The settings for the thread that asks: in backward it is autograd's."""
-    return settings.values_in_backward if torch._C._current_graph_task_id() != -1 else settings.values
-
-
-def _wishes() -> tuple[str, str, str]:
-    return _in_force()[1:]
-
-
-tuned.ask_for_wishes(_wishes)
-
-
-@lru_cache(maxsize=1024)
-def _say_once(name: str, reason: str) -> None:
-    log.info("%s runs PyTorch's own op: %s", name, reason)
-
-
-@lru_cache(maxsize=1024)
-def _warn_once(why: str) -> None:
-    log.warning("PyTorch's own ops run where kernels cannot be launched: %s", why)
-
-
-def _fall_back(name: str, reason: Exception) -> None:
-    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log, a
-    warning where a kernel should have served it.
-
-    Where PyTorch's op was measured faster, it is what ``settings(prefer="fastest")`` asks for: a line alone.
-    """
-    if _in_force().strict and not isinstance(reason, Slower):
-        raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
-    if isinstance(reason, Failed):
-        _warn_once(reason.why)
-    _say_once(name, str(reason))
-
-
-def _fprop(
+def fprop(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -73,9 +31,9 @@ def _fprop(
     groups: int,
 ) -> Tensor:
     try:
-        return kernels.conv_fprop(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
-    except kernels.Uncovered as reason:
-        _fall_back("conv_fprop", reason)
+        return conv_ops.conv_fprop(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    except Uncovered as reason:
+        fall_back("conv_fprop", reason)
     rank = len(stride)
     if padding[:rank] != padding[rank:]:
         x, padding = torch.nn.functional.pad(x, _pad_argument(padding)), [0] * rank
@@ -90,7 +48,7 @@ def _pad_argument(padding: Sequence[int]) -> list[int]:
     return [side for axis in reversed(range(rank)) for side in (padding[axis], padding[axis + rank])]
 
 
-def _both_sides(
+def both_sides(
     sizes: tuple[Sequence[int], ...], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
     """Leading sides, then the trailing ones, maybe negative, with which fprop maps x to dy: ``sizes`` are x's, dy's and
@@ -103,8 +61,8 @@ def _both_sides(
     return (*padding, *after)
 
 
-def _fprop_fake(x, weight, bias, stride, padding, dilation, groups):
-    kernels.check_same_kind(x, weight, bias)
+def fprop_fake(x, weight, bias, stride, padding, dilation, groups):
+    conv_ops.check_same_kind(x, weight, bias)
     problem = conv_problem(
         x.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups, x.dtype
     )
@@ -112,7 +70,7 @@ def _fprop_fake(x, weight, bias, stride, padding, dilation, groups):
     return x.new_empty_strided(problem.output_shape, strides_like(problem.output_shape, channels_last))
 
 
-def _dgrad(
+def dgrad(
     dy: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -124,14 +82,14 @@ def _dgrad(
     channels_last: bool,
 ) -> Tensor:
     try:
-        return kernels.conv_dgrad(
+        return conv_ops.conv_dgrad(
             dy, weight, bias, tuple(input_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
         )
-    except kernels.Uncovered as reason:
-        _fall_back("conv_dgrad", reason)
+    except Uncovered as reason:
+        fall_back("conv_dgrad", reason)
     # PyTorch's backward knows padding alike on both sides: it gets the padded input, whose gradient is cropped.
     shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
-    sides = _pad_argument(_both_sides((input_size, dy.shape[2:], weight.shape[2:]), stride, padding, dilation))
+    sides = _pad_argument(both_sides((input_size, dy.shape[2:], weight.shape[2:]), stride, padding, dilation))
     x = torch.nn.functional.pad(dy.new_empty(shape), sides)
     dx = torch.nn.functional.pad(
         _pytorch_backward(dy, x, weight, stride, dilation, groups, 0), [-side for side in sides]
@@ -141,8 +99,8 @@ def _dgrad(
     return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
 
 
-def _dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
-    kernels.check_same_kind(dy, weight, bias)
+def dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
+    conv_ops.check_same_kind(dy, weight, bias)
     shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
     return dy.new_empty_strided(shape, strides_like(shape, channels_last))
 
@@ -158,14 +116,14 @@ def _wgrad(
     format: int,
 ) -> Tensor:
     try:
-        return kernels.conv_wgrad(
+        return conv_ops.conv_wgrad(
             x, dy, tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, format
         )
-    except kernels.Uncovered as reason:
-        _fall_back("conv_wgrad", reason)
+    except Uncovered as reason:
+        fall_back("conv_wgrad", reason)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     x = torch.nn.functional.pad(
-        x, _pad_argument(_both_sides((x.shape[2:], dy.shape[2:], filter_size), stride, padding, dilation))
+        x, _pad_argument(both_sides((x.shape[2:], dy.shape[2:], filter_size), stride, padding, dilation))
     )
     dw = _pytorch_backward(dy, x, x.new_empty(shape), stride, dilation, groups, 1)
     return dw.new_empty_strided(shape, weight_strides(shape, format)).copy_(dw)
@@ -187,9 +145,9 @@ def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
 
 def _channel_sum(x: Tensor) -> Tensor:
     try:
-        return kernels.channel_sum(x)
-    except kernels.Uncovered as reason:
-        _fall_back("channel_sum", reason)
+        return conv_ops.channel_sum(x)
+    except Uncovered as reason:
+        fall_back("channel_sum", reason)
     return x.sum([0, *range(2, x.dim())], dtype=torch.float32).to(x.dtype)
 
 
@@ -200,14 +158,14 @@ def _channel_sum_fake(x):
 conv_fprop = operator(
     "conv_fprop(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "SymInt groups) -> Tensor",
-    _fprop,
-    _fprop_fake,
+    fprop,
+    fprop_fake,
 )
 conv_dgrad = operator(
     "conv_dgrad(Tensor dy, Tensor weight, Tensor? bias, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, SymInt groups, bool channels_last) -> Tensor",
-    _dgrad,
-    _dgrad_fake,
+    dgrad,
+    dgrad_fake,
 )
 conv_wgrad = operator(
     "conv_wgrad(Tensor x, Tensor dy, SymInt[] filter_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
@@ -234,14 +192,6 @@ def _wgrad_flops(x: Sequence[int], dy: Sequence[int], *_: Any, out_shape: Sequen
     return 2 * prod(dy) * prod(out_shape[1:])
 
 
-def _tracked(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -255,7 +205,7 @@ def conv(
 
     x [N, C, spatial], weight [K, C/groups, filter], bias [K] or None -> [N, K, output].
     """
-    if _tracked(x, weight, bias):
+    if tracked(x, weight, bias):
         return Conv.apply(x, weight, bias, stride, padding, dilation, groups)
     return conv_fprop(x, weight, bias, stride, padding, dilation, groups)
 
@@ -275,7 +225,7 @@ def conv_transpose(
 
     x [N, K, spatial], weight [K, C/groups, filter], bias [C] or None -> [N, C, *output_size].
     """
-    if _tracked(x, weight, bias):
+    if tracked(x, weight, bias):
         return ConvTranspose.apply(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
     return conv_dgrad(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
 
@@ -291,17 +241,17 @@ def weight_gradient(
     format: int,
 ) -> Tensor:
     """The weight's gradient [K, C/groups, *filter_size] of the convolution of x [N, C, spatial], differentiable."""
-    if _tracked(x, dy):
+    if tracked(x, dy):
         return ConvWeightGradient.apply(x, dy, filter_size, stride, padding, dilation, groups, format)
     return conv_wgrad(x, dy, filter_size, stride, padding, dilation, groups, format)
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
     """The sum of [N, K, spatial] over all but K, differentiable."""
-    return ChannelSum.apply(dy) if _tracked(dy) else channel_sum(dy)
+    return ChannelSum.apply(dy) if tracked(dy) else channel_sum(dy)
 
 
-def _is_channels_last(*tensors: Tensor) -> bool:
+def any_channels_last(*tensors: Tensor) -> bool:
     return any(is_channels_last(t.shape, t.stride()) for t in tensors)
 
 
@@ -354,7 +304,7 @@ class ConvTranspose(Function):
         stride, padding, dilation, groups = ctx.arguments
         ddy = dw = None
         if need_dy:
-            ddy = conv(ddx, weight, None, stride, _both_sides(ctx.sizes, stride, padding, dilation), dilation, groups)
+            ddy = conv(ddx, weight, None, stride, both_sides(ctx.sizes, stride, padding, dilation), dilation, groups)
         if need_weight:
             dw = weight_gradient(ddx, dy, ctx.sizes[2], stride, padding, dilation, groups, ctx.format)
         return ddy, dw, bias_gradient(ddx) if need_bias else None, None, None, None, None, None, None
@@ -380,7 +330,7 @@ class ConvWeightGradient(Function):
         if need_x:
             dx = conv_transpose(dy, ddw, None, ctx.sizes[0], stride, padding, dilation, groups, ctx.format)
         if need_dy:
-            ddy = conv(x, ddw, None, stride, _both_sides(ctx.sizes, stride, padding, dilation), dilation, groups)
+            ddy = conv(x, ddw, None, stride, both_sides(ctx.sizes, stride, padding, dilation), dilation, groups)
         return dx, ddy, None, None, None, None, None, None
 
 

@@ -20,23 +20,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.autograd.conv import (
-    _both_sides,
-    _dgrad,
-    _dgrad_fake,
-    _fall_back,
-    _fprop,
-    _fprop_fake,
-    _is_channels_last,
-    _tracked,
+    any_channels_last,
     bias_gradient,
+    both_sides,
     conv,
     conv_transpose,
+    dgrad,
+    dgrad_fake,
+    fprop,
+    fprop_fake,
     weight_gradient,
 )
-from fastconv.autograd.operators import Function, operator
+from fastconv.autograd.operators import Function, fall_back, operator, tracked
 from fastconv.kernels import batch_norm
-from fastconv.kernels import conv as kernels
+from fastconv.kernels import conv as conv_ops
 from fastconv.kernels.batch_norm import Activated, as_pixels
+from fastconv.kernels.call import Uncovered
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.kernels.layout import is_channels_last, strides_like, weight_format
 
@@ -54,24 +53,24 @@ def _hashable(output_size, stride, padding, dilation, groups):
 
 def _plain(x, weight, bias, output_size, stride, padding, dilation, groups):
     if output_size is None:
-        return _fprop(x, weight, bias, stride, padding, dilation, groups)
-    channels_last = _is_channels_last(x, weight)
-    return _dgrad(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+        return fprop(x, weight, bias, stride, padding, dilation, groups)
+    channels_last = any_channels_last(x, weight)
+    return dgrad(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
 
 
 def _plain_fake(x, weight, bias, output_size, stride, padding, dilation, groups):
     if output_size is None:
-        return _fprop_fake(x, weight, bias, stride, padding, dilation, groups)
-    channels_last = _is_channels_last(x, weight)
-    return _dgrad_fake(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+        return fprop_fake(x, weight, bias, stride, padding, dilation, groups)
+    channels_last = any_channels_last(x, weight)
+    return dgrad_fake(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
 
 
 def _conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
     norm, arguments, how = (mean, var, gamma, beta), _hashable(*rest[:5]), rest[5:]
     try:
-        return kernels.conv_act(x, weight, bias, norm, slope, residual, *arguments, *how)
-    except kernels.Uncovered as reason:
-        _fall_back("conv_act", reason)
+        return conv_ops.conv_act(x, weight, bias, norm, slope, residual, *arguments, *how)
+    except Uncovered as reason:
+        fall_back("conv_act", reason)
     y = _plain(x, weight, bias, *rest[:5])
     channels_last = is_channels_last(y.shape, y.stride())
     z = normalise_and_activate(y, norm, slope, residual, Activated(*how))
@@ -84,9 +83,9 @@ def _conv_act_fake(x, weight, bias, mean, var, gamma, beta, slope, residual, *re
 
 def _conv_statistics(x, weight, bias, *arguments):
     try:
-        return kernels.conv_statistics(x, weight, bias, *_hashable(*arguments))
-    except kernels.Uncovered as reason:
-        _fall_back("conv_statistics", reason)
+        return conv_ops.conv_statistics(x, weight, bias, *_hashable(*arguments))
+    except Uncovered as reason:
+        fall_back("conv_statistics", reason)
     y = as_pixels(_plain(x, weight, bias, *arguments))
     var, mean = torch.var_mean(y.float(), _all_but_channels(y), correction=0)
     return y, mean, var
@@ -205,7 +204,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) 
     output_size, stride, padding, dilation, groups = arguments
     if output_size is None:
         return conv(x, weight, bias, stride, padding, dilation, groups)
-    channels_last = _is_channels_last(x, weight)
+    channels_last = any_channels_last(x, weight)
     return conv_transpose(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
 
 
@@ -231,13 +230,13 @@ def conv_bn_act(
     over which statistics are taken. Raises ValueError, as torch does, on one value per channel in training.
     """
     tensors = (x, weight, bias, gamma, beta, slope, residual)
-    if _tracked(*tensors):
+    if tracked(*tensors):
         return ConvBNAct.apply(*tensors, *running, arguments, training, how, group)[0]
     mean, var = running[:2]
     if not training:
         return conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
     y, mean, var, pixels = _convolved(x, weight, bias, arguments, group)
-    z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), _is_channels_last(x, weight))
+    z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), any_channels_last(x, weight))
     _follow(running, mean, var, pixels)
     return z
 
@@ -327,7 +326,7 @@ class ConvBNAct(Function):
         if y is None:
             z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
         else:
-            formats = _is_channels_last(x, weight)
+            formats = any_channels_last(x, weight)
             z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), formats)
         if training:
             # Before anything is kept: torch.utils.checkpoint stops computing again where the last tensor is.
@@ -338,7 +337,7 @@ class ConvBNAct(Function):
             *(z if from_z else None, residual if active and before and not from_z else None),
         )
         ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
-        ctx.formats = _is_channels_last(x, weight), weight_format(weight.shape, weight.stride())
+        ctx.formats = any_channels_last(x, weight), weight_format(weight.shape, weight.stride())
         # Where nothing acts on the sum, the residual's gradient is dz.
         ctx.training, ctx.how, ctx.group, ctx.through_act = training, how, group, active and before
         # Else autograd makes a gradient of zeros for y.
@@ -393,7 +392,7 @@ def _through_conv(ctx: Any, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tens
     if need_x and output_size is None:
         dx = conv_transpose(dy, weight, None, input_size, stride, before, dilation, groups, dx_format)
     elif need_x:
-        padding = _both_sides((output_size, input_size, filter_size), stride, padding, dilation)
+        padding = both_sides((output_size, input_size, filter_size), stride, padding, dilation)
         dx = conv(dy, weight, None, stride, padding, dilation, groups)
     if need_weight:
         of, by = (x, dy) if output_size is None else (dy, x)

@@ -7,13 +7,21 @@ straight to what the operator runs: PyTorch's dispatcher takes several times wha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fastconv.kernels import tuned
+from fastconv.kernels.call import Slower
+from fastconv.kernels.launch import Failed
+from fastconv.settings import Values, settings
+
+log = logging.getLogger("fastconv")
 _library = torch.library.Library("fastconv", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _VALUES = frozenset({type(None), int, bool, float, str, tuple, torch.Size})
@@ -59,6 +67,49 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         return super().apply(*args) if _transforms() or not _plain(args) else cls._apply(*args)
+
+
+def tracked(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _in_force() -> Values:
+    """The settings for the thread that asks: in backward it is autograd's."""
+    return settings.values_in_backward if torch._C._current_graph_task_id() != -1 else settings.values
+
+
+def _user_policy() -> tuple[str, str, str]:
+    return _in_force()[1:]
+
+
+tuned.ask_for_wishes(_user_policy)
+
+
+@lru_cache(maxsize=1024)
+def _say_once(name: str, reason: str) -> None:
+    log.info("%s runs PyTorch's own op: %s", name, reason)
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(why: str) -> None:
+    log.warning("PyTorch's own ops run where kernels cannot be launched: %s", why)
+
+
+def fall_back(name: str, reason: Exception) -> None:
+    """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log, a
+    warning where a kernel should have served it.
+
+    Where PyTorch's op was measured faster, it is what ``settings(prefer="fastest")`` asks for: a line alone.
+    """
+    if _in_force().strict and not isinstance(reason, Slower):
+        raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
+    if isinstance(reason, Failed):
+        _warn_once(reason.why)
+    _say_once(name, str(reason))
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:

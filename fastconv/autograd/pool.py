@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv.autograd.conv import _fall_back, _tracked
-from fastconv.autograd.operators import Function, operator
-from fastconv.kernels import pool as kernels
+from fastconv.autograd.operators import Function, fall_back, operator, tracked
+from fastconv.kernels import pool as pool_ops
 from fastconv.kernels.call import Uncovered
 from fastconv.kernels.layout import is_channels_last, strides_like
 from fastconv.kernels.problem import output_size
@@ -38,11 +37,11 @@ def _max_pool(
     dilation: list[int], indexed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     size, geometry = tuple(output_size), _tuples(window, stride, padding, dilation)
-    index = kernels.tap_type(tuple(x.shape[2:]), size, geometry[0]) if indexed else None
+    index = pool_ops.tap_type(tuple(x.shape[2:]), size, geometry[0]) if indexed else None
     try:
-        found = kernels.max_pool(x, size, geometry, index)
+        found = pool_ops.max_pool(x, size, geometry, index)
     except Uncovered as reason:
-        _fall_back("max_pool", reason)
+        fall_back("max_pool", reason)
         found = _pytorch_max_pool(x, size, geometry, index)
     return found[0], found[1] if indexed else x.new_empty(0, dtype=torch.uint8)
 
@@ -53,7 +52,7 @@ def _max_pool_fake(x, output_size, window, stride, padding, dilation, indexed):
     y = x.new_empty_strided(shape, strides)
     if not indexed:
         return y, x.new_empty(0, dtype=torch.uint8)
-    return y, x.new_empty_strided(shape, strides, dtype=kernels.tap_type(x.shape[2:], output_size, window))
+    return y, x.new_empty_strided(shape, strides, dtype=pool_ops.tap_type(x.shape[2:], output_size, window))
 
 
 def _max_pool_backward(
@@ -62,9 +61,9 @@ def _max_pool_backward(
 ) -> Tensor:  # fmt: skip
     size, geometry = tuple(input_size), _tuples(window, stride, padding, dilation)
     try:
-        return kernels.max_pool_backward(dy, taps, size, geometry, channels_last)
+        return pool_ops.max_pool_backward(dy, taps, size, geometry, channels_last)
     except Uncovered as reason:
-        _fall_back("max_pool_backward", reason)
+        fall_back("max_pool_backward", reason)
     indices = max_pool_indices(taps, size, geometry)
     shape = (*dy.shape[:2], *size)
     dx = dy.new_zeros(shape).flatten(2).scatter_add_(2, indices.flatten(2), dy.flatten(2)).view(shape)
@@ -82,9 +81,9 @@ def _max_pool_gather(
 ) -> Tensor:  # fmt: skip
     geometry = _tuples(window, stride, padding, dilation)
     try:
-        return kernels.max_pool_gather(taps, x, geometry, channels_last)
+        return pool_ops.max_pool_gather(taps, x, geometry, channels_last)
     except Uncovered as reason:
-        _fall_back("max_pool_gather", reason)
+        fall_back("max_pool_gather", reason)
     indices = max_pool_indices(taps, tuple(x.shape[2:]), geometry)
     y = x.flatten(2).gather(2, indices.flatten(2)).view(taps.shape)
     return y.new_empty_strided(y.shape, strides_like(y.shape, channels_last)).copy_(y)
@@ -96,9 +95,9 @@ def _max_pool_indices(
 ) -> Tensor:  # fmt: skip
     size, geometry = tuple(input_size), _tuples(window, stride, padding, dilation)
     try:
-        return kernels.max_pool_indices(taps, size, geometry, channels_last)
+        return pool_ops.max_pool_indices(taps, size, geometry, channels_last)
     except Uncovered as reason:
-        _fall_back("max_pool_indices", reason)
+        fall_back("max_pool_indices", reason)
     indices = max_pool_indices(taps, size, geometry)
     return indices.new_empty_strided(taps.shape, strides_like(taps.shape, channels_last)).copy_(indices)
 
@@ -109,9 +108,9 @@ def _average_pool(
 ) -> Tensor:  # fmt: skip
     size, geometry = tuple(output_size), _tuples(window, stride, padding, [1] * len(window))
     try:
-        return kernels.average_pool(x, size, geometry, include_padding, divisor)
+        return pool_ops.average_pool(x, size, geometry, include_padding, divisor)
     except Uncovered as reason:
-        _fall_back("average_pool", reason)
+        fall_back("average_pool", reason)
     y = _pytorch_average_pool(x, size, geometry, include_padding, divisor)
     return y.new_empty_strided(y.shape, strides_like(y.shape, is_channels_last(x.shape, x.stride()))).copy_(y)
 
@@ -127,9 +126,9 @@ def _average_pool_backward(
 ) -> Tensor:  # fmt: skip
     size, geometry = tuple(input_size), _tuples(window, stride, padding, [1] * len(window))
     try:
-        return kernels.average_pool_backward(dy, size, geometry, channels_last, include_padding, divisor)
+        return pool_ops.average_pool_backward(dy, size, geometry, channels_last, include_padding, divisor)
     except Uncovered as reason:
-        _fall_back("average_pool_backward", reason)
+        fall_back("average_pool_backward", reason)
     shape = (*dy.shape[:2], *size)
     dx = _pytorch_average_pool_backward(dy, size, geometry, include_padding, divisor)
     return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
@@ -140,9 +139,9 @@ def _lp_pool(
 ) -> Tensor:  # fmt: skip
     size = tuple(output_size)
     try:
-        return kernels.lp_pool(x, size, _lp_geometry(window, stride), norm)
+        return pool_ops.lp_pool(x, size, _lp_geometry(window, stride), norm)
     except Uncovered as reason:
-        _fall_back("lp_pool", reason)
+        fall_back("lp_pool", reason)
     y = _pytorch_lp_pool(x, size, window, stride, norm)
     return y.new_empty_strided(y.shape, strides_like(y.shape, is_channels_last(x.shape, x.stride()))).copy_(y)
 
@@ -155,9 +154,9 @@ def _lp_pool_backward(
     dy: Tensor, y: Tensor, x: Tensor, window: list[int], stride: list[int], norm: float, channels_last: bool
 ) -> Tensor:
     try:
-        return kernels.lp_pool_backward(dy, y, x, _lp_geometry(window, stride), channels_last, norm)
+        return pool_ops.lp_pool_backward(dy, y, x, _lp_geometry(window, stride), channels_last, norm)
     except Uncovered as reason:
-        _fall_back("lp_pool_backward", reason)
+        fall_back("lp_pool_backward", reason)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (dx,) = torch.autograd.grad(_pytorch_lp_pool(x, tuple(dy.shape[2:]), window, stride, norm), x, dy)
@@ -177,9 +176,9 @@ def _pytorch_lp_pool(x: Tensor, size: Any, window: Sequence[int], stride: Sequen
 
 
 def _pytorch_max_pool(x: Tensor, size: Any, geometry: Any, index: torch.dtype | None) -> tuple[Tensor, ...]:
-    """`kernels.max_pool` by PyTorch's operators."""
+    """`pool_ops.max_pool` by PyTorch's operators."""
     rank = len(size)
-    if geometry == kernels.ADAPTIVE:
+    if geometry == pool_ops.ADAPTIVE:
         y, indices = getattr(torch.nn.functional, f"adaptive_max_pool{rank}d")(x, size, return_indices=True)
     else:
         ceil = _is_ceiled(tuple(x.shape[2:]), size, geometry)
@@ -208,7 +207,7 @@ def _as_plane(geometry: Any) -> Any:
 
 
 def _pytorch_average_pool(x: Tensor, size: Any, geometry: Any, include_padding: bool, divisor: int) -> Tensor:
-    if geometry == kernels.ADAPTIVE:
+    if geometry == pool_ops.ADAPTIVE:
         return getattr(torch.nn.functional, f"adaptive_avg_pool{len(size)}d")(x, size)
     if len(size) == 1:
         y = _pytorch_average_pool(x.unsqueeze(2), (1, *size), _as_plane(geometry), include_padding, divisor)
@@ -221,9 +220,9 @@ def _pytorch_average_pool(x: Tensor, size: Any, geometry: Any, include_padding: 
 def _pytorch_average_pool_backward(dy: Tensor, size: Any, geometry: Any, include_padding: bool, divisor: int) -> Tensor:
     x = dy.new_empty((*dy.shape[:2], *size))
     if len(size) == 1:
-        arguments = geometry if geometry == kernels.ADAPTIVE else _as_plane(geometry), include_padding, divisor
+        arguments = geometry if geometry == pool_ops.ADAPTIVE else _as_plane(geometry), include_padding, divisor
         return _pytorch_average_pool_backward(dy.unsqueeze(2), (1, *size), *arguments).squeeze(2)
-    if geometry == kernels.ADAPTIVE:
+    if geometry == pool_ops.ADAPTIVE:
         return getattr(torch.ops.aten, f"_adaptive_avg_pool{len(size)}d_backward")(dy, x)
     ceil = _is_ceiled(size, tuple(dy.shape[2:]), geometry)
     function = getattr(torch.ops.aten, f"avg_pool{len(size)}d_backward")
@@ -287,8 +286,7 @@ def max_pool(
     x: Tensor, output_size: Sequence[int], geometry: Geometry, return_indices: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, PyTorch's indices or None) of x [N, C, spatial]: maxima [N, C, *output_size], differentiable."""
-    tracked = _tracked(x)
-    if tracked:
+    if tracked(x):
         y, taps = MaxPool.apply(x, output_size, geometry)
     else:
         y, taps = max_pool_op(x, output_size, *geometry, return_indices)
@@ -302,12 +300,12 @@ def average_pool(
 ) -> Tensor:
     """The averages [N, C, *output_size] of x [N, C, spatial], differentiable. ``divisor`` 0: each window's own."""
     arguments = (*geometry[:3], include_padding, divisor)
-    return AveragePool.apply(x, output_size, arguments) if _tracked(x) else average_pool_op(x, output_size, *arguments)
+    return AveragePool.apply(x, output_size, arguments) if tracked(x) else average_pool_op(x, output_size, *arguments)
 
 
 def lp_pool(x: Tensor, output_size: Sequence[int], window: Sequence[int], stride: Sequence[int], norm: float) -> Tensor:
     """The lp norms [N, C, *output_size] of x [N, C, spatial], differentiable."""
-    apply = LpPool.apply if _tracked(x) else lp_pool_op
+    apply = LpPool.apply if tracked(x) else lp_pool_op
     return apply(x, output_size, window, stride, norm)
 
 
@@ -329,7 +327,7 @@ class MaxPool(Function):
         if dy is None:
             return None, None, None
         (taps,) = ctx.saved_tensors
-        if _tracked(dy):
+        if tracked(dy):
             return MaxPoolBackward.apply(dy, taps, *ctx.arguments), None, None
         input_size, geometry, channels_last = ctx.arguments
         return max_pool_backward_op(dy, taps, input_size, *geometry, channels_last), None, None
@@ -347,7 +345,7 @@ class MaxPoolBackward(Function):
     @staticmethod
     def backward(ctx, ddx):
         (taps,) = ctx.saved_tensors
-        if _tracked(ddx):
+        if tracked(ddx):
             return MaxPoolGather.apply(taps, ddx, *ctx.arguments), None, None, None, None
         _, geometry, channels_last = ctx.arguments
         return max_pool_gather_op(taps, ddx, *geometry, channels_last), None, None, None, None
@@ -365,7 +363,7 @@ class MaxPoolGather(Function):
     @staticmethod
     def backward(ctx, dy):
         (taps,) = ctx.saved_tensors
-        if _tracked(dy):
+        if tracked(dy):
             return None, MaxPoolBackward.apply(dy, taps, *ctx.arguments), None, None, None
         input_size, geometry, channels_last = ctx.arguments
         return None, max_pool_backward_op(dy, taps, input_size, *geometry, channels_last), None, None, None
@@ -382,7 +380,7 @@ class AveragePool(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if _tracked(dy):
+        if tracked(dy):
             return AveragePoolBackward.apply(dy, ctx.sizes, ctx.arguments), None, None
         input_size, _, channels_last = ctx.sizes
         return average_pool_backward_op(dy, input_size, *ctx.arguments, channels_last), None, None
@@ -419,7 +417,7 @@ class LpPool(Function):
         y = lp_pool(x, *ctx.arguments)
         _, window, stride, norm = ctx.arguments
         channels_last = is_channels_last(x.shape, x.stride())
-        if not _tracked(dy, x):
+        if not tracked(dy, x):
             return lp_pool_backward_op(dy, y, x, window, stride, norm, channels_last), None, None, None, None
         # What `lp_pool_backward` computes, each step differentiable: also where no sum's gradient is.
         none = y == 0

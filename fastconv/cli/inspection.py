@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastconv import functional
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, predict
 from fastconv.cli import BadUsage
+from fastconv.functional.conv_bn_act import conv_norm_act
 from fastconv.kernels import dispatch
 from fastconv.kernels.inspect import Compiled, compile_all, mix
 from fastconv.kernels.launch import Record
@@ -97,7 +98,7 @@ class Call:
             residual = self._tensor(tuple(getattr(torch.nn.functional, self.operator)(*meta, **self.arguments).shape))
         if self.gradients:
             gamma, beta = gamma.requires_grad_(), beta.requires_grad_()
-        return functional.conv_norm_act(
+        return conv_norm_act(
             *(function, x, w, b, (mean, var, gamma, beta)),
             training=self.fused.statistics,
             momentum=0.1,

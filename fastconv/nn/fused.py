@@ -19,6 +19,8 @@ from torch.overrides import _get_current_function_mode_stack, has_torch_function
 
 from fastconv import functional
 from fastconv.activations import has_fused_form
+from fastconv.arguments import autocast_dtype, why_not_served
+from fastconv.functional.conv_bn_act import conv_norm_act
 from fastconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from fastconv.nn.patches import patched
 
@@ -67,8 +69,8 @@ def taken(x: Any, conv: Any, steps: Steps) -> tuple[int, str | None]:
     """How many of ``steps`` one call takes behind ``conv(x)`` (0: not even the batch norm), and why no more."""
     if not isinstance(x, Tensor) or _intercepted(x):
         return 0, f"called with a {type(x).__name__}, or in a mode, that sees each function"
-    dtype = functional._autocast_dtype(x) or x.dtype
-    reason = functional.served(x, dtype)
+    dtype = autocast_dtype(x) or x.dtype
+    reason = why_not_served(x, dtype)
     if reason is None and type(conv) in _FUNCTIONS and x.dim() != len(conv.kernel_size) + 2:
         reason = f"its input has {x.dim()} axes"
     if reason is not None:
@@ -273,7 +275,7 @@ def _fused(x: Tensor, conv: Any, steps: Steps) -> Tensor:
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-    return functional.conv_norm_act(
+    return conv_norm_act(
         *(_FUNCTIONS[type(conv)], x, conv.weight, conv.bias),
         *((mean, var, norm.weight, norm.bias), batch, momentum, norm.eps),
         *(act, residual, residual_after),

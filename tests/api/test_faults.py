@@ -20,7 +20,7 @@ from torch import Tensor
 import fastconv
 import fastconv.functional as F
 from fastconv import arguments
-from fastconv.autograd import conv as operators
+from fastconv.autograd import operators
 from fastconv.autotune import cost_model, gpus
 from fastconv.autotune.choose import fixed, reload, store
 from fastconv.kernels import call as calls
@@ -37,7 +37,7 @@ T4 = gpus.describe("NVIDIA T4", 75, 40, 64 << 10, 4 << 20, None)
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Each test is the first to warn, and leaves nothing behind: no tile, no override, no lock."""
-    said = operators._warn_once, operators._say_once, calls._say_no_room, arguments._gpu_unserved
+    said = operators._warn_once, operators._say_once, calls._say_no_room, arguments._why_not_gpu
 
     def forget() -> None:
         for each in said:
@@ -354,15 +354,15 @@ def test_a_gpu_of_another_maker_or_too_old_is_pytorchs_with_one_warning(
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     for _ in range(2):
-        assert arguments.served(x) == "this PyTorch is built for AMD's GPUs, the kernels are for NVIDIA's"
-    assert warnings() == [f"PyTorch's own ops run on cuda:0: {arguments.served(x)}"]
+        assert arguments.why_not_served(x) == "this PyTorch is built for AMD's GPUs, the kernels are for NVIDIA's"
+    assert warnings() == [f"PyTorch's own ops run on cuda:0: {arguments.why_not_served(x)}"]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gpu, reason in ((T4, "the NVIDIA T4's compute capability 7.5 is below 8.0"), (gpus.A100, None)):
-        arguments._gpu_unserved.cache_clear()
+        arguments._why_not_gpu.cache_clear()
         monkeypatch.setattr(dispatch, "target", lambda device, gpu=gpu: gpu)
-        assert [arguments.served(x), arguments.served(x)] == [reason, reason]
+        assert [arguments.why_not_served(x), arguments.why_not_served(x)] == [reason, reason]
     assert warnings()[1:] == ["PyTorch's own ops run on cuda:0: the NVIDIA T4's compute capability 7.5 is below 8.0"]
 
 

@@ -1,7 +1,4 @@
-"""torch.nn.functional's pools on fastconv's kernels: the same names, signatures, formats and errors.
-
-What `fastconv.functional` says of whose call it is holds here too; it has these functions under its own name.
-"""
+"""torch.nn.functional's pools: the same names, signatures, formats and errors."""
 
 from __future__ import annotations
 
@@ -12,27 +9,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastconv.arguments import Ints, boolean, expand, integer, served
-from fastconv.autograd import pool as autograd
+from fastconv.arguments import Ints, boolean, expand, integer, why_not_served
+from fastconv.autograd.pool import Geometry, average_pool, lp_pool, max_pool
 from fastconv.kernels.pool import ADAPTIVE
-
-__all__ = [
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "lp_pool1d",
-    "lp_pool2d",
-    "lp_pool3d",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-]
 
 
 def max_pool1d(
@@ -216,11 +195,11 @@ def lp_pool3d(
 def _max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, *arguments: Any) -> Any:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, *arguments)
-    if not isinstance(x, Tensor) or served(x):
+    if not isinstance(x, Tensor) or why_not_served(x):
         return theirs(x, *arguments)
     kernel_size, stride, padding, dilation, ceil_mode, return_indices = arguments
     geometry, size = _windows(ours.__name__, rank, x, kernel_size, stride, padding, dilation, ceil_mode)
-    y, indices = autograd.max_pool(_batched(x, rank), size, geometry, bool(return_indices))
+    y, indices = max_pool(_batched(x, rank), size, geometry, bool(return_indices))
     return _like(x, rank, y, indices)
 
 
@@ -229,7 +208,7 @@ def _avg_pool(
 ) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, kernel_size, stride, padding, *options)
-    if not isinstance(x, Tensor) or served(x):
+    if not isinstance(x, Tensor) or why_not_served(x):
         # (Of these torch takes no None.)
         return theirs(x, kernel_size, kernel_size if stride is None else stride, padding, *options)
     ceil_mode, include_padding, divisor = (*options, None)[:3]
@@ -239,35 +218,35 @@ def _avg_pool(
     if divisor == 0:
         raise RuntimeError(f"divisor must be not zero, but got divisor_override=0 for input of size: {list(x.shape)}")
     geometry, size = _windows(ours.__name__, rank, x, kernel_size, stride, padding, 1, ceil_mode)
-    return _like(x, rank, autograd.average_pool(_batched(x, rank), size, geometry, include_padding, divisor or 0))
+    return _like(x, rank, average_pool(_batched(x, rank), size, geometry, include_padding, divisor or 0))
 
 
 def _adaptive_max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any, return_indices: bool) -> Any:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, output_size, return_indices)
-    if not isinstance(x, Tensor) or served(x):
+    if not isinstance(x, Tensor) or why_not_served(x):
         return theirs(x, output_size, return_indices)
     size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[1:])
-    y, indices = autograd.max_pool(_batched(x, rank), size, ADAPTIVE, bool(return_indices))
+    y, indices = max_pool(_batched(x, rank), size, ADAPTIVE, bool(return_indices))
     return _like(x, rank, y, indices)
 
 
 def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, output_size)
-    if not isinstance(x, Tensor) or served(x):
+    if not isinstance(x, Tensor) or why_not_served(x):
         return theirs(x, output_size)
     # Of one and two axes PyTorch takes no channels at all.
     full = x.shape[1:] if rank == 3 else x.shape[-rank:]
     size = _adaptive_size(ours.__name__, rank, x, output_size, full)
-    return _like(x, rank, autograd.average_pool(_batched(x, rank), size, ADAPTIVE, True, 0))
+    return _like(x, rank, average_pool(_batched(x, rank), size, ADAPTIVE, True, 0))
 
 
 def _lp_pool(
     rank: int,
     theirs: Any,
     ours: Any,
-    max_pool: Callable[..., Tensor],
+    largest: Callable[..., Tensor],
     x: Tensor,
     norm_type: float,
     kernel_size: Any,
@@ -277,14 +256,14 @@ def _lp_pool(
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, norm_type, kernel_size, stride, ceil_mode)
     # (A tensor may be a norm as well, and be differentiated by.)
-    if not isinstance(x, Tensor) or isinstance(norm_type, Tensor) or served(x):
+    if not isinstance(x, Tensor) or isinstance(norm_type, Tensor) or why_not_served(x):
         return theirs(x, norm_type, kernel_size, stride, ceil_mode)
     if isinstance(norm_type, (str, bytes)):
         raise TypeError(f"{ours.__name__}: norm_type must be a number, but got {norm_type!r}")
     if norm_type == float("inf"):
-        return max_pool(x.abs(), kernel_size, stride, 0, 1, ceil_mode)
+        return largest(x.abs(), kernel_size, stride, 0, 1, ceil_mode)
     if norm_type == -float("inf"):
-        return -max_pool(-x.abs(), kernel_size, stride, 0, 1, ceil_mode)
+        return -largest(-x.abs(), kernel_size, stride, 0, 1, ceil_mode)
     if norm_type == 0:
         raise ZeroDivisionError(f"{ours.__name__}: norm_type must not be zero, for input of size: {list(x.shape)}")
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
@@ -294,12 +273,12 @@ def _lp_pool(
             f"{ours.__name__}: expected {rank} values of kernel_size, but got {kernel_size!r} for {list(x.shape)}"
         )
     (window, stride, *_), size = _windows(ours.__name__, rank, x, kernel_size, stride, 0, 1, ceil_mode)
-    return _like(x, rank, autograd.lp_pool(_batched(x, rank), size, window, stride, float(norm_type)))
+    return _like(x, rank, lp_pool(_batched(x, rank), size, window, stride, float(norm_type)))
 
 
 def _windows(
     name: str, rank: int, x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> tuple[autograd.Geometry, tuple[int, ...]]:
+) -> tuple[Geometry, tuple[int, ...]]:
     """(geometry, output size) of a pool; what torch checks, checked with the shapes in the message."""
     _check_rank(name, rank, x)
     ceil_mode = boolean("ceil_mode", ceil_mode)
@@ -348,9 +327,7 @@ def _output_size(size: int, window: int, stride: int, padding: int, dilation: in
     return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs
 
 
-def _adaptive_size(
-    name: str, rank: int, x: Tensor, output_size: Any, full: Sequence[int]
-) -> tuple[int, ...]:  # fmt: skip
+def _adaptive_size(name: str, rank: int, x: Tensor, output_size: Any, full: Sequence[int]) -> tuple[int, ...]:
     """The output size as a tuple of ``rank``, None taken from the input; ``full``: the axes that must not be empty."""
     if rank > 1 and hasattr(output_size, "__len__") and not isinstance(output_size, str):
         output_size = list(output_size)
