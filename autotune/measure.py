@@ -319,8 +319,6 @@ def session(
     budget: float,
     known: Sequence[Record] = (),
     seeds: Callable[[Asked], Iterable[Config]] = lambda asked: (),
-    claim: Callable[[Task], bool] = lambda task: True,
-    workers: int = 1,
     trials: int = 16,
     top_k: int = 16,
     again: bool = False,
@@ -332,8 +330,7 @@ def session(
 
     ``known``: the store's records (``Store.read``): what is tuned already is left alone, but for ``again``, and what
     was measured is not measured again, nor what failed, unless memory was short. With ``again`` both are, but for
-    what failed otherwise than by a crash or without an answer. ``claim(task)``, asked just before a task, says whether
-    it is this worker's: one session may be shared by ``workers``. Raises ValueError where the budget is not positive.
+    what failed otherwise than by a crash or without an answer. Raises ValueError where the budget is not positive.
     """
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
@@ -376,10 +373,8 @@ def session(
         share, left = share_of(task) / left if left else 1.0, left - share_of(task)
         if clock() >= end:
             break
-        if not claim(task):
-            continue
         before = len(kept)
-        found.append(attempt(task, clock() + (end - clock()) * min(1.0, share * workers)))
+        found.append(attempt(task, clock() + (end - clock()) * share))
         if found[-1] is None and len(kept) == before:
             late.append(task)
     # Compiling took all the time that these had; now it is done.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastconv.autotune.measure import Task
     from fastconv.autotune.records import Record
     from fastconv.measuring.process import Worker
-    from fastconv.tuning.sharing import Shared
+    from fastconv.tuning.sharing import Ranks
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -55,11 +55,10 @@ def tune(
     """Measure the kernels' configs for a model's problems, and keep the fastest.
 
     Every measurement is kept at once: Ctrl-C loses nothing, and the same command goes on where it was. The time goes
-    where the model's goes. Under torchrun (torchrun --nproc-per-node 8 -m fastconv.cli.tune ...) ranks share the work:
-    one whose GPU cannot measure leaves its problems to the others, and so does one that is lost where the others keep
-    running. (torchrun itself stops all ranks when the process of one is lost, and starts them again as often as
-    --max-restarts says; what was measured is kept.) Exit code 1 when a kernel's result is wrong; of ranks it is rank
-    0's alone.
+    where the model's goes. Under torchrun (torchrun --nproc-per-node 8 -m fastconv.cli.tune ...) ranks divide the
+    problems; one whose GPU cannot measure says so, and the others divide its problems too. (When the process of a rank
+    ends, torchrun stops the others, and starts all again as often as --max-restarts says.) Exit code 1 when a kernel's
+    result is wrong; under torchrun it is rank 0's.
     """
     from fastconv.autotune import SchemaError
     from fastconv.autotune.choose import store as user_store
@@ -172,93 +171,84 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
 
 def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, write_table: Path | None) -> int:
     """Tune on the GPU that is here, with the other ranks of the job if there are any; the exit code."""
-    from contextlib import ExitStack
-
     from fastconv.autotune import Measured, Tuned
     from fastconv.cli import BadUsage, refuse, tuned
     from fastconv.measuring.process import Worker, WorkerError
     from fastconv.tuning import sharing
-    from fastconv.tuning.run import END
+    from fastconv.tuning.run import WAIT, able
 
     started = time.monotonic()
     failures: Counter[str] = Counter()
-    with ExitStack() as stack:
-        worker = stack.enter_context(Worker(worker_command(sharing.local_rank())))
+    why_not = None
+    with Worker(worker_command(sharing.local_rank())) as worker:
         _check_writable(store.folder, f"{store.folder} (FASTCONV_CACHE_DIR names another place)", make=True)
         try:
-            shared = sharing.join()
-            if shared is not None:
-                stack.enter_context(shared)
+            ranks = sharing.join()
             try:
-                tasks, records = _tune(wishes, store, worker, shared, started)
+                measuring = able(ranks, worker)
+                tasks, records = _tune(wishes, store, worker, measuring, started)
                 failed = [it for it in records if isinstance(it, Measured) and it.seconds is None and it.config]
                 failures.update(it.status for it in failed)
-                if shared is None or shared.leads():
+                if measuring.leads:
                     found = [it for it in records if isinstance(it, Tuned)]
                     for line in tuned.found(tasks, found, time.monotonic() - started, failures):
                         _screen(True).print(line)
                     _write(tasks, wishes, worker.gpu, store, report, lock, write_table)
             except WorkerError as error:
-                if shared is None:
+                if len(ranks.members) == 1:
                     raise
-                shared.fail(str(error))
-            wrong = 1 if failures["wrong"] else 0
-            if shared is None:
-                return wrong
-            # Another exit code than 0 has torchrun stop what still runs: it is rank 0's alone, when all are done.
-            shared.meet("left", started + wishes.budget + 2 * END - time.monotonic())
-            if shared.rank > 0:
-                return 0
-            codes = [refuse(f"rank {rank}: {why}") for rank, why in shared.failures().items()]
-            return wrong or max(codes, default=0)
+                why_not = str(error)
+            # Another exit code than 0 has torchrun stop what still runs: it is rank 0's, when all are done.
+            left = max(0.0, started + wishes.budget - time.monotonic())
+            why_nots = ranks.exchange("left", why_not, left + 2 * WAIT, leave=True)
+            codes = [refuse(f"rank {rank}: {why}") for rank, why in why_nots.items() if why]
+            return 1 if failures["wrong"] and ranks.leads else max(codes, default=0)
         except (WorkerError, sharing.RunLost) as error:
             raise BadUsage(str(error)) from error
 
 
 def _tune(
-    wishes: Wishes, store: Store, worker: Worker, shared: Shared | None, started: float
+    wishes: Wishes, store: Store, worker: Worker, ranks: Ranks, started: float
 ) -> tuple[list[Task], list[Record]]:
     """(the problems, what was measured and found of them). Raises BadUsage, WorkerError, RunLost."""
     from contextlib import ExitStack
 
     from fastconv.autotune.choose import reload, tables
-    from fastconv.autotune.measure import share_of
     from fastconv.cli import tuned
     from fastconv.kernels.compile import cores
     from fastconv.measuring.compiling import Compiler
     from fastconv.measuring.runner import Benches
     from fastconv.tuning import sharing
-    from fastconv.tuning.run import Options, run
+    from fastconv.tuning.run import divide, run
 
     gpu = worker.gpu
-    screen = _screen(shared is None or shared.rank == 0)
+    screen = _screen(ranks.leads)
     tasks = collect(wishes, store, gpu)
     known = tables(gpu, _caller())
-    open_tasks = [task for task in tasks if wishes.again or not known.user.exact(*_identity(task))]
+    exact = [known.user.exact(task.asked.problem, task.asked.version) for task in tasks]
+    part = divide(ranks, tasks, [entry for entry in exact if entry is not None], gpu, wishes.again)
     with ExitStack() as stack:
         compiler = stack.enter_context(Compiler(gpu, max(1, cores() // sharing.local_world_size())))
-        compiler.ahead((it.asked for it in sorted(open_tasks, key=lambda it: -share_of(it))), wishes.top_k)
+        compiler.ahead((task.asked for task in part.tasks), wishes.top_k)
         screen.print(
             f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
-            f"{len(tasks)} problems, {len(tasks) - len(open_tasks)} of them tuned already"
+            f"{len(tasks)} problems, {len(tasks) - part.left} of them tuned already"
         )
-        watch = stack.enter_context(tuned.Watch(screen, len(open_tasks), started + wishes.budget))
+        watch = stack.enter_context(tuned.Watch(screen, len(part.tasks), started + wishes.budget))
         records = run(
-            tasks,
+            part,
             Benches(worker, compiler.resources),
             store,
-            Options(
-                max(1.0, started + wishes.budget - time.monotonic()),
-                top_k=wishes.top_k,
-                again=wishes.again,
-                fastconv=written_by(),
-            ),
+            max(1.0, started + wishes.budget - time.monotonic()),
+            ranks,
+            merge=sharing.local_rank() == 0,
+            again=wishes.again,
+            top_k=wishes.top_k,
+            fastconv=written_by(),
             seeds=lambda asked: [
                 entry.config for table in (known.user, known.shipped) for entry in table.seeds(asked.problem)
             ][:2],
             tell=watch.tell,
-            shared=shared,
-            merge=sharing.local_rank() == 0,
         )
     reload()
     return tasks, records
@@ -389,10 +379,6 @@ def _here() -> Gpu:
     from fastconv.kernels import dispatch
 
     return dispatch.target(torch.device("cuda", 0)) if torch.cuda.is_available() else H200
-
-
-def _identity(task: Task) -> tuple[Any, Any]:
-    return task.asked.problem, task.asked.version
 
 
 def _caller() -> Any:

@@ -61,10 +61,14 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Start the process, unless one runs. Raises WorkerError."""
+        self._started()
+
     @property
     def gpu(self) -> Gpu:
         """What it measures on. Raises WorkerError."""
-        self._started()
+        self.start()
         assert self._gpu is not None
         return self._gpu
 

@@ -1,105 +1,96 @@
-"""A tuning run over many problems, alone or shared by the ranks of one job."""
+"""A tuning run over many problems, by one process or by the ranks of a job."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastconv.autotune import Config, Store
+from fastconv.autotune import Gpu, Store, Tuned
 from fastconv.autotune.choose import Asked
-from fastconv.autotune.measure import Bench, Step, Task, session
-from fastconv.autotune.records import Problem, Record
-from fastconv.tuning.sharing import Shared
+from fastconv.autotune.measure import Bench, Task, session, share_of
+from fastconv.autotune.records import Record, from_line
+from fastconv.measuring.process import START, Worker, WorkerError
+from fastconv.tuning.sharing import Ranks
 
 KINDS = ("measured", "tuned")
-WAIT = 0.2  # seconds between two looks at what other ranks have
-END = 120.0  # seconds that ranks wait for each other at the end: a last paired run, a compiler that hangs
+WAIT = 120.0  # seconds that ranks wait for others' last paired run, or a compiler of theirs that hangs
 
 
 @dataclass(frozen=True)
-class Options:
-    """What `session` takes, but for what is kept and claimed."""
+class Part:
+    """One rank's part of a run."""
 
-    budget: float  # seconds
-    trials: int = 16
-    top_k: int = 16
-    again: bool = False
-    fastconv: str = "unknown"
+    tasks: Sequence[Task]
+    left: int  # problems to tune, on all ranks
+    earlier: Sequence[Record]  # what ranks found before the run
+
+
+def able(ranks: Ranks, worker: Worker) -> Ranks:
+    """Those that can measure. Raises WorkerError on a rank that cannot, RunLost."""
+    why_not = None
+    try:
+        worker.start()
+    except WorkerError as error:
+        why_not = error
+    said = ranks.exchange("able", why_not is None, START + WAIT)
+    if why_not is not None:
+        raise why_not
+    return dataclasses.replace(ranks, members=tuple(rank for rank, able in said.items() if able))
+
+
+def divide(ranks: Ranks, tasks: Sequence[Task], earlier: Iterable[Tuned], gpu: Gpu, again: bool = False) -> Part:
+    """Divide among ranks on equal GPUs, by predicted cost, what none has tuned ``earlier``; or all, ``again``.
+
+    Raises RunLost.
+    """
+    mine = dataclasses.asdict(gpu)
+    said = ranks.exchange("tuned", [mine, [entry.line for entry in earlier]], START + WAIT)
+    found = _records(lines for _, lines in said.values())
+    ended = set() if again else {(entry.problem, entry.version) for entry in found if entry.of_gpu(gpu)}
+    left = [task for task in tasks if (task.asked.problem, task.asked.version) not in ended]
+    left.sort(key=lambda task: -share_of(task))
+    alike = [rank for rank, (theirs, _) in said.items() if theirs == mine]
+    return Part(left[alike.index(ranks.rank) :: len(alike)], len(left), found)
 
 
 def run(
-    tasks: Sequence[Task],
+    part: Part,
     bench_of: Callable[[Asked], Bench],
     store: Store,
-    options: Options,
+    budget: float,
+    ranks: Ranks,
     *,
-    seeds: Callable[[Asked], Iterable[Config]] = lambda asked: (),
-    tell: Callable[[Step], object] = lambda step: None,
-    shared: Shared | None = None,
     merge: bool = True,
+    again: bool = False,
+    **options: Any,
 ) -> list[Record]:
-    """Tune what is not tuned yet, in ``options.budget`` seconds: what was measured and found, by all ranks.
+    """Tune a part in ``budget`` seconds: what all ranks measured and found.
 
-    With ``shared`` each rank takes a problem when it is free, and one of a lost rank's when nothing else is left; those
-    that ``merge``, and the one that leads, put what the others found into their store. What is interrupted is in the
-    store, and another run goes on with it. Raises RunLost, WorkerError.
+    Each measurement is in ``store`` at once, so another run goes on where this one ends. With ``merge`` what the other
+    ranks found comes there too. ``options`` are those of `session`. Raises RunLost, WorkerError.
     """
-    named: dict[str, Any] = {"trials": options.trials, "top_k": options.top_k, "again": options.again, "tell": tell}
-    named |= {"seeds": seeds, "fastconv": options.fastconv}
-    known = store.read(KINDS)
-    if shared is None:
-        records: list[Record] = []
-
-        def noted(record: Record) -> None:
-            store.append(record)
-            records.append(record)
-
-        session(tasks, bench_of, noted, budget=options.budget, known=known, **named)
-        return records
-    end = time.monotonic() + options.budget
-    at_hand: list[Task] = []
-    kept: set[Problem] = set()
+    records: list[Record] = []
+    failure = None
 
     def keep(record: Record) -> None:
         store.append(record)
-        shared.keep(record)
-        kept.add(record.problem)
+        records.append(record)
 
-    def finish(tasks: Iterable[Task]) -> None:
-        for task in tasks:
-            shared.done(task)
-            at_hand.remove(task)
-
-    def claim(task: Task) -> bool:
-        # (One that compiling left no time for is tried again. Till then it is a lost rank's, if this one is lost.)
-        finish([each for each in at_hand if each.asked.problem in kept])
-        mine = shared.claim(task)
-        at_hand.extend([task] if mine else [])
-        return mine
-
-    named |= {"claim": claim, "workers": shared.world_size}
-    session(tasks, bench_of, keep, budget=options.budget, known=known, **named)
-    finish(list(at_hand))
-    # What a rank has begun is waited for, until it is done or the rank is lost.
-    while begun := shared.taken(shared.open(tasks)):
-        left = end - time.monotonic()
-        if left <= 0:
-            break
-        lost = shared.to_take_over(begun)
-        if not lost:
-            time.sleep(WAIT)
-            continue
-        known = [*store.read(KINDS), *shared.records(lost)]
-        session(lost, bench_of, keep, budget=left, known=known, **named)
-        finish(list(at_hand))
-        for task in lost:
-            # The lost rank may have found its winner, and not have said that it was done.
-            if shared.claim(task):
-                shared.done(task)
-    shared.meet("ended", END)
-    records = shared.records(shared.taken(tasks))
-    if merge or shared.leads():
-        store.add(records)
+    try:
+        session(part.tasks, bench_of, keep, budget=budget, known=store.read(KINDS), again=again, **options)
+    except WorkerError as error:
+        failure = error
+    said = ranks.exchange("records", [record.line for record in records], budget + WAIT)
+    if failure is not None:
+        raise failure
+    if len(said) > 1:
+        records = _records(said.values())
+        if merge:
+            store.add([*part.earlier, *records])
     return records
+
+
+def _records(lines: Iterable[Iterable[str]]) -> list[Record]:
+    return [from_line(line.encode(), "another rank's record") for each in lines for line in each]

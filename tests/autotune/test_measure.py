@@ -344,19 +344,6 @@ def test_session_needs_a_budget(budget: float) -> None:
         session(many(), Bench, lambda record: None, budget=budget)
 
 
-def test_shared_session_leaves_others_theirs() -> None:
-    tasks, taken = many(), set[Problem]()
-
-    def claim(task: Task) -> bool:
-        mine = task.asked.problem not in taken
-        taken.add(task.asked.problem)
-        return mine
-
-    taken.add(tasks[1].asked.problem)
-    found = session(tasks, Bench, lambda record: None, budget=60.0, claim=claim, workers=2)
-    assert {entry.problem for entry in found} == {tasks[0].asked.problem, tasks[2].asked.problem}
-
-
 def test_expected_gain_is_over_the_best_predicted() -> None:
     asked = question()
     slow = max(
