@@ -231,8 +231,9 @@ def _here() -> Any:
 def _report(gpu: Any, quick: bool, json: bool) -> int:
     """The kernels of ResNet-50's telling layers."""
     from fastconv.cli import BadUsage
+    from fastconv.cli.inspect_layers import LAYERS, QUICK, report
     from fastconv.cli.measure.screen import console
-    from fastconv.kernels.inspect import GPUS, LAYERS, QUICK, report
+    from fastconv.kernels.inspect import GPUS
 
     try:
         with _progress(json) as progress:

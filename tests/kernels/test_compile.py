@@ -15,8 +15,9 @@ import torch
 from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, slowed, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
+from fastconv.cli.inspect_layers import LAYERS, launches_of, report
 from fastconv.kernels import dispatch
-from fastconv.kernels.inspect import GPUS, LAYERS, Compiled, compile_all, launches_of, report
+from fastconv.kernels.inspect import GPUS, Compiled, compile_all
 from fastconv.kernels.launch import Launch
 from fastconv.kernels.problem import ConvProblem, conv_problem
 

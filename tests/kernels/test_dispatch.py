@@ -10,8 +10,8 @@ import torch
 import fastconv
 import fastconv.functional
 from fastconv.autotune import Gpu, known_gpus
+from fastconv.cli.inspect_layers import LAYERS
 from fastconv.kernels import dispatch, launch, mend
-from fastconv.kernels.inspect import LAYERS
 from fastconv.kernels.problem import DIRECTIONS
 
 interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
