@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from fastconv.autotune.gpus import A100, B200, H200
+from fastconv.cli.inspect_layers import LAYERS, launches_of
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.compile import operands
 from fastconv.kernels.inspect import (
-    LAYERS,
     Compiled,
     Resources,
     compile_all,
     first_operands,
     in_flight,
-    launches_of,
     mix,
     parse,
     resources,
