@@ -1,70 +1,111 @@
-"""Which activation a user means: by name, by a module of torch.nn, or none."""
+"""The activations that kernels apply, as users have them: names, torch.nn's modules, torch's functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastconv.kernels.epilogue import ACTIVATIONS
-
 Act = str | nn.Module | None
-# A name of ACTIVATIONS, its two parameters, and PReLU's weight.
-Resolved = tuple[str, float, float, Tensor | None]
 
-_NAMES: dict[str, Resolved] = {
-    **{name: (name, 0.0, 0.0, None) for name in ACTIVATIONS if name != "prelu"},
-    "hardtanh": ("hardtanh", -1.0, 1.0, None),
-    "relu6": ("hardtanh", 0.0, 6.0, None),
-    "leaky_relu": ("leaky_relu", 0.01, 0.0, None),
-    "elu": ("elu", 1.0, 0.0, None),
-    "softplus": ("softplus", 1.0, 20.0, None),
+
+class FusedForm(NamedTuple):
+    """An activation as the kernels have it."""
+
+    name: str  # in fastconv.kernels.epilogue.ACTIVATIONS
+    a: float = 0.0
+    b: float = 0.0
+    slope: Tensor | None = None  # PReLU's weight
+
+
+class Activation(NamedTuple):
+    """One activation as users have it."""
+
+    module: Callable[[], nn.Module]
+    form: Callable[[Any], FusedForm]  # of such a module
+    functions: tuple[Any, ...] = ()  # torch's with the module's arguments, and names of tensors' methods
+    timm: str | None = None  # timm's class, which takes ``inplace``
+
+
+NAMED: dict[str, Activation] = {
+    "elu": Activation(nn.ELU, lambda m: FusedForm("elu", float(m.alpha)), (F.elu, F.elu_)),
+    "gelu": Activation(nn.GELU, lambda m: _gelu(m), (F.gelu,), "GELU"),
+    "gelu_tanh": Activation(partial(nn.GELU, approximate="tanh"), lambda m: _gelu(m), (), "GELUTanh"),
+    "hardsigmoid": Activation(nn.Hardsigmoid, lambda m: FusedForm("hardsigmoid"), (F.hardsigmoid,)),
+    "hardswish": Activation(nn.Hardswish, lambda m: FusedForm("hardswish"), (F.hardswish,)),
+    "hardtanh": Activation(nn.Hardtanh, lambda m: _hardtanh(m), (F.hardtanh, F.hardtanh_)),
+    "identity": Activation(nn.Identity, lambda m: FusedForm("identity")),
+    "leaky_relu": Activation(
+        nn.LeakyReLU, lambda m: FusedForm("leaky_relu", float(m.negative_slope)), (F.leaky_relu, F.leaky_relu_)
+    ),
+    "mish": Activation(nn.Mish, lambda m: FusedForm("mish"), (F.mish,)),
+    "relu": Activation(
+        nn.ReLU, lambda m: FusedForm("relu"), (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+    ),
+    "relu6": Activation(nn.ReLU6, lambda m: _hardtanh(m), (F.relu6,)),
+    "sigmoid": Activation(
+        nn.Sigmoid,
+        lambda m: FusedForm("sigmoid"),
+        (F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"),
+        "Sigmoid",
+    ),
+    "silu": Activation(nn.SiLU, lambda m: FusedForm("silu"), (F.silu,)),
+    "softplus": Activation(
+        nn.Softplus, lambda m: FusedForm("softplus", float(m.beta), float(m.threshold)), (F.softplus,)
+    ),
+    "tanh": Activation(
+        nn.Tanh, lambda m: FusedForm("tanh"), (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "Tanh"
+    ),
 }
-_MODULES: dict[type[nn.Module], Callable[[Any], Resolved]] = {
-    nn.Identity: lambda m: ("identity", 0.0, 0.0, None),
-    nn.ReLU: lambda m: ("relu", 0.0, 0.0, None),
-    nn.ReLU6: lambda m: ("hardtanh", 0.0, 6.0, None),
-    nn.Hardtanh: lambda m: ("hardtanh", float(m.min_val), float(m.max_val), None),
-    nn.LeakyReLU: lambda m: ("leaky_relu", float(m.negative_slope), 0.0, None),
-    nn.PReLU: lambda m: ("prelu", 0.0, 0.0, m.weight),
-    nn.ELU: lambda m: ("elu", float(m.alpha), 0.0, None),
-    nn.SiLU: lambda m: ("silu", 0.0, 0.0, None),
-    nn.Hardswish: lambda m: ("hardswish", 0.0, 0.0, None),
-    nn.Hardsigmoid: lambda m: ("hardsigmoid", 0.0, 0.0, None),
-    nn.Sigmoid: lambda m: ("sigmoid", 0.0, 0.0, None),
-    nn.Tanh: lambda m: ("tanh", 0.0, 0.0, None),
-    nn.GELU: lambda m: ("gelu" if m.approximate == "none" else "gelu_tanh", 0.0, 0.0, None),
-    nn.Softplus: lambda m: ("softplus", float(m.beta), float(m.threshold), None),
-    nn.Mish: lambda m: ("mish", 0.0, 0.0, None),
-}
+
+
+def _gelu(module: nn.GELU) -> FusedForm:
+    return FusedForm("gelu" if module.approximate == "none" else "gelu_tanh")
+
+
+def _hardtanh(module: nn.Hardtanh) -> FusedForm:
+    return FusedForm("hardtanh", float(module.min_val), float(module.max_val))
+
+
+# Each function with the module that does the same.
+MODULES = {function: row.module for row in NAMED.values() for function in row.functions}
+_NAMED_FORMS = {name: row.form(row.module()) for name, row in NAMED.items()}
+_FORMS = {type(row.module()): row.form for row in NAMED.values()}
+_FORMS[nn.PReLU] = lambda m: FusedForm("prelu", slope=m.weight)
+_TIMM = {row.timm: name for name, row in NAMED.items() if row.timm}
 
 
 def has_fused_form(act: Act) -> bool:
     """Whether a kernel's epilogue can apply ``act``."""
-    return act is None or (act in _NAMES if isinstance(act, str) else is_activation(type(act)))
+    return act is None or (act in NAMED if isinstance(act, str) else is_activation(type(act)))
 
 
 def is_activation(kind: type[nn.Module]) -> bool:
     """Whether modules of this class are activations with a fused form."""
-    return kind in _MODULES
+    return kind in _FORMS
 
 
-def let_be(kind: type[nn.Module], name: str) -> None:
-    """Make a class of somebody's the activation ``name``."""
-    _MODULES[kind] = lambda m: _NAMES[name]
+def register_activation(kind: type[nn.Module]) -> None:
+    """Let a class of timm's be the activation that it is called after, if that has a fused form."""
+    if kind.__name__ in _TIMM:
+        form = _NAMED_FORMS[_TIMM[kind.__name__]]
+        _FORMS[kind] = lambda m: form
 
 
-def activation_of(act: Act) -> Resolved:
-    """What the kernels need to know of ``act``. Raises ValueError where it has no fused form."""
+def activation_of(act: Act) -> FusedForm:
+    """How the kernels have ``act``; None is the identity. Raises ValueError on one without a fused form."""
     if act is None:
-        return _NAMES["identity"]
+        return FusedForm("identity")
     if isinstance(act, str):
-        if act in _NAMES:
-            return _NAMES[act]
-    elif type(act) in _MODULES:
-        return _MODULES[type(act)](act)
+        if act in NAMED:
+            return _NAMED_FORMS[act]
+    elif type(act) in _FORMS:
+        return _FORMS[type(act)](act)
     raise ValueError(
-        f"activation {act!r} has no fused form; these have: {', '.join(sorted(_NAMES))}, and torch.nn's "
-        f"{', '.join(sorted(module.__name__ for module in _MODULES))}"
+        f"activation {act!r} has no fused form; these have: {', '.join(NAMED)}, and torch.nn's "
+        f"{', '.join(sorted(module.__name__ for module in _FORMS))}"
     )

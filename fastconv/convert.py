@@ -1,7 +1,7 @@
 """Swaps a model's convolution layers and pools for fastconv's, fuses batch norms, and back.
 
 A layer is swapped by a change of its ``__class__``: it stays the same object, with its parameters, hooks, names and
-everything that refers to it. So is a module that calls a chain of layers (``fastconv.fuse``).
+everything that refers to it. So is a module that calls layers that are fused (``fastconv.fuse``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch.nn.parameter import is_lazy
 
-from fastconv.fuse import fuse as fuse_chains
+from fastconv.fuse import fuse as fuse_layers
 from fastconv.fuse import unfuse
 from fastconv.kernels.layout import packed_taps
 from fastconv.report import OURS, THEIRS, convolutions, pools, why_not_converted
@@ -21,7 +21,7 @@ from fastconv.report import OURS, THEIRS, convolutions, pools, why_not_converted
 Model = TypeVar("Model", bound=torch.nn.Module)
 Rule = str | type[torch.nn.Module]
 
-# Each with the axes of the weights it is for; None: any.
+# With the axes of the weights that each is for; None: any.
 _FORMATS = {torch.contiguous_format: None, torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
@@ -34,24 +34,24 @@ def convert(
     exclude: Rule | Iterable[Rule] | None = None,
 ) -> Model:
     """Make ``model``'s convolution layers and pools fastconv's, in place, and return it; ``report`` tells which are
-    left and why.
+    not, and why.
 
     fuse: a convolution whose result only a batch norm reads becomes one call with it, and with the activation and the
-    addition behind it, wherever the forward of the module that calls them can be traced. What hooks into one of them,
-    replaces or parametrises it later, or patches torch.nn's classes and functions, is seen at each call. False: leave
-    chains as they are.
+    addition behind it, if the forward of the module that calls them can be traced. What hooks into one of them,
+    replaces or parametrises it later, or patches torch.nn's classes and functions, is seen at each call. False: fuse
+    nothing.
 
     include, exclude: names as in ``named_modules()``, with wildcards (``"layer4"``, ``"*.conv1"``), and types of
     modules; one or an iterable. Each speaks for the modules below as well; ``exclude`` wins. A shared layer is
     converted once and stays shared; one that has several names is taken by any.
 
     memory_format: torch.channels_last converts the weights of the replaced 2-d layers, torch.channels_last_3d those of
-    3-d ones, torch.contiguous_format all; weights that a lazy layer does not have yet stay out. Of a depthwise layer's,
-    which have one input channel, either puts the taps outermost: dense strides that its kernels read as they are.
+    3-d ones, torch.contiguous_format all; weights that a lazy layer does not have yet stay out. A depthwise layer's
+    weights, which have one input channel, get the taps outermost: dense strides that its kernels read as they are.
 
     Only instances of exactly torch.nn's classes are taken: subclassed, parametrised, scripted and quantised layers,
-    those prepared for quantisation, and those with a forward of their own, are left as they are. Raises TypeError and
-    ValueError on arguments like none of these, among them a name that no module has.
+    those prepared for quantisation, and those with a forward of their own, are left as they are. Raises TypeError on
+    an argument of another type, and ValueError on another memory format and on a name that no module has.
     """
     if memory_format is not None and memory_format not in _FORMATS:
         known = ", ".join(map(str, _FORMATS))
@@ -75,13 +75,13 @@ def convert(
             weight.data = weight.data.contiguous(memory_format=memory_format)
     if fuse:
         # A batch norm need not be included, but may be excluded.
-        fusible = _chosen(model, None, exclude)
-        fuse_chains(model, lambda conv, norm: type(conv) in THEIRS and conv in chosen and norm in fusible)
+        may_fuse = _chosen(model, None, exclude)
+        fuse_layers(model, lambda conv, norm: type(conv) in THEIRS and conv in chosen and norm in may_fuse)
     return model
 
 
 def revert(model: Model) -> Model:
-    """Make fastconv's layers torch.nn's again and take chains apart, in place, and return ``model``.
+    """Make fastconv's layers torch.nn's again and unfuse them, in place, and return ``model``.
 
     Weights keep their memory format. Layers subclassed or parametrised since stay as they are.
     """

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastconv.autograd.operators import implementations
-from fastconv.nn.fused import process_group
+from fastconv.nn.fused_call import process_group
 
 
 def make_calls(model: Module, inputs: tuple[Any, ...], train: bool, may_compute: bool) -> str | None:

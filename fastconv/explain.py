@@ -1,5 +1,5 @@
-"""What runs for each convolution of a model, or the chain it is fused into, and for each pool, found by running its
-shapes through it."""
+"""What runs for each convolution of a model, with what is fused into it, and for each pool, found by running its shapes
+through it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastconv.dry_run import AloneSyncBatchNorm, copied, rejoined, settled
 from fastconv.fuse import norms
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Plan
-from fastconv.nn.fused import Steps, call_chain, taken, watchers
+from fastconv.nn.fused_call import Steps, call_fused, steps_fused, watchers
 from fastconv.nn.patches import patched
 from fastconv.report import Layer, Report, convolutions, is_converted, kind, pools, table, why_not_converted
 from fastconv.settings import settings
@@ -52,8 +52,8 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What was counted in one call of a layer or a chain: forward, then backward where gradients are needed."""
+class Counted:
+    """What was counted in one call of a layer: forward, then backward if gradients are needed."""
 
     forward: Traffic
     backward: Traffic
@@ -69,13 +69,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """The calls of one layer, or of the chain that it begins, that are alike."""
+    """The calls of one layer, with what is fused into it, that are alike."""
 
     fused: bool  # a batch norm is part of the call
-    form: str | None  # of a chain: what is one call with the convolution, and why the rest is not
+    form: str | None  # of a fused layer: what is one call with the convolution, and why the rest is not
     reason: str | None  # why PyTorch's own operator computes the convolution; None: fastconv's kernels do
-    ours: Step  # of one call
-    pytorch: Step  # the same by PyTorch's own operators
+    ours: Counted  # of one call
+    pytorch: Counted  # the same by PyTorch's own operators
     times: int = 1
 
     @property
@@ -85,7 +85,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ExplainedLayer(Layer):
-    """A layer with what runs for each way in which it, or the chain that it begins, is called."""
+    """A layer with what runs for each way in which it is called."""
 
     runs: tuple[Run, ...]
 
@@ -106,15 +106,15 @@ class Explanation(Report):
 
     @property
     def moved(self) -> Moved:
-        """By the layers and chains listed, all their calls together."""
+        """By the layers listed, all their calls together."""
         return self._sum(lambda run: run.ours)
 
     @property
     def pytorch_moved(self) -> Moved:
-        """By PyTorch's own operators in the place of these."""
+        """By PyTorch's own operators for the same layers."""
         return self._sum(lambda run: run.pytorch)
 
-    def _sum(self, step: Callable[[Run], Step]) -> Moved:
+    def _sum(self, step: Callable[[Run], Counted]) -> Moved:
         counted = [(run.times, step(run).moved) for layer in (*self.layers, *self.pools) for run in layer.runs]
         return Moved(
             sum(times * moved.forward for times, moved in counted),
@@ -124,18 +124,18 @@ class Explanation(Report):
     def __str__(self) -> str:
         if not self.layers and not self.pools:
             return super().__str__()
-        # Lines of their own, and the rows of one table.
+        # Strings are lines; lists are rows of one table.
         lines: list[str | list[str]] = [[*COLUMNS]]
-        chains = self.chains
+        fused = self.fused_by_conv
         for layer in (*self.layers, *self.pools):
-            chain = chains.get(layer.name)
-            head = f"{(chain.chain if chain else layer.name) or '(the model)'}  {layer.kind}"
+            norm = fused.get(layer.name)
+            head = f"{(norm.fused if norm else layer.name) or '(the model)'}  {layer.kind}"
             if not layer.runs:
                 lines.append(f"{head}  {f'PyTorch: {layer.reason}' if layer.reason else 'not called'}")
             for run in layer.runs:
                 problem = f"  {run.plans[0].problem.describe()}" if run.plans else ""
                 lines += [head + problem + (f"  {run.times} times" if run.times > 1 else ""), *_lines(run)]
-        lines += [f"{norm.name}  {norm.kind}  PyTorch: {norm.reason}" for norm in self.norms if norm.chain is None]
+        lines += [f"{norm.name}  {norm.kind}  PyTorch: {norm.reason}" for norm in self.norms if norm.fused is None]
         rows = iter(table([line for line in lines if isinstance(line, list)]).splitlines())
         text = [line if isinstance(line, str) else next(rows) for line in lines]
         if self.gpu:
@@ -148,18 +148,17 @@ class Explanation(Report):
 
 
 def explain(model: Module, *inputs: Any) -> Explanation:
-    """What runs for each convolution layer of ``model(*inputs)``, or for the chain that it is fused into, and for each
-    pool: kernels and their family, tiles, where these are from, bytes; and why PyTorch's own operators do the rest.
+    """What runs for each convolution layer of ``model(*inputs)``, with what is fused into it, and for each pool.
 
-    A model without any of fastconv's layers is explained as ``convert(model)`` would make it. Of any other, chains are
-    explained as they are, and layers that ``convert`` would still take as taken.
+    That is kernels and their family, tiles, where these are from, and bytes; and why PyTorch's own operators do the
+    rest. A model without any of fastconv's layers is explained as ``convert(model)`` would make it. In any other, fused
+    layers are explained as they are, and layers that ``convert`` would still take as taken.
 
-    The model runs once, by PyTorch's own operators, on a copy that has shapes but no data, so that nothing is computed
-    and its statistics stay; a model that asks for values runs on a true copy. Each layer and chain that it calls runs
-    twice more without data: by fastconv, which plans, allocates and counts as ever and launches nothing, and by
-    PyTorch. Plans are made for the inputs' device. Gradients are explained where ``requires_grad`` and the caller's
-    grad mode ask for them; processes that share statistics are not asked. The forward pass of a transposed convolution
-    is a dgrad.
+    The model runs once, by PyTorch's own operators, on a copy that has shapes but no data: nothing is computed, and its
+    statistics stay. A model that asks for values runs on a true copy. Each layer that it calls runs twice more without
+    data: by fastconv, which plans, allocates and counts as ever and launches nothing, and by PyTorch. Plans are made
+    for the inputs' device. Gradients are explained if ``requires_grad`` and the caller's grad mode ask for them;
+    processes that share statistics are not asked. The forward pass of a transposed convolution is a dgrad.
 
     Raises what the model raises.
     """
@@ -173,9 +172,9 @@ def explain(model: Module, *inputs: Any) -> Explanation:
                 watch.run(inputs)
     fused = []
     for norm in watch.norms:
-        runs = tuple(watch.runs.get(norm.conv or "", {}).values()) if norm.chain else ()
+        runs = tuple(watch.runs.get(norm.conv or "", {}).values()) if norm.fused else ()
         if runs and not any(run.fused for run in runs):
-            norm = replace(norm, chain=None, reason=runs[0].form)
+            norm = replace(norm, fused=None, reason=runs[0].form)
         fused.append(norm)
     layers, pooling = (tuple(_explained(*layer, watch) for layer in kinds) for kinds in found)
     return Explanation(layers, tuple(fused), watch.gpu, pools=pooling)
@@ -190,7 +189,7 @@ def _explained(name: str, layer: Module, watch: _Watch) -> ExplainedLayer:
 
 
 def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMode) -> _Watch | None:
-    """What was seen; None where the model cannot be run so."""
+    """What was seen; None: the model cannot be run without data."""
     try:
         watch = _Watch(copied(model, mode), mode)
         with mode:
@@ -204,7 +203,7 @@ def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMo
 class _Watch:
     """Runs ``model``, a copy to be thrown away, by PyTorch's own operators, and counts what its layers are called with.
 
-    ``runs``: by the name of the layer, also of one that begins a chain, and by what tells calls apart.
+    ``runs``: by the name of the layer, and by what tells calls apart.
     """
 
     def __init__(self, model: Module, mode: FakeTensorMode) -> None:
@@ -215,7 +214,7 @@ class _Watch:
         self.norms = tuple(norms(model))
         self._names = {module: name for name, module in model.named_modules()}
         self._hooks: set[int] = set()
-        self._in_chain = False
+        self._in_fused = False
         self._thread = get_ident()
         for name, layer in (*convolutions(model), *pools(model)):
             if not why_not_converted(layer):
@@ -226,30 +225,30 @@ class _Watch:
             norm.__class__ = AloneSyncBatchNorm
 
     def run(self, inputs: tuple[Any, ...]) -> None:
-        watchers.append(self._chain)
+        watchers.append(self._fused)
         try:
             # What torch.compile made of a model calls no hooks.
             with torch.compiler.set_stance("force_eager"):
                 self.model(*inputs)
         finally:
-            watchers.remove(self._chain)
+            watchers.remove(self._fused)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._in_chain:
+            if not self._in_fused:
                 self._note(name, layer, args, kwargs, ())
 
         return hook
 
-    def _chain(self, x: Any, conv: Any, steps: Steps) -> Any:
-        """Called in the place of ``run_chain``."""
+    def _fused(self, x: Any, conv: Any, steps: Steps) -> Any:
+        """Called in the place of ``run_fused``."""
         if get_ident() != self._thread:
-            return call_chain(x, conv, steps, taken(x, conv, steps)[0])
-        self._in_chain = True
+            return call_fused(x, conv, steps, steps_fused(x, conv, steps)[0])
+        self._in_fused = True
         try:
-            result = call_chain(x, conv, steps, 0)
+            result = call_fused(x, conv, steps, 0)
         finally:
-            self._in_chain = False
+            self._in_fused = False
         self._note(self._names[conv], conv, (x,), {}, steps)
         return result
 
@@ -274,7 +273,7 @@ class _Watch:
             pytorch = _counted(theirs, args, kwargs, their_steps, 0)
             convert(conv, fuse=False)
             processes = [rejoined(operand) for _, operand in our_steps if type(operand) is AloneSyncBatchNorm]
-            end, why = taken(x, conv, our_steps) if steps else (0, None)
+            end, why = steps_fused(x, conv, our_steps) if steps else (0, None)
             ours = _counted(conv, args, kwargs, our_steps, end)
         if any(found.choice for found in ours.passes):
             self.gpu = dispatch.target(x.device).name
@@ -291,7 +290,7 @@ class _Watch:
         return Run(end > 0, "; ".join(form) or None, reason, ours, pytorch)
 
     def _label(self, operand: Any) -> str:
-        """What a line calls a step of a chain."""
+        """What a line calls a step of a fused layer."""
         if isinstance(operand, Tensor):
             return "residual"
         return self._names.get(operand, type(operand).__name__).rpartition(".")[2]
@@ -311,7 +310,7 @@ class _Watch:
         return tensor if tensor is None or isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
     def _twin(self, value: Any) -> Any:
-        """A module's, with the same hooks but for the watching ones, and tensors without data; anything else itself."""
+        """A module like ``value`` with tensors without data and without the watching hooks; or ``value``, no module."""
         if not isinstance(value, Module):
             return value
         twin = object.__new__(type(value))
@@ -333,30 +332,30 @@ def _kind(leaf: Any) -> Any:
     return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
 
 
-def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps, end: int) -> Step:
-    """What ``conv``, or the chain of it and ``steps``, moves, the first ``end`` of them in one call with it."""
+def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps, end: int) -> Counted:
+    """What ``conv`` and ``steps`` move, the first ``end`` of these in one call with it."""
     operands = [operand for _, operand in steps]
     modules = [module for module in (conv, *operands) if isinstance(module, Module)]
     for module in modules:
-        # What the user's hooks do they have done where the model was run.
+        # The user's hooks have run with the model.
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             setattr(module, hooks, OrderedDict())
     tensors = [*tree_leaves((args, kwargs, operands)), *(p for module in modules for p in module.parameters())]
     wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-    # Saved as they are, also where the model saves otherwise, as in a checkpoint. Without data PyTorch's batch norm
-    # counts as a change that it writes its running statistics, which it keeps for backward.
+    # Tensors are saved as they are, even in a checkpoint. PyTorch's batch norm writes its running
+    # statistics and keeps them for backward, which without data counts as a change.
     buffers = [buffer for module in modules for buffer in module.buffers() if not buffer.is_inference()]
     kept = torch.autograd._unsafe_preserve_version_counter(tuple(buffers))
     with saved_tensors_hooks(Tensor.detach, Tensor.detach), kept, Traffic() as forward:
-        z = call_chain(args[0], conv, steps, end) if steps else conv(*args, **kwargs)
+        z = call_fused(args[0], conv, steps, end) if steps else conv(*args, **kwargs)
     z = z[0] if isinstance(z, tuple) else z  # without a pool's indices
     with torch.autograd.set_multithreading_enabled(False), Traffic() as backward:
         if z.requires_grad:
             torch.autograd.grad(z, wanted, torch.empty_like(z), allow_unused=True)
-    return Step(forward, backward)
+    return Counted(forward, backward)
 
 
-def _form(x: Tensor, steps: Steps, step: Step, processes: list[int]) -> Iterator[str]:
+def _form(x: Tensor, steps: Steps, step: Counted, processes: list[int]) -> Iterator[str]:
     """How convolution and batch norm are computed, by what was called."""
     called = [found.operator for found in step.forward.passes]
     if "conv_statistics" in called:
@@ -399,7 +398,7 @@ def _row(found: Pass, total: int) -> list[str]:
     others = "; ".join(f"{family}: {reason}" for family, reason in (found.plan.reasons if found.plan else ()))
     if found.choice is None:
         return [*cells, "", "", _mb(found.bytes), "", others]
-    # Of what there is one of nothing is said.
+    # Nothing is said of a value of 1.
     config = {name: value for name, value in found.choice.config.items() if value > 1}
     blocks = " ".join(f"{name.removeprefix('BLOCK_')}{n}" for name, n in config.items() if name.startswith("BLOCK_"))
     rest = [f"{name.removeprefix('num_').lower()} {n}" for name, n in config.items() if not name.startswith("BLOCK_")]

@@ -53,28 +53,28 @@ class Report:
 
     @property
     def fused(self) -> list[str]:
-        """The chains that are one call each, as in "layer1.0.conv1 + bn1 + relu"."""
-        return [norm.chain for norm in self.norms if norm.chain is not None]
+        """The fused layers, as in "layer1.0.conv1 + bn1 + relu"."""
+        return [norm.fused for norm in self.norms if norm.fused is not None]
 
     @property
     def unfused(self) -> list[tuple[str, str]]:
-        """The name of each batch norm that is in none of them, and why."""
-        return [(norm.name, norm.reason or "") for norm in self.norms if norm.chain is None]
+        """The name of each batch norm that is in none, and why."""
+        return [(norm.name, norm.reason or "") for norm in self.norms if norm.fused is None]
 
     def __str__(self) -> str:
         if not self.layers and not self.pools:
             return "nothing to convert: the model has no convolution layers and no pools"
         rows = [["layer", "kind", "served by", ""]]
-        chains = self.chains
+        fused = self.fused_by_conv
         for layer in self.layers:
-            chain = chains.get(layer.name)
-            reason = layer.reason or (chain.reason if chain else None)
-            name = chain.chain if chain else layer.name
+            norm = fused.get(layer.name)
+            reason = layer.reason or (norm.reason if norm else None)
+            name = norm.fused if norm else layer.name
             rows.append([name or "(the model)", layer.kind, "PyTorch" if layer.reason else "fastconv", reason or ""])
         for pool in self.pools:
             by = "PyTorch" if pool.reason else "fastconv"
             rows.append([pool.name or "(the model)", pool.kind, by, pool.reason or ""])
-        rows += [[norm.name, norm.kind, "PyTorch", norm.reason or ""] for norm in self.norms if norm.chain is None]
+        rows += [[norm.name, norm.kind, "PyTorch", norm.reason or ""] for norm in self.norms if norm.fused is None]
         return "\n".join((table(rows), *self.notes, self.summary))
 
     @property
@@ -83,9 +83,9 @@ class Report:
         return (_BACKEND,) if any(norm.untraceable for norm in self.norms) else ()
 
     @property
-    def chains(self) -> dict[str, Norm]:
+    def fused_by_conv(self) -> dict[str, Norm]:
         """The batch norm that is fused into a convolution layer, by the layer's name."""
-        return {norm.conv: norm for norm in self.norms if norm.chain and norm.conv is not None}
+        return {norm.conv: norm for norm in self.norms if norm.fused and norm.conv is not None}
 
     @property
     def summary(self) -> str:
@@ -101,10 +101,9 @@ class Report:
 
 
 def report(model: torch.nn.Module) -> Report:
-    """Which convolution layers and pools of ``model`` are fastconv's and which batch norms are fused; which are not,
-    and why.
+    """Which convolution layers and pools of ``model`` are fastconv's, which batch norms are fused, and why not.
 
-    Each once, by its first name.
+    Each is listed once, by its first name. Raises TypeError if ``model`` is no torch.nn.Module.
     """
     return Report(_layers(convolutions(model)), tuple(norms(model)), pools=_layers(pools(model)))
 
@@ -121,7 +120,7 @@ def _layers(found: Iterable[tuple[str, torch.nn.Module]]) -> tuple[Layer, ...]:
 
 
 def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The layers of ``model`` that are convolutions, whoever computes them."""
+    """The convolution layers of ``model``, whoever computes them."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -130,24 +129,24 @@ def convolutions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
 
 
 def pools(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The layers of ``model`` that are pools of torch.nn's that fastconv has too, whoever computes them."""
+    """The pools of ``model`` that fastconv has too, whoever computes them."""
     for name, module in model.named_modules():
         if isinstance(module, _POOLS) or kind(module) in _SCRIPTED_POOLS:
             yield name, module
 
 
 def is_converted(layer: torch.nn.Module) -> bool:
-    """Whether it is one of fastconv's layers."""
+    """Whether ``layer`` is fastconv's."""
     return isinstance(layer, tuple(THEIRS))
 
 
 def kind(layer: torch.nn.Module) -> str:
-    """The name of a layer's class; of a scripted or traced one, of the class it was made from."""
+    """The name of a layer's class; a scripted or traced layer has that of the class it was made from."""
     return getattr(layer, "original_name", None) or type(layer).__name__
 
 
 def why_not_converted(layer: torch.nn.Module) -> str | None:
-    """Why ``convert`` leaves a convolution layer or a pool alone; None for what is fastconv's or can become so."""
+    """Why ``convert`` leaves a convolution layer or a pool as it is; None: it is fastconv's, or can become so."""
     if isinstance(layer, torch.jit.ScriptModule):
         return "scripted"
     if _quantised(layer):
@@ -172,13 +171,13 @@ def why_not_converted(layer: torch.nn.Module) -> str | None:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of as many cells each, as aligned text."""
+    """Rows of equally many cells as aligned text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _quantised(module: torch.nn.Module) -> bool:
-    """Whether it is one of ``torch.ao.nn``'s convolutions, told by name, so that the package is not imported."""
+    """Whether ``module`` is a convolution of ``torch.ao.nn``, told by name so that the package is not imported."""
     return any(
         base.__module__.startswith("torch.ao.nn.") and "conv" in base.__module__ for base in type(module).__mro__
     )

@@ -28,13 +28,13 @@ def activation(args: tuple[Any, ...]) -> str | None:
 def fused_calls(note: Note = activation) -> Iterator[list[Any]]:
     """``note`` of the arguments of each fused call of nn's."""
     made: list[Any] = []
-    fused = ours.fused.conv_norm_act
+    fused = ours.fused_call.conv_norm_act
 
     def noted(*args: Any) -> Tensor:
         made.append(note(args))
         return fused(*args)
 
-    with mock.patch.object(ours.fused, "conv_norm_act", noted):
+    with mock.patch.object(ours.fused_call, "conv_norm_act", noted):
         yield made
 
 
@@ -42,7 +42,7 @@ def fused_calls(note: Note = activation) -> Iterator[list[Any]]:
 def fused_by_torch(note: Note = activation, float64: bool = False) -> Iterator[list[Any]]:
     """`fused_calls`, computed as where no kernel serves them, beside torch.nn.functional's convolutions; ``float64``:
     as if it were served."""
-    fused, served = ours.fused.conv_norm_act, ours.fused.why_not_served
+    fused, served = ours.fused_call.conv_norm_act, ours.fused_call.why_not_served
     within: list[bool] = []
 
     def composed(*args: Any) -> Tensor:
@@ -58,11 +58,11 @@ def fused_by_torch(note: Note = activation, float64: bool = False) -> Iterator[l
         return served(x, torch.float32 if float64 and x.dtype is torch.float64 else dtype)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ours.fused, "conv_norm_act", composed))
-        for module in (ours.fused, functional_conv, conv_bn_act):
+        stack.enter_context(mock.patch.object(ours.fused_call, "conv_norm_act", composed))
+        for module in (ours.fused_call, functional_conv, conv_bn_act):
             stack.enter_context(mock.patch.object(module, "why_not_served", serves))
-        for layer, function in list(ours.fused._FUNCTIONS.items()):
+        for layer, function in list(ours.fused_call._FUNCTIONS.items()):
             theirs = getattr(F, function.__name__)
             stack.enter_context(mock.patch.object(functional, function.__name__, theirs))
-            stack.enter_context(mock.patch.dict(ours.fused._FUNCTIONS, {layer: theirs}))
+            stack.enter_context(mock.patch.dict(ours.fused_call._FUNCTIONS, {layer: theirs}))
         yield stack.enter_context(fused_calls(note))

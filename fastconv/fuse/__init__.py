@@ -1,13 +1,13 @@
-"""Finds chains of convolution -> batch norm (-> activation, residual) in a model, and makes each one call.
+"""Finds convolution -> batch norm (-> activation, residual) in a model, and makes each a fused layer: one call.
 
-No list of models: where a module's own forward calls a convolution and a batch norm, that forward alone is traced
-(``trace``), with every child a leaf. The chain's calls become one of ``run_chain`` with the same children, and the
-instance's ``__class__`` a subclass of its class with that forward. Parameters, names and children stay. What the
-forward decided by is compared at each call (``guards``); where it is not what it was, and for arguments of other
-kinds, the class's own forward runs.
+There is no list of models. If a module's own forward calls a convolution and a batch norm, that forward is traced
+(``trace``), with every child a leaf, and searched (``search``). A fused layer's calls become one of ``run_fused`` with
+the same children, and the instance's ``__class__`` a subclass of its class with that forward (``rewrite``). Parameters,
+names and children stay. What the forward decided by is compared at each call (``guards``); if it is not what it was,
+and for arguments of other kinds, the class's own forward runs.
 
-A chain whose result is its module's may go on in the module that calls it, as where a block adds its input to what a
-Sequential gives: that call becomes one of ``run_open``, which hands the steps on to the child's forward.
+A fused layer whose result is its module's may continue in the module that calls that one: a block adds its input to
+what a Sequential gives. That call becomes one of ``run_continued``, which hands the steps on to the child's forward.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastconv.fuse.chains import Chain, Studies, reach
+from fastconv.fuse.fused import FusedLayer
 from fastconv.fuse.rewrite import broken, fuse_module, fused_names
+from fastconv.fuse.search import Studies, reach
 from fastconv.fuse.stand_ins import class_of
-from fastconv.nn.fused import ConvBNAct, fusible, interference
+from fastconv.nn.fused import ConvBNAct
+from fastconv.nn.fused_call import steps_fusible, why_not_bypassed
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A batch norm of a model: the chain that computes it, or why it is computed on its own."""
+    """A batch norm of a model: the fused layer that computes it, or why it is computed on its own."""
 
     name: str
     kind: str
-    chain: str | None = None  # "layer1.0.conv1 + bn1 + relu"
+    fused: str | None = None  # "layer1.0.conv1 + bn1 + relu"
     conv: str | None = None  # the name of the convolution layer in it
-    reason: str | None = None  # with a chain: why it does not take the next call, if that is an activation or a sum
-    untraceable: bool = False  # whether the reason is what the forward that calls it does
+    reason: str | None = None  # if fused: why the layer does not take the next call, an activation or a sum
+    untraceable: bool = False  # the reason is what the forward that calls it does
 
 
 def fuse(model: torch.nn.Module, wanted: Callable[[torch.nn.Module, torch.nn.Module], bool]) -> None:
-    """Fuse, in place, the chains of ``model`` whose convolution and batch norm are ``wanted``."""
+    """Fuse, in place, those layers of ``model`` whose convolution and batch norm are ``wanted``."""
     studies = Studies()
     heads = {module: set(fused_names(module)) for module in model.modules()}
     for module, study in studies.of(model).items():
-        for chain in study.chains:
-            links = _links(module, chain, studies)
+        for layer in study.layers:
+            links = _links(module, layer, studies)
             conv, norm = _conv_and_norm(links)
-            if chain.steps and conv is not None and norm is not None and wanted(conv, norm):
+            if layer.steps and conv is not None and norm is not None and wanted(conv, norm):
                 for part, link in links:
                     heads[part].add(link.head)
     for module, names in heads.items():
@@ -60,14 +62,14 @@ def unfuse(model: torch.nn.Module) -> None:
 
 
 def norms(model: torch.nn.Module) -> Iterator[Norm]:
-    """Every batch norm of ``model``, once, with what is true of it now."""
+    """Every batch norm of ``model`` once, as it is computed now."""
     names = {module: name for name, module in model.named_modules()}
     found: dict[torch.nn.Module, Norm] = {}
     studies = Studies(as_fused=True)
-    for norm, chain, conv, reason in _findings(studies, model, names):
-        if norm not in found or (chain and not found[norm].chain):
+    for norm, fused, conv, reason in _findings(studies, model, names):
+        if norm not in found or (fused and not found[norm].fused):
             of_conv = None if conv is None else names.get(conv)
-            found[norm] = Norm(names[norm], type(norm).__name__, chain, of_conv, reason)
+            found[norm] = Norm(names[norm], type(norm).__name__, fused, of_conv, reason)
     for norm, reason in _untraceable(studies, model):
         found.setdefault(norm, Norm(names[norm], type(norm).__name__, reason=reason, untraceable=True))
     for module, name in names.items():
@@ -77,7 +79,7 @@ def norms(model: torch.nn.Module) -> Iterator[Norm]:
             )
 
 
-_Link = tuple[torch.nn.Module, Chain]
+_Link = tuple[torch.nn.Module, FusedLayer]
 _Finding = tuple[torch.nn.Module, "str | None", "torch.nn.Module | None", "str | None"]
 
 
@@ -91,70 +93,70 @@ def _child(module: torch.nn.Module, target: str) -> torch.nn.Module | None:
     return module
 
 
-def _links(module: torch.nn.Module, chain: Chain, studies: Studies) -> list[_Link]:
-    """The chains that make up ``chain`` of ``module``, from a convolution's on, each with the module that calls it;
-    none where the module that it goes on from is another now."""
-    if chain.of_conv:
-        return [(module, chain)]
-    child = _child(module, chain.head)
+def _links(module: torch.nn.Module, layer: FusedLayer, studies: Studies) -> list[_Link]:
+    """The fused layers that ``layer`` of ``module`` continues and itself, the one with the convolution first, each with
+    the module that calls it; none if a module that it continues is another now."""
+    if layer.of_conv:
+        return [(module, layer)]
+    child = _child(module, layer.head)
     end = None if child is None else studies[child].end
     links = [] if child is None or end is None else _links(child, end, studies)
-    return [*links, (module, chain)] if links else []
+    return [*links, (module, layer)] if links else []
 
 
 def _steps(links: list[_Link]) -> list[tuple[str, Any]]:
-    """What they do to the convolution's result, with the modules that do it."""
+    """What ``links`` do to the convolution's result, with the modules that do it."""
     return [
         (step.kind, _child(module, step.operand) if isinstance(step.operand, str) else step.operand)
-        for module, chain in links
-        for step in chain.steps
+        for module, layer in links
+        for step in layer.steps
     ]
 
 
 def _conv_and_norm(links: list[_Link]) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
     if not links:
         return None, None
-    module, chain = links[0]
-    return _child(module, chain.head), next((norm for kind, norm in _steps(links) if kind == "norm"), None)
+    module, layer = links[0]
+    return _child(module, layer.head), next((norm for kind, norm in _steps(links) if kind == "norm"), None)
 
 
 def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
-    """Batch norms, more than once perhaps, with chain and convolution, if any, and the reason; the best known first."""
-    # What goes on with the chain at the end of a module.
-    goes_on: dict[torch.nn.Module, _Link] = {}
-    unfused: list[_Finding] = []
+    """Batch norms, maybe several times, with fused layer, convolution and reason, if any; the best known first."""
+    # By a module that ends in a fused layer: what continues that.
+    continued_by: dict[torch.nn.Module, _Link] = {}
+    others: list[_Finding] = []
     found = studies.of(model) | {module: studies[module] for module in names if fused_names(module)}
     changed = {module: why for module in found if (why := broken(module)) is not None}
 
-    def is_fused(module: torch.nn.Module, chain: Chain) -> bool:
-        return module not in changed and (isinstance(module, ConvBNAct) or chain.head in fused_names(module))
+    def is_fused(module: torch.nn.Module, layer: FusedLayer) -> bool:
+        return module not in changed and (isinstance(module, ConvBNAct) or layer.head in fused_names(module))
 
     for module, study in found.items():
-        for chain in study.chains:
-            if not is_fused(module, chain):
-                conv, norm = _conv_and_norm(_links(module, chain, studies))
+        for layer in study.layers:
+            if not is_fused(module, layer):
+                conv, norm = _conv_and_norm(_links(module, layer, studies))
                 if isinstance(norm, _BatchNorm) and module in changed:
                     yield norm, None, conv, changed[module]
                 elif isinstance(norm, _BatchNorm):
-                    unfused.append((norm, None, conv, _against(conv)))
-            elif not chain.of_conv and (child := _child(module, chain.head)) is not None:
-                goes_on.setdefault(child, (module, chain))
+                    others.append((norm, None, conv, _why_not_fused(conv)))
+            elif not layer.of_conv and (child := _child(module, layer.head)) is not None:
+                continued_by.setdefault(child, (module, layer))
     for module, study in found.items():
-        for chain in study.chains:
-            if chain.of_conv and is_fused(module, chain):
-                links, hooked = [(module, chain)], None
-                while links[-1][1] is studies[links[-1][0]].end and links[-1][0] in goes_on and hooked is None:
-                    hooked = interference(links[-1][0])
-                    links += [] if hooked else [goes_on[links[-1][0]]]
+        for layer in study.layers:
+            if layer.of_conv and is_fused(module, layer):
+                links, hooked = [(module, layer)], None
+                while links[-1][1] is studies[links[-1][0]].end and links[-1][0] in continued_by and hooked is None:
+                    hooked = why_not_bypassed(links[-1][0])
+                    links += [] if hooked else [continued_by[links[-1][0]]]
                 yield from _finding(links, hooked, names)
-        for target, reason in study.apart.items():
+        for target, reason in study.unfused.items():
             if (norm := _child(module, target)) is not None:
                 yield norm, None, None, reason
-    yield from unfused
+    yield from others
 
 
 def _untraceable(studies: Studies, model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
-    """Batch norms, each with what the innermost module does that might have called it."""
+    """Batch norms, each with what the innermost module that might call it does."""
     found = studies.of(model)
     for module in reversed(found):
         for child in reach(module):
@@ -163,19 +165,19 @@ def _untraceable(studies: Studies, model: torch.nn.Module) -> Iterator[tuple[tor
 
 
 def _finding(links: list[_Link], hooked: str | None, names: dict[torch.nn.Module, str]) -> Iterator[_Finding]:
-    """The batch norm of a chain that is fused, as its modules are now."""
+    """The batch norm of a fused layer, as its modules are now."""
     conv, norm = _conv_and_norm(links)
     if isinstance(norm, _BatchNorm):
         steps = _steps(links)
-        end, reason = fusible(conv, tuple(steps))
-        labels = [step.label for _, chain in links for step in chain.steps][:end]
+        end, reason = steps_fusible(conv, tuple(steps))
+        labels = [step.label for _, layer in links for step in layer.steps][:end]
         if all(kind == "skip" for kind, _ in steps[end:]):
             reason = hooked or links[-1][1].ends
-        chain = " + ".join([names[conv], *(label for label in labels if label)]) if end and conv is not None else None
-        yield norm, chain, conv, reason
+        fused = " + ".join([names[conv], *(label for label in labels if label)]) if end and conv is not None else None
+        yield norm, fused, conv, reason
 
 
-def _against(conv: torch.nn.Module | None) -> str:
+def _why_not_fused(conv: torch.nn.Module | None) -> str:
     if conv is None:
         return "its convolution is gone"
     theirs = type(conv).__module__.startswith(("torch.nn.modules.", "fastconv.nn."))

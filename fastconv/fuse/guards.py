@@ -1,4 +1,4 @@
-"""What a fused forward rests on: expressions over its module that must still be true when it is called."""
+"""Guards of a fused forward: expressions over its module that must be true at each call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_constant(value: Any) -> bool:
 
 
 def is_constant_throughout(value: Any) -> bool:
-    """Whether ``value`` is one of Python's own containers, of constants and of such."""
+    """Whether ``value`` is one of Python's own containers, of constants and of containers of constants."""
     if type(value) not in CONTAINERS:
         return False
     parts = (*value.keys(), *value.values()) if type(value) is dict else value
@@ -30,19 +30,19 @@ def is_constant_throughout(value: Any) -> bool:
 
 
 def frozen(value: Any) -> Any:
-    """What compares equal to another value's only where types and order are the same too."""
+    """What compares equal to another value's only if types and order are the same too."""
     if type(value) is dict:
         return dict, tuple((frozen(key), frozen(item)) for key, item in value.items())
     if type(value) in CONTAINERS:
         return type(value), tuple(map(frozen, value))
-    # (0.0 and -0.0 compare equal.)
+    # 0.0 and -0.0 compare equal.
     return type(value), repr(value) if type(value) is float else value
 
 
 class Guards:
-    """Python expressions with ``self`` in them that are true of a module, each with what is to be said where it is not.
+    """Python expressions over ``self``, true of a module, each with what to say if it is not.
 
-    What is no literal in them has a name. ``key`` is equal for guards that mean the same.
+    Objects in them that are no literals have a name. ``key`` is equal for guards that mean the same.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Guards:
         self.tests.setdefault(f"({test})", otherwise)
 
     def is_still(self, path: str, value: Any, shown: str) -> None:
-        """Require that the expression ``path`` is the constant ``value``, or such a container of constants."""
+        """Require that the expression ``path`` is ``value``, a constant or a container of constants."""
         if value is None or isinstance(value, bool):
             test = f"{path} is {value}"
         elif type(value) is float and value and math.isfinite(value):
@@ -90,7 +90,7 @@ class Guards:
         return {**self._objects, **self._values}
 
     def compile(self) -> Callable[[Any], bool]:
-        """What tells of a module whether all hold."""
+        """The function that tells whether all hold for a module."""
         space = self._space
         exec(f"def holds(self):\n    return {' and '.join(self.tests) or True}", space)
         holds = space["holds"]
@@ -106,7 +106,7 @@ class Guards:
         return hold
 
     def broken(self, module: Any) -> str | None:
-        """What is to be said of the first that does not hold."""
+        """What to say of the first that does not hold; None: all hold."""
         space = self._space
         for test, otherwise in self.tests.items():
             try:

@@ -1,4 +1,4 @@
-"""Gives a module a class whose forward is its own forward's graph with each chain as one call."""
+"""Gives a module a class whose forward is the graph of its own forward, with each fused layer as one call."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import torch
 from torch.fx import Node
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastconv.fuse.chains import Chain, Step, Studies, Study, found_in
+from fastconv.fuse.fused import FusedLayer, Step
 from fastconv.fuse.guards import Guards
+from fastconv.fuse.search import Studies, Study, found_in
 from fastconv.fuse.stand_ins import class_of, path_of
 from fastconv.fuse.trace import Kinds, Trace, parameters
-from fastconv.nn.fused import Steps, interference, run_chain, run_open, take
+from fastconv.nn.fused_call import Steps, run_continued, run_fused, run_steps, why_not_bypassed
 
 
 def broken(module: torch.nn.Module) -> str | None:
-    """Why ``module``'s own forward runs and not the fused one, in the mode that it is in; None where that does."""
+    """Why ``module``'s own forward runs and not the fused one, in the mode that it is in; None: the fused one runs."""
     if "forward" in vars(module):
         return f"a forward of its own on its {type(module).__name__}"
     study = found_in(module)
@@ -38,29 +39,29 @@ def broken(module: torch.nn.Module) -> str | None:
 
 
 def fused_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The heads of the chains that are one call in ``module``'s forward."""
+    """The heads of the fused layers in ``module``'s forward."""
     return type(module).__dict__.get("_fastconv_names", ())
 
 
 def fuse_module(module: torch.nn.Module, found: Study, names: Iterable[str]) -> None:
-    """Make those of the chains ``found`` one call whose head is among ``names``, and no other."""
+    """Fuse those layers of ``found`` whose head is among ``names``, and no others."""
     wanted = set(names)
-    chosen = tuple(chain.head for chain in found.chains if chain.head in wanted)
+    chosen = tuple(layer.head for layer in found.layers if layer.head in wanted)
     original = class_of(module)
     if not chosen:
         module.__class__ = original
         return
     sources = tuple(
-        (which, _rewrite(traced, [chain for chain in chains if chain.head in chosen]))
-        for which, (traced, chains) in found.traces.items()
+        (which, _rewrite(traced, [layer for layer in layers if layer.head in chosen]))
+        for which, (traced, layers) in found.traces.items()
     )
     module.__class__ = kind = _fused_class(original, chosen, sources, _Found(found))
-    # (It may have been patched, and the patch been taken back elsewhere.)
+    # A patch of it may have been taken back on another class.
     type.__setattr__(kind, "forward", kind._fastconv_forward)
 
 
 class _Found:
-    """What was found in a module when it was fused: the same for all of a class, so that it is none of its key."""
+    """What was found in a module when it was fused: the same for a class's modules, so no part of the key."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -73,8 +74,8 @@ class _Found:
 
 
 def _subclass(original: Any, body: dict[str, Any]) -> Any:
-    """A class that gives itself out for ``original``, also to who patches it, and of which no code of the user's that
-    looks at new classes hears."""
+    """A class that looks like ``original``, also to code that patches it. No ``__init_subclass__`` or metaclass of the
+    user's is told of it."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind: Any = type(original)
     make: Any = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
@@ -88,8 +89,8 @@ def _subclass(original: Any, body: dict[str, Any]) -> Any:
 
 @cache
 def _seen_through(kind: Any) -> Any:
-    """A class of classes: what is set on one of them is set on the class behind it. (But what is set on a class that
-    somebody derives from one of them stays there.)"""
+    """A class of classes: what is set on one of them is set on the class behind it; what is set on a class that
+    somebody derives from one stays there."""
 
     def behind(cls: Any) -> Any:
         return vars(cls).get("_fastconv_original", cls)
@@ -97,7 +98,8 @@ def _seen_through(kind: Any) -> Any:
     def __setattr__(cls: Any, name: str, value: Any) -> None:
         if behind(cls) is not cls and name == "forward":
             ours = cls._fastconv_forward
-            # Whoever finds ours here wraps it, or puts it back in the end; the next finds what the first has set.
+            # A patch wraps the forward that it finds, ours, and puts it back in the end; a second patch finds the
+            # first.
             if value is ours:
                 type.__setattr__(cls, name, ours)
                 value = ours.__wrapped__
@@ -117,7 +119,7 @@ class _Source:
 
     text: str
     meaning: tuple[Any, ...]
-    goes_on: bool  # whether it takes further steps as its last argument
+    continues: bool  # it takes further steps as its last argument
     guards: Guards = field(compare=False)
     globals: dict[str, Any] = field(compare=False)
 
@@ -143,8 +145,8 @@ class _Constant:
         return self.name
 
 
-def _rewrite(traced: Trace, chains: list[Chain]) -> _Source:
-    """Put one call of ``run_chain`` or ``run_open`` in the place of each chain's calls; the code of the result."""
+def _rewrite(traced: Trace, layers: list[FusedLayer]) -> _Source:
+    """The code of the graph with each fused layer's calls replaced by one of ``run_fused`` or ``run_continued``."""
     graph, guards = traced.graph, traced.guards
     constants: dict[str, torch.nn.Module] = {}
     calls: dict[Node, Node] = {}
@@ -154,42 +156,42 @@ def _rewrite(traced: Trace, chains: list[Chain]) -> _Source:
             name = f"fastconv_act_{len(constants)}"
             constants[name] = step.operand
             return _Constant(name)
-        # What is added may be a chain's result.
+        # What is added may be another fused layer's result.
         return graph.get_attr(step.operand) if isinstance(step.operand, str) else calls.get(step.operand, step.operand)
 
-    nodes = [node for chain in chains for node in chain.nodes]
-    # Modules whose hooks would see that they are called by position, or in another order.
+    nodes = [node for layer in layers for node in layer.nodes]
+    # Modules whose hooks would see arguments by position instead of by name, or another order of calls.
     unhooked = {str(node.target) for node in nodes if node.op == "call_module" and node.kwargs}
-    for target in sorted(unhooked.union(*(chain.passed for chain in chains))):
+    for target in sorted(unhooked.union(*(layer.passed for layer in layers))):
         guards.require(f"{guards.name(_is_unhooked)}({path_of(target)})", f"a hook on {target}")
-    goes_on = False
-    for chain in chains:
-        first, last = chain.nodes[0], chain.nodes[-1]
+    continues = False
+    for layer in layers:
+        first, last = layer.nodes[0], layer.nodes[-1]
         with graph.inserting_after(last):
-            call = graph.call_function(run_chain if chain.of_conv else run_open)
+            call = graph.call_function(run_fused if layer.of_conv else run_continued)
         with graph.inserting_before(call):
-            head = graph.get_attr(chain.head)
-            steps = tuple((step.kind, operand(step)) for step in chain.steps)
-        call.args = (*first.args, *first.kwargs.values(), head, steps) if chain.of_conv else (head, first.args, steps)
-        if chain.is_result:
-            goes_on = True
+            head = graph.get_attr(layer.head)
+            steps = tuple((step.kind, operand(step)) for step in layer.steps)
+        call.args = (*first.args, *first.kwargs.values(), head, steps) if layer.of_conv else (head, first.args, steps)
+        if layer.is_result:
+            continues = True
             with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
                 call.args = (*call.args, graph.placeholder("fastconv_tail", default_value=()))
         last.replace_all_uses_with(call)
         calls[last] = call
-        for node in reversed(chain.nodes):
+        for node in reversed(layer.nodes):
             graph.erase_node(node)
     code = graph.python_code("self")
     meaning = *((name, id(value)) for name, value in code.globals.items()), guards.key
     meaning += tuple((name, repr(value), repr(value.forward)) for name, value in constants.items())
-    return _Source(code.src, meaning, goes_on, guards, {**code.globals, **constants})
+    return _Source(code.src, meaning, continues, guards, {**code.globals, **constants})
 
 
 def _is_unhooked(module: torch.nn.Module) -> bool:
-    return not _has_any_global_hook() and interference(module) is None
+    return not _has_any_global_hook() and why_not_bypassed(module) is None
 
 
-# (As many as a program may have kinds of blocks, and not as many as it may make models.)
+# The size bounds the kinds of blocks in a program, not its models.
 @lru_cache(maxsize=1024)
 def _fused_class(
     original: Any,
@@ -197,15 +199,15 @@ def _fused_class(
     sources: tuple[tuple[tuple[bool, Kinds], _Source], ...],
     found: _Found,
 ) -> Any:
-    """The subclass of ``original`` whose forward is ``sources`` where they apply, and ``original``'s elsewhere."""
-    compiled = {source: (source.guards.compile(), source.compile(), source.goes_on) for _, source in sources}
+    """The subclass of ``original`` whose forward is the one of ``sources`` that applies, else ``original``'s."""
+    compiled = {source: (source.guards.compile(), source.compile(), source.continues) for _, source in sources}
     forwards = {which: compiled[source] for which, source in sources}
-    # Each with the forwards of eval and of training.
+    # Kinds of arguments, with the forwards of eval and of training.
     called_with = [(kinds, (forwards[False, kinds], fused)) for (trains, kinds), fused in forwards.items() if trains]
     required, optional = parameters(original.forward)
 
     def chosen(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, tuple[Any, ...]]:
-        """The fused forward for such a call or None, whether it goes on, and its arguments."""
+        """The fused forward for this call or None, whether it continues, and its arguments."""
         if kwargs:
             given = [*required, *optional][len(args) : len(args) + len(kwargs)]
             if set(given) != set(kwargs):
@@ -215,8 +217,8 @@ def _fused_class(
             args = args[:-1]
         for kinds, fused in called_with:
             if len(args) == len(kinds) and all(map(isinstance, args, kinds)):
-                holds, forward, goes_on = fused[self.training]
-                return (forward, goes_on, args) if holds(self) else (None, False, args)
+                holds, forward, continues = fused[self.training]
+                return (forward, continues, args) if holds(self) else (None, False, args)
         return None, False, args
 
     own, within = original.forward, threading.local()
@@ -229,21 +231,21 @@ def _fused_class(
         is_own = vars(fused).get("forward") is forward and isinstance(self, fused)
         if original.forward is own or not is_own or getattr(within, "module", None) is self:
             return own(self, *args, **kwargs)
-        # Patched behind our back, and what it is patched with may call what it found here.
+        # The original was patched since, and the patch may call the forward that it found here.
         within.module, before = self, getattr(within, "module", None)
         try:
             return original.forward(self, *args, **kwargs)
         finally:
             within.module = before
 
-    def go_on(self: Any, args: tuple[Any, ...], steps: Steps) -> Any:
-        run, goes_on, given = chosen(self, args, {})
-        return run(self, *given, steps) if goes_on else take(forward(self, *args), steps)
+    def continued(self: Any, args: tuple[Any, ...], steps: Steps) -> Any:
+        run, continues, given = chosen(self, args, {})
+        return run(self, *given, steps) if continues else run_steps(forward(self, *args), steps)
 
-    forward.go_on = go_on  # type: ignore[attr-defined]
+    forward.continued = continued  # type: ignore[attr-defined]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        # A new one, as a slice of a Sequential is, has children of its own.
+        # A new instance, as a slice of a Sequential is, has children of its own.
         if type(self) is fused:
             self.__class__ = original
         original.__init__(self, *args, **kwargs)
@@ -268,7 +270,7 @@ def _fused_class(
         "__init__": __init__,
         "__reduce_ex__": __reduce_ex__,
     }
-    # As copy does where a class says nothing of it. (One that is parametrised since refuses to be pickled.)
+    # As copy does for a class without these methods; a parametrised module refuses to be pickled.
     says = (getattr(original, name, None) for name in ("__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__"))
     if tuple(says) == (object.__reduce_ex__, object.__reduce__, getattr(object, "__getstate__", None), None):
         body["__deepcopy__"] = __deepcopy__
@@ -277,10 +279,10 @@ def _fused_class(
 
 
 def restore(original: Any, names: tuple[str, ...]) -> torch.nn.Module:
-    """What a pickle of a fused module calls: an instance that, once it has its state, is fused again."""
+    """What a pickle of a fused module calls: an instance that is fused again once it has its state."""
     module = original.__new__(original)
     module.__class__ = unfinished = _unfinished(original, names)
-    # For torch.load(weights_only=True), which has taken ``original`` to be safe if it comes here. Each time, as its
+    # For torch.load(weights_only=True), which held ``original`` to be safe if it called this. Added each time: torch's
     # context managers forget what was added inside them.
     known_as = ".".join(("fastconv.fuse", original.__module__, original.__qualname__, *names))
     torch.serialization.add_safe_globals([(unfinished, known_as)])

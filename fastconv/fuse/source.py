@@ -1,9 +1,9 @@
-"""A function's code with everything that it reaches for beside its own variables made a question to somebody.
+"""Rewrites a function's source so that whatever it reaches for beside its own variables is a question to the caller.
 
-A forward is to be run on stand-ins, and none of its side effects may happen. So it is not run as it is but from its
-source, rewritten: attributes, calls, items, ``is`` and in-place operators become calls of functions of the
-caller's, which answer or refuse; names that are no local variables are looked up in the globals that the caller gives.
-What is left is Python's own control flow on local variables.
+A forward runs on stand-ins, and none of its side effects may happen. So its source is rewritten: attributes, calls,
+items, ``is`` and in-place operators become calls of functions of the caller's, which answer or refuse, and names that
+are no local variables are looked up in the globals that the caller gives. What is left is Python's own control flow on
+local variables.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# Names that no program has: whoever runs the code puts a function under each.
+# Names that no program has; the caller puts a function under each.
 ATTRIBUTE, ATTRIBUTES, ITEM, ITEMS = "@attribute", "@attributes", "@item", "@items"
 CALL, NAME, SUPER, IS, IN_PLACE, TEXT, REMAINDER, SLICE, UNPACK, REFUSE = (
     *("@call", "@name", "@super", "@is", "@in_place", "@text", "@remainder", "@slice", "@unpack", "@refuse"),
 )
 
-# What is run as it stands, but for its parts.
+# Statements and expressions that stay as they are, except their parts.
 _STATEMENTS = (
     *(ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.If, ast.For, ast.While, ast.Pass),
     *(ast.Break, ast.Continue, ast.Assert, ast.Delete, ast.FunctionDef),
@@ -43,12 +43,12 @@ _REFUSED: dict[type[ast.AST], str] = {
 
 
 class SourceUnknown(Exception):
-    """Why a function's source is not to be had."""
+    """Why a function's source cannot be had."""
 
 
 @lru_cache(maxsize=16)
 def _definitions(filename: str, text: str) -> tuple[list[CodeType], list[ast.FunctionDef | ast.Lambda]]:
-    """All functions in a file: compiled, and as they are written, each with the name of the class around it."""
+    """All functions in a file: their code, and their syntax trees with the name of the class around each."""
     tree = ast.parse(text)
 
     def inside(code: CodeType) -> Iterator[CodeType]:
@@ -69,7 +69,7 @@ def _definitions(filename: str, text: str) -> tuple[list[CodeType], list[ast.Fun
 
 
 def _definition(function: FunctionType) -> ast.FunctionDef | ast.Lambda:
-    """Where ``function`` is written; its source must compile to its code, lest it has changed since."""
+    """The syntax tree of ``function``, whose source must compile to its code: the file may have changed since."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
     try:
@@ -105,12 +105,12 @@ def _name(node: ast.FunctionDef | ast.Lambda) -> str:
     return node.name if isinstance(node, ast.FunctionDef) else "<lambda>"
 
 
-# (For as long as the functions are there.)
+# As long as the functions exist.
 _rewritten: WeakKeyDictionary[CodeType, CodeType] = WeakKeyDictionary()
 
 
 def rewritten(function: FunctionType) -> CodeType:
-    """The code of ``function``, with its free variables as globals. Raises SourceUnknown."""
+    """The rewritten code of ``function``, its free variables globals. Raises SourceUnknown."""
     if function.__code__ not in _rewritten:
         node = copy.deepcopy(_definition(function))
         if any(isinstance(part, ast.Yield | ast.YieldFrom | ast.Await) for part in ast.walk(node)):
@@ -143,8 +143,7 @@ def _ask(name: str, *args: ast.expr) -> ast.Call:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """``first``: the function's first argument, of which ``super()`` speaks; ``kind``: the name of the class that
-    private names are of."""
+    """``first``: the function's first argument, for ``super()``; ``kind``: the name of the class, for private names."""
 
     def __init__(self, first: str | None, kind: str) -> None:
         self.first, self.kind = first, kind
@@ -207,7 +206,7 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        # (The target is read and set, each from its own expression.)
+        # The target is evaluated twice, to be read and to be set.
         if any(isinstance(part, ast.Call | ast.NamedExpr) for part in ast.walk(node.target)):
             refused = ast.Expr(_ask(REFUSE, ast.Constant("changes in place what a call gives")))
             return ast.copy_location(refused, node)
@@ -225,7 +224,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        # (Of a string it writes down what values are.)
+        # A string's % writes values as text.
         return _ask(REMAINDER, node.left, node.right) if isinstance(node.op, ast.Mod) else node
 
     def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.AST:

@@ -1,4 +1,4 @@
-"""What a forward that is traced gets in the place of tensors and of what it reaches by a path.
+"""What a traced forward gets in the place of tensors and of what it reaches by a path.
 
 Each answers what the tracer allows, through Python's own operators, and raises Untraceable on all else.
 """
@@ -30,7 +30,7 @@ def class_of(module: torch.nn.Module) -> Any:
 
 
 def is_sequential(module: torch.nn.Module) -> bool:
-    """Whether its forward is torch.nn.Sequential's."""
+    """Whether the forward of ``module`` is torch.nn.Sequential's."""
     return getattr(class_of(module), "forward", None) is torch.nn.Sequential.forward
 
 
@@ -40,9 +40,9 @@ def path_of(target: str) -> str:
 
 
 class Value(Proxy):
-    """Stands for a tensor or a list, or, where ``kind`` is None, for what it may not be asked.
+    """Stands for a value of type ``kind``, a tensor or a list; None: the type may not be asked.
 
-    ``made_by``: of a module's result, that module, and what it was called with.
+    ``made_by``: the module whose result it is, and the arguments of that call.
     """
 
     kind: type | None
@@ -64,7 +64,7 @@ class Value(Proxy):
 
 
 def unpacked(values: Any, count: int) -> tuple[Any, ...]:
-    """``values`` as what they are assigned to: ``count`` names."""
+    """``values`` for an assignment to ``count`` names."""
     parts = tuple(values)
     if len(parts) != count:
         raise ValueError(f"cannot unpack {len(parts)} values into {count} names")
@@ -79,15 +79,14 @@ class Part(Attribute):
 
 
 class Gone:
-    """Takes the place of what was in a list or the like that the forward has handed on to a module, for who still goes
-    through it."""
+    """Takes the place of the items of a list or dict that the forward has handed to a module."""
 
 
 class Reference:
-    """Stands for what the forward has reached by a path and is no constant: a module, an object, a function, a class.
+    """Stands for what the forward reaches by a path and is no constant: a module, an object, a function, a class.
 
-    ``path`` is an expression in guards, ``shown`` the same for a reader; ``target``: a module's name under the one that
-    is traced; ``receiver``: of a method, what it is a method of.
+    ``path`` is an expression in guards, ``shown`` the same for a reader; ``target``: a module's name under the traced
+    one; ``receiver``: the object that a method is bound to.
     """
 
     __slots__ = ("path", "receiver", "shown", "target", "tracer", "value")
@@ -109,7 +108,7 @@ class Reference:
         return True
 
     def is_one(self, constant: Any) -> bool:
-        """False: it is not None, True, False or the like; nor may it be at each call."""
+        """False, and required at each call: it is not ``constant``, that is None, True, False or the like."""
         guards = self.tracer.guards
         guards.require(f"{self.path} is not {guards.name(constant)}", f"{self.shown} is {constant!r} now")
         return False
@@ -159,7 +158,7 @@ class Reference:
         return self.children()
 
     def children(self) -> dict[str, Any]:
-        """By name; requires that no others are there at each call, in this order."""
+        """The children by name; requires the same names in the same order at each call."""
         modules = self.value._modules
         test = f"tuple({self.path}._modules) == {tuple(modules)!r}"
         self.tracer.guards.require(test, f"{self.shown} has other children now")
@@ -176,8 +175,7 @@ class Reference:
 
 
 class Names(dict[str, Any]):
-    """The globals of rewritten code: the answers to what it asks, and ``function``'s own names, looked up as they are
-    read."""
+    """The globals of rewritten code: the answers to its questions, and ``function``'s own names, looked up late."""
 
     def __init__(self, tracer: Any, function: FunctionType) -> None:
         super().__init__(tracer.answers, **{source.SUPER: lambda *first: tracer.parent(function, *first)})
@@ -210,7 +208,7 @@ class Parent:
 
 
 class NotSet:
-    """Takes the place of what the forward sets an attribute of, or an item."""
+    """Takes the place of an object whose attribute or item the forward sets."""
 
     def __init__(self, of: str) -> None:
         self.of = of

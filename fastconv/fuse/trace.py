@@ -1,10 +1,10 @@
-"""The graph of one module's own forward, with every child a leaf, and what the forward must find again to be that.
+"""The graph of one module's own forward, with every child a leaf, and the guards under which it stays that graph.
 
-The forward is run once on stand-ins for its arguments, from its source (`fastconv.fuse.source`), so that nothing
-happens that is not allowed here. It may call its own modules, tensors' methods and torch's functions on its tensors,
-Python's pure functions, and functions of the user's, which are run likewise. What it reads by a path, as in
-``self.config.flag``, is a guard (`fastconv.fuse.guards`): read again and compared at each call. Whatever else it does
-or reads raises Untraceable, and is left undone.
+The forward runs once on stand-ins for its arguments, from its source (`fastconv.fuse.source`), so that nothing happens
+that is not allowed here and in `fastconv.fuse.allowed`. It may call its own modules, tensors' methods and torch's
+functions on its tensors, Python's pure functions, and functions of the user's, which are run likewise. What it reads by
+a path, as in ``self.config.flag``, is a guard (`fastconv.fuse.guards`): read again and compared at each call. Whatever
+else it does or reads raises Untraceable, and is left undone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import inspect
 import math
 import operator
-from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import takewhile
@@ -24,47 +23,40 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse import source
+from fastconv.fuse.allowed import (
+    ANSWER_TRULY,
+    ARITHMETIC,
+    CONTAINERS_CODE,
+    GIVE_TENSORS,
+    JOIN,
+    MISSING,
+    OWN,
+    PURE,
+    READING,
+    STATES,
+    TORCH,
+    WRITING,
+    are_distinct,
+    forward_of,
+    holds_value,
+    in_classes,
+    is_argument,
+    is_of,
+    is_single,
+    is_torchs,
+    kind_of,
+)
 from fastconv.fuse.guards import CONTAINERS, Guards, is_constant, is_constant_throughout
 from fastconv.fuse.stand_ins import Gone, Names, NotSet, Parent, Part, Reference, Untraceable, Value, class_of, unpacked
-
-# torch.nn's modules whose result is a tensor whatever they are called with.
-_GIVE_TENSORS = (
-    *(torch.nn.modules.conv._ConvNd, _BatchNorm, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm),
-    *(torch.nn.ReLU, torch.nn.Hardtanh, torch.nn.SiLU, torch.nn.GELU, torch.nn.Sigmoid, torch.nn.Hardswish),
-    *(torch.nn.AvgPool2d, torch.nn.AdaptiveAvgPool2d, torch.nn.Flatten, torch.nn.Dropout),
-)
-# The forwards of its containers, and no others of torch's, are run like the user's.
-_CONTAINERS_CODE = torch.nn.Sequential.__module__
-# Functions of Python's that do nothing but compute, from what they are given.
-_PURE = {
-    id(function): function
-    for function in (
-        *(len, range, zip, enumerate, reversed, sorted, min, max, sum, abs, any, all, int, float, bool, round, divmod),
-        *(map, filter, slice, list, tuple, dict, set, frozenset, OrderedDict, complex, pow),
-    )
-}
-# Those that write down what they are given.
-_WRITING = {id(function): function for function in (str, repr, format)}
-# Of containers and strings, the methods that change nothing.
-_READING = frozenset({"copy", "count", "get", "index", "items", "keys", "values"})
-# What torch answers according to who runs the forward.
-_STATES = (torch.jit.is_scripting, torch.jit.is_tracing)
-
-
-def _forward_of(module: torch.nn.Module) -> Any:
-    """What ``module.forward`` would be a method of if nothing were fused."""
-    return vars(module).get("forward", getattr(class_of(module), "forward", None))
-
 
 Kinds = tuple[type, ...]
 
 
 def parameters(forward: Callable[..., Any]) -> tuple[list[str], list[str]]:
-    """The names of a forward's positional parameters but for self: those without a default, and next those of None.
-    Raises Untraceable."""
+    """The names of a forward's positional parameters after self: those without a default, and the next whose default is
+    None. Raises Untraceable."""
     if not isinstance(forward, FunctionType):
         raise Untraceable("is no function of Python's")
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -74,7 +66,7 @@ def parameters(forward: Callable[..., Any]) -> tuple[list[str], list[str]]:
 
 
 class Trace:
-    """``graph``, the ``guards`` under which it is what the forward does, and whether this ``asks`` what it is given."""
+    """``graph``, the ``guards`` under which the forward does that, and whether it ``asks`` for its arguments' types."""
 
     def __init__(self, graph: Graph, guards: Guards, asks: bool) -> None:
         self.graph, self.guards, self.asks = graph, guards, asks
@@ -83,9 +75,11 @@ class Trace:
 def trace(
     module: torch.nn.Module, training: bool, kinds: Kinds, sets_nothing: Callable[[torch.nn.Module], bool]
 ) -> Trace:
-    """What ``module``'s forward does in training or in eval, given such arguments by position (Tensor or list each) and
-    no others; ``sets_nothing`` tells of a module whether a call leaves all attributes as they are. Raises Untraceable;
-    nothing is changed."""
+    """What ``module``'s forward does in training or in eval, given arguments of ``kinds`` (Tensor or list) by position.
+
+    ``sets_nothing`` tells whether a call of a module leaves all attributes as they are. Raises Untraceable. Nothing is
+    changed.
+    """
     original = class_of(module)
     forward = original.forward
     if isinstance(inspect.getattr_static(original, "forward"), functools.partialmethod):
@@ -109,7 +103,7 @@ def trace(
 
 
 class _Tracer(GraphAppendingTracer):
-    """Answers what a forward asks for, and writes down the calls that it makes."""
+    """Answers a forward's questions, and writes down the calls that it makes."""
 
     def __init__(self, training: bool, sets_nothing: Callable[[torch.nn.Module], bool]) -> None:
         super().__init__(Graph())
@@ -154,7 +148,7 @@ class _Tracer(GraphAppendingTracer):
         raise Untraceable(f"hands on a {type(a).__name__}")
 
     def own(self, result: Any) -> None:
-        """Raise Untraceable where a container in ``result`` is not the forward's own."""
+        """Raise Untraceable if a container in ``result`` is not the forward's own."""
         if id(result) in self.lent:
             raise Untraceable(f"returns {self.lent[id(result)][1]}")
         if isinstance(result, list | tuple | dict):
@@ -184,7 +178,7 @@ class _Tracer(GraphAppendingTracer):
     # What is read
 
     def seen(self, value: Any, path: str, shown: str, owner: Reference | None = None) -> Any:
-        """``value``, read at ``path``, or what stands for it."""
+        """``value``, read at ``path``, or its stand-in."""
         if is_constant(value):
             self._must_be_settled(owner, shown)
             if owner is not None and shown.endswith(".training") and isinstance(owner.value, torch.nn.Module):
@@ -192,14 +186,16 @@ class _Tracer(GraphAppendingTracer):
             self.guards.is_still(path, value, shown)
             return value
         if is_constant_throughout(value):
-            self._must_be_settled(owner, shown, type(value) in _OWN)
+            self._must_be_settled(owner, shown, type(value) in OWN)
             self.guards.is_still(path, value, shown)
             return self._lend(value, shown)
         return Reference(self, value, path, shown)
 
     def _must_be_settled(self, owner: Reference | None, shown: str, may_change: bool = False) -> None:
-        """Raise Untraceable where a module that has been called may have set what is read: guards are before that.
-        (A module's own are set by itself and what holds it alone; what objects hold and what may change, by any.)"""
+        """Raise Untraceable if a module that has been called may have set what is read, since guards come before that.
+
+        A module's own attributes are set only by it and by what holds it; containers and others may be set by any.
+        """
         if owner is None:
             return
         for module in self.called:
@@ -212,7 +208,7 @@ class _Tracer(GraphAppendingTracer):
             self.guards.require(f"isinstance({module.path}, {kind})", f"{module.shown} is another module")
 
     def _lend(self, value: Any, shown: str) -> Any:
-        """A copy of a container of constants, which nobody may change."""
+        """A copy of a container of constants, which the forward may not change."""
         if type(value) is dict:
             lent: Any = {key: self._lend(item, shown) for key, item in value.items()}
         elif type(value) in CONTAINERS:
@@ -256,12 +252,12 @@ class _Tracer(GraphAppendingTracer):
                 return self.seen(vars(value)[name], path, shown)
             raise Untraceable(f"reads {shown}, which is not there")
         if isinstance(value, type):
-            raw = _in_classes(value.__mro__, name, shown)
+            raw = in_classes(value.__mro__, name, shown)
             return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown)
         kind = class_of(value) if isinstance(value, torch.nn.Module) else type(value)
         if kind.__getattribute__ not in (object.__getattribute__, SimpleNamespace.__getattribute__):
             raise Untraceable(f"reads {shown}, which its class finds in a way of its own")
-        raw = _in_classes(kind.__mro__, name, shown, _MISSING)
+        raw = in_classes(kind.__mro__, name, shown, MISSING)
         if isinstance(raw, property) and isinstance(raw.fget, FunctionType):
             self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(raw)}", f"{shown} is patched")
             return self.run(raw.fget, (owner,), {})
@@ -274,7 +270,7 @@ class _Tracer(GraphAppendingTracer):
             return self._of_instance(owner, own[name], path, shown, f"{owner.path}.__dict__[{name!r}]")
         if isinstance(raw, FunctionType):
             return Reference(self, raw, path, shown, receiver=owner)
-        if raw is not _MISSING:
+        if raw is not MISSING:
             return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown, owner)
         if isinstance(value, torch.nn.Module) and kind.__getattr__ is torch.nn.Module.__getattr__:
             if name in value._modules:
@@ -320,7 +316,7 @@ class _Tracer(GraphAppendingTracer):
 
     def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(function, FunctionType | Proxy):
-            # (One that the forward made, or a tensor's method.)
+            # A function that the forward made, or a tensor's method.
             return function(*args, **kwargs)
         if isinstance(function, BuiltinFunctionType) and type(function.__self__) in (*CONTAINERS, OrderedDict, str):
             return self._call_method(function, args, kwargs)
@@ -335,9 +331,9 @@ class _Tracer(GraphAppendingTracer):
             return self._call_partial(function, args, kwargs)
         if function.path != self.guards.name(value):
             self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
-        if id(value) in _PURE:
+        if id(value) in PURE:
             return value(*args, **kwargs)
-        if id(value) in _WRITING:
+        if id(value) in WRITING:
             return value(*map(self.text, args), **{name: self.text(arg) for name, arg in kwargs.items()})
         if value is torch.is_tensor:
             return self.is_instance(args[0], Reference(self, Tensor, self.guards.name(Tensor), "Tensor"))
@@ -346,22 +342,22 @@ class _Tracer(GraphAppendingTracer):
                 return answer(*args)
         if value is super and len(args) == 2 and all(isinstance(arg, Reference) for arg in args):
             return Parent(args[0].value, args[1])
-        if any(value is state for state in _STATES):
+        if any(value is state for state in STATES):
             answer, said = value(), f"{function.shown}() is not {value()} any more"
             self.guards.require(f"{self.guards.name(value)}() is {answer}", said)
             return answer
-        if _is_of(operator, value) or _is_of(math, value):
-            if any(type(arg) in _OWN for arg in args):
+        if is_of(operator, value) or is_of(math, value):
+            if any(type(arg) in OWN for arg in args):
                 raise Untraceable(f"calls {function.shown} with a {type(args[0]).__name__}")
-            if any(map(_holds_value, (args, kwargs))):
+            if any(map(holds_value, (args, kwargs))):
                 return self.create_proxy("call_function", value, args, kwargs)
             if all(map(is_constant, args)) and not kwargs:
                 return value(*args)
-        elif any(_is_of(module, value) for module in _TORCH):
-            if any(map(_holds_value, (args, kwargs))):
-                self.asked |= any(value is joins for joins in _JOIN) and _is_argument(*args[:1])
+        elif any(is_of(module, value) for module in TORCH):
+            if any(map(holds_value, (args, kwargs))):
+                self.asked |= any(value is joins for joins in JOIN) and is_argument(*args[:1])
                 return self.create_proxy("call_function", value, args, kwargs)
-        elif isinstance(value, FunctionType) and not _is_torchs(value):
+        elif isinstance(value, FunctionType) and not is_torchs(value):
             return self.run(value, args, kwargs)
         elif isinstance(value, type):
             raise Untraceable(f"makes a {value.__name__}")
@@ -375,11 +371,11 @@ class _Tracer(GraphAppendingTracer):
         return self.call(self.seen(value.func, f"{path}.func", shown), *first, *args, **{**named, **kwargs})
 
     def _call_method(self, method: Any, args: Any, kwargs: Any) -> Any:
-        """That of a container or a string."""
+        """Call a method of a container or a string."""
         owner = method.__self__
         if isinstance(owner, str):
             args, kwargs = tuple(map(self.text, args)), {name: self.text(arg) for name, arg in kwargs.items()}
-        elif id(owner) in self.lent and method.__name__ not in _READING:
+        elif id(owner) in self.lent and method.__name__ not in READING:
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
         return method(*args, **kwargs)
 
@@ -393,7 +389,7 @@ class _Tracer(GraphAppendingTracer):
         return Value(node, self, made_by=None if kwargs else (module, args))
 
     def _hand_over(self, given: Any) -> None:
-        """Let nobody read a container any more that a module is called with, which may change it."""
+        """Forbid reading a container that a module was called with, since that may change it."""
         if id(given) in self.lent:
             raise Untraceable(f"hands on {self.lent[id(given)][1]}")
         if not isinstance(given, list | tuple | dict):
@@ -409,7 +405,7 @@ class _Tracer(GraphAppendingTracer):
     def _call_bound(self, method: Reference, args: Any, kwargs: Any) -> Any:
         value, receiver = method.value, method.receiver
         if method.path and value.__name__ == "forward" and isinstance(receiver.value, torch.nn.Module):
-            test = f"{self.guards.name(_forward_of)}({receiver.path}) is {self.guards.name(value)}"
+            test = f"{self.guards.name(forward_of)}({receiver.path}) is {self.guards.name(value)}"
             self.guards.require(test, f"{method.shown} is patched")
         elif method.path:
             self.guards.require(f"{method.path}.__func__ is {self.guards.name(value)}", f"{method.shown} is patched")
@@ -420,15 +416,15 @@ class _Tracer(GraphAppendingTracer):
                 return list(children.items() if name == "named_children" else children.values())
             if value is getattr(torch.nn.ModuleDict, name, None) and name in ("items", "keys", "values"):
                 return list(getattr(receiver.children(), name)())
-        if _is_torchs(value) and value.__globals__["__name__"] != _CONTAINERS_CODE:
+        if is_torchs(value) and value.__globals__["__name__"] != CONTAINERS_CODE:
             raise Untraceable(f"calls {method.shown}")
         return self.run(value, (receiver, *args), kwargs)
 
     def _once_each(self, module: Reference) -> dict[str, Any]:
-        """Its children, of which none is there twice or None."""
-        if not _are_apart(module.value):
+        """The children of ``module``, none of which is there twice or None."""
+        if not are_distinct(module.value):
             raise Untraceable(f"goes through {module.shown}'s children, of which two are one or one is None")
-        test = f"{self.guards.name(_are_apart)}({module.path})"
+        test = f"{self.guards.name(are_distinct)}({module.path})"
         self.guards.require(test, f"two children of {module.shown} are one now, or one is None")
         return module.children()
 
@@ -440,7 +436,7 @@ class _Tracer(GraphAppendingTracer):
         kind = value.kind
         if kind is None and value.made_by is not None:
             kind = self._kind_given_by(*value.made_by)
-        elif kind is None and value.node.target in _ARITHMETIC and value.node.args[0] in self.values:
+        elif kind is None and value.node.target in ARITHMETIC and value.node.args[0] in self.values:
             kind = Tensor if self._kind_of(self.values[value.node.args[0]]) is Tensor else None
         if kind is None:
             raise Untraceable(f"asks what {value.node.name} is")
@@ -448,21 +444,21 @@ class _Tracer(GraphAppendingTracer):
         return kind
 
     def _kind_given_by(self, module: Reference, args: tuple[Any, ...]) -> type | None:
-        """Of what ``module`` gives, called with such as ``args``, as long as the guards hold that this adds."""
-        kind, forward = class_of(module.value), _forward_of(module.value)
+        """The type of what ``module`` gives for arguments like ``args``, as long as the guards hold that this adds."""
+        kind, forward = class_of(module.value), forward_of(module.value)
         self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
-        # (Only these hooks can put something else in the place of the result.)
+        # Only these hooks can replace the result.
         hooks = torch.nn.modules.module._global_forward_hooks
         self.guards.require(f"not {self.guards.name(hooks)}", "a hook on every module")
         unhooked = f"not {module.path}._forward_hooks and 'forward' not in {module.path}.__dict__"
         self.guards.require(unhooked, f"a hook or a forward of its own on {module.shown}")
-        if isinstance(module.value, _GIVE_TENSORS):
+        if isinstance(module.value, GIVE_TENSORS):
             return Tensor
         if not isinstance(forward, FunctionType):
             return None
         graph, self.graph = self.graph, Graph()
         try:
-            values = [arg if is_constant(arg) else self._argument(f"x{i}", _kind(arg)) for i, arg in enumerate(args)]
+            values = [arg if is_constant(arg) else self._argument(f"x{i}", kind_of(arg)) for i, arg in enumerate(args)]
             result = self._call_bound(
                 Reference(self, forward, "", f"{module.shown}.forward", receiver=module), values, {}
             )
@@ -477,15 +473,15 @@ class _Tracer(GraphAppendingTracer):
 
     def is_instance(self, value: Any, kinds: Any) -> bool:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        # (A class of classes may answer as it likes.)
-        if not all(isinstance(kind, Reference) and type(kind.value) in _ANSWER_TRULY for kind in kinds):
+        # A metaclass may answer as it likes.
+        if not all(isinstance(kind, Reference) and type(kind.value) in ANSWER_TRULY for kind in kinds):
             raise Untraceable("calls isinstance in a way that is not known")
         for kind in kinds:
             self.guards.require(f"{kind.path} is {self.guards.name(kind.value)}", f"{kind.shown} is another class now")
         classes = tuple(kind.value for kind in kinds)
         if isinstance(value, Proxy):
             kind = self._kind_of(value)
-            self.asked |= _is_argument(value)
+            self.asked |= is_argument(value)
             if not set(classes) <= {Tensor, list, tuple, dict, OrderedDict, set, str, int, float, bool}:
                 raise Untraceable(f"asks whether {value.node.name} is a {classes[0].__name__}")
             return issubclass(kind, classes)
@@ -520,14 +516,14 @@ class _Tracer(GraphAppendingTracer):
     def is_same(self, a: Any, b: Any) -> bool:
         if type(a) is type(b) and type(a) in (int, float, str):
             raise Untraceable("compares numbers or strings by identity")
-        if a is b or (_is_single(a) and _is_single(b)):
+        if a is b or (is_single(a) and is_single(b)):
             return a is b
         if isinstance(a, Reference) and isinstance(b, Reference):
             same = a.value is b.value
             self.guards.require(f"({a.path} is {b.path}) is {same}", f"{a.shown} is {b.shown} no more, or now")
             return same
         for value, other in ((a, b), (b, a)):
-            if not _is_single(other):
+            if not is_single(other):
                 continue
             if isinstance(value, Reference):
                 return value.is_one(other)
@@ -556,10 +552,10 @@ class _Tracer(GraphAppendingTracer):
     # What is changed
 
     def items(self, owner: Any) -> Any:
-        """``owner``, of which an item is set."""
+        """``owner``, whose item is set."""
         if id(owner) in self.lent:
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
-        if type(owner) in _OWN:
+        if type(owner) in OWN:
             return owner
         return NotSet(owner.shown if isinstance(owner, Reference) else "an item of a value")
 
@@ -572,58 +568,3 @@ class _Tracer(GraphAppendingTracer):
         if id(a) in self.lent:
             raise Untraceable(f"changes {self.lent[id(a)][1]}")
         return function(a, b)
-
-
-_MISSING = object()
-_OWN = (list, dict, set, OrderedDict)
-# Which want a list.
-_JOIN = (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack)
-_ANSWER_TRULY = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
-# Whose result is a tensor if the first operand is.
-_ARITHMETIC = (
-    *(operator.add, operator.sub, operator.mul, operator.truediv),
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
-)
-_TORCH = (torch, torch.nn.functional, torch._C._nn, torch.special, torch.fft, torch.linalg)
-
-
-def _is_single(value: Any) -> bool:
-    """Whether what equals the constant ``value`` is the same object."""
-    return value is None or value is ... or type(value) in (bool, torch.dtype, torch.layout, torch.memory_format)
-
-
-def _kind(value: Any) -> type | None:
-    return value.kind if type(value) is Value else None if isinstance(value, Proxy) else type(value)
-
-
-def _are_apart(module: torch.nn.Module) -> bool:
-    children = module._modules.values()
-    return None not in children and len(set(map(id, children))) == len(children)
-
-
-def _is_argument(*values: Any) -> bool:
-    return any(type(value) is Value and value.node.op == "placeholder" for value in values)
-
-
-def _is_of(module: ModuleType, function: Any) -> bool:
-    """Whether it is a function of ``module``'s, by its name."""
-    return getattr(module, getattr(function, "__name__", ""), None) is function and not isinstance(function, type)
-
-
-def _is_torchs(function: FunctionType) -> bool:
-    return str(function.__globals__.get("__name__")).split(".")[0] == "torch"
-
-
-def _in_classes(order: tuple[type, ...], name: str, shown: str, *default: Any) -> Any:
-    for kind in order:
-        if name in vars(kind):
-            return vars(kind)[name]
-    if default:
-        return default[0]
-    raise Untraceable(f"reads {shown}, which is not there")
-
-
-def _holds_value(args: Any) -> bool:
-    if isinstance(args, dict):
-        args = args.values()
-    return any(isinstance(arg, Proxy) or (type(arg) in (tuple, list, dict) and _holds_value(arg)) for arg in args)

@@ -59,8 +59,8 @@ def _look(memo: dict[type, Found], kind: type, points: list[Point]) -> str | Non
 
 def _points(kind: Any) -> Iterator[Point]:
     """What ``kind``'s forward runs; of fastconv's layers also what they run it instead of."""
-    # (What goes on with a chain is fastconv's, also on a user's class, and so is where functools.wraps copied it from.)
-    if _defining(kind, "forward").__module__.partition(".")[0] in _PACKAGES or hasattr(kind.forward, "go_on"):
+    # A forward that can be continued is fastconv's, on a user's class too, as is one that functools.wraps copied.
+    if _defining(kind, "forward").__module__.partition(".")[0] in _PACKAGES or hasattr(kind.forward, "continued"):
         yield from _method(kind, "forward")
         yield from _overridden(kind)
 

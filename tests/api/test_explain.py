@@ -390,7 +390,8 @@ def test_table_for_a_gpu(gpu) -> None:
     family = "pixels" if gpu.bulk else "gather"
     assert lines[3].split()[:2] == ["fprop", family] and f" conv_{family}" in lines[3] and " cost model " in lines[3]
     assert " us, bound by " in lines[3]
-    assert "depthwise: 64 input channels a group; grouped: one group; rows: 64 input channels; gemm: " in lines[3]
+    assert "depthwise: 64 input channels a group; grouped: one group; row_boxes: " in lines[3]
+    assert "; rows: 64 input channels; gemm: " in lines[3]
     wgrad = next(line for line in lines if line.split()[0] == "wgrad")
     assert (" conv_pixels_wgrad" if gpu.bulk else " conv_wgrad") in wgrad
     assert lines[-3:-1] == [f"planned for the {gpu.name}", "1 of 1 convolution layers on fastconv's kernels"]

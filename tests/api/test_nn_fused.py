@@ -14,6 +14,7 @@ from torch import Tensor
 import fastconv
 from convolutions import products_of
 from fastconv import nn
+from fastconv.activations import NAMED, activation_of
 from fastconv.kernels import mend
 from fastconv.kernels.launch import record
 
@@ -128,11 +129,8 @@ def test_its_children() -> None:
 
 
 def test_names_are_those_of_the_function() -> None:
-    from fastconv.activations import activation_of
-    from fastconv.nn.fused import _ACTIVATIONS
-
-    for name, module in _ACTIVATIONS.items():
-        assert activation_of(name) == activation_of(module())
+    for name, activation in NAMED.items():
+        assert activation_of(name) == activation_of(activation.module())
 
 
 @pytest.mark.parametrize("act", ["reul", ""])

@@ -14,11 +14,11 @@ from torch import Tensor
 import fastconv
 from convolutions import products_of
 from fastconv import nn
-from fastconv.activations import _MODULES
+from fastconv.activations import _FORMS
 from fastconv.kernels import mend
 from fastconv.kernels.launch import record
 from fastconv.nn import patches
-from fastconv.nn.fused import _FUNCTIONS, NORMS, SKIPPED
+from fastconv.nn.fused_call import _FUNCTIONS, NORMS, SKIPPED
 
 DEVICE = "cpu" if mend.interpreting() else "cuda"
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
@@ -157,7 +157,7 @@ def test_every_convolution_notices(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert layer(torch.rand(1, 2, *[4] * int(name[-2])).to(DEVICE)) == "patched"
 
 
-KINDS = [*_FUNCTIONS, *NORMS, *SKIPPED, *_MODULES, *(getattr(nn, name) for name in nn.__all__)]
+KINDS = [*_FUNCTIONS, *NORMS, *SKIPPED, *_FORMS, *(getattr(nn, name) for name in nn.__all__)]
 
 
 @pytest.mark.parametrize("kind", dict.fromkeys(KINDS), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
