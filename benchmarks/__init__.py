@@ -1,1 +1,1 @@
-"""What is measured: operators, the networks they are read off, and who runs them. How is in `fastconv.cli.measure`."""
+"""What is measured: `registry`, `layer_lists`, `networks`; how: `measure`, `checks`; how it is shown: `report`."""

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 import fastconv.functional
 from fastconv.autotune import SchemaError, schema
 from fastconv.benchmarks.calls import TENSORS, Operator, plain, read_off
-from fastconv.cli import BadUsage
-from fastconv.cli.models import Subject
+from fastconv.benchmarks.models import Subject
 from fastconv.measuring.clock import reason
 
 SCHEMA = "fastconv-layers/1"
@@ -63,21 +62,21 @@ def shipped() -> tuple[str, ...]:
 def find(name: str) -> LayerList:
     """The shipped list called ``name``, or the one in the file ``name``.
 
-    Raises BadUsage, with the file, the line and the field, where it is none.
+    Raises ValueError, with the file, the line and the field, where it is none.
     """
     return read(FOLDER / f"{name}.jsonl" if name in shipped() else Path(name))
 
 
 def read(path: Path) -> LayerList:
-    """The list in ``path``, every line checked. Raises BadUsage with the file, the line and the field."""
+    """The list in ``path``, every line checked. Raises ValueError with the file, the line and the field."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
     except OSError as error:
         why = f"{error.strerror}; those there are: {', '.join(shipped())}"
-        raise BadUsage(f"cannot read the layer list {path}: {why}") from error
+        raise ValueError(f"cannot read the layer list {path}: {why}") from error
     if len(data) > MAX_FILE:
-        raise BadUsage(f"cannot read the layer list {path}: over {MAX_FILE >> 20} MiB")
+        raise ValueError(f"cannot read the layer list {path}: over {MAX_FILE >> 20} MiB")
     lines = data.splitlines()
     calls: Counter[Operator] = Counter()
     header: dict[str, Any] = {}
@@ -93,20 +92,20 @@ def read(path: Path) -> LayerList:
                 operator, count = _call(fields)
                 calls[operator] += count
         except SchemaError as error:
-            raise BadUsage(str(error)) from error
+            raise ValueError(str(error)) from error
         except _Wrong as error:
-            raise BadUsage(f"{where}, {error}") from error
+            raise ValueError(f"{where}, {error}") from error
     if not calls:
-        raise BadUsage(f"{path}, line {len(lines) + 1}: no call of a convolution or a pool follows the header")
+        raise ValueError(f"{path}, line {len(lines) + 1}: no call of a convolution or a pool follows the header")
     return LayerList(header["network"], tuple(header["image"]), calls)
 
 
 def of(subject: Subject) -> LayerList:
-    """The list of a user's network, for the batch it is given. Raises BadUsage where it does not run without data."""
+    """The list of a user's network, for the batch it is given. Raises ValueError where it does not run without data."""
     try:
         calls = read_off(subject.model, subject.input_shape)
     except Exception as error:  # the network's own code: anything
-        raise BadUsage(f"the layers of {subject.name} cannot be listed without data: {reason(error)}") from error
+        raise ValueError(f"the layers of {subject.name} cannot be listed without data: {reason(error)}") from error
     return LayerList(subject.name, subject.input_shape[1:], calls)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastconv.cli.models import torchvision
+from fastconv.benchmarks.models import torchvision
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

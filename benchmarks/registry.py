@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import fastconv.functional
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.layer_lists import LayerList, find
-from fastconv.cli import BadUsage
 from fastconv.kernels.dispatch import FAMILIES, only_family
 from fastconv.kernels.problem import ConvProblem, PoolProblem
 
@@ -85,7 +84,7 @@ PROVIDERS = {
 
 
 def providers(names: Iterable[str]) -> tuple[Provider, ...]:
-    """The providers called so, the yardstick before them. Raises BadUsage with those there are, and where fastconv is
+    """The providers called so, the yardstick before them. Raises ValueError with those there are, and where fastconv is
     not among them."""
     families = dict.fromkeys(family.name for listed in FAMILIES.values() for family in listed)
     alone = (replace(PROVIDERS[OURS], name=f"{OURS}:{family}", family=family) for family in families)
@@ -93,9 +92,10 @@ def providers(names: Iterable[str]) -> tuple[Provider, ...]:
     chosen = dict.fromkeys((EAGER, *names))
     for name in chosen:
         if name not in known:
-            raise BadUsage(f"--provider {name!r} is not one of {', '.join(known)}")
+            raise ValueError(f"--provider {name!r} is not one of {', '.join(known)}")
     if not any(known[name].ours for name in chosen):
-        raise BadUsage(f"--provider names none of fastconv's: {', '.join(name for name in known if known[name].ours)}")
+        ours = ", ".join(name for name in known if known[name].ours)
+        raise ValueError(f"--provider names none of fastconv's: {ours}")
     return tuple(known[name] for name in chosen)
 
 
@@ -186,12 +186,12 @@ TARGET = Target(("resnet50", "vgg16", "unet"), (64, 256), {"fprop": 0.9, "dgrad"
 
 
 def entries(names: Iterable[str]) -> tuple[Entry, ...]:
-    """The entries called so, in their own order; all of them for "all" and for none. Raises BadUsage with those there
+    """The entries called so, in their own order; all of them for "all" and for none. Raises ValueError with those there
     are."""
     chosen = set(names) or {"all"}
     known = ["all", *(entry.name for entry in ENTRIES)]
     for name in sorted(chosen.difference(known)):
-        raise BadUsage(f"--ops {name!r} is not one of {', '.join(known)}")
+        raise ValueError(f"--ops {name!r} is not one of {', '.join(known)}")
     return tuple(entry for entry in ENTRIES if {entry.name, "all"} & chosen)
 
 

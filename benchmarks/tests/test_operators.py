@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastconv.benchmarks import layer_lists, registry
-from fastconv.cli.measure import operator_times
-from fastconv.cli.measure.directions import drawn
+from fastconv.benchmarks.measure import operator_times
+from fastconv.benchmarks.measure.directions import drawn
 from fastconv.kernels import mend
 from fastconv.measuring.clock import synchronize
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import fastconv
+from fastconv.cli.errors import BadUsage
 from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
 COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
@@ -19,10 +20,6 @@ COMPILING = ("inspect", "tune")
 # What the environment may say, beside the settings.
 VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_LOCK")
 INTERRUPTED = "interrupted; what was finished has been written"
-
-
-class BadUsage(Exception):
-    """What the user asked for cannot be done; the message is one line and says what would work."""
 
 
 def main() -> None:

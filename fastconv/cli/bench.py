@@ -45,16 +45,16 @@ def bench(
     Triton's interpreter: LeNet-5 in training and ResNet-18's blocks, then what the compiler makes of each kernel. Exit
     code 1 when a number is wrong.
     """
-    from fastconv.cli.measure import roads
-    from fastconv.cli.measure.screen import console
+    from fastconv.benchmarks.report.console import console
+    from fastconv.cli import bench_run
 
     screen = console()
     if show is not None:
-        roads.show(show, screen)
+        bench_run.show(show, screen)
         return 0
     names = (_names(ops), _names(layers), _names(provider))
-    wishes = roads.Wishes(model, batch, size, dtype, train, *names, blocks, seconds, quick, dry_run)
-    return 1 if roads.choose(wishes)(wishes, out, screen).wrong else 0
+    options = bench_run.Options(model, batch, size, dtype, train, *names, blocks, seconds, quick, dry_run)
+    return 1 if bench_run.choose(options)(options, out, screen).wrong else 0
 
 
 def _names(values: list[str] | None) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def cache(
     code 1 where not.
     """
     from fastconv.autotune import Store
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     if argument is None and action in (Action.export, Action.import_):
         raise BadUsage(f"cache {action.value} needs a file: fastconv cache {action.value} FILE")
@@ -86,7 +86,7 @@ def cache(
 
 def _list(store: Store) -> int:
     from fastconv.autotune.records import Measured, Met, Tuned
-    from fastconv.cli.measure.tables import _table
+    from fastconv.benchmarks.report.tables import _table
 
     records = store.read()
     size = sum(path.stat().st_size for path in _files(store))
@@ -117,7 +117,7 @@ def _list(store: Store) -> int:
 def _show(store: Store, words: str, gpu: str | None) -> int:
     from fastconv.autotune.records import Tuned
     from fastconv.autotune.table import Table
-    from fastconv.cli.measure.tables import _tile
+    from fastconv.benchmarks.report.tables import _tile
 
     records = [record for record in store.read(("tuned",)) if isinstance(record, Tuned)]
     by_gpu: dict[tuple[str, int], list[Tuned]] = defaultdict(list)
@@ -175,7 +175,7 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
 
     from fastconv.autotune import SchemaError
     from fastconv.autotune.records import Tuned
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
     from fastconv.kernels import dispatch, mend
 
     try:
@@ -205,7 +205,8 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
 def _of(gpu: str | None, records: Iterable[Record]) -> Callable[[Record], bool]:
     """Which records are of ``gpu``: those with this very name, else those of the table's GPU that is called so; None,
     "all": any. Raises BadUsage with the names there are."""
-    from fastconv.cli import BadUsage, options
+    from fastconv.cli import options
+    from fastconv.cli.errors import BadUsage
 
     if gpu is None or gpu == "all":
         return lambda record: True
@@ -233,7 +234,7 @@ def _read(path: Path) -> Sequence[Record]:
 def _clear(store: Store, yes: bool) -> int:
     import sys
 
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     count = len(_files(store))
     if not yes and count:
@@ -259,6 +260,6 @@ def _us(seconds: float) -> str:
 
 
 def _screen() -> Any:
-    from fastconv.cli.measure.screen import console
+    from fastconv.benchmarks.report.console import console
 
     return console()

@@ -20,8 +20,8 @@ def check(
     """
     import torch
 
-    from fastconv.cli import BadUsage
-    from fastconv.cli.measure.screen import Progress, console
+    from fastconv.benchmarks.report.console import Progress, console
+    from fastconv.cli.errors import BadUsage
     from fastconv.kernels import mend
 
     gpu = torch.cuda.is_available() and not mend.interpreting()
@@ -42,9 +42,9 @@ def check(
 
 def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]:
     """A row for each operator, problem, precision and result; one row alone for a problem that raises."""
-    from fastconv.cli import checks
-    from fastconv.cli.checks.operator import compare, precisions
-    from fastconv.cli.measure import ahead
+    from fastconv.benchmarks import checks
+    from fastconv.benchmarks.checks.operator import compare, precisions
+    from fastconv.benchmarks.measure import compile_first
     from fastconv.measuring.clock import reason
 
     problems = [
@@ -64,7 +64,7 @@ def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]
             return [row | {"reason": reason(error)}]
 
     progress.begin("compiling", 1)
-    ahead.compile_kernels(lambda: [rows_of(*problem) for problem in problems])
+    compile_first.compile_kernels(lambda: [rows_of(*problem) for problem in problems])
     progress.begin("problems", len(problems))
     rows: list[dict[str, Any]] = []
     for problem in problems:

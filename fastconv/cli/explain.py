@@ -21,20 +21,22 @@ def explain(
     import torch
 
     import fastconv
+    from fastconv.benchmarks.models import load
     from fastconv.cli import options
-    from fastconv.cli.models import load
+    from fastconv.cli.errors import BadUsage, bad_usage
     from fastconv.kernels import dispatch
 
     precision = options.dtype(dtype)
     target = contextlib.nullcontext() if gpu is None else dispatch.use_target(options.gpu(gpu))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = load(model, batch, size)
+    with bad_usage():
+        subject = load(model, batch, size)
     network = fastconv.convert(subject.model.to(device, precision), memory_format=subject.memory_format).train(train)
     x = torch.empty(subject.input_shape, device=device, dtype=precision, memory_format=subject.memory_format)
     with target, torch.set_grad_enabled(train):
         try:
             explanation = fastconv.explain(network, x)
         except Exception as error:  # the network's own code: anything
-            raise subject.refused(error) from error
+            raise BadUsage(subject.refusal(error)) from error
     print(explanation)
     return 0

@@ -66,8 +66,9 @@ def inspect(
     Registers, spills, shared memory, occupancy and its limit; the instructions; copies in flight, bytes, FLOPs; the
     roofline's time and the predicted one. None of the times is measured.
     """
-    from fastconv.cli import BadUsage, options
-    from fastconv.cli.measure.screen import console
+    from fastconv.benchmarks.report.console import console
+    from fastconv.cli import options
+    from fastconv.cli.errors import BadUsage
 
     sizes = {"--input": input, "--weight": weight, "--kernel-size": kernel_size, "--output-size": output_size}
     sizes |= {"--stride": stride, "--padding": padding, "--output-padding": output_padding, "--dilation": dilation}
@@ -84,13 +85,13 @@ def inspect(
             raise BadUsage(f"{name} says something of an operator: fastconv inspect conv2d {name} ...")
         return _report(target, quick, json)
 
-    from fastconv.cli import inspection
+    from fastconv.cli import inspect_operator
 
-    if operator not in inspection.OPERATORS:
-        raise BadUsage(f"{operator!r} is not one of {', '.join(inspection.OPERATORS)}")
+    if operator not in inspect_operator.OPERATORS:
+        raise BadUsage(f"{operator!r} is not one of {', '.join(inspect_operator.OPERATORS)}")
     _refuse(operator, given, quick)
-    fused = inspection.Fused(statistics, act, residual) if bn or statistics else None
-    call = inspection.Call(
+    fused = inspect_operator.Fused(statistics, act, residual) if bn or statistics else None
+    call = inspect_operator.Call(
         operator,
         _sizes("--input", given["--input"]),
         _sizes("--weight", given["--weight"]) if weight else None,
@@ -106,7 +107,7 @@ def inspect(
     listings = [name for name, wanted in (("sass", sass), ("ptx", ptx), ("ttgir", ttgir)) if wanted]
     arguments = (call, target or _here(), family, direction, configs, listings)
     with _progress(json or bool(listings)) as progress:
-        found = inspection.inspect(*arguments, progress)
+        found = inspect_operator.inspect(*arguments, progress)
     if plot is not None:
         draw(found, ("A", "B") if compare else ("this one",), plot)
     if json:
@@ -144,7 +145,7 @@ TAKES = {
 
 def _refuse(operator: str, given: dict[str, Any], quick: bool) -> None:
     """Raise BadUsage where options are missing, or say nothing of this operator."""
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     takes = TAKES[operator[:-2]]
     for name in ("--input", takes[0]):
@@ -168,7 +169,7 @@ def _refuse(operator: str, given: dict[str, Any], quick: bool) -> None:
 
 
 def _sizes(name: str, text: str) -> tuple[int, ...]:
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     words = text.lower().replace(",", "x").split("x")
     if not all(word.isdecimal() for word in words):
@@ -177,7 +178,8 @@ def _sizes(name: str, text: str) -> tuple[int, ...]:
 
 
 def _precision(precision: str | None, dtype: str) -> str:
-    from fastconv.cli import BadUsage, options
+    from fastconv.cli import options
+    from fastconv.cli.errors import BadUsage
 
     if precision not in (None, "tf32", "ieee"):
         raise BadUsage(f"--precision {precision!r} is not one of tf32, ieee")
@@ -207,7 +209,7 @@ def _arguments(operator: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(text: str) -> dict[str, int]:
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     found = {}
     for part in text.split(","):
@@ -230,9 +232,9 @@ def _here() -> Any:
 
 def _report(gpu: Any, quick: bool, json: bool) -> int:
     """The kernels of ResNet-50's telling layers."""
-    from fastconv.cli import BadUsage
+    from fastconv.benchmarks.report.console import console
+    from fastconv.cli.errors import BadUsage
     from fastconv.cli.inspect_layers import LAYERS, QUICK, report
-    from fastconv.cli.measure.screen import console
     from fastconv.kernels.inspect import GPUS
 
     try:
@@ -250,7 +252,7 @@ def _report(gpu: Any, quick: bool, json: bool) -> int:
 
 
 def _report_table(rows: Sequence[dict[str, Any]]) -> Any:
-    from fastconv.cli.measure.tables import _table, _tile
+    from fastconv.benchmarks.report.tables import _table, _tile
 
     columns = ("", "problem", "tile", "registers", "spills", "shared KB", "programs", "tensor cores", "loads")
     table = _table(*columns)
@@ -274,7 +276,7 @@ def tables(passes: Sequence[Any], names: Sequence[str]) -> list[Any]:
     """One pass with each config: a line each for the pass, and a table with a column for each of its launches."""
     from rich.table import Table
 
-    from fastconv.cli.measure.tables import _tile
+    from fastconv.benchmarks.report.tables import _tile
 
     first = passes[0].json()
     lines: list[Any] = ["", f"{first['pass']}  {first['problem']}  on the {first['target']}"]
@@ -354,8 +356,8 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
     import re
     import textwrap
 
-    from fastconv.cli import BadUsage
-    from fastconv.cli.measure.tables import _tile
+    from fastconv.benchmarks.report.tables import _tile
+    from fastconv.cli.errors import BadUsage
 
     try:
         from matplotlib.figure import Figure
@@ -407,7 +409,7 @@ class _progress:
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
 
-        from fastconv.cli.measure.screen import Progress
+        from fastconv.benchmarks.report.console import Progress
 
         screen = Console(stderr=True)
         self._bar = Progress(Console(stderr=True, quiet=quiet or not screen.is_terminal))

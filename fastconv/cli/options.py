@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastconv.autotune import Gpu
-from fastconv.cli import BadUsage
+from fastconv.cli.errors import BadUsage
 from fastconv.warmup import gpu_called
 
 DTYPES = {

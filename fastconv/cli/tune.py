@@ -62,7 +62,8 @@ def tune(
     """
     from fastconv.autotune import SchemaError
     from fastconv.autotune.choose import store as user_store
-    from fastconv.cli import BadUsage, options
+    from fastconv.cli import options
+    from fastconv.cli.errors import BadUsage
 
     sources: dict[str, object] = {"--model": model, "--layers": layers, "--from-log": from_log}
     given = [name for name, value in sources.items() if value]
@@ -139,20 +140,22 @@ class Wishes:
 def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
     """The problems that have a choice. Raises BadUsage where there are none."""
     from fastconv.autotune import Met
-    from fastconv.benchmarks import layer_lists
-    from fastconv.cli import BadUsage, models
+    from fastconv.benchmarks import layer_lists, models
+    from fastconv.cli.errors import BadUsage, bad_usage
     from fastconv.measuring.clock import reason
     from fastconv.tuning import problems
 
     left: list[str] = []
     if wishes.model is not None:
-        subject = models.load(wishes.model, wishes.batch, wishes.size)
+        with bad_usage():
+            subject = models.load(wishes.model, wishes.batch, wishes.size)
         try:
             tasks = problems.of_model(subject, wishes.dtype, wishes.train, gpu)
         except Exception as error:  # the network's own code: anything
-            raise subject.refused(error) from error
+            raise BadUsage(subject.refusal(error)) from error
     elif wishes.layers is not None:
-        calls = layer_lists.find(wishes.layers).calls
+        with bad_usage():
+            calls = layer_lists.find(wishes.layers).calls
         try:
             tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
         except Exception as error:  # PyTorch's, of what is possible for one image alone
@@ -172,7 +175,8 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
 def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, write_table: Path | None) -> int:
     """Tune on the GPU that is here, with the other ranks of the job if there are any; the exit code."""
     from fastconv.autotune import Measured, Tuned
-    from fastconv.cli import BadUsage, refuse, tuned
+    from fastconv.cli import refuse, tuned
+    from fastconv.cli.errors import BadUsage
     from fastconv.measuring.process import Worker, WorkerError
     from fastconv.tuning import sharing
     from fastconv.tuning.run import WAIT, able
@@ -256,7 +260,7 @@ def _tune(
 
 def worker_command(device: int) -> list[str]:
     """What measures on the GPU of this index. Raises BadUsage where there is none."""
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
     from fastconv.cli.interpreter import gpu_present
     from fastconv.measuring.process import COMMAND
 
@@ -299,7 +303,7 @@ def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
     from fastconv.autotune.choose import now
     from fastconv.autotune.schema import named
     from fastconv.autotune.table import write_table
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     if not entries:
         raise BadUsage(f"{path}: nothing of it is tuned yet for this GPU; nothing was written")
@@ -312,7 +316,7 @@ def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
 def written_by() -> str:
     """The version, with the commit where it is known."""
     import fastconv
-    from fastconv.cli.measure.results import commit
+    from fastconv.benchmarks.report.results import commit
 
     known = commit()
     return f"{fastconv.__version__}+{known}" if known else fastconv.__version__
@@ -320,7 +324,7 @@ def written_by() -> str:
 
 def _seconds(text: str) -> float:
     """``90s``, ``10m``, ``1.5h``, or seconds. Raises BadUsage."""
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     match = re.fullmatch(r"(-?\d{1,9}(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
@@ -334,7 +338,7 @@ def _seconds(text: str) -> float:
 def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
     """The search spaces of these names. Raises BadUsage with those there are."""
     from fastconv.autotune import Space
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
     from fastconv.kernels import tiles
 
     wanted = [name for value in names or () for name in value.split(",")]
@@ -347,20 +351,21 @@ def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
 
 def _check_named(wishes: Wishes) -> None:
     """Raise BadUsage where no model or layer list is called as the user has it: before a GPU is taken."""
-    from fastconv.benchmarks import layer_lists
-    from fastconv.cli import models
+    from fastconv.benchmarks import layer_lists, models
+    from fastconv.cli.errors import bad_usage
 
-    if wishes.model is not None:
-        models.find(wishes.model)
-    if wishes.layers is not None:
-        layer_lists.find(wishes.layers)
+    with bad_usage():
+        if wishes.model is not None:
+            models.find(wishes.model)
+        if wishes.layers is not None:
+            layer_lists.find(wishes.layers)
 
 
 def _check_writable(folder: Path, name: str, make: bool = False) -> None:
     """Raise BadUsage, of ``name``, where no file can be made in ``folder``; ``make``: the folder first."""
     import tempfile
 
-    from fastconv.cli import BadUsage
+    from fastconv.cli.errors import BadUsage
 
     try:
         if make:
@@ -390,7 +395,7 @@ def _caller() -> Any:
 def _screen(speaks: bool) -> Any:
     from rich.console import Console
 
-    from fastconv.cli.measure.screen import console
+    from fastconv.benchmarks.report.console import console
 
     return console() if speaks else Console(quiet=True)
 

@@ -19,7 +19,7 @@ from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
 from fastconv.autotune.report import fits
 from fastconv.autotune.report import summary as means
 from fastconv.autotune.table import Table
-from fastconv.cli.measure.tables import _table, _tile
+from fastconv.benchmarks.report.tables import _table, _tile
 from fastconv.kernels.compile import cores
 from fastconv.kernels.tuned import conv_of, pool_of
 

@@ -15,9 +15,9 @@ from fastconv.autotune import Choice, Gpu, Met, Problem, Space
 from fastconv.autotune.choose import ask, fitting
 from fastconv.autotune.measure import Task
 from fastconv.benchmarks.calls import Operator
+from fastconv.benchmarks.measure.directions import TOGETHER, fakes, step
+from fastconv.benchmarks.models import Subject
 from fastconv.benchmarks.registry import channels_last
-from fastconv.cli.measure.directions import TOGETHER, fakes, step
-from fastconv.cli.models import Subject
 from fastconv.dry_run import OurOperators, make_calls
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import decisions

@@ -420,7 +420,7 @@ def test_autocast_keeps_weights_in_fp32() -> None:
 
 @needs_torchvision
 def test_resnet18_traced_by_fx() -> None:
-    from fastconv.cli.models import torchvision
+    from fastconv.benchmarks.models import torchvision
 
     torch.manual_seed(0)
     plain = torchvision().models.resnet18(num_classes=10).to(DEVICE).eval()
@@ -437,7 +437,7 @@ def test_resnet18_traced_by_fx() -> None:
 
 @needs_torchvision
 def test_feature_extractor() -> None:
-    from fastconv.cli.models import torchvision
+    from fastconv.benchmarks.models import torchvision
 
     torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastconv
-from fastconv.cli.models import torchvision
+from fastconv.benchmarks.models import torchvision
 from fastconv.kernels import mend
 from fastconv.kernels.launch import record
 

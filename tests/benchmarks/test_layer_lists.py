@@ -15,7 +15,6 @@ from fastconv.benchmarks.calls import read_off
 from fastconv.benchmarks.layer_lists import FOLDER, SCHEMA
 from fastconv.benchmarks.networks import NETWORKS
 from fastconv.benchmarks.write_layers import layers_of
-from fastconv.cli import BadUsage
 
 HEADER = {"schema": SCHEMA, "network": "mine", "image": [3, 8, 8]}
 CONV = {"count": 2, "function": "conv2d", "input": [4, 8, 8], "weight": [6, 4, 3, 3]}
@@ -146,18 +145,18 @@ def test_a_users_list_is_read(tmp_path: Path) -> None:
 )
 def test_what_is_no_list_is_refused_by_line_and_field(lines: list[Any], expected: str, tmp_path: Path) -> None:
     path = written(tmp_path, *lines)
-    with pytest.raises(BadUsage, match=f"^{path}, {expected}") as refusal:
+    with pytest.raises(ValueError, match=f"^{path}, {expected}") as refusal:
         layer_lists.find(str(path))
     assert "\n" not in str(refusal.value)
 
 
 def test_a_file_without_end_is_not_read() -> None:
-    with pytest.raises(BadUsage, match="cannot read the layer list /dev/zero: over 1 MiB"):
+    with pytest.raises(ValueError, match="cannot read the layer list /dev/zero: over 1 MiB"):
         layer_lists.find("/dev/zero")
 
 
 def test_a_file_that_is_not_there_names_the_lists_that_are() -> None:
-    with pytest.raises(BadUsage, match=r"cannot read the layer list resnt50: No such file.*resnet50"):
+    with pytest.raises(ValueError, match=r"cannot read the layer list resnt50: No such file.*resnet50"):
         layer_lists.find("resnt50")
 
 

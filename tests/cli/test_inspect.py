@@ -19,9 +19,10 @@ import torch
 from fastconv import kernels
 from fastconv.autotune import Choice, Gpu
 from fastconv.autotune.gpus import A100, B200, H200, RTX5090
-from fastconv.cli import BadUsage, inspection, interpreter, run
+from fastconv.cli import inspect_operator, interpreter, run
+from fastconv.cli.errors import BadUsage
 from fastconv.cli.inspect import draw
-from fastconv.cli.inspection import Call, Considered, Fused, Inspected, _best, _passes
+from fastconv.cli.inspect_operator import Call, Considered, Fused, Inspected, _best, _passes
 from fastconv.kernels import mend
 from fastconv.kernels.tiles import GATHER
 from fastconv.traffic import Pass
@@ -93,7 +94,7 @@ def test_bad_usage_is_one_line_and_nothing_is_done(
     line: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inspection, "compile_all", pytest.fail)
+    monkeypatch.setattr(inspect_operator, "compile_all", pytest.fail)
     assert run(line.split()) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n"), error.startswith("fastconv: ")) == ("", 1, True)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fastconv.functional as ours
-from fastconv.cli.checks.operator import FORWARD, Case, Operator, Tensors, gradient_of, laid_out
+from fastconv.benchmarks.checks.operator import FORWARD, Case, Operator, Tensors, gradient_of, laid_out
 
 INDICES = "indices"
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastconv import functional
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, predict
-from fastconv.cli import BadUsage
+from fastconv.cli.errors import BadUsage
 from fastconv.functional.conv_bn_act import conv_norm_act
 from fastconv.kernels import dispatch
 from fastconv.kernels.inspect import Compiled, compile_all, mix

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.report.results import Part
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastconv.cli import BadUsage, models
+from fastconv.benchmarks import models
 
 
 def test_a_users_factory_and_its_own_channels() -> None:
@@ -33,7 +33,7 @@ def test_a_model_of_rank_3_gets_frames() -> None:
 
 
 def test_a_factory_that_makes_no_module_is_bad_usage() -> None:
-    with pytest.raises(BadUsage, match="returned Tensor"):
+    with pytest.raises(ValueError, match="returned Tensor"):
         models.load("tests.cli.tiny:not_a_module", 1)
 
 
@@ -46,7 +46,7 @@ def test_a_module_that_does_not_import_is_bad_usage(
     (tmp_path / "a_users_broken_module.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    with pytest.raises(BadUsage, match=expected):
+    with pytest.raises(ValueError, match=expected):
         models.load("a_users_broken_module:network", 1)
 
 
@@ -58,14 +58,14 @@ def test_torchvisions_and_timms_names(name: str, size: int) -> None:
 
 
 def test_an_unknown_name_gets_the_close_ones_once() -> None:
-    with pytest.raises(BadUsage, match=r"close names: resnet18, [a-z]") as error:
+    with pytest.raises(ValueError, match=r"close names: resnet18, [a-z]") as error:
         models.load("resnt18", 1)
     assert str(error.value).count(" resnet18,") == 1
 
 
 def test_torchvision_imports_beside_a_torch_that_its_compiled_part_does_not_fit() -> None:
     script = (
-        "import torch; from fastconv.cli.models import torchvision; vision = torchvision();"
+        "import torch; from fastconv.benchmarks.models import torchvision; vision = torchvision();"
         "assert torchvision() is vision; import torchvision.models.detection, timm"
     )
     subprocess.run([sys.executable, "-c", script], timeout=120, check=True)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv.benchmarks.calls import Operator
+from fastconv.benchmarks.measure.directions import Operands, Step, drawn, exact, step
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
-from fastconv.cli.measure.directions import Operands, Step, drawn, exact, step
 from fastconv.kernels import launch
 from fastconv.measuring.accuracy import Tensors, against_yardstick
 from fastconv.measuring.capture import Captured, captured

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fastconv.functional
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.report.results import Part
 from fastconv.measuring.clock import Call, Sample, interleave, spread, synchronize
 
 HOST_CALLS = 200  # few enough for the driver's queue, so that the host never waits for the GPU

@@ -20,8 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastconv.cli import BadUsage
-
 SCHEMA = "fastconv-bench/5"
 # The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers",
 # version 4 "targets", and of operators times alone and replayed, ceilings, means and families; version 5 of each of
@@ -41,7 +39,7 @@ KINDS = {
 }
 DOCUMENT = {"created": str, "command": list, "dry_run": bool, "environment": dict, "parts": list}
 PART = {"id": str, "kind": str, "title": str, "verdict": str, "reason": object}
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[2]
 VERDICTS = ("right", "wrong", "failed", "skipped")
 Part = dict[str, Any]
 
@@ -88,21 +86,21 @@ class Results:
         except OSError as error:
             raise self._refused(error) from error
 
-    def _refused(self, error: OSError) -> BadUsage:
-        return BadUsage(f"cannot write to --out {self.path.parent}: {error.strerror}")
+    def _refused(self, error: OSError) -> ValueError:
+        return ValueError(f"cannot write to --out {self.path.parent}: {error.strerror}")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The document at ``path``, checked. Raises BadUsage where it is no result file of this schema."""
+    """The document at ``path``, checked. Raises ValueError where it is no result file of this schema."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise BadUsage(f"cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise BadUsage(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise BadUsage(f"{path} has schema {schema!r}, this fastconv reads {SCHEMA!r}")
+        raise ValueError(f"{path} has schema {schema!r}, this fastconv reads {SCHEMA!r}")
     _check_fields(str(path), data, DOCUMENT)
     for part in data["parts"]:
         check_part(part)
@@ -110,29 +108,29 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_part(part: Part) -> None:
-    """Raise BadUsage where a part lacks what every reader relies on."""
+    """Raise ValueError where a part lacks what every reader relies on."""
     name = f"part {part.get('id')!r}" if isinstance(part, dict) else "a part"
     _check_fields(name, part, PART)
     if re.fullmatch(r"[\w.-]+", part["id"]) is None:  # a file is called so
-        raise BadUsage(f"{name}: its id is no name")
+        raise ValueError(f"{name}: its id is no name")
     if part["kind"] not in KINDS:
-        raise BadUsage(f"{name} is of kind {part['kind']!r}, not one of {', '.join(KINDS)}")
+        raise ValueError(f"{name} is of kind {part['kind']!r}, not one of {', '.join(KINDS)}")
     _check_fields(name, part, {key: list if key == "rows" else object for key in KINDS[part["kind"]]})
     for row in part.get("rows", ()):
         _check_fields(f"a row of {name}", row, {})
     if part["verdict"] not in VERDICTS:
-        raise BadUsage(f"{name} has verdict {part['verdict']!r}, not one of {', '.join(VERDICTS)}")
+        raise ValueError(f"{name} has verdict {part['verdict']!r}, not one of {', '.join(VERDICTS)}")
 
 
 def _check_fields(name: str, value: Any, types: Mapping[str, Any]) -> None:
     if not isinstance(value, dict):
-        raise BadUsage(f"{name} is no object")
+        raise ValueError(f"{name} is no object")
     missing = types.keys() - value.keys()
     if missing:
-        raise BadUsage(f"{name} lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
     for key, expected in types.items():
         if not isinstance(value[key], expected):
-            raise BadUsage(f"{name}, field {key}: {type(value[key]).__name__} is no {expected.__name__}")
+            raise ValueError(f"{name}, field {key}: {type(value[key]).__name__} is no {expected.__name__}")
 
 
 def environment() -> dict[str, Any]:

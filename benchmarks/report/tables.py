@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.cli.measure.operator_times import DOUBTED
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.measure.operator_times import DOUBTED
+from fastconv.benchmarks.report.results import Part
 
 STYLES = {"right": "green", "wrong": "bold red", "failed": "bold red", "skipped": "yellow"}
 ERRORS = ("ours", "eager", "allowed")

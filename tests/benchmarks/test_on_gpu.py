@@ -10,11 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastconv.benchmarks import layer_lists, registry
-from fastconv.cli import checks, models
-from fastconv.cli.checks.operator import compare
-from fastconv.cli.measure import ahead, block_times, network, operator_times, operators
-from fastconv.cli.measure.screen import Progress
+from fastconv.benchmarks import checks, layer_lists, models, registry
+from fastconv.benchmarks.checks.operator import compare
+from fastconv.benchmarks.measure import blocks, compile_first, network, operator_times, operators
+from fastconv.benchmarks.report.console import Progress
 from fastconv.measuring.clock import CudaClock
 
 pytestmark = pytest.mark.gpu
@@ -30,18 +29,16 @@ def progress() -> Progress:
 @pytest.mark.parametrize("operator", checks.OPERATORS, ids=lambda operator: operator.name)
 def test_each_operator_is_right_on_its_first_problem(operator: checks.Operator) -> None:
     case = operator.cases[0]
-    part = ahead.compile_kernels(lambda: list(compare(operator, case, "tf32", GPU)))
+    part = compile_first.compile_kernels(lambda: list(compare(operator, case, "tf32", GPU)))
     assert (part["verdict"], part["reason"]) == ("right", None)
     assert part["kernels"] > 0
     assert [row for row in compare(operator, case, "tf32", GPU) if not row["right"]] == []
 
 
 def test_a_block_is_replayed_from_cuda_graphs(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_times, "COMPILE_SECONDS", NEVER)
-    blocks = block_times.load_blocks(block_times.DRY, 16, 64)
-    part = block_times.measure(
-        blocks, network.MODES, torch.bfloat16, GPU, CudaClock(), 1e12, progress, lambda part: None
-    )
+    monkeypatch.setattr(blocks, "COMPILE_SECONDS", NEVER)
+    loaded = blocks.load_blocks(blocks.DRY, 16, 64)
+    part = blocks.measure(loaded, network.MODES, torch.bfloat16, GPU, CudaClock(), 1e12, progress, lambda part: None)
     assert part["verdict"] == "right", part["reason"]
     for row in part["rows"]:
         eager, ours, compiled = row["providers"]
@@ -58,7 +55,7 @@ def test_an_operator_of_each_entry_is_timed(progress: Progress, monkeypatch: pyt
     first = {case.entry.name: case for case in registry.cases(entries, layer_lists.find, torch.bfloat16)[::-1]}
     tasks = [operators.Task(case, registry.providers(case.entry.providers)) for case in first.values()]
     bench = operator_times.Bench(torch.bfloat16, GPU, CudaClock())
-    compiled = ahead.compile_kernels(lambda: operators.plan_each(tasks, bench))
+    compiled = compile_first.compile_kernels(lambda: operators.plan_each(tasks, bench))
     assert (compiled["verdict"], compiled["reason"]) == ("right", None) and compiled["kernels"] > 0
     parts = operators.measure(tasks, bench, 1e12, progress, lambda part: None)
     assert {part["id"] for part in parts} == {f"operators-{entry.name}" for entry in registry.ENTRIES}

@@ -10,8 +10,7 @@ import subprocess
 import sys
 from types import TracebackType
 
-from fastconv.cli.interpreter import SWITCH
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.report.results import Part
 
 COMMAND = (sys.executable, "-m", "fastconv", "inspect", "--json")
 TITLE = "What the compiler made of each kernel for A100, H100/H200 and B200"
@@ -21,7 +20,7 @@ class Compilation:
     """Runs beside the caller from ``with`` on; ``part()`` waits for it. Leaving the block ends it."""
 
     def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != SWITCH}
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         # A process group of its own, so that its compiling processes end with it.
         self._process = subprocess.Popen(
             command,

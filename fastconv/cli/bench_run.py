@@ -1,4 +1,4 @@
-"""The ways ``fastconv bench`` goes: on a GPU numbers then times, without one numbers then the compiler's report."""
+"""What ``fastconv bench`` runs: on a GPU numbers then times, without one numbers then the compiler's report."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ import torch
 from rich.console import Console
 
 from fastconv.benchmarks import layer_lists, registry
-from fastconv.cli import BadUsage, options
-from fastconv.cli.measure import ahead, block_times, host, network, operators, tables
-from fastconv.cli.measure.results import Part, Results, read
-from fastconv.cli.measure.screen import Progress
-from fastconv.cli.models import Subject, load, torchvision
+from fastconv.benchmarks.measure import blocks, compile_first, host_time, network, operators
+from fastconv.benchmarks.models import Subject, load, torchvision
+from fastconv.benchmarks.report import tables
+from fastconv.benchmarks.report.console import Progress
+from fastconv.benchmarks.report.results import Part, Results, read
+from fastconv.cli.errors import BadUsage, bad_usage
+from fastconv.cli.options import dtype as dtype_called
 from fastconv.kernels import mend
 from fastconv.measuring.clock import Clock, CudaClock, HostClock, reason
 
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)
-DRY = ("fastconv.cli.measure.lenet:LeNet5", 4, 12)
+DRY = ("fastconv.benchmarks.measure.lenet:LeNet5", 4, 12)
 OPERATORS_BATCH = 64  # of a network whose operators are measured
 INTERPRETED_BATCH, INTERPRETED_SIZE = 2, 64  # of a network that the user names
 QUICK_STEPS = 20
@@ -36,7 +38,7 @@ UNMEASURED = (
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Options:
     """The command's options; None where the user said nothing."""
 
     model: str | None = None
@@ -66,10 +68,11 @@ class Wishes:
 
 
 class Output:
-    """Where a road leaves its parts: the result file, the terminal, and on the way out, even interrupted, plots."""
+    """Where a run leaves its parts: the result file, the terminal, and on the way out, even interrupted, plots."""
 
-    def __init__(self, folder: Path, wishes: Wishes, screen: Console) -> None:
-        self.results = Results(folder, dry_run=wishes.dry_run)
+    def __init__(self, folder: Path, options: Options, screen: Console) -> None:
+        with bad_usage():
+            self.results = Results(folder, dry_run=options.dry_run)
         self._screen = screen
         self._unshown: dict[str, Part] = {}
 
@@ -80,7 +83,8 @@ class Output:
 
     def save(self, part: Part) -> None:
         """A part that will have more in it: to the file at once, to the terminal if nothing more comes."""
-        self.results.put(part)
+        with bad_usage():
+            self.results.put(part)
         self._unshown[part["id"]] = part
 
     def _show(self, name: str) -> None:
@@ -102,73 +106,75 @@ class Output:
             self._screen.print(f"Cannot write the plots: {error}", markup=False)
 
 
-Road = Callable[[Wishes, Path, Console], Results]
+Run = Callable[[Options, Path, Console], Results]
 
 
-def choose(wishes: Wishes) -> Road:
-    """The road for this machine. Raises BadUsage where a wish has no meaning on it."""
-    _check(wishes)
-    if wishes.dry_run:
+def choose(options: Options) -> Run:
+    """The run for this machine. Raises BadUsage if an option has no meaning on it."""
+    _check(options)
+    if options.dry_run:
         if not mend.interpreting():
             raise BadUsage("--dry-run needs the interpreter: run it with TRITON_INTERPRET=1")
-        return timed_road
+        return timed_run
     if torch.cuda.is_available() and not mend.interpreting():
-        return timed_road
+        return timed_run
     if not mend.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
-    timed = {"--ops": wishes.ops, "--layers": wishes.layers, "--blocks": wishes.blocks, "--seconds": wishes.seconds}
+    timed = {"--ops": options.ops, "--layers": options.layers, "--blocks": options.blocks, "--seconds": options.seconds}
     for option, value in timed.items():
         if value:
             raise BadUsage(f"{option} is about times, which need a GPU")
-    if wishes.model is not None:
-        return compared_road
-    for option, value in (("--batch", wishes.batch), ("--size", wishes.size), ("--train/--infer", wishes.train)):
+    if options.model is not None:
+        return compared_run
+    for option, value in (("--batch", options.batch), ("--size", options.size), ("--train/--infer", options.train)):
         if value is not None:
             raise BadUsage(f"{option} without a GPU needs --model")
-    return interpreted_road
+    return interpreted_run
 
 
-def _check(wishes: Wishes) -> None:
-    """Raise BadUsage where wishes exclude each other, or name what there is not."""
-    for option, value in (("--ops", wishes.ops), ("--layers", wishes.layers), ("--model", wishes.model)):
-        if wishes.blocks and value:
+@bad_usage()
+def _check(options: Options) -> None:
+    """Raise BadUsage if options exclude each other, or name what there is not."""
+    for option, value in (("--ops", options.ops), ("--layers", options.layers), ("--model", options.model)):
+        if options.blocks and value:
             raise BadUsage(f"{option} and --blocks exclude each other: blocks are of networks of their own")
-    if not wishes.operators:
-        if wishes.providers:
+    if not options.operators:
+        if options.providers:
             raise BadUsage("--provider says who runs --ops")
         return
-    if wishes.layers and wishes.model:
+    if options.layers and options.model:
         raise BadUsage("--layers and --model exclude each other: both say whose operators")
-    if wishes.train is not None:
+    if options.train is not None:
         raise BadUsage("--train/--infer is about networks; of operators each direction is measured")
-    if wishes.size and not wishes.model:
+    if options.size and not options.model:
         raise BadUsage("--size needs --model: layers in lists have sizes of their own")
-    registry.entries(wishes.ops)
-    if wishes.providers:
-        registry.providers(wishes.providers)
-    for name in wishes.layers:
+    registry.entries(options.ops)
+    if options.providers:
+        registry.providers(options.providers)
+    for name in options.layers:
         layer_lists.find(name)
 
 
-def timed_road(wishes: Wishes, out: Path, screen: Console) -> Results:
-    """A network on the GPU, or operators or blocks of several. ``wishes.dry_run``: tiny ones, on the CPU."""
+def timed_run(options: Options, out: Path, screen: Console) -> Results:
+    """A network on the GPU, or operators or blocks of several. ``options.dry_run``: tiny ones, on the CPU."""
     started = time.monotonic()
-    device = torch.device("cpu" if wishes.dry_run else "cuda")
-    clock = HostClock() if wishes.dry_run else CudaClock()
-    dtype = options.dtype(wishes.dtype or "bfloat16")
-    prepared = _blocks if wishes.blocks else _operators if wishes.operators else _network
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    clock = HostClock() if options.dry_run else CudaClock()
+    dtype = dtype_called(options.dtype or "bfloat16")
+    prepared = _blocks if options.blocks else _operators if options.operators else _network
     # Whatever is named wrongly is missed here, before an earlier result is written over.
-    measure = prepared(wishes, dtype)
-    with Output(out, wishes, screen) as output, Progress(screen) as progress:
+    with bad_usage():
+        measure = prepared(options, dtype)
+    with Output(out, options, screen) as output, Progress(screen) as progress:
         # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
         torch.backends.cudnn.benchmark = True
-        measure(Measuring(wishes.modes, dtype, device, clock, started + wishes.limit, output, progress))
+        measure(Timing(options.modes, dtype, device, clock, started + options.limit, output, progress))
     return output.results
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """What the timed roads share. ``deadline``: seconds of time.monotonic()."""
+class Timing:
+    """What the parts of a timed run share. ``deadline``: seconds of time.monotonic()."""
 
     modes: tuple[str, ...]
     dtype: torch.dtype
@@ -181,16 +187,17 @@ class Measuring:
     def compile(self, calls: Callable[[], object]) -> None:
         """Compile ahead what ``calls()`` launches."""
         self.progress.begin("compiling", 1)
-        self.output.put(ahead.compile_kernels(calls))
+        self.output.put(compile_first.compile_kernels(calls))
 
 
-def _network(wishes: Wishes, dtype: torch.dtype) -> Callable[[Measuring], None]:
-    return partial(_measure_network, _subject(wishes))
+def _network(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]:
+    return partial(_measure_network, _subject(options))
 
 
-def _measure_network(subject: Subject, it: Measuring) -> None:
+def _measure_network(subject: Subject, it: Timing) -> None:
     dense = subject.memory_format
-    works = [network.Workload(subject, mode, it.dtype, it.device) for mode in it.modes]
+    with bad_usage():
+        works = [network.Workload(subject, mode, it.dtype, it.device) for mode in it.modes]
     it.compile(lambda: [work.step(work.converted(), work.input(dense))() for work in works])
     runs = []
     for work in works:
@@ -203,88 +210,92 @@ def _measure_network(subject: Subject, it: Measuring) -> None:
         pass
 
 
-def _operators(wishes: Wishes, dtype: torch.dtype) -> Callable[[Measuring], None]:
-    cases = registry.cases(*_asked(wishes), dtype)
+def _operators(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]:
+    cases = registry.cases(*_asked(options), dtype)
     if not cases:
-        asked = " and no ".join(entry.name for entry in registry.entries(wishes.ops))
-        raise BadUsage(f"{wishes.model or ', '.join(wishes.layers)} calls no {asked} operator")
-    if wishes.dry_run:
+        asked = " and no ".join(entry.name for entry in registry.entries(options.ops))
+        raise BadUsage(f"{options.model or ', '.join(options.layers)} calls no {asked} operator")
+    if options.dry_run:
         cases = registry.tiny(cases)
-    named = wishes.providers
+    named = options.providers
     tasks = [operators.Task(case, registry.providers(named or case.entry.providers)) for case in cases]
     return partial(_measure_operators, tasks)
 
 
-def _measure_operators(tasks: list[operators.Task], it: Measuring) -> None:
+def _measure_operators(tasks: list[operators.Task], it: Timing) -> None:
     bench = operators.Bench(it.dtype, it.device, it.clock)
     it.compile(lambda: operators.plan_each(tasks, bench))
-    it.output.put(host.host_time(it.device, it.deadline))
+    it.output.put(host_time.host_time(it.device, it.deadline))
     for part in operators.measure(tasks, bench, it.deadline, it.progress, it.output.save):
         it.output.put(part)
 
 
-def _asked(wishes: Wishes) -> tuple[list[registry.Entry], Callable[[str], layer_lists.LayerList]]:
+def _asked(options: Options) -> tuple[list[registry.Entry], Callable[[str], layer_lists.LayerList]]:
     """The entries, and the lists they name: their own, the user's, or the one of the user's network."""
-    entries = registry.entries(wishes.ops)
-    if wishes.model is not None:
-        listed = layer_lists.of(load(wishes.model, wishes.batch or OPERATORS_BATCH, wishes.size))
-        return [replace(entry, lists=(wishes.model,), batches=(1,)) for entry in entries], lambda name: listed
-    changes: dict[str, Any] = {"lists": wishes.layers} if wishes.layers else {}
-    changes |= {"batches": (wishes.batch,)} if wishes.batch else {}
+    entries = registry.entries(options.ops)
+    if options.model is not None:
+        listed = layer_lists.of(load(options.model, options.batch or OPERATORS_BATCH, options.size))
+        return [replace(entry, lists=(options.model,), batches=(1,)) for entry in entries], lambda name: listed
+    changes: dict[str, Any] = {"lists": options.layers} if options.layers else {}
+    changes |= {"batches": (options.batch,)} if options.batch else {}
     return [replace(entry, **changes) for entry in entries], layer_lists.find
 
 
-def _blocks(wishes: Wishes, dtype: torch.dtype) -> Callable[[Measuring], None]:
-    chosen, batch, size = (block_times.DRY, 2, 32) if wishes.dry_run else (block_times.BLOCKS, 64, None)
-    blocks = block_times.load_blocks(chosen, wishes.batch or batch, wishes.size or size)
-    return partial(_measure_blocks, blocks)
+def _blocks(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]:
+    chosen, batch, size = (blocks.DRY, 2, 32) if options.dry_run else (blocks.BLOCKS, 64, None)
+    loaded = blocks.load_blocks(chosen, options.batch or batch, options.size or size)
+    return partial(_measure_blocks, loaded)
 
 
-def _measure_blocks(blocks: list[block_times.Block], it: Measuring) -> None:
-    it.compile(lambda: block_times.call_each(blocks, it.modes, it.dtype, it.device))
+def _measure_blocks(loaded: list[blocks.Block], it: Timing) -> None:
+    it.compile(lambda: blocks.call_each(loaded, it.modes, it.dtype, it.device))
     it.output.put(
-        block_times.measure(blocks, it.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
+        blocks.measure(loaded, it.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
     )
 
 
-def compared_road(wishes: Wishes, out: Path, screen: Console) -> Results:
+def compared_run(options: Options, out: Path, screen: Console) -> Results:
     """The user's network on the interpreter: outputs and every gradient, no times."""
-    assert wishes.model is not None
-    subject = load(wishes.model, wishes.batch or INTERPRETED_BATCH, wishes.size or INTERPRETED_SIZE)
-    dtype = options.dtype(wishes.dtype or "float32")
-    with Output(out, wishes, screen) as output, Progress(screen) as progress:
-        progress.begin(subject.name, len(wishes.modes))
-        for mode in wishes.modes:
-            output.put(network.check(network.Workload(subject, mode, dtype, torch.device("cpu"))))
+    assert options.model is not None
+    with bad_usage():
+        subject = load(options.model, options.batch or INTERPRETED_BATCH, options.size or INTERPRETED_SIZE)
+    dtype = dtype_called(options.dtype or "float32")
+    with Output(out, options, screen) as output, Progress(screen) as progress:
+        progress.begin(subject.name, len(options.modes))
+        for mode in options.modes:
+            with bad_usage():
+                work = network.Workload(subject, mode, dtype, torch.device("cpu"))
+            output.put(network.check(work))
             progress.tick(mode)
         screen.print(UNMEASURED)
     return output.results
 
 
-def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
+def interpreted_run(options: Options, out: Path, screen: Console) -> Results:
     """LeNet-5 in training, ResNet-18's blocks, and beside them the compiler's report."""
     try:
         import sklearn  # noqa: F401
     except ModuleNotFoundError as error:
         raise BadUsage("the images come with scikit-learn: pip install 'fastconv[cli]'") from error
-    torchvision()  # missing, it is missed before the training and not after
-    from fastconv.cli.measure import blocks, lenet
-    from fastconv.cli.measure.compiler import COMMAND, Compilation
+    with bad_usage():
+        torchvision()  # refused before the training, not after it
+    from fastconv.benchmarks.measure import lenet, resnet_blocks
+    from fastconv.benchmarks.measure.compiler_report import COMMAND, Compilation
 
-    dtypes = [torch.float32] if wishes.quick else [torch.float32, torch.bfloat16]
-    if wishes.dtype is not None:
-        dtypes = [options.dtype(wishes.dtype)]
-    steps = QUICK_STEPS if wishes.quick else lenet.STEPS
-    command = (*COMMAND, "--quick") if wishes.quick else COMMAND
+    dtypes = [torch.float32] if options.quick else [torch.float32, torch.bfloat16]
+    if options.dtype is not None:
+        dtypes = [dtype_called(options.dtype)]
+    steps = QUICK_STEPS if options.quick else lenet.STEPS
+    command = (*COMMAND, "--quick") if options.quick else COMMAND
     with (
-        Output(out, wishes, screen) as output,
+        Output(out, options, screen) as output,
         Compilation(command) as compilation,
         Progress(screen) as progress,
     ):
         progress.begin("LeNet-5, plain and converted", steps)
         output.put(lenet.run(steps, progress.tick))
         progress.begin("ResNet-18's blocks", 2 * len(dtypes))
-        for part in blocks.run(dtypes, progress.tick):
+        for part in resnet_blocks.run(dtypes, progress.tick):
             output.put(part)
         progress.begin("compiling every kernel for A100, H100/H200 and B200", 1)
         output.put(compilation.part())
@@ -295,7 +306,8 @@ def interpreted_road(wishes: Wishes, out: Path, screen: Console) -> Results:
 def show(path: Path, screen: Console) -> None:
     """Tables of the earlier run whose file is at ``path``, and its plots drawn again beside it. Raises BadUsage where
     it cannot be read, or they not be written."""
-    data = read(path)
+    with bad_usage():
+        data = read(path)
     try:
         screen.print(tables.heading(data))
         for part in data["parts"]:
@@ -310,7 +322,7 @@ def show(path: Path, screen: Console) -> None:
 
 def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
     try:
-        from fastconv.cli.measure import plots
+        from fastconv.benchmarks.report import plots
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -320,8 +332,8 @@ def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
         screen.print(f"Written: {path}", markup=False)
 
 
-def _subject(wishes: Wishes) -> Subject:
-    model, batch, size = DRY if wishes.dry_run else GPU
-    if wishes.model is not None:
-        model, size = wishes.model, None
-    return load(model, wishes.batch or batch, wishes.size or size)
+def _subject(options: Options) -> Subject:
+    model, batch, size = DRY if options.dry_run else GPU
+    if options.model is not None:
+        model, size = options.model, None
+    return load(model, options.batch or batch, options.size or size)

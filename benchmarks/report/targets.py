@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastconv.benchmarks.measure.ceilings import Ceilings
+from fastconv.benchmarks.measure.directions import ORDER, TOGETHER
+from fastconv.benchmarks.measure.operator_times import DOUBTED
 from fastconv.benchmarks.registry import EAGER, OURS, OURS_NCHW, Entry, Target
-from fastconv.cli.measure.ceilings import Ceilings
-from fastconv.cli.measure.directions import ORDER, TOGETHER
-from fastconv.cli.measure.operator_times import DOUBTED
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.report.results import Part
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import triton
 
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.kernels.compile import compile_each, cores
 from fastconv.measuring.clock import reason

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from fastconv.cli import BadUsage
 from fastconv.measuring.clock import reason
 
 _kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
@@ -36,17 +35,15 @@ class Subject:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         return formats.get(len(self.input_shape), torch.contiguous_format)
 
-    def refused(self, error: Exception) -> BadUsage:
-        """What the user is told where the model, called with such a batch, raised ``error``."""
-        return BadUsage(
-            f"{self.name} does not run on a batch of {'x'.join(map(str, self.input_shape))}: {reason(error)}"
-        )
+    def refusal(self, error: Exception) -> str:
+        """What the user is told if the model, called with such a batch, raised ``error``."""
+        return f"{self.name} does not run on a batch of {'x'.join(map(str, self.input_shape))}: {reason(error)}"
 
 
 def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Subject:
     """The model ``name`` with the weights that ``seed`` gives, for square inputs of ``size`` (the model's own, or 224).
 
-    Raises BadUsage, with the nearest names, where nothing is called so.
+    Raises ValueError, with the nearest names, where nothing is called so.
     """
     torch.manual_seed(seed)
     model = find(name)()
@@ -69,7 +66,7 @@ def torchvision() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
-        raise BadUsage(f"{error.name} is not installed: pip install 'fastconv[models]'") from error
+        raise ValueError(f"{error.name} is not installed: pip install 'fastconv[models]'") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -83,8 +80,8 @@ def torchvision() -> ModuleType:
 
 
 def find(name: str) -> Callable[[], nn.Module]:
-    """What builds the model ``name``. Raises BadUsage, with the nearest names, where nothing is called so; and when it
-    is called, where it cannot be built."""
+    """What builds the model ``name``. Raises ValueError with the nearest names if there is none; what it returns raises
+    ValueError if the model cannot be built."""
     return _users(name) if ":" in name else _library(name)
 
 
@@ -103,7 +100,7 @@ def _library(name: str) -> Callable[[], nn.Module]:
         if timm.is_model(name):
             return partial(timm.create_model, name)
     close = _close(name, known) or "none is close"
-    raise BadUsage(f"no model {name!r} among {source}; close names: {close}; your own: module:factory")
+    raise ValueError(f"no model {name!r} among {source}; close names: {close}; your own: module:factory")
 
 
 def _users(name: str) -> Callable[[], nn.Module]:
@@ -120,15 +117,15 @@ def _users(name: str) -> Callable[[], nn.Module]:
     except Exception as error:  # the user's code: anything
         missing = isinstance(error, ModuleNotFoundError | AttributeError) and _close(sought, known)
         close = f"; close names: {missing}" if missing else ""
-        raise BadUsage(f"--model {name}: {reason(error)}{close}") from error
+        raise ValueError(f"--model {name}: {reason(error)}{close}") from error
 
     def build() -> nn.Module:
         try:
             model = factory()
         except Exception as error:
-            raise BadUsage(f"--model {name}: {reason(error)}") from error
+            raise ValueError(f"--model {name}: {reason(error)}") from error
         if not isinstance(model, nn.Module):
-            raise BadUsage(f"--model {name}: {factory_name} returned {type(model).__name__}, not a torch.nn.Module")
+            raise ValueError(f"--model {name}: {factory_name} returned {type(model).__name__}, not a torch.nn.Module")
         return model
 
     return build

@@ -14,10 +14,11 @@ from torch import nn
 import fastconv
 import fastconv.functional
 from fastconv.activations import activation_of
-from fastconv.cli import checks, models, run
-from fastconv.cli.checks import conv, conv_bn_act, pool
-from fastconv.cli.checks.operator import compare, poisoned_memory
-from fastconv.cli.measure import blocks, lenet, network
+from fastconv.benchmarks import checks, models
+from fastconv.benchmarks.checks import conv, conv_bn_act, pool
+from fastconv.benchmarks.checks.operator import compare, poisoned_memory
+from fastconv.benchmarks.measure import lenet, network, resnet_blocks
+from fastconv.cli import run
 from fastconv.kernels import epilogue, mend
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import decisions
@@ -83,12 +84,12 @@ def test_digits_are_the_real_ones() -> None:
 
 @pytest.fixture
 def small_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "CROP", 64)
+    monkeypatch.setattr(resnet_blocks, "CROP", 64)
 
 
 @pytest.mark.usefixtures("small_photograph")
 def test_both_blocks_are_right_in_every_tensor() -> None:
-    parts = blocks.run([torch.float32, torch.bfloat16])
+    parts = resnet_blocks.run([torch.float32, torch.bfloat16])
     assert [part["id"] for part in parts] == ["block-identity", "block-downsample"]
     for part, tensors, convolutions in zip(parts, (8, 11), (2, 3), strict=True):
         assert part["verdict"] == "right", part["reason"]
@@ -102,7 +103,7 @@ def test_both_blocks_are_right_in_every_tensor() -> None:
 
 @pytest.mark.usefixtures("small_photograph", "broken")
 def test_the_blocks_find_what_is_broken() -> None:
-    assert {part["verdict"] for part in blocks.run([torch.float32])} == {"wrong"}
+    assert {part["verdict"] for part in resnet_blocks.run([torch.float32])} == {"wrong"}
 
 
 @pytest.mark.parametrize("mode", network.MODES)

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 import fastconv.functional
 from fastconv.autotune import gpus
-from fastconv.benchmarks import layer_lists, registry
+from fastconv.benchmarks import layer_lists, models, registry
+from fastconv.benchmarks.measure import ceilings, operator_times, operators
+from fastconv.benchmarks.measure.directions import drawn, exact
 from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, OURS, TARGET
-from fastconv.cli import models
-from fastconv.cli.measure import ceilings, operator_times, operators, standing, tables
-from fastconv.cli.measure.directions import drawn, exact
-from fastconv.cli.measure.results import Part, check_part
-from fastconv.cli.measure.screen import Progress
+from fastconv.benchmarks.report import tables, targets
+from fastconv.benchmarks.report.console import Progress
+from fastconv.benchmarks.report.results import Part, check_part
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave
 
@@ -336,19 +336,19 @@ def test_what_times_mean_and_what_is_owed() -> None:
     pool, dense = ENTRIES[1], ENTRIES[0]
     row: dict[str, Any] = {"status": "ok", "ours": OURS, "bytes": 3_000_000_000, "flops": 0, "large": True}
     row["providers"] = timed(eager=3.0, fastconv=1.0, fastconv_nchw=1.25, eager_nchw=2.0, compile=0.9)
-    standing.stand(row, pool, LIMITS)
+    targets.stand(row, pool, LIMITS)
     assert (row["speed"], row["gb_per_s"], row["share"], row["tflops"]) == (0.9, 3000.0, 0.75, None)
     assert (row["layout_ms"], row["ceiling"], row["missed"]) == (0.25, 0.75, ["speed", "bandwidth"])
     row |= {"large": False, "flops": 400_000_000_000}
-    standing.stand(row, dense, LIMITS)
+    targets.stand(row, dense, LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"], row["missed"]) == (0.9, 3.0, 3.0, [])
     assert (row["tflops"], row["matrix_share"], row["ceiling"]) == (400.0, 0.5, 0.75)
     # The other way says less: all speeds are less.
     row["again"] = {"speed_over_eager": 1.5}
-    standing.stand(row, dense, LIMITS)
+    targets.stand(row, dense, LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (0.45, 1.5, 1.5)
     row["again"] = {"speed_over_eager": 3.5}
-    standing.stand(row, dense, LIMITS)
+    targets.stand(row, dense, LIMITS)
     assert (row["speed_over_eager"], row["unconfirmed"]) == (3.0, None)
 
 
@@ -356,11 +356,11 @@ def test_what_is_not_confirmed_is_no_win() -> None:
     row = stood(None, {"resnet50": 1}, bytes=3_000_000_000, flops=0, large=False, reason=None, ours=OURS)
     row["providers"] = timed(eager=3.0, fastconv=1.0)
     row["again"] = {"status": "failed", "reason": "OutOfMemoryError: tried to allocate 2 GiB", "copies": 2}
-    standing.stand(row, ENTRIES[1], LIMITS)
+    targets.stand(row, ENTRIES[1], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
     assert (row["unconfirmed"], row["gb_per_s"], row["missed"]) == (3.0, 3000.0, [])
-    assert (standing.means([row]), standing.families([row])) == ([], {})
-    part = standing.targets([{"kind": "operators", "rows": [row]}], dataclasses.replace(TARGET, means={"fprop": 0.9}))
+    assert (targets.means([row]), targets.families([row])) == ([], {})
+    part = targets.targets([{"kind": "operators", "rows": [row]}], dataclasses.replace(TARGET, means={"fprop": 0.9}))
     assert part is not None
     (target,) = part["rows"]
     assert (target["measured"], target["mean"], target["met"]) == (0, None, None)
@@ -369,14 +369,14 @@ def test_what_is_not_confirmed_is_no_win() -> None:
 def test_without_eagers_time_no_win_is_believed() -> None:
     row: dict[str, Any] = {"status": "ok", "ours": OURS, "bytes": 10**9, "flops": 0, "large": False}
     row["providers"] = timed(fastconv=1.0, eager_nchw=3.0)
-    standing.stand(row, ENTRIES[3], LIMITS)
+    targets.stand(row, ENTRIES[3], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
     assert (row["unconfirmed"], row["missed"]) == (3.0, [])
     (remark,) = tables._remarks(row | {"reason": None})
     assert remark == "3.00 of the fastest's, UNCONFIRMED: eager has no time"
     # A loss is: nobody has to doubt it.
     row = row | {"providers": timed(fastconv=1.0, eager_nchw=3.0, compile=0.5), "unconfirmed": None}
-    standing.stand(row, ENTRIES[3], LIMITS)
+    targets.stand(row, ENTRIES[3], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["unconfirmed"]) == (0.5, None, None)
 
 
@@ -393,7 +393,7 @@ def test_means_are_geometric_and_weighted_by_occurrence() -> None:
         stood(9.0, {}, family="rows"),
         stood(None, {"a": 1}),
     ]
-    means = {(it["network"], it["direction"]): it["speed"] for it in standing.means(rows)}
+    means = {(it["network"], it["direction"]): it["speed"] for it in targets.means(rows)}
     assert means == pytest.approx(
         {
             ("a", "fprop"): 2.0 ** (2 / 4),
@@ -404,7 +404,7 @@ def test_means_are_geometric_and_weighted_by_occurrence() -> None:
         }
     )
     assert list(means)[-1] == ("all", "together")
-    assert standing.families(rows) == {"gather": {"wins": 1, "losses": 0}, "rows": {"wins": 1, "losses": 1}}
+    assert targets.families(rows) == {"gather": {"wins": 1, "losses": 0}, "rows": {"wins": 1, "losses": 1}}
 
 
 @pytest.mark.parametrize(
@@ -418,14 +418,14 @@ def test_a_target_is_met_where_every_layer_was_measured_and_none_is_slow(
     target = registry.Target(("a", "b"), (64,), {"fprop": 0.85, "dgrad": 0.9}, least=0.6)
     rows = [stood(speed, {"a": 1, "other": 9}) for speed in speeds] or [stood(None, {"b": 1})]
     rows += [stood(0.1, {"other": 1}), stood(0.1, {"a": 1}, batch=8), stood(0.1, {"a": 1}, direction="wgrad")]
-    part = standing.targets([{"kind": "operators", "rows": rows}], target)
+    part = targets.targets([{"kind": "operators", "rows": rows}], target)
     assert part is not None
     check_part(part)
     (row,) = part["rows"]
     assert (row["met"], row["measured"], row["of"]) == (met, len(speeds), of)
     assert row["mean"] == (pytest.approx(math.prod(speeds) ** (1 / len(speeds))) if speeds else None)
     assert part["verdict"] == ("right" if speeds else "skipped")
-    assert standing.targets([{"kind": "operators", "rows": rows[-3:-2]}], target) is None
+    assert targets.targets([{"kind": "operators", "rows": rows[-3:-2]}], target) is None
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad", "together"])
@@ -455,5 +455,5 @@ def test_ceilings_are_rates_of_what_the_clock_says() -> None:
 
 def test_layers_of_a_network_that_does_not_run_without_data_are_refused() -> None:
     subject = models.load("tests.cli.tiny:large", 1, 4)
-    with pytest.raises(fastconv.cli.BadUsage, match=r"layers of tests.cli.tiny:large cannot be listed without data"):
+    with pytest.raises(ValueError, match=r"layers of tests.cli.tiny:large cannot be listed without data"):
         layer_lists.of(subject)

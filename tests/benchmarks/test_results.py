@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastconv.cli import BadUsage, run
-from fastconv.cli.measure import plots, results, roads, tables
-from fastconv.cli.measure.results import KINDS, SCHEMA, Results, read
+from fastconv.benchmarks.report import plots, results, tables
+from fastconv.benchmarks.report.results import KINDS, SCHEMA, Results, read
+from fastconv.cli import bench_run, run
 
 TIMES = {"median": 2.0, "p20": 1.5, "p80": 3.0, "samples": 5}
 
@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_written_any_more_is_bad_usage(tmp_path: Path) -
     results = Results(tmp_path / "out")
     results.path.unlink()
     (tmp_path / "out").rmdir()
-    with pytest.raises(BadUsage, match=f"cannot write to --out {tmp_path / 'out'}: No such file"):
+    with pytest.raises(ValueError, match=f"cannot write to --out {tmp_path / 'out'}: No such file"):
         results.put(PARTS["time"])
 
 
@@ -223,19 +223,19 @@ def test_a_folder_that_cannot_be_written_any_more_is_bad_usage(tmp_path: Path) -
 )
 def test_what_is_no_result_file_is_refused(content: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(content)
-    with pytest.raises(BadUsage, match=expected):
+    with pytest.raises(ValueError, match=expected):
         read(tmp_path / "bench.json")
 
 
 def test_a_part_without_its_keys_is_refused(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    with pytest.raises(BadUsage, match="lacks verdict"):
+    with pytest.raises(ValueError, match="lacks verdict"):
         results.put({key: value for key, value in PARTS["time"].items() if key != "verdict"})
-    with pytest.raises(BadUsage, match="kind 'guess', not one of"):
+    with pytest.raises(ValueError, match="kind 'guess', not one of"):
         results.put({**PARTS["time"], "kind": "guess"})
-    with pytest.raises(BadUsage, match="lacks noise"):
+    with pytest.raises(ValueError, match="lacks noise"):
         results.put({key: value for key, value in PARTS["time"].items() if key != "noise"})
-    with pytest.raises(BadUsage, match="'fine', not one of"):
+    with pytest.raises(ValueError, match="'fine', not one of"):
         results.put({**PARTS["time"], "verdict": "fine"})
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_file_is_one_line(
 def test_plots_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "training.png").mkdir()
     screen = Console(file=io.StringIO(), width=1000)
-    with roads.Output(tmp_path, roads.Wishes(), screen) as output:
+    with bench_run.Output(tmp_path, bench_run.Options(), screen) as output:
         output.put(PARTS["training"])
     said = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert said[-1] == f"Cannot write the plots: [Errno 21] Is a directory: '{tmp_path / 'training.png'}'"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv
-from fastconv.cli.measure.results import Part
+from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import launch
 
 SEED = 0

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastconv.cli.measure import network
-from fastconv.cli.measure.network import YARDSTICK_PROVIDER, Replay, Workload, warm_up
-from fastconv.cli.measure.results import Part
-from fastconv.cli.measure.screen import Progress
-from fastconv.cli.models import Subject, load
+from fastconv.benchmarks.measure import network
+from fastconv.benchmarks.measure.network import YARDSTICK_PROVIDER, Replay, Workload, warm_up
+from fastconv.benchmarks.models import Subject, load
+from fastconv.benchmarks.report.console import Progress
+from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch
 from fastconv.measuring.accuracy import Tensors
 from fastconv.measuring.capture import captured
@@ -115,7 +115,7 @@ def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) 
         try:
             shadow(torch.empty(whole.input_shape, device="meta"))
         except Exception as error:
-            raise whole.refused(error) from error
+            raise ValueError(whole.refusal(error)) from error
         for path, call in calls.items():
             modules = _modules(whole.model, path)
             block = modules[0] if len(modules) == 1 else nn.Sequential(*modules)

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv.functional as ours
-from fastconv.cli.checks.conv import ConvCase
-from fastconv.cli.checks.operator import FORWARD, Operator, Tensors, gradient_of, laid_out
+from fastconv.benchmarks.checks.conv import ConvCase
+from fastconv.benchmarks.checks.operator import FORWARD, Operator, Tensors, gradient_of, laid_out
 
 EPS, MOMENTUM = 1e-3, 0.3
 RUNNING = ("running mean", "running variance")

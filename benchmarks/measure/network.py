@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastconv
-from fastconv.cli.measure.results import Part
-from fastconv.cli.measure.screen import Progress
-from fastconv.cli.models import Subject
+from fastconv.benchmarks.models import Subject
+from fastconv.benchmarks.report.console import Progress
+from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import launch
 from fastconv.measuring.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.measuring.capture import Captured
@@ -54,7 +54,7 @@ class Workload:
             with fp32_convolutions("ieee"):
                 _take_statistics(self.model, images)
         except Exception as error:  # the network's own code: anything
-            raise subject.refused(error) from error
+            raise ValueError(subject.refusal(error)) from error
 
     @property
     def description(self) -> dict[str, Any]:

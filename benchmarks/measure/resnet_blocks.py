@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import fastconv
-from fastconv.cli.measure.results import Part
-from fastconv.cli.models import torchvision
+from fastconv.benchmarks.models import torchvision
+from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import launch
 from fastconv.measuring.accuracy import YARDSTICK, Tensors, max_error, norm_error, tolerance
 

@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv
 from fastconv.benchmarks.calls import LARGE, Operator
+from fastconv.benchmarks.measure import ceilings
+from fastconv.benchmarks.measure.directions import fakes
+from fastconv.benchmarks.measure.operator_times import COMPILE_SECONDS, Bench, conditions, failed, measure_row, prepared
 from fastconv.benchmarks.registry import COMPILED, TARGET, Case, Entry, Provider
-from fastconv.cli.measure import ceilings, standing
-from fastconv.cli.measure.directions import fakes
-from fastconv.cli.measure.operator_times import COMPILE_SECONDS, Bench, conditions, failed, measure_row, prepared
-from fastconv.cli.measure.results import Part
-from fastconv.cli.measure.screen import Progress
+from fastconv.benchmarks.report import targets
+from fastconv.benchmarks.report.console import Progress
+from fastconv.benchmarks.report.results import Part
 from fastconv.kernels.dispatch import Plan
 from fastconv.measuring.clock import reason
 from fastconv.traffic import Traffic
@@ -176,14 +177,14 @@ def measure(
                 _measure_task(task, bench, deadline, started + compiling)
                 pace.note(task, time.monotonic() - started)
             for row in task.rows:
-                standing.stand(row, task.entry, limits)
-            part["rows"] = sorted((*part["rows"], *task.rows), key=standing.losses_first)
-            part |= {"means": standing.means(part["rows"]), "families": standing.families(part["rows"])}
-            part |= standing.verdict(part["rows"])
+                targets.stand(row, task.entry, limits)
+            part["rows"] = sorted((*part["rows"], *task.rows), key=targets.losses_first)
+            part |= {"means": targets.means(part["rows"]), "families": targets.families(part["rows"])}
+            part |= targets.verdict(part["rows"])
             save(part)
             progress.tick(task.rows[0]["operator"])
     found = list(parts.values())
-    met = standing.targets(found, TARGET)
+    met = targets.targets(found, TARGET)
     return [*found, met] if met else found
 
 

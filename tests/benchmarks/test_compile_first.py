@@ -12,9 +12,11 @@ import torch
 
 from fastconv import arguments, functional
 from fastconv.autotune.gpus import H200
-from fastconv.cli import models, run
-from fastconv.cli.measure import ahead, compiler, lenet, network, results, roads
-from fastconv.cli.measure.compiler import Compilation
+from fastconv.benchmarks import models
+from fastconv.benchmarks.measure import compile_first, compiler_report, lenet, network
+from fastconv.benchmarks.measure.compiler_report import Compilation
+from fastconv.benchmarks.report import results
+from fastconv.cli import bench_run, run
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.compile import compile_each
 
@@ -75,9 +77,9 @@ def test_the_road_without_a_gpu(
     verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = printing(json.dumps({"kernels": [ROW]} if verdict == "right" else {}))
-    monkeypatch.setattr(compiler, "Compilation", lambda _: Compilation(command))
-    monkeypatch.setattr(roads, "QUICK_STEPS", 2)
-    monkeypatch.setattr("fastconv.cli.measure.blocks.CROP", 64)
+    monkeypatch.setattr(compiler_report, "Compilation", lambda _: Compilation(command))
+    monkeypatch.setattr(bench_run, "QUICK_STEPS", 2)
+    monkeypatch.setattr("fastconv.benchmarks.measure.resnet_blocks.CROP", 64)
     assert run(["bench", "--quick", "--out", str(tmp_path)]) == code
     parts = results.read(tmp_path / "bench.json")["parts"]
     assert [part["id"] for part in parts] == ["lenet", "block-identity", "block-downsample", "compiler"]
@@ -115,9 +117,9 @@ def test_a_step_is_compiled_ahead() -> None:
     def step() -> None:
         work.step(work.converted(), work.input(torch.channels_last))()
 
-    part = ahead.compile_kernels(step)
+    part = compile_first.compile_kernels(step)
     assert (part["verdict"], part["reason"]) == ("right", None)
-    with ahead.without_launching() as records:
+    with compile_first.without_launching() as records:
         step()
     names = {record.name for record in records}
     assert {"combine_statistics_kernel", "batch_norm_act_gradient_kernel"} < names
@@ -135,11 +137,11 @@ def test_what_raises_on_numbers_never_computed_is_compiled_up_to_there() -> None
         functional.conv2d(x, w)
         raise RuntimeError("no such index")
 
-    part = ahead.compile_kernels(calls)
+    part = compile_first.compile_kernels(calls)
     assert (part["verdict"], part["kernels"], part["reason"]) == ("right", 1, "RuntimeError: no such index")
 
 
 @interpreted
 def test_nothing_is_compiled_ahead_under_the_interpreter() -> None:
-    part = ahead.compile_kernels(pytest.fail)
+    part = compile_first.compile_kernels(pytest.fail)
     assert (part["verdict"], part["kernels"]) == ("skipped", 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastconv.cli.checks import conv, conv_bn_act, pool
-from fastconv.cli.checks.operator import Operator as Operator
+from fastconv.benchmarks.checks import conv, conv_bn_act, pool
+from fastconv.benchmarks.checks.operator import Operator as Operator
 
 OPERATORS: tuple[Operator, ...] = (
     conv.CONVOLUTION,

@@ -16,10 +16,12 @@ from rich.console import Console
 from torch import nn
 
 from fastconv.autotune import gpus
-from fastconv.cli import models, run
-from fastconv.cli.measure import block_times, host, network, operator_times, results
-from fastconv.cli.measure.results import Part
-from fastconv.cli.measure.screen import Progress
+from fastconv.benchmarks import models
+from fastconv.benchmarks.measure import blocks, host_time, network, operator_times
+from fastconv.benchmarks.report import results
+from fastconv.benchmarks.report.console import Progress
+from fastconv.benchmarks.report.results import Part
+from fastconv.cli import run
 from fastconv.kernels import dispatch, mend
 from fastconv.kernels.problem import conv_problem
 from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave, within
@@ -181,7 +183,7 @@ def test_every_provider_runs_where_it_can(mode: str, progress: Progress, monkeyp
 
 
 def test_host_time_of_both_functions_with_and_without_gradient() -> None:
-    part = host.host_time(CPU, 0.0)
+    part = host_time.host_time(CPU, 0.0)
     assert part["verdict"] == "right"
     assert [(row["function"], row["gradient"]) for row in part["rows"]] == [
         ("fastconv", False),
@@ -194,7 +196,7 @@ def test_host_time_of_both_functions_with_and_without_gradient() -> None:
 
 
 def test_host_time_is_measured_of_a_call_that_needs_descriptors() -> None:
-    images, channels, side, dtype = host.CALLS[1]
+    images, channels, side, dtype = host_time.CALLS[1]
     x, w = (images, channels, side, side), (channels, channels, 3, 3)
     problem = conv_problem(x, w, None, (1, 1), (1, 1, 1, 1), (1, 1), 1, dtype)
     assert dispatch.plan("fprop", problem, gpus.H200).family == "pixels"
@@ -226,29 +228,29 @@ def test_a_compiler_that_does_not_end_is_stopped(
 
 
 @pytest.fixture
-def block() -> block_times.Block:
+def block() -> blocks.Block:
     layers = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    return block_times.Block(models.Subject("tiny", layers, (2, 8, 6, 6)), (2, 16, 6, 6), needs_dx=True)
+    return blocks.Block(models.Subject("tiny", layers, (2, 8, 6, 6)), (2, 16, 6, 6), needs_dx=True)
 
 
 def test_a_block_has_the_shapes_of_its_network() -> None:
-    (block,) = block_times.load_blocks(block_times.DRY, 1, 32)
+    (block,) = blocks.load_blocks(blocks.DRY, 1, 32)
     assert block.subject.input_shape == (1, 64, 8, 8) and block.output_shape == (1, 128, 4, 4) and block.needs_dx
 
 
-def block_part(block: block_times.Block, progress: Progress, deadline: float = math.inf) -> Part:
+def block_part(block: blocks.Block, progress: Progress, deadline: float = math.inf) -> Part:
     saved: list[Part] = []
     clock = HostClock()
     # In fp32: of so few pixels a ReLU that bfloat16 switches is a large share.
-    part = block_times.measure([block], ["train"], torch.float32, CPU, clock, deadline, progress, saved.append)
+    part = blocks.measure([block], ["train"], torch.float32, CPU, clock, deadline, progress, saved.append)
     assert saved[-1] == part
     return part
 
 
 def test_a_block_is_compared_then_timed_beside_its_bytes(
-    block: block_times.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    block: blocks.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_times, "interleave", one_round)
+    monkeypatch.setattr(blocks, "interleave", one_round)
     part = block_part(block, progress)
     (row,) = part["rows"]
     assert part["verdict"] == "right", row
@@ -264,18 +266,18 @@ def test_a_block_is_compared_then_timed_beside_its_bytes(
 
 
 def test_one_blocks_failing_provider_leaves_the_others(
-    block: block_times.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    block: blocks.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_times, "interleave", one_round)
+    monkeypatch.setattr(blocks, "interleave", one_round)
 
     def fails() -> Any:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    def providers(work: block_times.BlockWorkload) -> dict[str, Any]:
+    def providers(work: blocks.BlockWorkload) -> dict[str, Any]:
         step = work.step(work.fresh(torch.channels_last), work.input(torch.channels_last))
         return {"eager channels_last": (lambda: step, 0.0), "fastconv": (fails, 0.0), "never": (pytest.fail, 1e9)}
 
-    monkeypatch.setattr(block_times, "_providers", providers)
+    monkeypatch.setattr(blocks, "_providers", providers)
     part = block_part(block, progress, time.monotonic() + 60)
     (row,) = part["rows"]
     assert part["verdict"] == "wrong"
@@ -285,7 +287,7 @@ def test_one_blocks_failing_provider_leaves_the_others(
 
 
 def test_blocks_without_time_and_wrong_blocks_are_rows(
-    block: block_times.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    block: blocks.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = block_part(block, progress, 0.0)
     assert (part["verdict"], part["rows"][0]["status"]) == ("skipped", "skipped")
@@ -297,8 +299,8 @@ def test_blocks_without_time_and_wrong_blocks_are_rows(
 
 @pytest.mark.slow
 def test_blocks_have_the_shapes_of_their_networks() -> None:
-    found = {block.subject.name: block for block in block_times.load_blocks(block_times.BLOCKS, 64, None)}
-    assert len(found) == len(block_times.BLOCKS)
+    found = {block.subject.name: block for block in blocks.load_blocks(blocks.BLOCKS, 64, None)}
+    assert len(found) == len(blocks.BLOCKS)
     assert found["resnet50 layer4.0"].subject.input_shape == (64, 1024, 14, 14)
     assert found["resnet50 layer4.0"].output_shape == (64, 2048, 7, 7)
     assert found["vgg16_bn features.40:43"].subject.input_shape == (64, 512, 14, 14)
@@ -330,7 +332,7 @@ def test_a_dry_run_leaves_the_file_and_its_plot(
 ) -> None:
     monkeypatch.setattr(network, "interleave", one_round)
     monkeypatch.setattr(operator_times, "interleave", one_round)
-    monkeypatch.setattr(block_times, "interleave", one_round)
+    monkeypatch.setattr(blocks, "interleave", one_round)
     assert run(["bench", "--dry-run", "--out", str(tmp_path), *options]) == 0
     data = results.read(tmp_path / "bench.json")
     assert [part["id"] for part in data["parts"]] == parts
