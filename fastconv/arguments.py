@@ -1,4 +1,4 @@
-"""What the functional modules share: whose call it is, and arguments as torch.nn.functional takes them."""
+"""What the functional modules share: why a call is not served, and arguments as torch.nn.functional takes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TENSORS = {Tensor, Parameter, type(None)}
 
 def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """Why PyTorch's own operator takes a call on ``x``, cast to ``dtype`` if there is one; None: fastconv serves it."""
-    # What is compiled takes the operators' own rules, and Dynamo knows none of these.
+    # A compiled call goes by the operators' own rules, and Dynamo knows none of these questions.
     compiling = _is_compiling()
     if compiling:
         if torch.onnx.is_in_onnx_export():
@@ -48,7 +48,7 @@ def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"its layout is {x.layout}"
     if x.is_cuda:
         return _why_not_build() if compiling or dispatch.is_forced() else _why_not_gpu(x.get_device())
-    # Without data it stands for a tensor of the GPU that is planned for.
+    # A tensor without data stands for one on the GPU that is planned for.
     if x.is_cpu and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
     return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.is_cpu else "")
@@ -71,9 +71,9 @@ def _why_not_build() -> str | None:
 
 @cache
 def _why_not_gpu(index: int) -> str | None:
-    """Why PyTorch's own ops serve all that is on the GPU of this index, or None. Said once, as a warning."""
+    """Why PyTorch's own operators serve every call on the GPU of this index, or None. Warns once."""
     reason = _why_not_build()
-    # (Without a GPU a tensor there has no data.)
+    # If there is no GPU, a tensor on one has no data.
     if reason is None and torch.cuda.is_available():
         reason = dispatch.too_old(dispatch.target(torch.device("cuda", index)))
     if reason is not None:
@@ -82,10 +82,10 @@ def _why_not_gpu(index: int) -> str | None:
 
 
 def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensions") -> tuple[int, ...]:
-    """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank``; an int is what stands for an index."""
+    """An int, or a sequence of one or ``rank`` ints, as a tuple of ``rank`` ints; `integer` says what is an int."""
     if type(value) is int:
         return (value,) * rank
-    # (Of sequences PyTorch takes these alone.)
+    # PyTorch takes no other sequences.
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not all(type(item) is int for item in values):
         values = tuple(integer(name, item) for item in values)
@@ -100,7 +100,7 @@ def expand(name: str, value: Any, rank: int, of: str = "the convolution dimensio
 
 
 def integer(name: str, value: Any) -> Any:
-    """What stands for an index as an int, or a SymInt; TypeError for anything else, as PyTorch has it a bool too."""
+    """A value that can be an index, as an int or SymInt. TypeError for anything else, also a bool, as in PyTorch."""
     if isinstance(value, _INTEGERS) and not isinstance(value, bool):
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -109,14 +109,14 @@ def integer(name: str, value: Any) -> Any:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """A bool; TypeError for anything else, as PyTorch has it."""
+    """``value`` if it is a bool; else TypeError, as in PyTorch."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, but got {value!r}")
     return value
 
 
 def check_tensors(*values: Any) -> None:
-    """Raise TypeError where one is neither a tensor nor None."""
+    """Raise TypeError if a value is neither a tensor nor None."""
     if not TENSORS.issuperset(map(type, values)):
         for value in values:
             if value is not None and not isinstance(value, Tensor):

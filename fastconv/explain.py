@@ -296,7 +296,7 @@ class _Watch:
         return self._names.get(operand, type(operand).__name__).rpartition(".")[2]
 
     def _cut_off(self, values: Any) -> Any:
-        """With each tensor as one without data that nothing computed, the same where it was the same."""
+        """``values`` with each tensor replaced by a leaf without data; equal tensors stay one."""
         found: dict[int, Tensor] = {}
 
         def cut_off(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 _in_context: ContextVar[Mapping[str, Any]] = ContextVar("fastconv.settings", default=_NOTHING)
-# The contexts that some thread is in, for threads that have none of their own.
+# The contexts that some thread is in, for threads without one.
 _open: list[Change] = []
 
 
@@ -58,20 +58,20 @@ class Change:
 
 
 class Settings:
-    """What fastconv goes by; each is set by its name.
+    """fastconv's settings.
 
     ``strict``: True makes it an error that PyTorch's own op serves a tensor which fastconv serves (a GPU's, or the
     CPU's under ``TRITON_INTERPRET=1``; fp32, fp16, bf16). Default False.
-    ``prefer``: "fastest" (default) leaves a call to PyTorch's own op where a table measured it faster, "triton" never.
-    ``tune``: "cached" (default) never measures; "off" asks the cost model alone; "first" measures a problem that no
+    ``prefer``: "fastest" (default) leaves a call to PyTorch's own op if a table measured it faster, "triton" does not.
+    ``tune``: "cached" (default) never measures; "off" asks only the cost model; "first" measures a problem that no
     table has, when it is first met; "force" measures every problem again, once a process.
     ``numerics``: "stable" keeps one order of summation for each problem, whatever is tuned, as
     ``torch.use_deterministic_algorithms(True)`` does too. Default "fast".
 
-    ``with settings(...):`` is in force inside the block, for this thread and its asyncio tasks alone; ``settings(...)``
-    for the whole process; the variable ``FASTCONV_STRICT`` (and so on), read once, where neither says anything. A
-    context wins over a call, a call over the variable. Other threads see no context, but for autograd's: a backward
-    that runs in no context of its thread goes by those that others are in, and is strict where one of them is.
+    ``with settings(...):`` is in force inside the block, only for this thread and its asyncio tasks; ``settings(...)``
+    for the whole process; the variable ``FASTCONV_STRICT`` (and so on), read once, if neither says anything. A context
+    wins over a call, a call over the variable. Other threads see no context, except autograd's: a backward that runs in
+    no context of its thread goes by those that others are in, and is strict if one of them is.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -106,7 +106,7 @@ class Settings:
             return self._latest
 
     def _calls(self) -> Iterator[Change]:
-        """Newest first, without those that were the beginning of a ``with``."""
+        """The calls in force, newest first, without those that began a ``with``."""
         change = self._latest
         while change is not None:
             if not change.entered:
@@ -114,7 +114,7 @@ class Settings:
             change = change.before
 
     def _settle(self) -> None:
-        """Find what is in force outside of every context."""
+        """Find the values in force outside every context."""
         calls: dict[str, Any] = {}
         for change in self._calls():
             calls = {**change.values, **calls}
@@ -122,13 +122,13 @@ class Settings:
 
     @property
     def values(self) -> Values:
-        """What is in force for this thread."""
+        """The values in force for this thread."""
         inside = _in_context.get()
         return self._everywhere._replace(**inside) if inside else self._everywhere
 
     @property
     def values_in_backward(self) -> Values:
-        """What autograd's threads go by, which are in no context of their own."""
+        """The values for autograd's threads, which are in no context of their own."""
         values = self.values
         if not _open:
             return values

@@ -1,8 +1,8 @@
 """Bytes that a computation reads and writes: fastconv's as launched, PyTorch's own operators' by their arguments.
 
-Counted, not measured: each tensor a kernel is given counts once, whatever caches do. An operator of PyTorch's that
-makes two passes over a tensor counts it twice: batch norm in training (statistics, then normalisation; in backward its
-two sums, then the gradient) and a convolution's backward (dgrad, then wgrad). Tensors may be without data.
+They are counted, not measured: each tensor that a kernel gets counts once, whatever caches do. An operator of PyTorch's
+that makes two passes over a tensor counts it twice: batch norm in training (statistics, then normalisation; in backward
+its two sums, then the gradient) and a convolution's backward (dgrad, then wgrad). Tensors may be without data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastconv.autotune import Choice
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import Record, decisions, record
 
-# What the operators do around a convolution's three directions and a pool's two; any other goes by its own name.
+# Names of the passes around a convolution's three directions and a pool's two; others keep the operator's name.
 _NAMES = {
     "batch_norm_act": "apply",
     "batch_norm_act_sums": "sums",
@@ -36,9 +36,9 @@ _NORMS = {
     "aten::cudnn_batch_norm": 5,
 }
 _NORM_BACKWARDS = ("aten::native_batch_norm_backward", "aten::batch_norm_backward")
-# What reads nothing of the argument whose shape or memory it takes.
+# Operators that read nothing of the argument whose shape or memory they take.
 _WRITES = ("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::zeros_like", "aten::ones_like", "aten::new_zeros")
-# Memory that is only reserved; what is asked of a tensor that is none of its values.
+# Operators that only reserve memory, and questions about a tensor that read no values.
 _NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 
 
@@ -48,9 +48,9 @@ class Pass:
 
     operator: str  # "conv_fprop"
     plan: Plan | None  # of a convolution or a pool
-    choice: Choice | None  # the tile; None where PyTorch's own operators do it
+    choice: Choice | None  # the tile; None: PyTorch's own operators do it
     launches: tuple[Record, ...]
-    operators: Counter[str]  # PyTorch's: copies to another memory format, or all of it where no kernel serves the call
+    operators: Counter[str]  # PyTorch's: copies to another memory format, or the whole call if no kernel serves it
 
     @property
     def name(self) -> str:
@@ -86,7 +86,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in implementations:
-            # Not through the dispatcher: what it runs inside is to be counted too.
+            # Not through the dispatcher: what runs inside counts too.
             with Traffic() as inside, decisions() as decided:
                 out = implementations[func](*args, **(kwargs or {}))
             plan = next((found for found in decided if isinstance(found, Plan)), None)
@@ -103,7 +103,7 @@ class Traffic(TorchDispatchMode):
 
     @property
     def kernels(self) -> Counter[str]:
-        """By the name of our kernels."""
+        """Bytes by the name of fastconv's kernels."""
         found: Counter[str] = Counter()
         for launched in self._records:
             found[launched.name] += sum(launched.bytes)
@@ -121,7 +121,7 @@ def _operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
         return 0  # a view
     read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    # What is written in place is among the arguments, and moves twice; so are outputs of their own once.
+    # A tensor written in place is among the arguments too, and moves twice; another output moves once.
     moved = sum(_size(t) for t in read) + sum(_size(t) for t in tree_leaves(out) if isinstance(t, Tensor))
     for index, times in _further_reads(name, args).items():
         moved += times * _size(args[index])
@@ -129,11 +129,11 @@ def _operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _further_reads(name: str, args: Any) -> dict[int, int]:
-    """How often an operator reads which of its arguments beside once; -1: not at all."""
+    """By the index of an argument: how many more times than once the operator reads it; -1: it does not read it."""
     if name in _WRITES:
         return {0: -1}
     if "pool" in name and "_backward" in name:
-        return {1: -1}  # the input, of which they take the shape
+        return {1: -1}  # they take only the input's shape
     if name in _NORMS:
         return {0: 1} if args[_NORMS[name]] else {}
     if name == "aten::_batch_norm_with_update":
@@ -142,7 +142,7 @@ def _further_reads(name: str, args: Any) -> dict[int, int]:
         return {0: 1, 1: 1}
     if name in _NORM_BACKWARDS:
         training, (need_x, *need_sums) = args[7], args[9]
-        # Of constant statistics the input's gradient needs no sums, and no input.
+        # With constant statistics the input's gradient needs no sums, and no input.
         passes = need_x + any(need_sums)
         return {0: 1, 1: 1} if training else {0: passes - 1, 1: any(need_sums) - 1}
     if name == "aten::convolution_backward":

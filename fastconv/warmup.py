@@ -1,4 +1,4 @@
-"""Every kernel that a model will need, compiled before it is called: in parallel, and found without computing."""
+"""Compiles every kernel that a model will launch before it is called: in parallel, and found without computing."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def warmup(
     """Compile every kernel that ``model(*inputs)`` launches, on all cores; with ``train`` its backward pass too.
 
     Afterwards a first step compiles nothing, a CUDA graph can be captured, and another process finds the kernels in
-    Triton's cache. Call it as the model will be called: inside torch.autocast where the model is, with inputs of the
+    Triton's cache. Call it as the model will be called: inside torch.autocast if the model will be, with inputs of the
     same shapes, dtypes and memory formats. The model runs once, on a copy without data, in training or inference mode
     as ``train`` says; one that asks for values runs once more on a true copy, and what is left compiles there. Nothing
     of the model changes.
 
-    ``gpu``: "H200" or another of the known ones, in the place of the device that the model is on, which may be the CPU;
-    nothing is loaded then. ``progress(done, all)`` is called after each kernel; without it lines go to the log
-    "fastconv" at level INFO. Under TRITON_INTERPRET, on a CPU and for a model without fastconv's layers there is
-    nothing to compile, as the result and a warning of the log say. Nothing is measured: where settings say "first" or
-    "force", the tiles are those of "cached", and the first call measures.
+    ``gpu``: "H200" or another known GPU, instead of the device that the model is on, which may be the CPU; nothing is
+    loaded then. ``progress(done, all)`` is called after each kernel; without it lines go to the log "fastconv" at level
+    INFO. Under TRITON_INTERPRET, on a CPU and for a model without fastconv's layers there is nothing to compile, as the
+    result and a warning of the log say. Nothing is measured: if settings say "first" or "force", the tiles are those of
+    "cached", and the first call measures.
 
-    Raises ValueError on an unknown ``gpu``; RuntimeError where a kernel does not compile, naming it, and while a CUDA
+    Raises ValueError on an unknown ``gpu``; RuntimeError if a kernel does not compile, naming it, and while a CUDA
     graph is captured; else what the model raises.
     """
     named = None if gpu is None else gpu_called(gpu)

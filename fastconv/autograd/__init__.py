@@ -7,7 +7,7 @@ from fastconv.autotune.choose import Asked, install_measurer
 
 
 def _measure(asked: Asked) -> Tuned | None:
-    # Imported where a user asks for it alone (`settings.tune`): no other call ever measures.
+    # Imported only when a user asks to measure (`settings.tune`): no other call does.
     from fastconv import __version__
     from fastconv.measuring.first import measure
 

@@ -87,7 +87,7 @@ def dgrad(
         )
     except Uncovered as reason:
         fall_back("conv_dgrad", reason)
-    # PyTorch's backward knows padding alike on both sides: it gets the padded input, whose gradient is cropped.
+    # PyTorch's backward knows only equal padding on both sides: it gets the padded input, whose gradient is cropped.
     shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
     sides = _pad_argument(both_sides((input_size, dy.shape[2:], weight.shape[2:]), stride, padding, dilation))
     x = torch.nn.functional.pad(dy.new_empty(shape), sides)
@@ -256,13 +256,13 @@ def any_channels_last(*tensors: Tensor) -> bool:
 
 
 class Conv(Function):
-    """fprop; backward is dgrad, wgrad and a sum, each only where its gradient is needed."""
+    """fprop; backward is dgrad, wgrad and a sum, each only if its gradient is needed."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        # (A saved tensor may come back laid out otherwise: from the CPU, say.)
+        # A saved tensor may come back with another layout, for example from the CPU.
         ctx.x, ctx.weight = (x.shape, x.stride()), (weight.shape, weight.stride())
         ctx.arguments = stride, padding, dilation, groups
         return conv_fprop(x, weight, bias, stride, padding, dilation, groups)

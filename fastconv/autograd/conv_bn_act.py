@@ -1,10 +1,10 @@
 """Convolution + batch norm + activation (+ residual) as library operators, and as one autograd Function over them.
 
 Inference is one kernel. Training is the convolution with statistics from its accumulator, one pass that normalises and
-activates, and in backward one pass for batch norm's sums and one that gives dgrad and wgrad their operand. Saved are
-the layer's input, the convolution's output and numbers per channel; with a residual before a ReLU its output, which the
-next layer keeps anyway. `normalise_and_activate` is the same in plain PyTorch: what a gradient of the gradient goes
-through.
+activates, and in backward one pass for batch norm's sums and one that gives dgrad and wgrad their operand. Backward
+keeps the layer's input, the convolution's output and numbers per channel; with a residual before a ReLU also its
+output, which the next layer keeps anyway. A gradient of the gradient goes through `normalise_and_activate`, the same in
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def normalise_and_activate(
     how: Activated,
     training: bool = False,
 ) -> Tensor:
-    """The twin of the kernels' epilogue in plain PyTorch, differentiable to any order; in fp32 for narrower types.
+    """The kernels' epilogue in plain PyTorch, differentiable to any order; in fp32 for narrower types.
 
     In training the statistics are those of y, not ``norm``'s.
     """
@@ -222,12 +222,12 @@ def conv_bn_act(
     how: Activated,
     group: Any = None,
 ) -> Tensor:
-    """``act(batch_norm(conv(x)) + residual)``, differentiable to any order, but once where there is a ``group``.
+    """``act(batch_norm(conv(x)) + residual)``, differentiable to any order; with a ``group``, once.
 
     x [N, C, spatial]; ``running``: the statistics of inference, which follow the batch's in training; ``arguments``:
-    output size, stride, padding, dilation, groups. With an output size it is the transposed convolution, and padding
-    the leading sides; without, None, they and then the trailing ones. Vectors are [K]; ``group``: the process group
-    over which statistics are taken. Raises ValueError, as torch does, on one value per channel in training.
+    output size, stride, padding, dilation, groups. An output size means the transposed convolution, and padding holds
+    the leading sides; with None it holds these and then the trailing ones. Vectors are [K]; ``group``: the process
+    group over which statistics are taken. Raises ValueError, as torch does, on one value per channel in training.
     """
     tensors = (x, weight, bias, gamma, beta, slope, residual)
     if tracked(*tensors):
@@ -242,7 +242,7 @@ def conv_bn_act(
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Any, group: Any) -> tuple[Any, ...]:
-    """(y, and over the group mean, variance, pixels) of the convolution in training."""
+    """(y, mean, variance, pixels) of the convolution in training; the last three over the group."""
     y, mean, var = conv_statistics(x, weight, bias, *arguments)
     pixels = y.numel() // y.shape[1]
     if group is not None:
@@ -253,7 +253,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Any, g
 
 
 def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, variance, pixels) over all processes, from each one's own."""
+    """(mean, variance, pixels) over all processes, from those of each."""
     own = torch.cat([mean, var, mean.new_full((1,), pixels)])
     gathered = own.new_empty((dist.get_world_size(group), own.numel()))
     dist.all_gather(list(gathered.unbind()), own, group=group)
@@ -264,15 +264,15 @@ def _over_group(mean: Tensor, var: Tensor, pixels: int, group: Any) -> tuple[Ten
 
 
 def _follow(running: Running, mean: Tensor, var: Tensor, pixels: int | Tensor) -> None:
-    """Let the running statistics follow a batch's: mean and biased variance, fp32, over so many pixels."""
+    """Let the running statistics follow a batch's: mean and biased variance, fp32, over ``pixels``."""
     running_mean, running_var, batches, momentum = running
     # An empty batch has no statistics, unless it is one process's share of one.
     if running_mean is not None and running_var is not None and (isinstance(pixels, Tensor) or pixels > 0):
-        # As PyTorch's batch norm does, unseen by autograd: the same layer called alone keeps them for its backward.
-        # (torch.export knows no tensor's data.)
+        # As PyTorch's batch norm does, unseen by autograd: the same layer called unfused keeps them for its backward.
+        # torch.export knows no tensor's data.
         if not torch.compiler.is_exporting():
             running_mean, running_var = running_mean.data, running_var.data
-        # Both first: where memory ends, neither has moved.
+        # Both are computed before either is written: if memory ends, neither has moved.
         mean, var = mean.to(running_mean.dtype), (var * (pixels / (pixels - 1))).to(running_var.dtype)
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var, momentum)
@@ -283,8 +283,8 @@ def _follow(running: Running, mean: Tensor, var: Tensor, pixels: int | Tensor) -
 class ConvBNAct(Function):
     """(z, y) of the fused layer.
 
-    y, the convolution's result, is an output where backward keeps it: a gradient of the gradient, which reads it, comes
-    back as its gradient, and so to an input and a weight that are not kept.
+    y, the convolution's result, is an output if backward keeps it. A gradient of the gradient reads y, comes back as
+    y's gradient, and so reaches an input and a weight that are not kept.
     """
 
     @staticmethod
@@ -309,7 +309,7 @@ class ConvBNAct(Function):
         need_x, need_weight, _, need_gamma = ctx.needs_input_grad[:4]
         active = how.act != "identity"
         before, after = (residual is not None and how.residual_after == is_after for is_after in (False, True))
-        # Backward takes xhat from y; the activation's derivative from z where that will do, else from y and residual.
+        # Backward takes xhat from y; the activation's derivative from z if that will do, else from y and residual.
         needs_xhat = need_gamma or (training and (need_x or need_weight))
         z_will_do = ACTIVATIONS[how.act].from_output and not after
         needs_y = needs_xhat or (active and not z_will_do)
@@ -319,9 +319,9 @@ class ConvBNAct(Function):
         if training:
             y, mean, var, ctx.pixels = _convolved(x, weight, bias, arguments, group)
         else:
-            # Values: whoever writes to the running statistics before backward changes no gradient.
+            # Copies: a write to the running statistics before backward changes no gradient.
             mean, var = mean.clone(), var.clone()
-            # With constant statistics the layer is one kernel, where its backward needs no y.
+            # With constant statistics the layer is one kernel, if its backward needs no y.
             y = _conv(x, weight, bias, arguments) if needs_y else None
         if y is None:
             z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
@@ -329,7 +329,7 @@ class ConvBNAct(Function):
             formats = any_channels_last(x, weight)
             z = batch_norm_act(y, mean, var, gamma, beta, slope, residual, *astuple(how), formats)
         if training:
-            # Before anything is kept: torch.utils.checkpoint stops computing again where the last tensor is.
+            # Before anything is kept: torch.utils.checkpoint stops recomputing at the last kept tensor.
             _follow(running, mean, var, ctx.pixels)
         ctx.save_for_backward(
             *(x if need_weight else None, weight if need_x else None, gamma),
@@ -338,11 +338,11 @@ class ConvBNAct(Function):
         )
         ctx.sizes, ctx.arguments = (x.shape[2:], weight.shape[2:]), arguments
         ctx.formats = any_channels_last(x, weight), weight_format(weight.shape, weight.stride())
-        # Where nothing acts on the sum, the residual's gradient is dz.
+        # If no activation follows the sum, the residual's gradient is dz.
         ctx.training, ctx.how, ctx.group, ctx.through_act = training, how, group, active and before
-        # Else autograd makes a gradient of zeros for y.
+        # Otherwise autograd makes a gradient of zeros for y.
         ctx.set_materialize_grads(False)
-        # What torch.compile makes of it is differentiable once.
+        # Under torch.compile it is differentiable once.
         return z, y if needs_y and not torch.compiler.is_compiling() else None
 
     @staticmethod
@@ -369,7 +369,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 class Once(Function):
-    """``gradients``, made of ``operands``, that raise where they are differentiated, as torch.nn.SyncBatchNorm's do."""
+    """``gradients``, made of ``operands``; differentiating them raises, as with torch.nn.SyncBatchNorm."""
 
     @staticmethod
     def forward(ctx, gradients, *operands):
@@ -401,8 +401,8 @@ def _through_conv(ctx: Any, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tens
 
 
 def _gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
-    """(dy, dbias, dgamma, dbeta, dslope, dresidual) by kernels, each where it is needed."""
-    # As `as_pixels`, but of what torch.compile can follow: it knows no strides of a gradient.
+    """(dy, dbias, dgamma, dbeta, dslope, dresidual) by kernels, each None unless needed."""
+    # `as_pixels` in operations that torch.compile can follow: it knows no strides of a gradient.
     dz = dz.movedim(1, -1).contiguous().movedim(-1, 1)
     need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
     how = astuple(ctx.how)
@@ -421,7 +421,7 @@ def _gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
                 dist.all_reduce(of_batch, group=ctx.group)
         dy, g = batch_norm_act_gradient(dz, y, *derivative, of_batch, count, *how, need_g)
         dresidual = g if need_g else dresidual
-    # Batch norm takes the mean of a batch away again, and with it whatever the bias was.
+    # Batch norm subtracts the batch's mean, and with it the bias.
     dbias = torch.zeros_like(mean) if need_bias else None
     if need_bias and not ctx.training:
         dbias = sums[0] * torch.rsqrt(var.float() + ctx.how.eps)
@@ -433,7 +433,7 @@ def _gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
 
 
 def _composed_gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
-    """`_gradients` as a graph of their own. What was not kept has no influence on them: anything stands in for it."""
+    """`_gradients` as a graph. Tensors that were not kept do not influence it: anything stands in for them."""
     need_x, need_weight, need_bias, need_gamma, need_beta, need_slope, need_residual = ctx.needs_input_grad[:7]
     g, how = dz, ctx.how
     if z is not None:
@@ -455,6 +455,6 @@ def _composed_gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
 
 
 def _derivative_at(z: Tensor, how: Activated) -> Tensor:
-    """That of an activation whose derivative is a constant around its result ``z``."""
+    """The derivative of an activation, constant around its result ``z``."""
     z = z.detach().requires_grad_()
     return torch.autograd.grad(ACTIVATIONS[how.act].torch(z, *batch_norm._bounds(how, z)).sum(), z)[0]

@@ -1,8 +1,8 @@
-"""What PyTorch is told of fastconv: its library operators, their gradients' Functions, and the short way past both.
+"""What fastconv's operators share: their definition in PyTorch's library, the short way past it, and the fallback.
 
-The operators ``torch.ops.fastconv.*`` are what torch.compile, torch.export, dispatch modes and the profiler see; they
-choose kernel and tile inside, so that sizes never become guards. Where nobody looks, a call on plain tensors goes
-straight to what the operator runs: PyTorch's dispatcher takes several times what choosing a launch does.
+torch.compile, torch.export, dispatch modes and the profiler see the operators ``torch.ops.fastconv.*``, which choose
+kernel and tile inside, so that sizes never become guards. If nobody looks, a call on plain tensors goes straight to the
+operator's implementation: PyTorch's dispatcher takes several times as long as choosing a launch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("fastconv")
 _library = torch.library.Library("fastconv", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _VALUES = frozenset({type(None), int, bool, float, str, tuple, torch.Size})
-# Looked up once: these are asked of every call.
+# Looked up once, since every call asks these.
 _is_compiling, _is_profiled = torch.compiler.is_compiling, torch.autograd._profiler_enabled
 _modes, _transforms, _tracing = (
     torch._C._len_torch_dispatch_stack,
@@ -34,12 +34,12 @@ _modes, _transforms, _tracing = (
 )
 _is_wrapped, _is_negated = torch._C._functorch.is_functorch_wrapped_tensor, Tensor.is_neg
 
-# What each operator runs, for who calls it on tensors without data: the dispatcher would call the fake one.
+# What each operator runs, also on tensors without data, for which the dispatcher would call the fake one.
 implementations: dict[Any, Callable[..., Any]] = {}
 
 
 def operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define ``fastconv::<schema>``, for every device alike, and return what calls it."""
+    """Define ``fastconv::<schema>`` for every device, and return the function that calls it."""
     name = schema[: schema.index("(")]
     _library.define(schema, tags=_TAGS)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -57,7 +57,7 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 class Function(torch.autograd.Function):
-    """torch.autograd.Function, applied without a search for transforms of torch.func where there are none."""
+    """torch.autograd.Function, applied without a search for transforms of torch.func if there are none."""
 
     _apply: Callable[..., Any]
 
@@ -78,7 +78,7 @@ def tracked(*tensors: Tensor | None) -> bool:
 
 
 def _in_force() -> Values:
-    """The settings for the thread that asks: in backward it is autograd's."""
+    """The settings of the calling thread, which in backward is autograd's."""
     return settings.values_in_backward if torch._C._current_graph_task_id() != -1 else settings.values
 
 
@@ -101,9 +101,9 @@ def _warn_once(why: str) -> None:
 
 def fall_back(name: str, reason: Exception) -> None:
     """Make a call that no kernel serves visible: an error under ``settings(strict=True)``, else one line of the log, a
-    warning where a kernel should have served it.
+    warning if a kernel should have served it.
 
-    Where PyTorch's op was measured faster, it is what ``settings(prefer="fastest")`` asks for: a line alone.
+    If PyTorch's op was measured faster, ``settings(prefer="fastest")`` asks for it, and the line is all.
     """
     if _in_force().strict and not isinstance(reason, Slower):
         raise RuntimeError(f"fastconv.{name} has no kernel for this call ({reason}) and settings.strict is on")
@@ -113,19 +113,19 @@ def fall_back(name: str, reason: Exception) -> None:
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:
-    """Whether nobody has to be told of a call on ``args``: no compiler, mode, transform, tracer or profiler, nor a
-    tensor that is more than one."""
+    """Whether nobody has to see a call on ``args``: no compiler, mode, transform, tracer or profiler, no tensor of a
+    class that does more."""
     if _is_compiling() or _modes() or _transforms() or _tracing() is not None or _is_profiled():
         return False
     return _plain(args)
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether every tensor is PyTorch's own, none was left over by a transform of torch.func, and none is stored
-    negated, as the imaginary part of a conjugate is."""
+    """Whether every tensor is of PyTorch's own class, none is left over from a transform of torch.func, and none is
+    stored negated, as the imaginary part of a conjugate is."""
     for each in args:
         kind = type(each)
-        # (What a transform wraps is no longer a parameter.)
+        # A parameter that a transform wraps is none any more.
         if kind is Parameter:
             if _is_negated(each):
                 return False

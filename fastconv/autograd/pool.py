@@ -1,11 +1,11 @@
 """Pools as library operators, and as autograd Functions over them.
 
-Each but the lp norms is linear once the winners' taps are known, so that an operator and its backward are each other's
-gradients: `average_pool` and `average_pool_backward`, `max_pool_gather` and `max_pool_backward`. Gradients of any order
-exist; those of the gradient of an lp norm are composed of the average's and PyTorch's powers.
+All except the lp norms are linear once the winners' taps are known, so that an operator and its backward are each
+other's gradients: `average_pool` and `average_pool_backward`, `max_pool_gather` and `max_pool_backward`. Gradients of
+any order exist; an lp norm's second gradient is composed of the average's and PyTorch's powers.
 
-A geometry is (window, stride, padding, dilation), four empty tuples where the pool is adaptive. Choices that depend on
-sizes are made inside the operators.
+A geometry is (window, stride, padding, dilation); four empty tuples mean an adaptive pool. Choices that depend on sizes
+are made inside the operators.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _lp_geometry(window: Sequence[int], stride: Sequence[int]) -> Any:
 def _pytorch_lp_pool(x: Tensor, size: Any, window: Sequence[int], stride: Sequence[int], norm: float) -> Tensor:
     ceil = _is_ceiled(tuple(x.shape[2:]), size, _lp_geometry(window, stride))
     rank = len(size)
-    # (Of a line PyTorch takes no tuples.)
+    # PyTorch's lp_pool1d takes no tuples.
     arguments = (window[0], stride[0]) if rank == 1 else (window, stride)
     return getattr(torch.nn.functional, f"lp_pool{rank}d")(x, norm, *arguments, ceil)
 
@@ -202,7 +202,7 @@ def _is_ceiled(input_size: Any, size: Any, geometry: Any) -> bool:
 
 
 def _as_plane(geometry: Any) -> Any:
-    """That of a line as that of a plane one pixel high."""
+    """A line's geometry as that of a plane one pixel high."""
     return tuple((value, *values) for value, values in zip((1, 1, 0, 1), geometry, strict=True))
 
 
@@ -285,7 +285,7 @@ lp_pool_backward_op = operator(
 def max_pool(
     x: Tensor, output_size: Sequence[int], geometry: Geometry, return_indices: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, PyTorch's indices or None) of x [N, C, spatial]: maxima [N, C, *output_size], differentiable."""
+    """(maxima [N, C, *output_size], PyTorch's int64 indices or None) of x [N, C, spatial], differentiable."""
     if tracked(x):
         y, taps = MaxPool.apply(x, output_size, geometry)
     else:
@@ -310,14 +310,14 @@ def lp_pool(x: Tensor, output_size: Sequence[int], window: Sequence[int], stride
 
 
 class MaxPool(Function):
-    """(maxima, their taps); the taps alone are kept for backward."""
+    """(maxima, their taps); only the taps are kept for backward."""
 
     @staticmethod
     def forward(ctx, x, output_size, geometry):
         y, taps = max_pool_op(x, output_size, *geometry, True)
         ctx.save_for_backward(taps)
         ctx.mark_non_differentiable(taps)
-        # Else autograd makes a gradient of zeros for the taps.
+        # Otherwise autograd makes a gradient of zeros for the taps.
         ctx.set_materialize_grads(False)
         ctx.arguments = x.shape[2:], geometry, is_channels_last(x.shape, x.stride())
         return y, taps
@@ -400,9 +400,9 @@ class AveragePoolBackward(Function):
 
 
 class LpPool(Function):
-    """Norms of windows; backward, which reads them and the input, spreads each over its window.
+    """Norms of windows; backward spreads each over its window.
 
-    It computes them again: as with PyTorch's, they may be changed in place before.
+    Backward computes the norms again, since they may be changed in place before, as with PyTorch's.
     """
 
     @staticmethod
@@ -419,7 +419,7 @@ class LpPool(Function):
         channels_last = is_channels_last(x.shape, x.stride())
         if not tracked(dy, x):
             return lp_pool_backward_op(dy, y, x, window, stride, norm, channels_last), None, None, None, None
-        # What `lp_pool_backward` computes, each step differentiable: also where no sum's gradient is.
+        # `lp_pool_backward` in differentiable steps, also for windows of zeros, whose norm has no gradient.
         none = y == 0
         slope = y.masked_fill(none, 1.0).pow(1.0 - norm).masked_fill(none, 0.0)
         arguments = window, stride, (0,) * len(window), True, 0

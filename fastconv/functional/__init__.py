@@ -1,7 +1,7 @@
 """torch.nn.functional's convolutions and pools on fastconv's kernels: the same names, signatures, formats and errors.
 
-Only device, dtype and rank decide here whether a call is ours or PyTorch's own, so that sizes never become guards of a
-compiled model; which kernel serves it is chosen inside the operator.
+Only device, dtype and rank decide here whether fastconv or PyTorch serves a call, so that sizes never become guards of
+a compiled model. The kernel is chosen inside the operator.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def check_ranks(name: str, rank: int, x: Tensor, weight: Tensor) -> None:
 def named_padding(
     padding: str, filter_size: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Both sides of 'valid' or 'same'; where 'same' is uneven the trailing side has the extra pixel, as torch's."""
+    """Both sides of 'valid' or 'same'; if 'same' is uneven, the trailing side has the extra pixel, as in torch."""
     if padding == "valid":
         return (0,) * (2 * len(stride))
     if padding != "same":

@@ -241,9 +241,9 @@ def conv_norm_act(
     output_padding: Any = None,
     batches: Tensor | None = None,
 ) -> Tensor:
-    """What conv1d_bn_act to conv_transpose3d_bn_act share. ``conv``: this module's convolution; ``norm``: running mean,
+    """What conv1d_bn_act to conv_transpose3d_bn_act share. ``conv``: fastconv's convolution; ``norm``: running mean,
     running variance, weight and bias; ``group``: the process group over which a synchronised batch norm takes
-    statistics; ``output_padding``: a transposed convolution's; ``batches``: the count that is increased in training."""
+    statistics; ``output_padding``: only a transposed convolution's; ``batches``: counted up in training."""
     name, a, b, slope = activation_of(act)
     running_mean, running_var, gamma, beta = norm
     if running_mean is None or running_var is None:
@@ -300,7 +300,7 @@ def conv_norm_act(
                 f"Mismatch of parameter numbers and input channel size. Found parameter numbers = {slope.numel()} and "
                 f"channel size = {channels}."
             )
-        # One copy of a single slope: backward's passes read it too.
+        # A single slope is copied once, since backward's passes read it too.
         slope = slope.expand(channels).contiguous()
     return conv_bn_act(
         *(x, weight, bias, gamma, beta, slope, residual),

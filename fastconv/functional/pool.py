@@ -209,7 +209,7 @@ def _avg_pool(
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, kernel_size, stride, padding, *options)
     if not isinstance(x, Tensor) or why_not_served(x):
-        # (Of these torch takes no None.)
+        # torch takes no None for a stride.
         return theirs(x, kernel_size, kernel_size if stride is None else stride, padding, *options)
     ceil_mode, include_padding, divisor = (*options, None)[:3]
     include_padding = boolean("count_include_pad", include_padding)
@@ -236,7 +236,7 @@ def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size
         return handle_torch_function(ours, (x,), x, output_size)
     if not isinstance(x, Tensor) or why_not_served(x):
         return theirs(x, output_size)
-    # Of one and two axes PyTorch takes no channels at all.
+    # PyTorch's pools of one and two axes take inputs without channels.
     full = x.shape[1:] if rank == 3 else x.shape[-rank:]
     size = _adaptive_size(ours.__name__, rank, x, output_size, full)
     return _like(x, rank, average_pool(_batched(x, rank), size, ADAPTIVE, True, 0))
@@ -255,7 +255,7 @@ def _lp_pool(
 ) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, norm_type, kernel_size, stride, ceil_mode)
-    # (A tensor may be a norm as well, and be differentiated by.)
+    # A norm may be a tensor, with a gradient.
     if not isinstance(x, Tensor) or isinstance(norm_type, Tensor) or why_not_served(x):
         return theirs(x, norm_type, kernel_size, stride, ceil_mode)
     if isinstance(norm_type, (str, bytes)):
@@ -279,7 +279,7 @@ def _lp_pool(
 def _windows(
     name: str, rank: int, x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> tuple[Geometry, tuple[int, ...]]:
-    """(geometry, output size) of a pool; what torch checks, checked with the shapes in the message."""
+    """(geometry, output size) of a pool. Raises as torch does, with the shapes in the message."""
     _check_rank(name, rank, x)
     ceil_mode = boolean("ceil_mode", ceil_mode)
     of = "the pooled dimensions"
@@ -319,7 +319,7 @@ def _where(x: Tensor) -> str:
 
 
 def _output_size(size: int, window: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """As torch's: with ceil_mode the last window may reach past the input, but not begin there."""
+    """torch's output size: with ceil_mode the last window may reach past the input, but not begin there."""
     reach = size + 2 * padding - dilation * (window - 1) - 1
     if not ceil_mode:
         return reach // stride + 1
@@ -353,7 +353,7 @@ def _adaptive_size(name: str, rank: int, x: Tensor, output_size: Any, full: Sequ
 
 def _check_rank(name: str, rank: int, x: Tensor) -> None:
     if x.dim() not in (rank + 1, rank + 2):
-        # (PyTorch's average pools of planes ask for an axis that there is not.)
+        # PyTorch's average pools of planes ask for a missing axis.
         error = IndexError if x.dim() < 3 and name in ("avg_pool2d", "lp_pool2d") else RuntimeError
         raise error(
             f"{name}: Expected {rank + 1}D or {rank + 2}D (batch mode) tensor, but got input of size: {list(x.shape)}"
@@ -365,7 +365,7 @@ def _batched(x: Tensor, rank: int) -> Tensor:
 
 
 def _like(x: Tensor, rank: int, y: Tensor, indices: Tensor | None = None) -> Any:
-    """The results with a batch axis where ``x`` has one; the indices, where there are any, behind the values."""
+    """``y``, with a batch axis if ``x`` has one, and ``indices`` if there are any."""
     if x.dim() == rank + 1:
         y, indices = y.squeeze(0), None if indices is None else indices.squeeze(0)
     return y if indices is None else (y, indices)

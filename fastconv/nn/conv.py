@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fastconv import functional as F
+from fastconv import functional
 from fastconv.nn.exact import exact, refuse_tracer, unquantised
 from fastconv.nn.patches import patched_beneath
 
@@ -42,7 +42,7 @@ def _forward_transposed(
     )
 
 
-# A leaf for torch.fx: which output_padding gives the size depends on the input's size.
+# A leaf for torch.fx, because the output_padding that gives the size depends on the input's size.
 @torch.fx.wrap
 def conv_transpose_to(
     x: Tensor,
@@ -57,13 +57,13 @@ def conv_transpose_to(
     """The transposed convolution with the output_padding that gives ``output_size`` (with or without the leading axes).
 
     x [N, K, spatial] or [K, spatial], weight [K, C/groups, filter], bias [C]. Raises ValueError, as torch.nn's layers
-    do, where no output_padding smaller than the stride gives that size.
+    do, if no output_padding smaller than the stride gives that size.
     """
     rank = weight.dim() - 2
-    # A method that reads nothing of its layer, once a size is given.
+    # Given a size, the method reads nothing of its layer.
     solve: Any = _ConvTransposeNd._output_padding
     output_padding = solve(None, x, output_size, stride, padding, weight.shape[2:], rank, dilation)
-    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[rank - 1]
     return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
@@ -73,7 +73,7 @@ class Conv1d(torch.nn.Conv1d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if patched_beneath(Conv1d):
             return super()._conv_forward(input, weight, bias)
-        return _forward(F.conv1d, self, input, weight, bias)
+        return _forward(functional.conv1d, self, input, weight, bias)
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -82,7 +82,7 @@ class Conv2d(torch.nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if patched_beneath(Conv2d):
             return super()._conv_forward(input, weight, bias)
-        return _forward(F.conv2d, self, input, weight, bias)
+        return _forward(functional.conv2d, self, input, weight, bias)
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -91,7 +91,7 @@ class Conv3d(torch.nn.Conv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if patched_beneath(Conv3d):
             return super()._conv_forward(input, weight, bias)
-        return _forward(F.conv3d, self, input, weight, bias)
+        return _forward(functional.conv3d, self, input, weight, bias)
 
 
 class ConvTranspose1d(torch.nn.ConvTranspose1d):
@@ -100,7 +100,7 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if patched_beneath(ConvTranspose1d):
             return super().forward(input, output_size)
-        return _forward_transposed(F.conv_transpose1d, self, input, output_size)
+        return _forward_transposed(functional.conv_transpose1d, self, input, output_size)
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
@@ -109,7 +109,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if patched_beneath(ConvTranspose2d):
             return super().forward(input, output_size)
-        return _forward_transposed(F.conv_transpose2d, self, input, output_size)
+        return _forward_transposed(functional.conv_transpose2d, self, input, output_size)
 
 
 class ConvTranspose3d(torch.nn.ConvTranspose3d):
@@ -118,7 +118,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if patched_beneath(ConvTranspose3d):
             return super().forward(input, output_size)
-        return _forward_transposed(F.conv_transpose3d, self, input, output_size)
+        return _forward_transposed(functional.conv_transpose3d, self, input, output_size)
 
 
 # The lazy classes take in_channels from the first input, and become the class of their rank then.

@@ -1,4 +1,4 @@
-"""What tools are told that know torch.nn's classes exactly, and would pass over fastconv's layers without a word."""
+"""Makes tools that know only torch.nn's own classes raise on fastconv's layers, which they would silently pass over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _refuse(tool: str) -> NoReturn:
 class _Config:
     """The attribute that torch.ao.quantization sets on each layer before it looks for the classes that it replaces.
 
-    None, for a layer that stays as it is, may be set; and what was set before the layer was converted may be read.
+    None, for a layer that stays as it is, may be set. What was set before the layer was converted may be read.
     """
 
     def __get__(self, layer: Any, owner: type) -> Any:
@@ -36,7 +36,7 @@ def _prepare_scriptable(layer: Any) -> NoReturn:
 
 
 def _register_buffer(layer: Any, name: str, *args: Any, **kwargs: Any) -> None:
-    # thop's, before it looks the layer's class up in its table.
+    # thop sets it before it looks up the layer's class in its table.
     if name == "total_ops":
         _refuse("thop")
     torch.nn.Module.register_buffer(layer, name, *args, **kwargs)
@@ -49,13 +49,13 @@ def refuse_tracer(x: Any) -> None:
 
 
 def exact(*layers: Any) -> None:
-    """Let torch.jit.script, before it compiles any of a model, and thop say so of these classes."""
+    """Let torch.jit.script, before it compiles any part of a model, and thop raise on these classes."""
     for layer in layers:
         layer.__prepare_scriptable__ = _prepare_scriptable
         layer.register_buffer = _register_buffer
 
 
 def unquantised(*layers: Any) -> None:
-    """Let torch.ao.quantization say so of these classes."""
+    """Let torch.ao.quantization raise on these classes."""
     for layer in layers:
         layer.qconfig = _Config()

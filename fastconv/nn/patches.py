@@ -1,7 +1,7 @@
 """Whether somebody replaced what PyTorch runs for a layer: on the layer's class, in torch.nn.functional or in torch.
 
-Which methods and functions these are is read from the code of the class's own ``forward``. What is torch's own is told
-by where its code comes from, so that it does not matter whether it was replaced before fastconv was imported.
+The code of the class's own ``forward`` names these methods and functions. Whether one is torch's own is told by where
+its code comes from, so that replacements made before fastconv was imported are seen too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-# What a call of a module runs before its forward; torch.fx and torch.export put functions of torch's in their place.
+# What a call of a module runs before its forward; torch.fx and torch.export replace them by functions of torch's.
 _CALL = ("__call__", "_call_impl")
-# Where the functions of torch.nn.functional and torch that are not built in have their code.
+# Modules with the code of torch's and torch.nn.functional's functions that are not built in.
 _FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional", "torch._jit_internal")
 _PACKAGES = ("torch", "fastconv", "timm")
 Point = tuple[Any, str]  # a class or a module, and the name of an attribute
@@ -27,21 +27,21 @@ _NOTHING: Found = (lambda: False, None)
 
 
 def patched(kind: type[torch.nn.Module]) -> str | None:
-    """What is replaced of all that a call of a ``kind`` runs, as in "torch.nn.ReLU.forward is patched".
+    """What is replaced of all that a call of a ``kind`` runs, as in "torch.nn.ReLU.forward is patched"; None: nothing.
 
-    Of a user's class only how it is called is looked at, not its forward.
+    A user's own forward is not looked at, only how the class is called.
     """
     unchanged, found = _calls.get(kind, _NOTHING)
     return found if unchanged() else _look(_calls, kind, [*_method(kind, *_CALL), *_points(kind)])
 
 
 def patched_beneath(ours: type[torch.nn.Module]) -> str | None:
-    """What is replaced of that alone which ``ours``, a layer of fastconv's, does not run and torch.nn's would."""
+    """What is replaced of what torch.nn's layer would run and ``ours``, a layer of fastconv's, does not; None: nothing."""
     unchanged, found = _beneath.get(ours, _NOTHING)
     return found if unchanged() else _look(_beneath, ours, list(_overridden(ours)))
 
 
-# What torch.compile makes of a model holds what was true when it was compiled, as with torch.nn's own layers.
+# A compiled model keeps what was true when it was compiled, as with torch.nn's own layers.
 patched._dynamo_marked_constant = patched_beneath._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -49,7 +49,7 @@ def _look(memo: dict[type, Found], kind: type, points: list[Point]) -> str | Non
     values = [getattr(*point) for point in points]
     replaced = (point for point, value in zip(points, values, strict=True) if not _is_own(*point, value))
     found = next((f"{_name(*point)} is patched" for point in replaced), None)
-    # One expression: a loop takes twice the time.
+    # One expression, because a loop takes twice the time.
     terms = (f"owner{i}.{name} is value{i}" for i, (_, name) in enumerate(points))
     known = {f"owner{i}": owner for i, (owner, _) in enumerate(points)}
     known |= {f"value{i}": value for i, value in enumerate(values)}
@@ -58,7 +58,7 @@ def _look(memo: dict[type, Found], kind: type, points: list[Point]) -> str | Non
 
 
 def _points(kind: Any) -> Iterator[Point]:
-    """What ``kind``'s forward runs; of fastconv's layers also what they run it instead of."""
+    """What ``kind``'s forward runs, and for a layer of fastconv's what torch.nn's would run instead."""
     # A forward that can be continued is fastconv's, on a user's class too, as is one that functools.wraps copied.
     if _defining(kind, "forward").__module__.partition(".")[0] in _PACKAGES or hasattr(kind.forward, "continued"):
         yield from _method(kind, "forward")
@@ -72,7 +72,7 @@ def _overridden(kind: Any) -> Iterator[Point]:
 
 
 def _method(kind: type, *names: str) -> Iterator[Point]:
-    """These methods of ``kind`` and what they refer to, as far as they are its own."""
+    """These methods of ``kind``, and what those that are its own refer to."""
     todo, seen = [(kind, name) for name in names], set()
     while todo:
         point = todo.pop()
@@ -87,7 +87,7 @@ def _method(kind: type, *names: str) -> Iterator[Point]:
 
 
 def _chosen_by(function: FunctionType) -> Iterator[FunctionType]:
-    """Those between which one of torch.nn.functional's chooses by an argument, as max_pool2d by return_indices."""
+    """The functions between which ``function`` chooses by an argument, as max_pool2d by return_indices."""
     if _code_of(function) == "torch._jit_internal":
         held = (cell.cell_contents for cell in function.__closure__ or ())
         yield from (each for each in held if isinstance(each, FunctionType))
@@ -108,7 +108,7 @@ def _named(owner: Any, function: FunctionType) -> Iterator[Point]:
             yield owner, name
         if (module is torch or module is torch.nn.functional) and name[0] != "_" and not hasattr(torch.overrides, name):
             value = vars(module).get(name)
-            # (What fastconv's layers call as well need not be looked at.)
+            # fastconv's layers call pad as well.
             if callable(value) and not isinstance(value, type) and name != "pad":
                 yield module, name
 
@@ -126,7 +126,7 @@ def _is_own(owner: Any, name: str, value: Any) -> bool:
 
 
 def _code_of(value: Any) -> str:
-    """The module that a function's code is of, which functools.wraps does not change."""
+    """The name of the module with a function's code, which functools.wraps does not change."""
     return value.__globals__["__name__"] if isinstance(value, FunctionType) else ""
 
 

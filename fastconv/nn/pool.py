@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv import functional as F
+from fastconv import functional
 from fastconv.nn.exact import exact
 from fastconv.nn.patches import patched_beneath
 
@@ -22,7 +22,7 @@ class MaxPool1d(torch.nn.MaxPool1d):
         if patched_beneath(MaxPool1d):
             return super().forward(input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
-        return F.max_pool1d(input, *window, self.ceil_mode, self.return_indices)
+        return functional.max_pool1d(input, *window, self.ceil_mode, self.return_indices)
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -32,7 +32,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
         if patched_beneath(MaxPool2d):
             return super().forward(input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
-        return F.max_pool2d(input, *window, self.ceil_mode, self.return_indices)
+        return functional.max_pool2d(input, *window, self.ceil_mode, self.return_indices)
 
 
 class MaxPool3d(torch.nn.MaxPool3d):
@@ -42,7 +42,7 @@ class MaxPool3d(torch.nn.MaxPool3d):
         if patched_beneath(MaxPool3d):
             return super().forward(input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
-        return F.max_pool3d(input, *window, self.ceil_mode, self.return_indices)
+        return functional.max_pool3d(input, *window, self.ceil_mode, self.return_indices)
 
 
 class AvgPool1d(torch.nn.AvgPool1d):
@@ -52,7 +52,7 @@ class AvgPool1d(torch.nn.AvgPool1d):
         if patched_beneath(AvgPool1d):
             return super().forward(input)
         counting = self.ceil_mode, self.count_include_pad
-        return F.avg_pool1d(input, self.kernel_size, self.stride, self.padding, *counting)
+        return functional.avg_pool1d(input, self.kernel_size, self.stride, self.padding, *counting)
 
 
 class AvgPool2d(torch.nn.AvgPool2d):
@@ -62,7 +62,7 @@ class AvgPool2d(torch.nn.AvgPool2d):
         if patched_beneath(AvgPool2d):
             return super().forward(input)
         counting = self.ceil_mode, self.count_include_pad, self.divisor_override
-        return F.avg_pool2d(input, self.kernel_size, self.stride, self.padding, *counting)
+        return functional.avg_pool2d(input, self.kernel_size, self.stride, self.padding, *counting)
 
 
 class AvgPool3d(torch.nn.AvgPool3d):
@@ -72,7 +72,7 @@ class AvgPool3d(torch.nn.AvgPool3d):
         if patched_beneath(AvgPool3d):
             return super().forward(input)
         counting = self.ceil_mode, self.count_include_pad, self.divisor_override
-        return F.avg_pool3d(input, self.kernel_size, self.stride, self.padding, *counting)
+        return functional.avg_pool3d(input, self.kernel_size, self.stride, self.padding, *counting)
 
 
 class AdaptiveMaxPool1d(torch.nn.AdaptiveMaxPool1d):
@@ -81,7 +81,7 @@ class AdaptiveMaxPool1d(torch.nn.AdaptiveMaxPool1d):
     def forward(self, input: Tensor) -> Any:
         if patched_beneath(AdaptiveMaxPool1d):
             return super().forward(input)
-        return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
+        return functional.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
 class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
@@ -90,7 +90,7 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     def forward(self, input: Tensor) -> Any:
         if patched_beneath(AdaptiveMaxPool2d):
             return super().forward(input)
-        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+        return functional.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
 class AdaptiveMaxPool3d(torch.nn.AdaptiveMaxPool3d):
@@ -99,7 +99,7 @@ class AdaptiveMaxPool3d(torch.nn.AdaptiveMaxPool3d):
     def forward(self, input: Tensor) -> Any:
         if patched_beneath(AdaptiveMaxPool3d):
             return super().forward(input)
-        return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)
+        return functional.adaptive_max_pool3d(input, self.output_size, self.return_indices)
 
 
 class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
@@ -108,7 +108,7 @@ class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
     def forward(self, input: Tensor) -> Tensor:
         if patched_beneath(AdaptiveAvgPool1d):
             return super().forward(input)
-        return F.adaptive_avg_pool1d(input, self.output_size)
+        return functional.adaptive_avg_pool1d(input, self.output_size)
 
 
 class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
@@ -117,7 +117,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if patched_beneath(AdaptiveAvgPool2d):
             return super().forward(input)
-        return F.adaptive_avg_pool2d(input, self.output_size)
+        return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
 class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
@@ -126,7 +126,7 @@ class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
     def forward(self, input: Tensor) -> Tensor:
         if patched_beneath(AdaptiveAvgPool3d):
             return super().forward(input)
-        return F.adaptive_avg_pool3d(input, self.output_size)
+        return functional.adaptive_avg_pool3d(input, self.output_size)
 
 
 class LPPool1d(torch.nn.LPPool1d):
@@ -135,7 +135,7 @@ class LPPool1d(torch.nn.LPPool1d):
     def forward(self, input: Tensor) -> Tensor:
         if patched_beneath(LPPool1d):
             return super().forward(input)
-        return F.lp_pool1d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
+        return functional.lp_pool1d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
 class LPPool2d(torch.nn.LPPool2d):
@@ -144,7 +144,7 @@ class LPPool2d(torch.nn.LPPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if patched_beneath(LPPool2d):
             return super().forward(input)
-        return F.lp_pool2d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
+        return functional.lp_pool2d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
 class LPPool3d(torch.nn.LPPool3d):
@@ -153,7 +153,7 @@ class LPPool3d(torch.nn.LPPool3d):
     def forward(self, input: Tensor) -> Tensor:
         if patched_beneath(LPPool3d):
             return super().forward(input)
-        return F.lp_pool3d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
+        return functional.lp_pool3d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
 _LAYERS = (
