@@ -285,8 +285,8 @@ class _Watch:
             reason = patched(type(conv))
         form = [", ".join(_form(x, our_steps, ours, processes))] if end else []
         if end < len(steps):
-            apart = ", ".join(self._label(operand) for _, operand in steps[end:])
-            form.append(f"{apart} apart: {why}" if end else f"unfused, {apart} apart: {why}")
+            rest = ", ".join(self._label(operand) for _, operand in steps[end:])
+            form.append(f"{rest} apart: {why}" if end else f"unfused, {rest} apart: {why}")
         return Run(end > 0, "; ".join(form) or None, reason, ours, pytorch)
 
     def _label(self, operand: Any) -> str:

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fastconv.arguments import Ints, boolean, expand, integer, why_not_served
 from fastconv.autograd.pool import Geometry, average_pool, lp_pool, max_pool
 from fastconv.kernels.pool import ADAPTIVE
+from fastconv.kernels.problem import output_size
 
 
 def max_pool1d(
@@ -320,11 +321,8 @@ def _where(x: Tensor) -> str:
 
 def _output_size(size: int, window: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     """torch's output size: with ceil_mode the last window may reach past the input, but not begin there."""
-    reach = size + 2 * padding - dilation * (window - 1) - 1
-    if not ceil_mode:
-        return reach // stride + 1
-    outputs = (reach + stride - 1) // stride + 1
-    return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs
+    outputs = output_size(size + (stride - 1 if ceil_mode else 0), window, stride, 2 * padding, dilation)
+    return outputs - 1 if ceil_mode and (outputs - 1) * stride >= size + padding else outputs
 
 
 def _adaptive_size(name: str, rank: int, x: Tensor, output_size: Any, full: Sequence[int]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from fastconv import functional
 from fastconv.activations import has_fused_form
 from fastconv.arguments import autocast_dtype, why_not_served
 from fastconv.functional.conv_bn_act import conv_norm_act
+from fastconv.kernels.problem import output_size
 from fastconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from fastconv.nn.patches import patched
 
@@ -243,12 +244,11 @@ def _adds_as_it_is(x: Tensor, residual: Any, conv: Any, dtype: torch.dtype) -> b
         return False
     sizes = zip(x.shape[2:], residual.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
     for axis, (size, added, filter_size, stride, dilation) in enumerate(sizes):
-        # The filter's reach less the padding.
-        reach = dilation * (filter_size - 1) - (0 if isinstance(conv.padding, str) else 2 * conv.padding[axis])
+        padding = 0 if isinstance(conv.padding, str) else 2 * conv.padding[axis]
         if conv.transposed:
-            size = (size - 1) * stride + reach + conv.output_padding[axis] + 1
+            size = (size - 1) * stride + dilation * (filter_size - 1) - padding + conv.output_padding[axis] + 1
         elif conv.padding != "same":
-            size = (size - reach - 1) // stride + 1
+            size = output_size(size, filter_size, stride, padding, dilation)
         if added != size:
             return False
     return True

@@ -36,7 +36,7 @@ def patched(kind: type[torch.nn.Module]) -> str | None:
 
 
 def patched_beneath(ours: type[torch.nn.Module]) -> str | None:
-    """What is replaced of what torch.nn's layer would run and ``ours``, a layer of fastconv's, does not; None: nothing."""
+    """What is replaced of what torch.nn's layer runs and ``ours``, fastconv's, does not; None: nothing."""
     unchanged, found = _beneath.get(ours, _NOTHING)
     return found if unchanged() else _look(_beneath, ours, list(_overridden(ours)))
 
