@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastconv.autograd.operators import implementations
 from fastconv.nn.fused_call import process_group
+from fastconv.traffic import implementations
 
 
 def make_calls(model: Module, inputs: tuple[Any, ...], train: bool, may_compute: bool) -> str | None:

@@ -8,6 +8,7 @@ its two sums, then the gradient) and a convolution's backward (dgrad, then wgrad
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastconv.autograd.operators import implementations
 from fastconv.autotune import Choice
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.launch import Record, decisions, record
 
+# What each operator of fastconv's runs, which `fastconv.autograd` fills in. Called directly it runs on tensors without
+# data too, for which PyTorch's dispatcher would call the operator's fake.
+implementations: dict[Any, Callable[..., Any]] = {}
 # Names of the passes around a convolution's three directions and a pool's two; others keep the operator's name.
 _NAMES = {
     "batch_norm_act": "apply",

@@ -20,6 +20,7 @@ from fastconv.kernels import tuned
 from fastconv.kernels.call import Slower
 from fastconv.kernels.launch import Failed
 from fastconv.settings import Values, settings
+from fastconv.traffic import implementations
 
 log = logging.getLogger("fastconv")
 _library = torch.library.Library("fastconv", "DEF")
@@ -33,9 +34,6 @@ _modes, _transforms, _tracing = (
     torch._C._get_tracing_state,
 )
 _is_wrapped, _is_negated = torch._C._functorch.is_functorch_wrapped_tensor, Tensor.is_neg
-
-# What each operator runs, also on tensors without data, for which the dispatcher would call the fake one.
-implementations: dict[Any, Callable[..., Any]] = {}
 
 
 def operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
