@@ -3,27 +3,27 @@
 if __name__ != "fastconv.autotune":
     raise ImportError(f"import 'fastconv.autotune', not {__name__!r}: the folder is part of the fastconv package")
 
-from fastconv.autotune.choose import Caller, Choice, Regime, choose
+from fastconv.autotune.choose import Adapter, Choice, Policy, choose
 from fastconv.autotune.cost_model import Work, predict
 from fastconv.autotune.gpus import Gpu, gpu_named, known_gpus
-from fastconv.autotune.records import Measured, Met, Problem, Tuned, Version
+from fastconv.autotune.records import Measured, ProblemKey, Tuned, Untuned, Version
 from fastconv.autotune.schema import SchemaError
 from fastconv.autotune.space import Config, Space
 from fastconv.autotune.store import Store
 
 __all__ = [
-    "Caller",
+    "Adapter",
     "Choice",
     "Config",
     "Gpu",
     "Measured",
-    "Met",
-    "Problem",
-    "Regime",
+    "Policy",
+    "ProblemKey",
     "SchemaError",
     "Space",
     "Store",
     "Tuned",
+    "Untuned",
     "Version",
     "Work",
     "choose",

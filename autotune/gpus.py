@@ -186,6 +186,28 @@ def gpu_named(name: str, multiprocessors: int | None = None) -> Gpu | None:
     )
 
 
+def gpu_called(name: str) -> Gpu:
+    """The known GPU of this name, in any case and without its maker's, or the first of an architecture ``sm_90``; or a
+    product of one, by the whole name that its devices have: ``NVIDIA A100-SXM4-80GB``.
+
+    Raises ValueError with the names there are.
+    """
+
+    def plain(text: str) -> str:
+        return text.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "")
+
+    known = known_gpus()
+    for gpu in known:
+        if plain(name) in (plain(gpu.name), f"sm_{gpu.arch}"):
+            return gpu
+    product = gpu_named(name)
+    if product is not None:
+        return product
+    architectures = sorted({gpu.arch for gpu in known})
+    names = [*(gpu.name.removeprefix("NVIDIA ") for gpu in known), *(f"sm_{arch}" for arch in architectures)]
+    raise ValueError(f"gpu {name!r} is not one of {', '.join(names)}")
+
+
 def describe(
     name: str, arch: int, multiprocessors: int, shared_memory: int, l2_bytes: int, bandwidth: float | None
 ) -> Gpu:

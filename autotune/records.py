@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from math import log2
 from typing import Any, ClassVar
@@ -39,7 +40,7 @@ _DATE = schema.text(40)
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProblemKey:
     """A problem as tables know it. Within ``space``, what is of another ``kind`` has nothing to do with it; ``sizes``
     (batch and image) share a bucket where none differs by more than a factor of sqrt(2), if ``channels`` are equal.
     """
@@ -52,7 +53,7 @@ class Problem:
     @classmethod
     def of(
         cls, space: str, kind: Mapping[str, int | str], channels: Mapping[str, int], sizes: Mapping[str, int]
-    ) -> Problem:
+    ) -> ProblemKey:
         return cls(space, *(tuple(sorted(each.items())) for each in (kind, channels, sizes)))  # type: ignore[arg-type]
 
     @cached_property
@@ -69,7 +70,7 @@ class Problem:
         """Equal for problems that can be compared at all."""
         return (self.space, self.kind, tuple(n for n, _ in self.channels), tuple(n for n, _ in self.sizes))
 
-    def distance(self, other: Problem) -> float:
+    def distance(self, other: ProblemKey) -> float:
         """In doublings, of a problem of the same family; a channel count weighs as much as two sizes."""
         return sum(
             weight * abs(log2(1 + a) - log2(1 + b))
@@ -77,7 +78,7 @@ class Problem:
             for (_, a), (_, b) in zip(mine, others, strict=True)
         )
 
-    def same_bucket(self, other: Problem) -> bool:
+    def same_bucket(self, other: ProblemKey) -> bool:
         return (
             self.family == other.family
             and self.channels == other.channels
@@ -121,7 +122,7 @@ class Record:
     kind: ClassVar[str]
     fields: ClassVar[Mapping[str, schema.Check]]
 
-    problem: Problem
+    problem: ProblemKey
     gpu: str
     multiprocessors: int
     version: Version
@@ -153,7 +154,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Met(Record):
+class Untuned(Record):
     """A problem that a program met and no table knew."""
 
     kind = "met"
@@ -222,7 +223,7 @@ class Tuned(Record):
         return {name: getattr(self, name) for name in self.fields} | {"also": also}
 
 
-_KINDS: dict[str, type[Record]] = {each.kind: each for each in (Met, Measured, Tuned)}
+_KINDS: dict[str, type[Record]] = {each.kind: each for each in (Untuned, Measured, Tuned)}
 KINDS = tuple(_KINDS)
 
 
@@ -252,7 +253,7 @@ def from_json(value: Any, where: str) -> Record:
     if kind == "measured" and (values["status"] == "ok") != (values["seconds"] is not None):
         raise schema.SchemaError(f"{where}.seconds: a time belongs to the status ok and to no other")
     return _KINDS[kind](
-        Problem.of(**value["problem"]),
+        ProblemKey.of(**value["problem"]),
         value["gpu"],
         value["multiprocessors"],
         Version(**value["version"]),
@@ -263,3 +264,8 @@ def from_json(value: Any, where: str) -> Record:
 def from_line(line: bytes, where: str) -> Record:
     """The record of a line of the store. Raises SchemaError."""
     return from_json(schema.parse(line, where), where)
+
+
+def now() -> str:
+    """The date as records have it, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

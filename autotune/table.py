@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+import zlib
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -10,11 +13,12 @@ from typing import Any
 
 from fastconv.autotune import schema
 from fastconv.autotune.gpus import Gpu
-from fastconv.autotune.records import REACH, SCHEMA, VERSION, Problem, Record, Tuned, Version, from_json
+from fastconv.autotune.records import REACH, SCHEMA, VERSION, ProblemKey, Record, Tuned, Version, from_json, from_line
 from fastconv.autotune.store import publish
 
 # Of the tables that come with fastconv.
 FOLDER = Path(str(files("fastconv.autotune"))) / "tables"
+SOURCES = ("lock file", "measured here", "table")
 MAX_FILE = 1 << 25
 MAX_PROBLEMS = 20_000
 
@@ -38,7 +42,7 @@ class Table:
     """Tuned problems of one GPU. Of two entries for one problem and version the later counts, by date."""
 
     def __init__(self, entries: Iterable[Tuned] = ()) -> None:
-        self._exact: dict[tuple[Problem, Version], Tuned] = {}
+        self._exact: dict[tuple[ProblemKey, Version], Tuned] = {}
         for entry in sorted(entries, key=lambda entry: entry.date):
             self._exact[entry.problem, entry.version] = entry
         self._families: dict[tuple[Any, ...], list[Tuned]] = {}
@@ -52,25 +56,69 @@ class Table:
     def entries(self) -> list[Tuned]:
         return list(self._exact.values())
 
-    def exact(self, problem: Problem, version: Version) -> Tuned | None:
+    def exact(self, problem: ProblemKey, version: Version) -> Tuned | None:
         return self._exact.get((problem, version))
 
-    def bucket(self, problem: Problem, version: Version) -> list[Tuned]:
+    def bucket(self, problem: ProblemKey, version: Version) -> list[Tuned]:
         """Entries whose batch and image sizes are nearly the problem's, nearest first."""
         return [entry for entry in self.nearest(problem, version) if entry.problem.same_bucket(problem)]
 
-    def nearest(self, problem: Problem, version: Version) -> list[Tuned]:
+    def nearest(self, problem: ProblemKey, version: Version) -> list[Tuned]:
         """Entries within REACH doublings of the problem, nearest first."""
         return [entry for entry in self._near(problem) if entry.version == version]
 
-    def seeds(self, problem: Problem) -> list[Tuned]:
+    def seeds(self, problem: ProblemKey) -> list[Tuned]:
         """What a search may begin with, stale entries too: the problem's own first, then others' by distance."""
         return self._near(problem)
 
-    def _near(self, problem: Problem) -> list[Tuned]:
+    def _near(self, problem: ProblemKey) -> list[Tuned]:
         family = self._families.get(problem.family, ())
         near = [(problem.distance(entry.problem), entry) for entry in family]
         return [entry for distance, entry in sorted(near, key=lambda each: each[0]) if distance <= REACH]
+
+
+class Tables:
+    """The tables of one GPU, in the order they are asked: lock file, this user's measurements, the shipped table."""
+
+    def __init__(self, lock: Iterable[Tuned], user: Iterable[Tuned], shipped: Iterable[Tuned]) -> None:
+        self.lock, self.user, self.shipped = Table(lock), Table(user), Table(shipped)
+
+    @property
+    def layers(self) -> tuple[tuple[str, Table], ...]:
+        return tuple(zip(SOURCES, (self.lock, self.user, self.shipped), strict=True))
+
+    def __len__(self) -> int:
+        return sum(len(table) for _, table in self.layers)
+
+    def dump(self) -> str:
+        """All of it, as ``replace`` takes it."""
+        return base64.b85encode(zlib.compress(self._lines())).decode()
+
+    def digest(self) -> str:
+        """Equal where ``dump`` is."""
+        return hashlib.sha256(self._lines()).hexdigest()
+
+    def _lines(self) -> bytes:
+        lines = [line for _, table in self.layers for line in (*sorted(e.line for e in table.entries), "")]
+        return "\n".join(lines).encode()
+
+    def replace(self, dumped: bytes) -> None:
+        """Take another process's tables. Raises SchemaError where they are damaged."""
+        layers: list[list[Tuned]] = [[], [], []]
+        try:
+            parts = zlib.decompress(base64.b85decode(dumped)).split(b"\n")
+        except (zlib.error, ValueError) as error:
+            raise schema.SchemaError(f"another process's tables: {error}") from None
+        layer = 0
+        for index, line in enumerate(parts[:-1]):
+            if not line:
+                layer += 1
+                continue
+            entry = from_line(line, f"another process's tables, line {index + 1}")
+            if not isinstance(entry, Tuned) or layer > 2:
+                raise schema.SchemaError(f"another process's tables, line {index + 1}: not a tuned problem")
+            layers[layer].append(entry)
+        self.lock, self.user, self.shipped = map(Table, layers)
 
 
 def read_table(path: Path) -> list[Tuned]:

@@ -15,8 +15,8 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from fastconv.autotune import Gpu, gpu_named, known_gpus
-from fastconv.autotune.choose import MEASURING
+from fastconv.autotune.adapter import MEASURING
+from fastconv.autotune.gpus import gpu_called
 from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.kernels.compile import compile_each, load
@@ -100,28 +100,6 @@ def warmup(
     done = Warmup(len(launches), new, time.perf_counter() - started, target.name, note)
     log.info("warmup: %s", done)
     return done
-
-
-def gpu_called(name: str) -> Gpu:
-    """The known GPU of this name, in any case and without its maker's, or the first of an architecture ``sm_90``; or a
-    product of one, by the whole name that its devices have: ``NVIDIA A100-SXM4-80GB``.
-
-    Raises ValueError with the names there are.
-    """
-
-    def plain(text: str) -> str:
-        return text.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "")
-
-    known = known_gpus()
-    for gpu in known:
-        if plain(name) in (plain(gpu.name), f"sm_{gpu.arch}"):
-            return gpu
-    product = gpu_named(name)
-    if product is not None:
-        return product
-    architectures = sorted({gpu.arch for gpu in known})
-    names = [*(gpu.name.removeprefix("NVIDIA ") for gpu in known), *(f"sm_{arch}" for arch in architectures)]
-    raise ValueError(f"gpu {name!r} is not one of {', '.join(names)}")
 
 
 def _nothing(why: str) -> Warmup:

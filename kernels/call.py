@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 
 from fastconv.autotune import Choice, Config, Gpu, Space, Work
-from fastconv.autotune.choose import by_cost_model, join, on_change
+from fastconv.autotune.choose import by_cost_model
+from fastconv.autotune.known import join, on_change
 from fastconv.kernels import dispatch
 from fastconv.kernels.descriptor import ALIGNMENT, start_of
 from fastconv.kernels.launch import Launch, Uncovered, deciding, run
 from fastconv.kernels.tiles import considering
-from fastconv.kernels.tuned import CALLER, regime
+from fastconv.kernels.tuned import ADAPTER, policy
 
 Sizes = tuple[int, ...]
 Operands = tuple[torch.Tensor | None, ...]
@@ -91,10 +92,10 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     kinds = tuple(
         [None if t is None else (t.shape, t.stride(), t.dtype, t.device, start(t) % ALIGNMENT == 0) for t in operands]
     )
-    key = (prepare, gpu.name, dispatch.single_family(), regime(), precision, kinds, arguments)
+    key = (prepare, gpu.name, dispatch.single_family(), policy(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:
-        join(CALLER)
+        join(ADAPTER)
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         try:
@@ -124,7 +125,7 @@ def carried_out(
     try:
         return carry_out(call, operands)
     except NoRoom:
-        if regime().stable:
+        if policy().stable:
             raise
     _say_no_room()
     return carry_out(_unsplit(call, prepare, operands, arguments), operands)

@@ -17,7 +17,8 @@ from datetime import timedelta
 import torch.distributed
 
 from fastconv.autotune import Gpu, SchemaError
-from fastconv.autotune.choose import Tables
+from fastconv.autotune.known import forget
+from fastconv.autotune.table import Tables
 
 # Rank 0 may still be at its first batch.
 WAIT = timedelta(seconds=60)
@@ -68,6 +69,7 @@ def agree(gpu: Gpu, tables: Tables, reloads: int) -> None:
         return
     try:
         tables.replace(shared.get("tables"))
+        forget()
     except SchemaError as error:
         log.warning("rank %d: rank 0's tables of %s cannot be read, its own decide: %s", rank, gpu.name, error)
         return

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import triton
 
-from fastconv.autotune import Caller, Choice, Config, Gpu, Problem, Regime, Space, Version, Work
+from fastconv.autotune import Adapter, Choice, Config, Gpu, Policy, ProblemKey, Space, Version, Work
 from fastconv.autotune import choose as ask
-from fastconv.autotune.choose import MEASURING, TUNE
-from fastconv.autotune.measure import POLICY
+from fastconv.autotune.adapter import MEASURING, TUNE
+from fastconv.autotune.tune import PROCEDURE
 from fastconv.kernels import mend, ranks
 from fastconv.kernels.conv_rows import Rows
 from fastconv.kernels.launch import deciding
@@ -28,7 +28,7 @@ _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 _OUTPUTS = {1: "Q", 2: "PQ", 3: "OPQ"}
 
 
-def problem_of(space: str, features: Any) -> Problem:
+def problem_of(space: str, features: Any) -> ProblemKey:
     """The problem that a tile function asks about, as tables know it."""
     kind: dict[str, int | str] = {}
     channels: dict[str, int] = {}
@@ -37,7 +37,7 @@ def problem_of(space: str, features: Any) -> Problem:
         features = (features,)
     if space.startswith("pass"):
         sizes["pixels"], channels["C"], kind["element"], kind["moved"] = features
-        return Problem.of(space, kind, channels, sizes)
+        return ProblemKey.of(space, kind, channels, sizes)
     for each in features:
         if isinstance(each, ConvProblem):
             _geometry(kind, sizes, each, each.filter_size)
@@ -66,7 +66,7 @@ def problem_of(space: str, features: Any) -> Problem:
             kind["direction"] = each
         else:
             raise TypeError(f"the space {space!r}: no table knows what {each!r} is")
-    return Problem.of(space, kind, channels, sizes)
+    return ProblemKey.of(space, kind, channels, sizes)
 
 
 def _geometry(
@@ -79,7 +79,7 @@ def _geometry(
     sizes |= dict(zip(_OUTPUTS[problem.rank], problem.output_size, strict=True))
 
 
-def conv_of(problem: Problem) -> ConvProblem:
+def conv_of(problem: ProblemKey) -> ConvProblem:
     """The convolution that `problem_of` wrote down. Raises KeyError, ValueError where it was another operator."""
     kind, sizes, channels = dict(problem.kind), dict(problem.sizes), dict(problem.channels)
     split = {name: _sizes(kind[name]) for name in ("window", "stride", "padding", "dilation")}
@@ -99,7 +99,7 @@ def conv_of(problem: Problem) -> ConvProblem:
     )
 
 
-def pool_of(problem: Problem) -> PoolProblem:
+def pool_of(problem: ProblemKey) -> PoolProblem:
     """The pool that `problem_of` wrote down. Raises KeyError, ValueError where it was another operator."""
     kind, sizes, channels = dict(problem.kind), dict(problem.sizes), dict(problem.channels)
     split = {name: _sizes(kind[name]) for name in ("window", "stride", "padding", "dilation")}
@@ -150,7 +150,7 @@ def _sizes(text: int | str) -> tuple[int, ...]:
 def version_of(space: str) -> Version:
     """The code that a problem of this space would be measured under."""
     # Every launch has products and sums fused.
-    return Version(triton.__version__, source_hash(files_of(space)), True, POLICY)
+    return Version(triton.__version__, source_hash(files_of(space)), True, PROCEDURE)
 
 
 def files_of(space: str) -> tuple[str, ...]:
@@ -211,26 +211,26 @@ def _names(file: str) -> dict[str, ast.FunctionDef | ast.AnnAssign | tuple[str, 
 
 
 # Who tells what the user set: (prefer, tune, numerics) for the thread that asks.
-_wishes: list[Callable[[], tuple[str, str, str]]] = []
+_user_policy: list[Callable[[], tuple[str, str, str]]] = []
 
 
-def ask_for_wishes(wishes: Callable[[], tuple[str, str, str]]) -> None:
-    """Let ``wishes()`` tell what the user set, for the thread that asks: settings are not the kernels'."""
-    _wishes[:] = [wishes]
+def set_user_policy(policy: Callable[[], tuple[str, str, str]]) -> None:
+    """Let ``policy()`` tell what the user set, for the thread that asks: settings are not the kernels'."""
+    _user_policy[:] = [policy]
 
 
-def regime() -> Regime:
+def policy() -> Policy:
     """What choices are made by, for the thread that asks."""
-    prefer, tune, numerics = _wishes[0]() if _wishes else ("fastest", "cached", "fast")
+    prefer, tune, numerics = _user_policy[0]() if _user_policy else ("fastest", "cached", "fast")
     if tune in MEASURING:
         # Ranks that measured by their own clock would disagree; what is captured must be known.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         tune = "cached" if capturing else ranks.may_measure(tune)
-    return _REGIMES[prefer, tune, numerics, torch.are_deterministic_algorithms_enabled()]
+    return _POLICIES[prefer, tune, numerics, torch.are_deterministic_algorithms_enabled()]
 
 
-_REGIMES = {
-    (prefer, tune, numerics, ordered): Regime(tune, ordered or numerics == "stable", prefer == "fastest")
+_POLICIES = {
+    (prefer, tune, numerics, ordered): Policy(tune, ordered or numerics == "stable", prefer == "fastest")
     for prefer, tune, numerics, ordered in product(("fastest", "triton"), TUNE, ("fast", "stable"), (False, True))
 }
 
@@ -242,9 +242,9 @@ def live(gpu: Gpu) -> bool:
     return gpu.name == torch.cuda.get_device_name()
 
 
-CALLER = Caller(problem_of, version_of, regime, live, ranks.agree, ranks.joined)
+ADAPTER = Adapter(problem_of, version_of, policy, live, ranks.agree, ranks.joined)
 
 
 def choose(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
     """`fastconv.autotune.choose` for kernels' problems."""
-    return ask(space, features, work, gpu, CALLER)
+    return ask(space, features, work, gpu, ADAPTER)

@@ -84,7 +84,7 @@ def _user_policy() -> tuple[str, str, str]:
     return _in_force()[1:]
 
 
-tuned.ask_for_wishes(_user_policy)
+tuned.set_user_policy(_user_policy)
 
 
 @lru_cache(maxsize=1024)

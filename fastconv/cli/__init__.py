@@ -72,7 +72,7 @@ def _check_environment(command: str) -> None:
             if name.startswith("FASTCONV_") and (close := get_close_matches(name, known, n=1)):
                 raise BadUsage(f"the environment variable {name} means nothing; {close[0]} does")
         if command in (*NUMERIC, *COMPILING) and os.environ.get("FASTCONV_LOCK"):
-            from fastconv.autotune.choose import lock_entries
+            from fastconv.autotune.known import lock_entries
 
             lock_entries()
     except OSError as error:

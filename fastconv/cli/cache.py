@@ -85,7 +85,7 @@ def cache(
 
 
 def _list(store: Store) -> int:
-    from fastconv.autotune.records import Measured, Met, Tuned
+    from fastconv.autotune.records import Measured, Tuned, Untuned
     from fastconv.benchmarks.report.tables import _table
 
     records = store.read()
@@ -103,7 +103,7 @@ def _list(store: Store) -> int:
         fresh = {problem for problem, version in tuned if version == current[space]}
         counts = Counter(type(record).__name__ for record in group)
         failed = sum(isinstance(r, Measured) and r.status != "ok" for r in group)
-        met = {r.problem for r in group if isinstance(r, Met)} - fresh
+        met = {r.problem for r in group if isinstance(r, Untuned)} - fresh
         table.add_row(
             f"{name}, {multiprocessors} multiprocessors",
             space,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastconv.autotune import Gpu
+from fastconv.autotune.gpus import Gpu, gpu_called
 from fastconv.cli.errors import BadUsage
-from fastconv.warmup import gpu_called
 
 DTYPES = {
     **dict.fromkeys(("float32", "fp32"), torch.float32),
@@ -23,7 +22,7 @@ def dtype(name: str) -> torch.dtype:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of the table called ``name``, as `fastconv.warmup.gpu_called` has it. Raises BadUsage with the names."""
+    """The GPU called ``name``, as `gpu_called` has it. Raises BadUsage with the names there are."""
     try:
         return gpu_called(name)
     except ValueError as error:

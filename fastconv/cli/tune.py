@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from fastconv.autotune import Gpu, Store, Tuned
-    from fastconv.autotune.measure import Task
     from fastconv.autotune.records import Record
+    from fastconv.autotune.tune import TuningTask
     from fastconv.measuring.process import Worker
     from fastconv.tuning.sharing import Ranks
 
@@ -61,7 +61,7 @@ def tune(
     result is wrong; under torchrun it is rank 0's.
     """
     from fastconv.autotune import SchemaError
-    from fastconv.autotune.choose import store as user_store
+    from fastconv.autotune.known import store as user_store
     from fastconv.cli import options
     from fastconv.cli.errors import BadUsage
 
@@ -100,7 +100,7 @@ def tune(
         target = options.gpu(gpu) if gpu else _here()
         tasks = collect(wishes, store, target) if given else []
         if dry_run:
-            from fastconv.autotune.choose import tables
+            from fastconv.autotune.known import tables
             from fastconv.cli import tuned
 
             known = tables(target, _caller())
@@ -137,9 +137,9 @@ class Wishes:
         return f"{name} batch {self.batch}{size} {dtype} {'training' if self.train else 'inference'}"
 
 
-def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
+def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[TuningTask]:
     """The problems that have a choice. Raises BadUsage where there are none."""
-    from fastconv.autotune import Met
+    from fastconv.autotune import Untuned
     from fastconv.benchmarks import layer_lists, models
     from fastconv.cli.errors import BadUsage, bad_usage
     from fastconv.measuring.clock import reason
@@ -161,9 +161,9 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[Task]:
         except Exception as error:  # PyTorch's, of what is possible for one image alone
             raise BadUsage(f"{wishes.layers} does not run on a batch of {wishes.batch}: {reason(error)}") from error
     else:
-        tasks, left = problems.met([record for record in store.read(("met",)) if isinstance(record, Met)], gpu)
+        tasks, left = problems.met([record for record in store.read(("met",)) if isinstance(record, Untuned)], gpu)
     if wishes.spaces:
-        tasks = [task for task in tasks if task.asked.space.name in wishes.spaces]
+        tasks = [task for task in tasks if task.question.space.name in wishes.spaces]
     if not tasks:
         why = f" ({left[0]})" if left else ""
         what = f" of {', '.join(wishes.spaces)}" if wishes.spaces else ""
@@ -213,15 +213,15 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
 
 def _tune(
     wishes: Wishes, store: Store, worker: Worker, ranks: Ranks, started: float
-) -> tuple[list[Task], list[Record]]:
+) -> tuple[list[TuningTask], list[Record]]:
     """(the problems, what was measured and found of them). Raises BadUsage, WorkerError, RunLost."""
     from contextlib import ExitStack
 
-    from fastconv.autotune.choose import reload, tables
+    from fastconv.autotune.known import reload, tables
     from fastconv.cli import tuned
     from fastconv.kernels.compile import cores
     from fastconv.measuring.compiling import Compiler
-    from fastconv.measuring.runner import Benches
+    from fastconv.measuring.runner import WorkerRunner
     from fastconv.tuning import sharing
     from fastconv.tuning.run import divide, run
 
@@ -229,11 +229,11 @@ def _tune(
     screen = _screen(ranks.leads)
     tasks = collect(wishes, store, gpu)
     known = tables(gpu, _caller())
-    exact = [known.user.exact(task.asked.problem, task.asked.version) for task in tasks]
+    exact = [known.user.exact(task.question.problem, task.question.version) for task in tasks]
     part = divide(ranks, tasks, [entry for entry in exact if entry is not None], gpu, wishes.again)
     with ExitStack() as stack:
         compiler = stack.enter_context(Compiler(gpu, max(1, cores() // sharing.local_world_size())))
-        compiler.ahead((task.asked for task in part.tasks), wishes.top_k)
+        compiler.ahead((task.question for task in part.tasks), wishes.top_k)
         screen.print(
             f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
             f"{len(tasks)} problems, {len(tasks) - part.left} of them tuned already"
@@ -241,7 +241,7 @@ def _tune(
         watch = stack.enter_context(tuned.Watch(screen, len(part.tasks), started + wishes.budget))
         records = run(
             part,
-            Benches(worker, compiler.resources),
+            lambda question: WorkerRunner(question, worker, compiler.footprints),
             store,
             max(1.0, started + wishes.budget - time.monotonic()),
             ranks,
@@ -249,8 +249,8 @@ def _tune(
             again=wishes.again,
             top_k=wishes.top_k,
             fastconv=written_by(),
-            seeds=lambda asked: [
-                entry.config for table in (known.user, known.shipped) for entry in table.seeds(asked.problem)
+            seeds=lambda question: [
+                entry.config for table in (known.user, known.shipped) for entry in table.seeds(question.problem)
             ][:2],
             tell=watch.tell,
         )
@@ -270,10 +270,16 @@ def worker_command(device: int) -> list[str]:
 
 
 def _write(
-    tasks: Sequence[Task], wishes: Wishes, gpu: Gpu, store: Store, report: bool, lock: Path | None, table: Path | None
+    tasks: Sequence[TuningTask],
+    wishes: Wishes,
+    gpu: Gpu,
+    store: Store,
+    report: bool,
+    lock: Path | None,
+    table: Path | None,
 ) -> None:
     """What is asked for beside tuning: the report, a lock file, this GPU's table."""
-    from fastconv.autotune.choose import tables
+    from fastconv.autotune.known import tables
     from fastconv.autotune.table import Table, file_name
     from fastconv.kernels.tuned import version_of
 
@@ -289,7 +295,7 @@ def _write(
         if entry.version == version_of(entry.problem.space)
     ]
     if lock is not None:
-        wanted = {task.asked.problem for task in tasks}
+        wanted = {task.question.problem for task in tasks}
         locked = [entry for entry in current if entry.problem in wanted]
         _publish(lock, locked, wishes.name)
         print(f"{lock}: {len(locked)} of {len(wanted)} problems; FASTCONV_LOCK={lock} makes programs use them")
@@ -300,7 +306,7 @@ def _write(
 
 
 def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
-    from fastconv.autotune.choose import now
+    from fastconv.autotune.records import now
     from fastconv.autotune.schema import named
     from fastconv.autotune.table import write_table
     from fastconv.cli.errors import BadUsage
@@ -387,9 +393,9 @@ def _here() -> Gpu:
 
 
 def _caller() -> Any:
-    from fastconv.kernels.tuned import CALLER
+    from fastconv.kernels.tuned import ADAPTER
 
-    return CALLER
+    return ADAPTER
 
 
 def _screen(speaks: bool) -> Any:

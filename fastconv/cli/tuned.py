@@ -12,13 +12,12 @@ import rich.table
 from rich import progress
 from rich.console import Console
 
-from fastconv.autotune import Gpu, Problem, Store, Tuned
-from fastconv.autotune.choose import Tables, fitting
-from fastconv.autotune.measure import Step, Task, expected_gain, share_of
+from fastconv.autotune import Gpu, ProblemKey, Store, Tuned
+from fastconv.autotune.ranking import fits
+from fastconv.autotune.ranking import summary as means
 from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
-from fastconv.autotune.report import fits
-from fastconv.autotune.report import summary as means
-from fastconv.autotune.table import Table
+from fastconv.autotune.table import Table, Tables
+from fastconv.autotune.tune import Progress, TuningTask, expected_gain, share_of
 from fastconv.benchmarks.report.tables import _table, _tile
 from fastconv.kernels.compile import cores
 from fastconv.kernels.tuned import conv_of, pool_of
@@ -49,9 +48,9 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def tell(self, step: Step) -> None:
+    def tell(self, step: Progress) -> None:
         left = max(0, round(self._end - time.monotonic()))
-        line = f"{' '.join(described(step.asked.problem))}: {step.measured} configs"
+        line = f"{' '.join(described(step.question.problem))}: {step.measured} configs"
         if step.failed:
             line += f", {step.failed} failed"
         if step.best_seconds is not None:
@@ -65,9 +64,11 @@ class Watch:
             self._screen.print(f"{self._ended}/{self._problems} {at_most} {line}", soft_wrap=True)
 
 
-def found(tasks: Sequence[Task], entries: Sequence[Tuned], seconds: float, failures: Mapping[str, int]) -> list[Any]:
+def found(
+    tasks: Sequence[TuningTask], entries: Sequence[Tuned], seconds: float, failures: Mapping[str, int]
+) -> list[Any]:
     """What a run found: where it saves most first. Times are measured, each problem by itself."""
-    counts = {task.asked.problem: task.count for task in tasks}
+    counts = {task.question.problem: task.count for task in tasks}
     best = {entry.problem: entry for entry in entries if entry.problem in counts}
     gains = {problem: counts[problem] * (it.default_seconds - it.seconds) for problem, it in best.items()}
     lines: list[Any] = []
@@ -93,22 +94,22 @@ def found(tasks: Sequence[Task], entries: Sequence[Tuned], seconds: float, failu
     return [*lines, *(f"not measured, and {when}: {', '.join(each)}" for when, each in counted.items())]
 
 
-def foretold(tasks: Sequence[Task], known: Tables, gpu: Gpu, top_k: int, budget: float, again: bool) -> list[Any]:
+def foretold(tasks: Sequence[TuningTask], known: Tables, gpu: Gpu, top_k: int, budget: float, again: bool) -> list[Any]:
     """What a run would do; all times are predicted."""
     table = _problems("configs", "default us", "saves us", "default")
     table.title = f"Predicted for the {gpu.name}; nothing is measured"
     binaries, open_tasks = 0, []
     for task in sorted(tasks, key=lambda task: -share_of(task)):
-        asked, configs = task.asked, fitting(task.asked)
-        tuned = known.user.exact(asked.problem, asked.version) is not None and not again
+        question, configs = task.question, task.question.fitting()
+        tuned = known.user.exact(question.problem, question.version) is not None and not again
         if not tuned:
             open_tasks.append(task)
             binaries += min(top_k, len(configs))
-        times = _us(asked.choice.seconds), "tuned" if tuned else _us(expected_gain(asked))
-        row = str(task.count), str(len(configs)), *times, _tile(dict(asked.choice.config))
-        table.add_row(*described(asked.problem), *row)
+        times = _us(question.choice.seconds), "tuned" if tuned else _us(expected_gain(question))
+        row = str(task.count), str(len(configs)), *times, _tile(dict(question.choice.config))
+        table.add_row(*described(question.problem), *row)
     whole = sum(map(share_of, open_tasks))
-    least = whole - sum(task.count * expected_gain(task.asked) for task in open_tasks)
+    least = whole - sum(task.count * expected_gain(task.question) for task in open_tasks)
     needed = max(binaries * COMPILE_SECONDS / cores(), len(open_tasks) * MEASURE_SECONDS)
     line = (
         f"{len(open_tasks)} problems to tune, {binaries} configs to compile at first: about {needed / 60:.1f} min of "
@@ -143,7 +144,7 @@ def ranked(store: Store, gpu: Gpu) -> list[Any]:
     return [table]
 
 
-def described(problem: Problem) -> tuple[str, str]:
+def described(problem: ProblemKey) -> tuple[str, str]:
     """(kernel, the problem in the words of its operator); of another version's as tables know it."""
     kind = dict(problem.kind)
     try:

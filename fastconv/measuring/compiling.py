@@ -7,15 +7,15 @@ from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from fastconv.autotune import Config, Gpu, Problem
-from fastconv.autotune.choose import Asked, fitting
-from fastconv.autotune.measure import Failed, Resources
+from fastconv.autotune import Config, Gpu, ProblemKey
+from fastconv.autotune.choose import Question
+from fastconv.autotune.tune import Failed, Footprint
 from fastconv.kernels.conv import Uncovered
 from fastconv.kernels.inspect import resources
 from fastconv.kernels.launch import Launch
-from fastconv.measuring.problem_to_run import Subject, subject_of
+from fastconv.measuring.problem_to_run import ProblemToRun, to_run
 
-Found = Resources | Failed
+Found = Footprint | Failed
 Candidates = dict[Hashable, Sequence[Launch]]
 
 # One thread at a time: what plans are made under is the process's.
@@ -27,9 +27,9 @@ class Compiler:
 
     def __init__(self, gpu: Gpu, jobs: int | None = None) -> None:
         self.gpu, self._jobs = gpu, jobs
-        self._subjects: dict[Problem, Subject] = {}
+        self._subjects: dict[ProblemKey, ProblemToRun] = {}
         self._binaries: dict[Any, Found] = {}
-        self._ahead: dict[Problem, Future[list[Found]]] = {}
+        self._ahead: dict[ProblemKey, Future[list[Found]]] = {}
         self._background, self._asked = (ThreadPoolExecutor(1, name) for name in ("ahead", "asked"))
 
     def __enter__(self) -> Compiler:
@@ -40,37 +40,37 @@ class Compiler:
         for executor in (self._background, self._asked):
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def ahead(self, questions: Iterable[Asked], top_k: int) -> None:
+    def ahead(self, questions: Iterable[Question], top_k: int) -> None:
         """Compile what is predicted fastest for each, in this order, while others are measured."""
-        for asked in questions:
-            configs = [config for config, _ in fitting(asked)[:top_k]]
-            self._ahead[asked.problem] = self._background.submit(self._compile, asked, configs)
+        for question in questions:
+            configs = [config for config, _ in question.fitting()[:top_k]]
+            self._ahead[question.problem] = self._background.submit(self._compile, question, configs)
 
-    def resources(self, asked: Asked, configs: Sequence[Config]) -> list[Found]:
+    def footprints(self, question: Question, configs: Sequence[Config]) -> list[Found]:
         """What each config takes, or why it does not compile."""
-        coming = self._ahead.pop(asked.problem, None)
+        coming = self._ahead.pop(question.problem, None)
         if coming is not None and not coming.cancel():
             coming.result()
-        return self._asked.submit(self._compile, asked, configs).result()
+        return self._asked.submit(self._compile, question, configs).result()
 
-    def _compile(self, asked: Asked, configs: Sequence[Config]) -> list[Found]:
+    def _compile(self, question: Question, configs: Sequence[Config]) -> list[Found]:
         with _planning:
-            planned = [self._planned(asked.problem, config) for config in configs]
+            planned = [self._planned(question.problem, config) for config in configs]
         launches = [it for each in planned if not isinstance(each, Failed) for it in each]
         missing: Candidates = {it.compile_key: [it] for it in launches if it.compile_key not in self._binaries}
         found = resources(missing, self.gpu, self._jobs) if missing else {}
         for key, it in found.items():
             self._binaries[key] = (
-                Failed("failed", it) if isinstance(it, str) else Resources(it.registers, it.spills, it.shared_memory)
+                Failed("failed", it) if isinstance(it, str) else Footprint(it.registers, it.spills, it.shared_memory)
             )
         return [
             each if isinstance(each, Failed) else _most([self._binaries[it.compile_key] for it in each])
             for each in planned
         ]
 
-    def _planned(self, problem: Problem, config: Config) -> list[Launch] | Failed:
+    def _planned(self, problem: ProblemKey, config: Config) -> list[Launch] | Failed:
         if problem not in self._subjects:
-            self._subjects[problem] = subject_of(problem, self.gpu)[0]
+            self._subjects[problem] = to_run(problem, self.gpu)[0]
         try:
             return self._subjects[problem].planned(self.gpu, config)[1]
         except (Uncovered, ValueError) as error:
@@ -82,5 +82,5 @@ def _most(binaries: Sequence[Found]) -> Found:
     for each in binaries:
         if isinstance(each, Failed):
             return each
-    taken = [each for each in binaries if isinstance(each, Resources)]
-    return Resources(*(max(getattr(each, name) for each in taken) for name in Resources.__dataclass_fields__))
+    taken = [each for each in binaries if isinstance(each, Footprint)]
+    return Footprint(*(max(getattr(each, name) for each in taken) for name in Footprint.__dataclass_fields__))

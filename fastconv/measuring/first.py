@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from fastconv.autotune import Config, Tuned
-from fastconv.autotune.choose import Asked, store, tables
-from fastconv.autotune.measure import Failed, Resources, Task, session
-from fastconv.kernels.tuned import CALLER, live, regime
+from fastconv.autotune.choose import Question
+from fastconv.autotune.known import store, tables
+from fastconv.autotune.tune import Failed, Footprint, TuningTask, session
+from fastconv.kernels.tuned import ADAPTER, live, policy
 from fastconv.measuring.compiling import Compiler
 from fastconv.measuring.process import COMMAND, Worker
-from fastconv.measuring.runner import Benches
+from fastconv.measuring.runner import WorkerRunner
 
 log = logging.getLogger("fastconv")
 SECONDS = 20.0  # for one problem, but for compiling and its last paired run
@@ -23,10 +24,10 @@ SECONDS = 20.0  # for one problem, but for compiling and its last paired run
 _workers: dict[int, Worker] = {}
 
 
-def measure(asked: Asked, fastconv: str) -> Tuned | None:
+def measure(question: Question, fastconv: str) -> Tuned | None:
     """Tune one problem in a process beside this one, on the same GPU; None where it is not for a GPU that is here, or
     while a CUDA graph is captured. Takes seconds, the first time more. For one thread at a time. Raises WorkerError."""
-    if not live(asked.gpu) or torch.cuda.is_current_stream_capturing():
+    if not live(question.gpu) or torch.cuda.is_current_stream_capturing():
         return None
     device = torch.cuda.current_device()
     # What this process has queued would share the GPU with what is measured.
@@ -35,29 +36,31 @@ def measure(asked: Asked, fastconv: str) -> Tuned | None:
     if worker is None:
         worker = _workers[device] = Worker([*COMMAND, "--device", str(device)])
         atexit.register(worker.close)
-    log.info("tuning %s on the %s", asked.problem.describe(), worker.gpu.name)
-    known = tables(asked.gpu, CALLER)
-    seeds = [entry.config for entry in (*known.user.seeds(asked.problem), *known.shipped.seeds(asked.problem))[:2]]
+    log.info("tuning %s on the %s", question.problem.describe(), worker.gpu.name)
+    known = tables(question.gpu, ADAPTER)
+    seeds = [
+        entry.config for entry in (*known.user.seeds(question.problem), *known.shipped.seeds(question.problem))[:2]
+    ]
     compiling = 0.0
-    with Compiler(asked.gpu) as compiler:
+    with Compiler(question.gpu) as compiler:
 
-        def compiled(asked: Asked, configs: Sequence[Config]) -> list[Resources | Failed]:
+        def compiled(question: Question, configs: Sequence[Config]) -> list[Footprint | Failed]:
             nonlocal compiling
             began = time.monotonic()
             try:
-                return compiler.resources(asked, configs)
+                return compiler.footprints(question, configs)
             finally:
                 compiling += time.monotonic() - began
 
         # The records of its measurements are kept here, what was found by `choose`.
         found = session(
-            [Task(asked)],
-            Benches(worker, compiled),
+            [TuningTask(question)],
+            lambda question: WorkerRunner(question, worker, compiled),
             lambda record: None if isinstance(record, Tuned) else store().append(record),
             budget=SECONDS,
             known=store().read(("measured",)),
-            seeds=lambda asked: seeds,
-            again=regime().tune == "force",
+            seeds=lambda question: seeds,
+            again=policy().tune == "force",
             clock=lambda: time.monotonic() - compiling,
             fastconv=fastconv,
         )

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fastconv.autotune import Choice, Config, Gpu, Problem, Space, Work
-from fastconv.autotune.choose import Asked, ask, fixed
+from fastconv.autotune import Choice, Config, Gpu, ProblemKey, Space, Work
+from fastconv.autotune.choose import Question, ask, fixed
 from fastconv.kernels import conv, dispatch, pool
 from fastconv.kernels.batch_norm import Activated, batch_norm_act_sums
 from fastconv.kernels.call import execute
@@ -26,7 +26,7 @@ from fastconv.kernels.launch import Launch, decisions, record
 from fastconv.kernels.layout import PACKED, packed_taps, strides_like
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
 from fastconv.kernels.tiles import considering
-from fastconv.kernels.tuned import CALLER, conv_of, pool_of
+from fastconv.kernels.tuned import ADAPTER, conv_of, pool_of
 from fastconv.reference.pool import max_pool_indices
 
 Call = Callable[[], Tensor]
@@ -49,11 +49,11 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProblemToRun:
     """``ours`` and ``pytorch`` make a call of operands; PyTorch's may take them in wider types, and is then what both
     are held against."""
 
-    problem: Problem
+    problem: ProblemKey
     operands: tuple[Operand, ...]
     ours: Callable[[Operands, Gpu], Call]
     pytorch: Callable[[Operands], Call]
@@ -67,17 +67,17 @@ class Subject:
         return str(dict(self.problem.kind).get("precision", "ieee"))
 
     @contextlib.contextmanager
-    def serving(self, config: Config | None, gpu: Gpu) -> Iterator[list[Asked]]:
+    def serving(self, config: Config | None, gpu: Gpu) -> Iterator[list[Question]]:
         """Inside the block calls are planned for ``gpu`` with ``config`` (None: as chosen); what they ask is collected.
 
         Raises ValueError where a call asks and the config is not of its space or does not fit.
         """
-        found: list[Asked] = []
+        found: list[Question] = []
 
         def consider(space: Space, features: Any, work: Callable[[Config], Work], on: Gpu, choice: Choice) -> Choice:
-            if CALLER.problem(space.name, features) != self.problem:
+            if ADAPTER.problem(space.name, features) != self.problem:
                 return choice
-            found.append(ask(space, features, work, on, CALLER))
+            found.append(ask(space, features, work, on, ADAPTER))
             taken = choice if config is None else fixed(space, config, work, on)
             # Whatever PyTorch's time, here it serves.
             return replace(taken, pytorch_faster=False)
@@ -91,7 +91,7 @@ class Subject:
             stack.enter_context(decisions())
             yield found
 
-    def planned(self, gpu: Gpu, config: Config | None = None) -> tuple[Asked | None, list[Launch]]:
+    def planned(self, gpu: Gpu, config: Config | None = None) -> tuple[Question | None, list[Launch]]:
         """(what a call asks, or None where it is not about this problem; what it launches), found without data."""
         with FakeTensorMode(), self.serving(config, gpu) as found:
             # (What a pool's backward is given is made by its forward, which is not part of the call.)
@@ -102,7 +102,7 @@ class Subject:
         return (found[0] if found else None), list(launches.values())
 
 
-def subject_of(problem: Problem, gpu: Gpu) -> tuple[Subject, Asked]:
+def to_run(problem: ProblemKey, gpu: Gpu) -> tuple[ProblemToRun, Question]:
     """How ``problem`` is run on ``gpu``, by the kernel family that asks about it. Raises Unmeasurable."""
     try:
         subject, families = _subject(problem)
@@ -112,15 +112,15 @@ def subject_of(problem: Problem, gpu: Gpu) -> tuple[Subject, Asked]:
     for family in families:
         candidate = replace(subject, family=family)
         try:
-            asked, _ = candidate.planned(gpu)
+            question, _ = candidate.planned(gpu)
         except (conv.Uncovered, ValueError):
             continue
-        if asked is not None:
-            return candidate, asked
+        if question is not None:
+            return candidate, question
     raise Unmeasurable(f"{problem.describe()}: no kernel of this version asks about it on the {gpu.name}")
 
 
-def _subject(problem: Problem) -> tuple[Subject, Sequence[str | None]]:
+def _subject(problem: ProblemKey) -> tuple[ProblemToRun, Sequence[str | None]]:
     """The call, and the families that may serve it."""
     kind = dict(problem.kind)
     if problem.space.startswith("pass"):
@@ -149,7 +149,7 @@ def at_precision(precision: str) -> Iterator[None]:
 # Convolutions.
 
 
-def _convolution(problem: Problem, it: ConvProblem, direction: str) -> Subject:
+def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> ProblemToRun:
     depthwise = it.groups > 1 and it.in_channels == it.groups
     x = Operand(it.input_shape, strides_like(it.input_shape, True), it.dtype)
     y = Operand(it.output_shape, strides_like(it.output_shape, True), it.dtype)
@@ -173,7 +173,7 @@ def _convolution(problem: Problem, it: ConvProblem, direction: str) -> Subject:
         "dgrad": it.out_channels // it.groups * it.taps,
         "wgrad": it.output_pixels,
     }[direction]
-    return Subject(problem, operands, ours, partial(_pytorch_convolution, it, direction), depth, None, _even(it))
+    return ProblemToRun(problem, operands, ours, partial(_pytorch_convolution, it, direction), depth, None, _even(it))
 
 
 def _even(it: ConvProblem) -> bool:
@@ -222,7 +222,7 @@ def _pytorch_convolution(it: ConvProblem, direction: str, tensors: Operands) -> 
 # Pools.
 
 
-def _pool(problem: Problem, it: PoolProblem, direction: str, channels_last: bool) -> Subject:
+def _pool(problem: ProblemKey, it: PoolProblem, direction: str, channels_last: bool) -> ProblemToRun:
     geometry = pool.ADAPTIVE if it.adaptive else (it.window, it.stride, it.padding, it.dilation)
     x = Operand(it.input_shape, strides_like(it.input_shape, channels_last), it.dtype)
     dy = Operand(it.output_shape, strides_like(it.output_shape, channels_last), it.dtype)
@@ -256,7 +256,9 @@ def _pool(problem: Problem, it: PoolProblem, direction: str, channels_last: bool
 
     operands = (x,) if direction == "forward" else (x, dy)
     recalled = at_taps if direction == "forward" and it.index is not None else None
-    return Subject(problem, operands, ours, partial(_pytorch_pool, it, direction), it.taps, None, recalled=recalled)
+    return ProblemToRun(
+        problem, operands, ours, partial(_pytorch_pool, it, direction), it.taps, None, recalled=recalled
+    )
 
 
 def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:
@@ -290,7 +292,7 @@ def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:
 # Sums over pixels: a bias's gradient, or those of batch norm.
 
 
-def _sums(problem: Problem) -> Subject:
+def _sums(problem: ProblemKey) -> ProblemToRun:
     kind, channels = dict(problem.kind), dict(problem.channels)["C"]
     moved, element = int(kind["moved"]), int(kind["element"])
     if not problem.space.startswith("pass_split"):
@@ -304,7 +306,7 @@ def _sums(problem: Problem) -> Subject:
         def bias(tensors: Operands) -> Call:
             return lambda: tensors[0].sum((0, 2))
 
-        return Subject(
+        return ProblemToRun(
             problem, (large,), lambda tensors, gpu: partial(conv.channel_sum, *tensors), bias, shape[2], None
         )
     # The gradient behind the activation comes from z where there are three; a fourth is a residual.
@@ -327,4 +329,4 @@ def _sums(problem: Problem) -> Subject:
         return sums
 
     operands = (large, large, vector, *(large,) * (moved - 2))
-    return Subject(problem, operands, ours, pytorch, shape[2], None, native=False)
+    return ProblemToRun(problem, operands, ours, pytorch, shape[2], None, native=False)

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from fastconv.autotune import Config, Gpu, Problem
-from fastconv.autotune.measure import Failed
+from fastconv.autotune import Config, Gpu, ProblemKey
+from fastconv.autotune.tune import Failed
 from fastconv.kernels.children import end_with_parent
 
 PATIENCE = 30.0  # seconds for one answer; a first one allocates, draws operands and makes the reference
@@ -29,7 +29,7 @@ START = 300.0  # seconds until a worker has imported torch and found its GPU, on
 COMMAND = (sys.executable, "-m", "fastconv.measuring.worker")
 
 # Seconds of one measurement of a config, or of PyTorch's own op (None).
-Measure = Callable[[Problem, "Config | None"], float]
+Measure = Callable[[ProblemKey, "Config | None"], float]
 
 
 class WorkerError(RuntimeError):
@@ -72,7 +72,7 @@ class Worker:
         assert self._gpu is not None
         return self._gpu
 
-    def run(self, problem: Problem, config: Config | None) -> float | Failed:
+    def run(self, problem: ProblemKey, config: Config | None) -> float | Failed:
         """Seconds of one measurement, or why there is none. Raises WorkerError."""
         request = json.dumps({"problem": problem.json, "config": None if config is None else dict(config)}).encode()
         for last in (False, True):
@@ -184,7 +184,7 @@ def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
         except EOFError:
             return
         try:
-            answer(seconds=measure(Problem.of(**request["problem"]), request["config"]))
+            answer(seconds=measure(ProblemKey.of(**request["problem"]), request["config"]))
         except Refused as refused:
             answer(status=refused.status, why=str(refused), fatal=refused.fatal)
         except MemoryError as error:

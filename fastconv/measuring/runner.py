@@ -1,4 +1,4 @@
-"""Where a tuning run's times come from: configs compiled beside it, measured in the worker."""
+"""How a tuning run gets the times of a problem's configs: it compiles them in this process, the worker times them."""
 
 from __future__ import annotations
 
@@ -7,47 +7,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastconv.autotune import Config
-from fastconv.autotune.choose import Asked
-from fastconv.autotune.measure import Failed, Resources
+from fastconv.autotune.choose import Question
+from fastconv.autotune.tune import Failed, Footprint
 from fastconv.measuring.process import Worker
 
 log = logging.getLogger("fastconv")
-Compile = Callable[[Asked, Sequence[Config]], Sequence[Resources | Failed]]
 
 
 @dataclass(frozen=True)
-class Benches:
-    """A `Bench` for each problem, all in one worker."""
+class WorkerRunner:
+    """`fastconv.autotune.tune.Runner` of one problem."""
 
+    question: Question
     worker: Worker
-    compile: Compile
+    compile_configs: Callable[[Question, Sequence[Config]], Sequence[Footprint | Failed]]
 
-    def __call__(self, asked: Asked) -> Bench:
-        return Bench(asked, self)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """`fastconv.autotune.measure.Bench` of one problem."""
-
-    asked: Asked
-    of: Benches
-
-    def resources(self, configs: Sequence[Config]) -> Sequence[Resources | Failed]:
-        found = self.of.compile(self.asked, configs)
+    def compile(self, configs: Sequence[Config]) -> Sequence[Footprint | Failed]:
+        found = self.compile_configs(self.question, configs)
         for config, each in zip(configs, found, strict=True):
             if isinstance(each, Failed):
-                _log(self.asked, config, each)
+                self._log(config, each)
         return found
 
     def run(self, config: Config | None) -> float | Failed:
-        found = self.of.worker.run(self.asked.problem, config)
+        found = self.worker.run(self.question.problem, config)
         if isinstance(found, Failed) and config is not None:
-            _log(self.asked, config, found)
+            self._log(config, found)
         return found
 
-
-def _log(asked: Asked, config: Config, failure: Failed) -> None:
-    # A wrong result is a kernel's fault, and everybody's business.
-    level = logging.WARNING if failure.status == "wrong" else logging.INFO
-    log.log(level, "%s %s: %s: %s", asked.problem.describe(), dict(config), failure.status, failure.message)
+    def _log(self, config: Config, failure: Failed) -> None:
+        # A wrong result is a kernel's fault, so everybody is told.
+        level = logging.WARNING if failure.status == "wrong" else logging.INFO
+        problem = self.question.problem.describe()
+        log.log(level, "%s %s: %s: %s", problem, dict(config), failure.status, failure.message)

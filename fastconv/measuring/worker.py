@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastconv.autotune import Config, Gpu, Problem
+from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.kernels import dispatch, mend
 from fastconv.measuring.accuracy import PART, YARDSTICK, fp32_convolutions, tolerance
 from fastconv.measuring.capture import Captured
 from fastconv.measuring.clock import Clock, CudaClock, HostClock, reason
-from fastconv.measuring.problem_to_run import Operand, Subject, Unmeasurable, at_precision, subject_of
+from fastconv.measuring.problem_to_run import Operand, ProblemToRun, Unmeasurable, at_precision, to_run
 from fastconv.measuring.process import Measure, Refused, serve
 
 GUARD = 1 << 16  # bytes on either side of a tensor; a multiple of what allocations are aligned to
@@ -64,12 +64,12 @@ class Measuring:
         self.gpu, self.device, self.clock = gpu, device, clock
         self._current: _Problem | None = None
 
-    def __call__(self, problem: Problem, config: Config | None) -> float:
+    def __call__(self, problem: ProblemKey, config: Config | None) -> float:
         try:
             if self._current is None or self._current.subject.problem != problem:
                 self._current = None
                 self._release()
-                self._current = _Problem(subject_of(problem, self.gpu)[0], self)
+                self._current = _Problem(to_run(problem, self.gpu)[0], self)
             return self._current.seconds(config)
         except Unmeasurable as error:
             raise Refused("failed", str(error)) from error
@@ -98,7 +98,7 @@ class Measuring:
 
 
 class _Problem:
-    def __init__(self, subject: Subject, session: Measuring) -> None:
+    def __init__(self, subject: ProblemToRun, session: Measuring) -> None:
         self.subject, self.session = subject, session
         generator = torch.Generator(session.device).manual_seed(0)
         self.guards = Guarded()

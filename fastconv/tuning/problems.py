@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv
-from fastconv.autotune import Choice, Gpu, Met, Problem, Space
-from fastconv.autotune.choose import ask, fitting
-from fastconv.autotune.measure import Task
+from fastconv.autotune import Choice, Gpu, ProblemKey, Space, Untuned
+from fastconv.autotune.choose import ask
+from fastconv.autotune.tune import TuningTask
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.measure.directions import TOGETHER, fakes, step
 from fastconv.benchmarks.models import Subject
@@ -22,10 +22,10 @@ from fastconv.dry_run import OurOperators, make_calls
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import decisions
 from fastconv.kernels.tiles import considering
-from fastconv.kernels.tuned import CALLER
-from fastconv.measuring.problem_to_run import Unmeasurable, subject_of
+from fastconv.kernels.tuned import ADAPTER
+from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 
-Found = dict[Problem, Task]
+Found = dict[ProblemKey, TuningTask]
 
 
 @contextlib.contextmanager
@@ -34,9 +34,9 @@ def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
     may be without data."""
 
     def consider(space: Space, features: Any, work: Any, on: Gpu, choice: Choice) -> Choice:
-        asked = ask(space, features, work, on, CALLER)
-        before = found.get(asked.problem) or Task(asked, 0)
-        found[asked.problem] = replace(before, count=before.count + times)
+        question = ask(space, features, work, on, ADAPTER)
+        before = found.get(question.problem) or TuningTask(question, 0)
+        found[question.problem] = replace(before, count=before.count + times)
         # A problem that PyTorch is faster at is one all the same.
         return replace(choice, pytorch_faster=False)
 
@@ -44,7 +44,7 @@ def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
         yield
 
 
-def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[Task]:
+def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[TuningTask]:
     """The problems of one step of a model, converted. Raises what the model raises."""
     model = fastconv.convert(subject.model, memory_format=subject.memory_format).to(dtype)
     x = torch.empty(subject.input_shape, dtype=dtype).to(memory_format=subject.memory_format)
@@ -54,7 +54,7 @@ def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> lis
     return _choosing(found)
 
 
-def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[Task]:
+def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[TuningTask]:
     """The problems of the calls of a layer list, forward and, with ``train``, backward."""
     found: Found = {}
     for operator, count in calls.items():
@@ -67,19 +67,19 @@ def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, tra
     return _choosing(found)
 
 
-def met(records: Iterable[Met], gpu: Gpu) -> tuple[list[Task], list[str]]:
+def met(records: Iterable[Untuned], gpu: Gpu) -> tuple[list[TuningTask], list[str]]:
     """The problems that this user's programs met on ``gpu`` and no table knew; and why others cannot be measured. Each
     counts once: it is written down where it is first decided, and how often a program runs it is not known there."""
     found: Found = {}
     left: list[str] = []
     for problem in dict.fromkeys(record.problem for record in records if record.of_gpu(gpu)):
         try:
-            found[problem] = Task(subject_of(problem, gpu)[1])
+            found[problem] = TuningTask(to_run(problem, gpu)[1])
         except Unmeasurable as error:
             left.append(str(error))
     return _choosing(found), left
 
 
-def _choosing(found: Found) -> list[Task]:
+def _choosing(found: Found) -> list[TuningTask]:
     """Those that have more than one config to choose from."""
-    return [task for task in found.values() if len(fitting(task.asked)) > 1]
+    return [task for task in found.values() if len(task.question.fitting()) > 1]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastconv.autotune import Gpu, Store, Tuned
-from fastconv.autotune.choose import Asked
-from fastconv.autotune.measure import Bench, Task, session, share_of
+from fastconv.autotune.choose import Question
 from fastconv.autotune.records import Record, from_line
+from fastconv.autotune.tune import Runner, TuningTask, session, share_of
 from fastconv.measuring.process import START, Worker, WorkerError
 from fastconv.tuning.sharing import Ranks
 
@@ -22,7 +22,7 @@ WAIT = 120.0  # seconds that ranks wait for others' last paired run, or a compil
 class Part:
     """One rank's part of a run."""
 
-    tasks: Sequence[Task]
+    tasks: Sequence[TuningTask]
     left: int  # problems to tune, on all ranks
     earlier: Sequence[Record]  # what ranks found before the run
 
@@ -40,7 +40,7 @@ def able(ranks: Ranks, worker: Worker) -> Ranks:
     return dataclasses.replace(ranks, members=tuple(rank for rank, able in said.items() if able))
 
 
-def divide(ranks: Ranks, tasks: Sequence[Task], earlier: Iterable[Tuned], gpu: Gpu, again: bool = False) -> Part:
+def divide(ranks: Ranks, tasks: Sequence[TuningTask], earlier: Iterable[Tuned], gpu: Gpu, again: bool = False) -> Part:
     """Divide among ranks on equal GPUs, by predicted cost, what none has tuned ``earlier``; or all, ``again``.
 
     Raises RunLost.
@@ -49,7 +49,7 @@ def divide(ranks: Ranks, tasks: Sequence[Task], earlier: Iterable[Tuned], gpu: G
     said = ranks.exchange("tuned", [mine, [entry.line for entry in earlier]], START + WAIT)
     found = _records(lines for _, lines in said.values())
     ended = set() if again else {(entry.problem, entry.version) for entry in found if entry.of_gpu(gpu)}
-    left = [task for task in tasks if (task.asked.problem, task.asked.version) not in ended]
+    left = [task for task in tasks if (task.question.problem, task.question.version) not in ended]
     left.sort(key=lambda task: -share_of(task))
     alike = [rank for rank, (theirs, _) in said.items() if theirs == mine]
     return Part(left[alike.index(ranks.rank) :: len(alike)], len(left), found)
@@ -57,7 +57,7 @@ def divide(ranks: Ranks, tasks: Sequence[Task], earlier: Iterable[Tuned], gpu: G
 
 def run(
     part: Part,
-    bench_of: Callable[[Asked], Bench],
+    runner_of: Callable[[Question], Runner],
     store: Store,
     budget: float,
     ranks: Ranks,
@@ -79,7 +79,7 @@ def run(
         records.append(record)
 
     try:
-        session(part.tasks, bench_of, keep, budget=budget, known=store.read(KINDS), again=again, **options)
+        session(part.tasks, runner_of, keep, budget=budget, known=store.read(KINDS), again=again, **options)
     except WorkerError as error:
         failure = error
     said = ranks.exchange("records", [record.line for record in records], budget + WAIT)

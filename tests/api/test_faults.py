@@ -22,7 +22,8 @@ import fastconv.functional as F
 from fastconv import arguments
 from fastconv.autograd import operators
 from fastconv.autotune import cost_model, gpus
-from fastconv.autotune.choose import fixed, reload, store
+from fastconv.autotune.choose import fixed
+from fastconv.autotune.known import reload, store
 from fastconv.kernels import call as calls
 from fastconv.kernels import dispatch, mend, tiles
 from fastconv.kernels import launch as launches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -19,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv
 import fastconv.functional as F
-from fastconv.autotune import Tuned, predict
+from fastconv.autotune import Tuned, known, predict
 from fastconv.autotune.gpus import H200
 from fastconv.kernels import conv, dispatch, mend, tiles
 from fastconv.kernels.launch import record
 from fastconv.kernels.problem import DIRECTIONS
-from fastconv.kernels.tuned import CALLER
+from fastconv.kernels.tuned import ADAPTER
 
 # (images, channels, groups, filters, side, filter) that a family serves, each as small as its tiles allow.
 PROBLEMS = {
@@ -155,7 +154,6 @@ def asked() -> Iterator[tuple[Any, ...]]:
 
 def tune_otherwise() -> int:
     """Let tables have for each problem another tile than its default; how many there are."""
-    chooser = importlib.import_module("fastconv.autotune.choose")  # the package names its function so
     others: dict[Any, Any] = {}
     for space, features, work, choice in asked():
         fitting = [it for it in space if predict(work(it), H200) and it != choice.config]
@@ -163,12 +161,12 @@ def tune_otherwise() -> int:
             continue
         # A split reduction where there is one.
         other = max(fitting, key=lambda it: min(it.get("SPLITS", 1), 4))
-        problem = CALLER.problem(space.name, features)
+        problem = ADAPTER.problem(space.name, features)
         others[problem] = other
         gpu, about = (H200.name, H200.multiprocessors), (0.01, 16, "2025-01-31T12:00:00", "0.1.0")
-        entry = Tuned(problem, *gpu, CALLER.version(space.name), other, 1e-9, choice.config, 1e-3, (), None, *about)
-        chooser.learn(entry)
-    taken = [choice.config == others.get(CALLER.problem(space.name, it)) for space, it, _, choice in asked()]
+        entry = Tuned(problem, *gpu, ADAPTER.version(space.name), other, 1e-9, choice.config, 1e-3, (), None, *about)
+        known.learn(entry)
+    taken = [choice.config == others.get(ADAPTER.problem(space.name, it)) for space, it, _, choice in asked()]
     return sum(taken)
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv import arguments, warmup
-from fastconv.autotune.choose import forget
-from fastconv.autotune.gpus import A100, H200
+from fastconv.autotune.gpus import A100, H200, gpu_called
+from fastconv.autotune.known import forget
 from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch, launch, mend, tiles, tuned
 from fastconv.kernels.compile import Compiled
-from fastconv.warmup import Warmup, gpu_called
+from fastconv.warmup import Warmup
 
 interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 compiling = pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
@@ -122,7 +122,7 @@ def test_it_looks_at_what_the_first_call_will_measure(monkeypatch: pytest.Monkey
     regimes = []
 
     def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
-        regimes.append(tuned.regime().tune)
+        regimes.append(tuned.policy().tune)
         return choice
 
     monkeypatch.setattr(mend, "interpreting", lambda: False)

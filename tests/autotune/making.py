@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fastconv.autotune.gpus import H200
-from fastconv.autotune.records import Measured, Met, Problem, Tuned, Version
+from fastconv.autotune.records import Measured, ProblemKey, Tuned, Untuned, Version
 
 VERSION = Version("3.7.1", "0123abcd", True, 1)
 DATE = "2025-01-31T12:00:00"
 
 
-def problem(space: str = "gemm", direction: str = "fprop", C: int = 64, **sizes: int) -> Problem:
-    return Problem.of(space, {"direction": direction, "filter": "3x3"}, {"C": C}, {"N": 32, "H": 56, **sizes})
+def problem(space: str = "gemm", direction: str = "fprop", C: int = 64, **sizes: int) -> ProblemKey:
+    return ProblemKey.of(space, {"direction": direction, "filter": "3x3"}, {"C": C}, {"N": 32, "H": 56, **sizes})
 
 
-def measured(index: int = 0, status: str = "ok", of: Problem | None = None, **changes: Any) -> Measured:
+def measured(index: int = 0, status: str = "ok", of: ProblemKey | None = None, **changes: Any) -> Measured:
     values: dict[str, Any] = {
         "config": {"TILE": index, "num_warps": 4},
         "status": status,
@@ -27,11 +27,11 @@ def measured(index: int = 0, status: str = "ok", of: Problem | None = None, **ch
     return Measured(of or problem(), H200.name, H200.multiprocessors, VERSION, **values)
 
 
-def met(of: Problem | None = None) -> Met:
-    return Met(of or problem(), H200.name, H200.multiprocessors, VERSION, DATE)
+def met(of: ProblemKey | None = None) -> Untuned:
+    return Untuned(of or problem(), H200.name, H200.multiprocessors, VERSION, DATE)
 
 
-def tuned(of: Problem | None = None, version: Version = VERSION, gpu: Any = H200, **changes: Any) -> Tuned:
+def tuned(of: ProblemKey | None = None, version: Version = VERSION, gpu: Any = H200, **changes: Any) -> Tuned:
     values: dict[str, Any] = {
         "config": {"TILE": 1},
         "seconds": 1e-5,

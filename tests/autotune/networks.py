@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from convolutions import of_networks
-from fastconv.autotune.choose import Asked, ask, fitting
+from fastconv.autotune.choose import Question, ask
 from fastconv.autotune.gpus import H200
 from fastconv.benchmarks import layer_lists
 from fastconv.kernels import dispatch, tiles
 from fastconv.kernels.problem import DIRECTIONS
-from fastconv.kernels.tuned import CALLER
+from fastconv.kernels.tuned import ADAPTER
 from fastconv.tuning import problems
 
 NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
@@ -22,13 +22,13 @@ BATCH = 32
 
 
 @cache
-def questions() -> tuple[Asked, ...]:
+def questions() -> tuple[Question, ...]:
     """Those that have more than one config to choose from."""
-    found: dict[Any, Asked] = {}
+    found: dict[Any, Question] = {}
 
     def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
-        asked = ask(space, features, work, gpu, CALLER)
-        found.setdefault(asked.problem, asked)
+        question = ask(space, features, work, gpu, ADAPTER)
+        found.setdefault(question.problem, question)
         return choice
 
     with tiles.considering(listen):
@@ -41,4 +41,4 @@ def questions() -> tuple[Asked, ...]:
         for name in NETWORKS:
             pools = {call: count for call, count in layer_lists.find(name).calls.items() if call.pool}
             problems.of_layers(pools, BATCH, torch.bfloat16, True, H200)
-    return tuple(asked for asked in found.values() if len(fitting(asked)) > 1)
+    return tuple(question for question in found.values() if len(question.fitting()) > 1)

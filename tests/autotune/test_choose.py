@@ -95,21 +95,21 @@ def test_faster_gpus_are_predicted_faster() -> None:
 
 
 def test_choose_takes_the_first_within_the_models_resolution_and_asks_once() -> None:
-    asked: list[int] = []
+    question: list[int] = []
     space = Space("first within", {"STEPS": (100, 10, 11)})
 
     def work(config: Any) -> Work:
-        asked.append(config["STEPS"])
+        question.append(config["STEPS"])
         return dataclasses.replace(WORK, steps=config["STEPS"], dram_bytes=0)
 
     assert seconds(steps=11, dram_bytes=0) < (1 + RESOLUTION) * seconds(steps=10, dram_bytes=0)
     for _ in range(2):
         choice = choose(space, "a problem", work, H200)
         assert choice.config == {"STEPS": 10} and choice.source == "cost model"
-    assert asked == [100, 10, 11]
+    assert question == [100, 10, 11]
     choose(space, "another problem", work, H200)
     choose(space, "a problem", work, H100)
-    assert len(asked) == 9
+    assert len(question) == 9
 
 
 def test_choose_says_when_nothing_fits() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastconv.autotune.report import fits, rank_correlation, ranks, regret, summary
+from fastconv.autotune.ranking import fits, rank_correlation, ranks, regret, summary
 from tests.autotune.making import measured, problem
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from fastconv.autotune import Config, Space, Work
-from fastconv.autotune.choose import Asked
+from fastconv.autotune.choose import Question
 from fastconv.autotune.cost_model import Prediction
 from fastconv.autotune.gpus import H200
-from fastconv.autotune.measure import Failed, Resources, _Tuning
 from fastconv.autotune.search import Candidate, Key, Search, key_of, neighbours_of
+from fastconv.autotune.tune import Failed, Footprint, _Tuning
 from tests.autotune.simulated import Timer
 
 SEEDS = 20
@@ -96,9 +96,9 @@ class Simulated:
     def __init__(self, timer: Timer, works: dict[Key, Work]) -> None:
         self.timer, self.works, self.taken = timer, works, 0
 
-    def resources(self, configs: Sequence[Config]) -> list[Resources | Failed]:
+    def compile(self, configs: Sequence[Config]) -> list[Footprint | Failed]:
         works = [self.works[key_of(config)] for config in configs]
-        return [Resources(it.registers, 0, it.shared_memory) for it in works]
+        return [Footprint(it.registers, 0, it.shared_memory) for it in works]
 
     def run(self, config: Config | None) -> float:
         assert config is not None
@@ -106,16 +106,16 @@ class Simulated:
         return self.timer(self.works[key_of(config)], config)
 
 
-def search_for(timer: Timer, asked: Asked, works: dict[Key, Work]) -> tuple[float, float, int, int]:
+def search_for(timer: Timer, question: Question, works: dict[Key, Work]) -> tuple[float, float, int, int]:
     """Regret of what the rounds of `measure.tune` find and of the default, the measurements they took, and how many
     configs there are."""
-    bench = Simulated(timer, works)
-    tuning = _Tuning(asked, bench, lambda record: None, (), (), inf, lambda: 0.0, lambda step: None)
+    runner = Simulated(timer, works)
+    tuning = _Tuning(question, runner, lambda record: None, (), (), inf, lambda: 0.0, lambda step: None)
     tuning.look(TRIALS, TRIALS)
     truth = {key: timer.truth(works[key], dict(key)) for key in tuning.predictions}
     best, (found, _) = min(truth.values()), tuning.search.best(1)[0]
-    default = truth[key_of(asked.choice.config)]
-    return truth[key_of(found)] / best - 1, default / best - 1, bench.taken, len(truth)
+    default = truth[key_of(question.choice.config)]
+    return truth[key_of(found)] / best - 1, default / best - 1, runner.taken, len(truth)
 
 
 @pytest.mark.slow
@@ -124,15 +124,17 @@ def test_sixteen_measurements_come_within_5_percent_of_the_best(record_property:
     from tests.autotune.networks import questions
 
     problems = []
-    for asked in questions():
+    for question in questions():
         # (The space's rules and its configs' work are the same for all simulated GPUs.)
-        configs: Any = tuple(asked.space)
-        works = {key_of(config): asked.work(config) for config in configs}
-        problems.append((replace(asked, space=configs, work=lambda config, works=works: works[key_of(config)]), works))
+        configs: Any = tuple(question.space)
+        works = {key_of(config): question.work(config) for config in configs}
+        problems.append(
+            (replace(question, space=configs, work=lambda config, works=works: works[key_of(config)]), works)
+        )
     found = []
     for seed in range(SEEDS):
         timer = Timer(H200, seed)
-        found += [search_for(timer, asked, works) for asked, works in problems]
+        found += [search_for(timer, question, works) for question, works in problems]
     assert max(taken for *_, taken, _ in found) <= TRIALS
     near = sum(regret <= 0.05 for regret, *_ in found) / len(found)
     defaults = [regret for _, regret, *_ in found]

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fastconv.autotune import Caller, Choice, Regime, SchemaError, Space, Store, Tuned, Work, choose
+from fastconv.autotune import Adapter, Choice, Policy, SchemaError, Space, Store, Tuned, Work, choose, known
 from fastconv.autotune.gpus import A100, H200, INTERPRETER
-from fastconv.autotune.table import write_table
+from fastconv.autotune.table import Tables, write_table
 from tests.autotune.making import DATE, VERSION, problem, tuned
 from tests.autotune.test_choose import WORK
 
@@ -39,13 +39,13 @@ class Asker:
     """A program that asks, and what it set."""
 
     def __init__(self) -> None:
-        self.regime = Regime()
+        self.policy = Policy()
         self.live = False
         self.agreed: list[Any] = []
-        self.caller = Caller(
+        self.caller = Adapter(
             lambda space, features: features,
             lambda space: VERSION,
-            lambda: self.regime,
+            lambda: self.policy,
             lambda gpu: self.live,
             lambda gpu, tables, reloads: self.agreed.append(tables.digest()),
         )
@@ -58,17 +58,17 @@ class Asker:
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asker]:
     monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTCONV_LOCK", raising=False)
-    monkeypatch.setattr(chooser, "shipped", lambda gpu: [])
-    monkeypatch.setattr(chooser, "_told", set())
-    chooser.reload()
+    monkeypatch.setattr(known, "shipped", lambda gpu: [])
+    monkeypatch.setattr(known, "_told", set())
+    known.reload()
     yield Asker()
     chooser.install_measurer(None)
-    chooser.reload()
+    known.reload()
 
 
 def ship(monkeypatch: pytest.MonkeyPatch, *entries: Tuned) -> None:
-    monkeypatch.setattr(chooser, "shipped", lambda gpu: [entry for entry in entries if entry.of_gpu(gpu)])
-    chooser.reload()
+    monkeypatch.setattr(known, "shipped", lambda gpu: [entry for entry in entries if entry.of_gpu(gpu)])
+    known.reload()
 
 
 def entry(tile: int, order: int = 1, **changes: Any) -> Tuned:
@@ -86,18 +86,18 @@ def test_sources_in_their_order(ask: Asker, tmp_path: Path, monkeypatch: pytest.
     assert asked() == ("nearest problem", config(1))
     ship(monkeypatch, near, entry(2))
     assert asked() == ("table", config(2))
-    chooser.learn(entry(3))
+    known.learn(entry(3))
     assert asked() == ("measured here", config(3))
     lock = tmp_path / "lock.json"
     write_table(lock, [entry(1)], "abc", DATE, model="net")
-    chooser.load_lock(lock)
+    known.load_lock(lock)
     assert asked() == ("lock file", config(1))
-    ask.regime = Regime("off")
+    ask.policy = Policy("off")
     assert asked() == ("cost model", DEFAULT)
-    ask.regime = Regime()
-    chooser.load_lock(None)
+    ask.policy = Policy()
+    known.load_lock(None)
     assert asked() == ("measured here", config(3))
-    chooser.reload()
+    known.reload()
     assert asked() == ("measured here", config(3)), "it was stored"
 
 
@@ -107,7 +107,7 @@ def test_lock_file_by_the_environment(ask: Asker, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("FASTCONV_LOCK", str(lock))
     assert ask().source == "lock file"
     lock.write_text("{}")
-    chooser.reload()
+    known.reload()
     with pytest.raises(SchemaError, match=r"lock\.json"):
         ask()
     lock.unlink()
@@ -119,7 +119,7 @@ def test_lock_of_another_gpu_is_left_out_and_said_once(
     ask: Asker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(tmp_path / "l", [entry(1, gpu=A100)], "abc", DATE)
-    chooser.load_lock(tmp_path / "l")
+    known.load_lock(tmp_path / "l")
     with caplog.at_level(logging.WARNING, "fastconv"):
         assert ask().source == "cost model" == ask(N=4).source and ask(A100).source == "lock file"
     assert [record.message for record in caplog.records] == [
@@ -131,23 +131,23 @@ def test_lock_of_another_version_is_left_out_and_said_once(
     ask: Asker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(tmp_path / "l", [entry(1, version=dataclasses.replace(VERSION, triton="3.6.0"))], "abc", DATE)
-    chooser.load_lock(tmp_path / "l")
+    known.load_lock(tmp_path / "l")
     assert ask().source == ask(N=33).source == "cost model"
     assert len(caplog.records) == 1 and "triton 3.6.0 is now 3.7.1" in caplog.text
 
 
 def test_choice_says_what_was_measured(ask: Asker) -> None:
-    chooser.learn(entry(1, seconds=1e-5, pytorch=0.9e-5, noise=0.2))
+    known.learn(entry(1, seconds=1e-5, pytorch=0.9e-5, noise=0.2))
     exact = ask()
     assert exact.measured == 1e-5 and exact.of is None and not exact.pytorch_faster
     bucket = ask(N=30)
     assert (bucket.source, bucket.measured) == ("measured here", 1e-5) and "N=32" in str(bucket.of)
-    chooser.learn(entry(1, seconds=1e-5, pytorch=0.9e-5, noise=0.01))
+    known.learn(entry(1, seconds=1e-5, pytorch=0.9e-5, noise=0.01))
     assert ask().pytorch_faster
-    for regime in (Regime(fastest=False), Regime(stable=True)):
-        ask.regime = regime
+    for policy in (Policy(fastest=False), Policy(stable=True)):
+        ask.policy = policy
         assert not ask().pytorch_faster
-    ask.regime = Regime()
+    ask.policy = Policy()
     near = ask(N=128)
     assert near.source == "nearest problem" and near.measured is None and not near.pytorch_faster
 
@@ -155,56 +155,56 @@ def test_choice_says_what_was_measured(ask: Asker) -> None:
 @pytest.mark.parametrize("source", ["triton", "source", "fp_fusion", "policy"])
 def test_stale_entry_never_serves(ask: Asker, source: str) -> None:
     other = {"triton": "3.6.0", "source": "ffff", "fp_fusion": False, "policy": 2}
-    chooser.learn(entry(1, version=dataclasses.replace(VERSION, **{source: other[source]})))
+    known.learn(entry(1, version=dataclasses.replace(VERSION, **{source: other[source]})))
     assert ask().source == "cost model"
 
 
 @pytest.mark.parametrize("gpu", [A100, dataclasses.replace(H200, multiprocessors=16)], ids=["A100", "MIG"])
 def test_other_gpus_entry_never_serves(ask: Asker, gpu: Any) -> None:
-    chooser.learn(entry(1, gpu=gpu))
-    chooser.reload()
+    known.learn(entry(1, gpu=gpu))
+    known.reload()
     assert ask().source == "cost model" and ask(gpu).source == "measured here"
 
 
 @pytest.mark.parametrize("bad", [{"TILE": 7, "ORDER": 1}, {"TILE": 1}, config(9)], ids=["range", "names", "too large"])
 def test_config_that_is_not_valid_never_serves(ask: Asker, bad: Any) -> None:
-    chooser.learn(entry(1, of=problem(N=30)))
-    chooser.learn(tuned(config=bad, default=DEFAULT))
+    known.learn(entry(1, of=problem(N=30)))
+    known.learn(tuned(config=bad, default=DEFAULT))
     assert ask().source == "nearest problem" and ask().config == config(1)
 
 
 def test_nearest_is_not_trusted_where_it_is_predicted_slow(ask: Asker) -> None:
-    chooser.learn(entry(4, of=problem(N=256)))
+    known.learn(entry(4, of=problem(N=256)))
     assert ask().source == "cost model"
-    chooser.learn(entry(2, of=problem(N=512)))
+    known.learn(entry(2, of=problem(N=512)))
     assert ask().config == config(2)
 
 
 def test_stable_numerics_keep_the_order_of_the_default(ask: Asker) -> None:
     also = ((config(2, 2), 1.1e-5), (config(3), 1.2e-5), (config(1), 1.3e-5))
-    chooser.learn(entry(1, 2, also=also))
+    known.learn(entry(1, 2, also=also))
     assert ask().config == config(1, 2)
-    ask.regime = Regime(stable=True)
+    ask.policy = Policy(stable=True)
     stable = ask()
     assert (stable.config, stable.measured) == (config(3), 1.2e-5)
-    chooser.learn(entry(1, 2))
+    known.learn(entry(1, 2))
     assert ask().config == DEFAULT and ask(N=256).config == DEFAULT
     undeclared = dataclasses.replace(SPACE, order=None)
     assert undeclared.same_order(DEFAULT, DEFAULT) and not undeclared.same_order(DEFAULT, config(3))
 
 
 def test_ordinary_call_measures_nothing_and_writes_what_it_met(ask: Asker) -> None:
-    chooser.install_measurer(lambda asked: pytest.fail("measured"))
+    chooser.install_measurer(lambda question: pytest.fail("measured"))
     ask.live = True
     for _ in range(2):
         ask()
         ask(N=128)
-    ask.regime = Regime("off")
+    ask.policy = Policy("off")
     ask(N=3)
     assert {dict(record.problem.sizes)["N"] for record in Store().read()} == {32, 128}
     assert len(Store().read(("met",))) == 2
-    ask.regime = Regime()
-    chooser.reload()
+    ask.policy = Policy()
+    known.reload()
     ask()
     assert len(Store().read()) == 2, "nor again in the next process"
 
@@ -212,27 +212,27 @@ def test_ordinary_call_measures_nothing_and_writes_what_it_met(ask: Asker) -> No
 def test_first_measures_what_is_unknown_once(ask: Asker, caplog: pytest.LogCaptureFixture) -> None:
     measured: list[Any] = []
 
-    def measurer(asked: Any) -> Tuned:
-        measured.append(asked)
+    def measurer(question: Any) -> Tuned:
+        measured.append(question)
         choose(SPACE, problem(N=77), work, H200, ask.caller)  # it may choose itself
-        return entry(2, of=asked.problem)
+        return entry(2, of=question.problem)
 
-    ask.regime = Regime("first")
+    ask.policy = Policy("first")
     ask.live = True
     ask(N=1)
     assert "none is installed" in caplog.text
     chooser.install_measurer(measurer)
     for _ in range(2):
         assert (ask().source, ask().config) == ("measured here", config(2))
-    assert [dict(asked.problem.sizes)["N"] for asked in measured] == [32]
+    assert [dict(question.problem.sizes)["N"] for question in measured] == [32]
     assert measured[0].choice.config == DEFAULT
-    chooser.reload()
+    known.reload()
     ask()
     assert len(measured) == 1
-    for regime in (Regime("force"), Regime("force", stable=True)):
-        ask.regime = regime
+    for policy in (Policy("force"), Policy("force", stable=True)):
+        ask.policy = policy
         ask()
-        chooser.forget()
+        known.forget()
         ask()
     assert len(measured) == 2, "once a process"
 
@@ -241,8 +241,8 @@ def test_first_measures_what_is_unknown_once(ask: Asker, caplog: pytest.LogCaptu
 def test_threads_that_meet_a_problem_measure_it_once(ask: Asker, tune: str) -> None:
     measured: list[Any] = []
 
-    def measurer(asked: Any) -> Tuned:
-        measured.append(asked)
+    def measurer(question: Any) -> Tuned:
+        measured.append(question)
         time.sleep(0.1)
         # As what compiles beside it asks: only to look.
         ask.live = False
@@ -250,10 +250,10 @@ def test_threads_that_meet_a_problem_measure_it_once(ask: Asker, tune: str) -> N
         beside.start()
         beside.join()
         ask.live = True
-        return entry(2, of=asked.problem)
+        return entry(2, of=question.problem)
 
     chooser.install_measurer(measurer)
-    ask.regime, ask.live = Regime(tune), True
+    ask.policy, ask.live = Policy(tune), True
     threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -265,26 +265,26 @@ def test_threads_that_meet_a_problem_measure_it_once(ask: Asker, tune: str) -> N
 
 @pytest.mark.parametrize("tune", ["first", "force"])
 def test_what_is_chosen_while_looking_is_measured_when_it_is_met(ask: Asker, tune: str) -> None:
-    chooser.install_measurer(lambda asked: entry(2, of=asked.problem))
-    ask.regime = Regime(tune)
+    chooser.install_measurer(lambda question: entry(2, of=question.problem))
+    ask.policy = Policy(tune)
     assert ask().source == "cost model"
     ask.live = True
     assert ask().config == config(2)
 
 
 def test_measurer_that_fails_costs_a_warning(ask: Asker, caplog: pytest.LogCaptureFixture) -> None:
-    def measurer(asked: Any) -> Tuned:
+    def measurer(question: Any) -> Tuned:
         raise RuntimeError("no GPU left")
 
     chooser.install_measurer(measurer)
-    ask.regime, ask.live = Regime("first"), True
+    ask.policy, ask.live = Policy("first"), True
     with caplog.at_level(logging.WARNING, "fastconv"):
         assert ask().source == "cost model"
     assert "RuntimeError: no GPU left" in caplog.text
 
 
 def test_interpreter_and_callers_without_tables_read_nothing(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "tables", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(known, "tables", lambda *_: pytest.fail("read"))
     assert ask(INTERPRETER).source == "cost model"
     assert choose(SPACE, problem(), work, H200).source == "cost model"
 
@@ -295,12 +295,10 @@ def test_tables_are_read_once_and_agreed_on_before_use(ask: Asker) -> None:
 
 
 def test_tables_travel(ask: Asker) -> None:
-    mine, theirs = chooser.Tables([], [entry(1)], []), chooser.Tables([entry(2)], [], [entry(3, of=problem(N=2))])
-    dropped: list[int] = []
-    chooser.on_change(lambda: dropped.append(1))
+    mine, theirs = Tables([], [entry(1)], []), Tables([entry(2)], [], [entry(3, of=problem(N=2))])
     assert mine.digest() != theirs.digest()
     mine.replace(theirs.dump())
-    assert mine.digest() == theirs.digest() and dropped
+    assert mine.digest() == theirs.digest()
     assert [table.entries for _, table in mine.layers] == [table.entries for _, table in theirs.layers]
     for damaged in ("", "x", theirs.dump()[:-6]):
         with pytest.raises(SchemaError, match="another process's tables"):

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from fastconv.autotune import Measured, Store, Tuned
-from fastconv.autotune.choose import Asked, fitting, load_lock, reload
+from fastconv.autotune.choose import Question
 from fastconv.autotune.gpus import A100, H200
-from fastconv.autotune.measure import Failed, Resources, Task, share_of
-from fastconv.autotune.records import FAILURES, OUT_OF_MEMORY, RETRIED, Met
+from fastconv.autotune.known import load_lock, reload
+from fastconv.autotune.records import FAILURES, OUT_OF_MEMORY, RETRIED, Untuned
 from fastconv.autotune.table import read_table
+from fastconv.autotune.tune import Failed, Footprint, TuningTask, share_of
 from fastconv.benchmarks import layer_lists
 from fastconv.cli import run
 from fastconv.cli import tune as command
@@ -60,23 +61,23 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     reload()
 
 
-def tasks_of(layers: Path, train: bool = False) -> list[Task]:
+def tasks_of(layers: Path, train: bool = False) -> list[TuningTask]:
     return problems.of_layers(layer_lists.find(str(layers)).calls, 8, torch.bfloat16, train, H200)
 
 
-def times_of(tasks: Sequence[Task], seed: int = 0) -> dict[str, float]:
+def times_of(tasks: Sequence[TuningTask], seed: int = 0) -> dict[str, float]:
     timer = Timer(H200, seed)
     return {
-        pretending.key_of(task.asked.problem, config): timer.truth(task.asked.work(config), config)
+        pretending.key_of(task.question.problem, config): timer.truth(task.question.work(config), config)
         for task in tasks
-        for config, _ in fitting(task.asked)
+        for config, _ in task.question.fitting()
     }
 
 
-def estimated(self: Any, asked: Asked, configs: Sequence[Any]) -> list[Resources | Failed]:
+def estimated(self: Any, question: Question, configs: Sequence[Any]) -> list[Footprint | Failed]:
     """In the place of a compiler: what the cost model takes it for."""
-    works = [asked.work(config) for config in configs]
-    return [Resources(min(work.registers, 255), 0, work.shared_memory) for work in works]
+    works = [question.work(config) for config in configs]
+    return [Footprint(min(work.registers, 255), 0, work.shared_memory) for work in works]
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
     assert [line.split(" at most ")[0] for line in told] == ["1/3", "2/3", "3/3"], "progress where there is no terminal"
     assert all(re.search(r" at most \d+:\d\d left, \w+ .*: \d+ configs, best [\d.]+ us of ", line) for line in told)
     found = tuned_by(store)
-    assert {entry.problem for entry in found} == {task.asked.problem for task in tasks}
+    assert {entry.problem for entry in found} == {task.question.problem for task in tasks}
     for entry in found:
         keys = {name: time for name, time in times.items() if name.startswith(entry.problem.describe())}
         assert times[pretending.key_of(entry.problem, entry.config)] <= 1.1 * min(keys.values())
@@ -136,12 +137,12 @@ def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
 
 def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend: Any) -> None:
     from fastconv.autotune.choose import choose
-    from fastconv.kernels.tuned import CALLER
+    from fastconv.kernels.tuned import ADAPTER
 
     task = tasks_of(layers)[0]
-    second = fitting(task.asked)[1][0]
-    assert second != task.asked.choice.config
-    times = dict.fromkeys(times_of([task]), 1e-3) | {pretending.key_of(task.asked.problem, second): 1e-5}
+    second = task.question.fitting()[1][0]
+    assert second != task.question.choice.config
+    times = dict.fromkeys(times_of([task]), 1e-3) | {pretending.key_of(task.question.problem, second): 1e-5}
     pretend(times, otherwise=1e-4)
     lock = tmp_path / "lock.json"
     assert run(["tune", "--layers", str(layers), "--batch", "8", "--lock", str(lock)]) == 0
@@ -149,8 +150,8 @@ def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend
     reload()
     load_lock(lock)
     try:
-        asked = task.asked
-        choice = choose(asked.space, asked.features, asked.work, H200, CALLER)
+        question = task.question
+        choice = choose(question.space, question.features, question.work, H200, ADAPTER)
         assert choice.source == "lock file" and choice.config == second
     finally:
         load_lock(None)
@@ -164,9 +165,9 @@ def test_what_fails_is_told_and_tried_again_where_it_may_be_the_gpus_fault(
     times = times_of(tasks)
     ways = ("exception", "wrong", "abort", "segmentation fault", "memory", "illegal access")
     statuses = dict(zip(ways, ("failed", "wrong", "crashed", "crashed", "out_of_memory", "crashed"), strict=True))
-    task = max(tasks, key=lambda task: len(fitting(task.asked)))
-    configs = [config for config, _ in fitting(task.asked) if config != task.asked.choice.config]
-    planted = {pretending.key_of(task.asked.problem, c): how for c, how in zip(configs, ways, strict=False)}
+    task = max(tasks, key=lambda task: len(task.question.fitting()))
+    configs = [config for config, _ in task.question.fitting() if config != task.question.choice.config]
+    planted = {pretending.key_of(task.question.problem, c): how for c, how in zip(configs, ways, strict=False)}
     plan = pretend(times, planted)
     assert run(["tune", "--layers", str(layers), "--batch", "8"]) == 1, "a wrong result"
     out = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_what_fails_is_told_and_tried_again_where_it_may_be_the_gpus_fault(
     assert re.search(r"not measured, and tried again with --again: \d crashed\n", out)
     counted = Counter(pretending.asked(plan))
     assert all(counted[key] == 1 for key in by_key)
-    assert {entry.problem for entry in tuned_by(store)} == {task.asked.problem for task in tasks}
+    assert {entry.problem for entry in tuned_by(store)} == {task.question.problem for task in tasks}
     assert run(["tune", "--layers", str(layers), "--batch", "8", "--again"]) == 0
     counted = Counter(pretending.asked(plan))
     for key, status in by_key.items():
@@ -234,7 +235,7 @@ def test_interrupted_runs_lose_nothing_and_go_on(number: int, layers: Path, stor
     assert kept in (before, before[:-1]), "all but what was in flight"
     assert run(line) == 0
     again = Counter(pretending.asked(plan)[len(before) :])
-    assert {entry.problem for entry in tuned_by(store)} == {task.asked.problem for task in tasks}
+    assert {entry.problem for entry in tuned_by(store)} == {task.question.problem for task in tasks}
     # Of a problem whose winner was found before nothing is measured again.
     ended = {entry.problem for entry in Store().read(("tuned",))} & {
         r.problem
@@ -250,7 +251,7 @@ def test_under_torchrun_a_rank_that_cannot_measure_leaves_all_to_the_others(
 ) -> None:
     """And a wrong result, whichever rank met it, ends nobody before the lock file is written."""
     tasks = tasks_of(layers)
-    wrong = pretending.key_of(tasks[0].asked.problem, fitting(tasks[0].asked)[1][0])
+    wrong = pretending.key_of(tasks[0].question.problem, tasks[0].question.fitting()[1][0])
     pretending.write(tmp_path / "plan0", H200, {}, {}, refuses="the driver is too old")
     pretending.write(tmp_path / "plan1", H200, times_of(tasks), {wrong: "wrong"})
     program, lock = tmp_path / "program.py", tmp_path / "lock.json"
@@ -268,7 +269,7 @@ def test_under_torchrun_a_rank_that_cannot_measure_leaves_all_to_the_others(
     said = process.stderr
     assert "fastconv: rank 0: the measuring process does not start: RuntimeError: the driver is too old" in said
     assert process.returncode == 1 and "exitcode  : 2" in said and "exitcode  : 1" not in said, said
-    assert {entry.problem for entry in read_table(lock)} == {task.asked.problem for task in tasks}
+    assert {entry.problem for entry in read_table(lock)} == {task.question.problem for task in tasks}
     assert f"{lock.name}: {len(tasks)} of {len(tasks)} problems" in process.stdout
 
 
@@ -276,7 +277,7 @@ def test_the_budget_ends_a_run(layers: Path, store: Store, pretend: Any) -> None
     pretend(times_of(tasks_of(layers)), takes=0.15)
     assert run(["tune", "--layers", str(layers), "--batch", "8", "--budget", "1s"]) == 0
     (found,) = tuned_by(store)
-    share = {task.asked.problem: share_of(task) for task in tasks_of(layers)}
+    share = {task.question.problem: share_of(task) for task in tasks_of(layers)}
     assert found.problem == max(share, key=lambda each: share[each]), "where the time goes"
     assert found.measurements < 12, "the search was cut short, its winner is held against the default all the same"
 
@@ -311,14 +312,14 @@ def test_the_log_is_what_programs_met(
     store: Store, pretend: Any, layers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = tasks_of(layers)
-    asked = tasks[0].asked
-    for each in (asked.problem, problem("of_another_version")):
-        store.append(Met(each, H200.name, H200.multiprocessors, asked.version, DATE))
-    store.append(Met(tasks[-1].asked.problem, A100.name, A100.multiprocessors, asked.version, DATE))
+    question = tasks[0].question
+    for each in (question.problem, problem("of_another_version")):
+        store.append(Untuned(each, H200.name, H200.multiprocessors, question.version, DATE))
+    store.append(Untuned(tasks[-1].question.problem, A100.name, A100.multiprocessors, question.version, DATE))
     pretend(times_of(tasks))
     assert run(["tune", "--from-log"]) == 0
     assert "What programs met on the NVIDIA H200: 1 problems" in capsys.readouterr().out
-    assert [entry.problem for entry in tuned_by(store)] == [asked.problem]
+    assert [entry.problem for entry in tuned_by(store)] == [question.problem]
 
 
 def test_a_models_problems_and_only_those_of_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,20 +455,20 @@ def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, mon
         assert first.measure(problems_asked(), "0.1.0") is None
 
 
-def problems_asked() -> Asked:
-    from fastconv.measuring.problem_to_run import subject_of
+def problems_asked() -> Question:
+    from fastconv.measuring.problem_to_run import to_run
 
-    return subject_of(problems_first(), H200)[1]
+    return to_run(problems_first(), H200)[1]
 
 
 def problems_first() -> Any:
     from tests.measuring.test_problem_to_run import CALLS, asked_by
 
-    return asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].asked.problem
+    return asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].question.problem
 
 
 @pytest.fixture
-def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Task, Path]]:
+def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TuningTask, Path]]:
     """A problem, and the plan of the worker that `settings.tune` asks, as on a GPU."""
     from fastconv.measuring import first
     from fastconv.measuring.process import Worker
@@ -483,33 +484,33 @@ def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> It
         yield task, plan
 
 
-def test_asked_for_a_problem_is_tuned_with_the_worker(measuring: tuple[Task, Path], store: Store) -> None:
+def test_asked_for_a_problem_is_tuned_with_the_worker(measuring: tuple[TuningTask, Path], store: Store) -> None:
     from fastconv.measuring import first
 
     task, plan = measuring
-    found = first.measure(task.asked, "0.1.0")
-    assert found is not None and found.problem == task.asked.problem
+    found = first.measure(task.question, "0.1.0")
+    assert found is not None and found.problem == task.question.problem
     assert len(store.read(("measured",))) == len(pretending.asked(plan)) and not store.read(("tuned",))
     assert met().problem != found.problem
     # What an earlier process measured counts, unless all is to be measured again.
     once = len(pretending.asked(plan))
-    first.measure(task.asked, "0.1.0")
+    first.measure(task.question, "0.1.0")
     twice = len(pretending.asked(plan))
     with settings(tune="force"):
-        first.measure(task.asked, "0.1.0")
+        first.measure(task.question, "0.1.0")
     assert twice - once < once == len(pretending.asked(plan)) - twice
 
 
 def test_asked_for_compiling_takes_none_of_a_problems_time(
-    measuring: tuple[Task, Path], monkeypatch: pytest.MonkeyPatch
+    measuring: tuple[TuningTask, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastconv.measuring import first
 
-    def slowly(self: Any, asked: Asked, configs: Sequence[Any]) -> list[Resources | Failed]:
+    def slowly(self: Any, question: Question, configs: Sequence[Any]) -> list[Footprint | Failed]:
         time.sleep(0.6)
-        return estimated(self, asked, configs)
+        return estimated(self, question, configs)
 
     monkeypatch.setattr(compiling.Compiler, "_compile", slowly)
     monkeypatch.setattr(first, "SECONDS", 0.5)
-    found = first.measure(measuring[0].asked, "0.1.0")
+    found = first.measure(measuring[0].question, "0.1.0")
     assert found is not None and found.measurements > 5

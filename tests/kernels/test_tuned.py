@@ -21,10 +21,10 @@ import torch
 
 import fastconv
 import fastconv.functional as F
-from fastconv.autotune import Space, Store, Tuned
+from fastconv.autotune import Space, Store, Tuned, known
 from fastconv.autotune.gpus import A100, H200
-from fastconv.autotune.records import Met, from_line
-from fastconv.autotune.table import write_table
+from fastconv.autotune.records import Untuned, from_line
+from fastconv.autotune.table import Tables, write_table
 from fastconv.kernels import call, dispatch, mend, ranks, tiles, tuned
 from fastconv.kernels.call import Slower, prepared
 from fastconv.kernels.launch import record
@@ -98,7 +98,7 @@ def test_convolution_is_written_down_whole(name: str) -> None:
         if "direction" not in dict(written.kind) or dict(written.kind)["direction"] != "fprop":
             assert tuned.conv_of(written) == problem
         assert tuned.problem_of(space.name, features) == written
-        record = Met(written, H200.name, H200.multiprocessors, tuned.version_of(space.name), "2025-01-01")
+        record = Untuned(written, H200.name, H200.multiprocessors, tuned.version_of(space.name), "2025-01-01")
         assert from_line(record.line.encode(), "x") == record
 
 
@@ -108,7 +108,7 @@ def test_pool_is_written_down_whole(name: str) -> None:
     assert [tuned.pool_of(each) for each in written] == [POOLS[name]] * 2
     assert written[0] != written[1] != tuned.problem_of("pool", ("backward", POOLS[name], False))
     for each in written:
-        record = Met(each, H200.name, H200.multiprocessors, tuned.version_of("pool"), "2025-01-01")
+        record = Untuned(each, H200.name, H200.multiprocessors, tuned.version_of("pool"), "2025-01-01")
         assert from_line(record.line.encode(), "x") == record
 
 
@@ -275,16 +275,16 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.Monke
     for capturing, tune in ((False, "first"), (True, "cached")):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         with fastconv.settings(tune="first"):
-            assert tuned.regime().tune == tune
+            assert tuned.policy().tune == tune
 
 
 def test_regime_follows_settings_and_torch() -> None:
-    assert tuned.regime() == ("cached", False, True)
+    assert tuned.policy() == ("cached", False, True)
     with fastconv.settings(tune="off", numerics="stable", prefer="triton"):
-        assert tuned.regime() == ("off", True, False)
+        assert tuned.policy() == ("off", True, False)
     torch.use_deterministic_algorithms(True)
     try:
-        assert tuned.regime() == ("cached", True, True)
+        assert tuned.policy() == ("cached", True, True)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -293,7 +293,7 @@ def test_call_is_prepared_anew_when_what_decided_it_changed() -> None:
     asked: list[Any] = []
 
     def prepare(gpu: Any, operands: Any) -> str:
-        asked.append(tuned.regime())
+        asked.append(tuned.policy())
         return "prepared"
 
     def call() -> None:
@@ -305,7 +305,7 @@ def test_call_is_prepared_anew_when_what_decided_it_changed() -> None:
             call(), call()
         call()
         assert [(it.tune, it.stable) for it in asked] == [("cached", False), ("cached", True)]
-        chooser.forget()
+        known.forget()
         call(), call()
     assert len(asked) == 3
 
@@ -326,7 +326,7 @@ def test_refused_call_is_refused_again_without_being_prepared() -> None:
 @pytest.mark.skipif(not mend.interpreting(), reason="runs kernels in the interpreter")
 def test_pytorchs_op_runs_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strict or not: it is no fallback. Fused calls, which were not measured, and ``prefer="triton"`` run ours."""
-    measured = lambda *question: replace(tuned.choose(*question), pytorch_faster=tuned.regime().fastest)  # noqa: E731
+    measured = lambda *question: replace(tuned.choose(*question), pytorch_faster=tuned.policy().fastest)  # noqa: E731
     monkeypatch.setattr(tiles, "choose", measured)
     x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3)
     monkeypatch.setattr(call, "_calls", {})
@@ -369,13 +369,13 @@ def test_ordinary_call_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     import triton.testing
 
-    from fastconv.autotune import measure, search
+    from fastconv.autotune import search, tune
 
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("something is measured")
 
     monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
-    chooser.reload()
+    known.reload()
     chooser.install_measurer(forbidden)
     try:
         with monkeypatch.context() as context:
@@ -383,7 +383,7 @@ def test_ordinary_call_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
                 (time, ("perf_counter", "perf_counter_ns", "monotonic", "process_time")),
                 (torch.cuda, ("Event", "synchronize")),
                 (triton.testing, ("do_bench", "do_bench_cudagraph")),
-                (measure, ("tune", "session")),
+                (tune, ("tune", "session")),
                 (search, ("Search",)),
             ):
                 for name in names:
@@ -397,7 +397,7 @@ def test_ordinary_call_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
                     dispatch.plan(direction, problem, H200)
     finally:
         chooser.install_measurer(None)
-        chooser.reload()
+        known.reload()
     assert not list(tmp_path.iterdir())
 
 
@@ -406,13 +406,13 @@ import logging, os, sys
 import torch
 import torch.distributed as dist
 from datetime import timedelta
-from fastconv.autotune import Problem, Tuned, Version
-from fastconv.autotune.choose import Tables
+from fastconv.autotune import ProblemKey, Tuned, Version
+from fastconv.autotune.table import Tables
 from fastconv.autotune.gpus import A100, H200
 from fastconv.kernels import ranks
 
 def entry(tile):
-    problem = Problem.of("gemm", {"dtype": "bfloat16"}, {"C": 64}, {"N": 32})
+    problem = ProblemKey.of("gemm", {"dtype": "bfloat16"}, {"C": 64}, {"N": 32})
     one = {"TILE": tile}
     version = Version("3.7.1", "abc", True, 1)
     return Tuned(problem, H200.name, 132, version, one, 1e-5, one, 1e-5, (), None, 0.0, 1, "2025-01-01", "0.1.0")
@@ -468,7 +468,7 @@ def test_ranks_take_the_tables_of_rank_0(tmp_path: Path) -> None:
 
 
 def test_alone_there_is_nobody_to_agree_with() -> None:
-    tables = chooser.Tables([], [], [])
+    tables = Tables([], [], [])
     ranks.agree(H200, tables, 0)
     assert not ranks.joined() and ranks.world_size() == 1 and ranks.may_measure("first") == "first"
 
@@ -487,20 +487,22 @@ class Job:
     @contextlib.contextmanager
     def as_rank(self, rank: int) -> Iterator[None]:
         memory = self.memories[rank]
-        first: dict[Any, Any] = {"_tables": {}, "_choices": {}, "_store": Store(self.folder / str(rank))}
-        first |= {"_locked": [], "_reloads": Counter()}
+        first: dict[Any, Any] = {(chooser, "_choices"): {}, (ranks, "_size"): 1, (known, "_tables"): {}}
+        first |= {
+            (known, "_store"): Store(self.folder / str(rank)),
+            (known, "_locked"): [],
+            (known, "_reloads"): Counter(),
+        }
         with self.patch.context() as context:
             context.setattr(torch.distributed, "get_rank", lambda: rank)
-            for name, value in first.items():
-                context.setattr(chooser, name, memory.get((chooser, name), value))
-            context.setattr(ranks, "_size", memory.get((ranks, "_size"), 1))
+            for (module, name), value in first.items():
+                context.setattr(module, name, memory.get((module, name), value))
             yield
-            memory |= {(chooser, name): getattr(chooser, name) for name in first}
-            memory[ranks, "_size"] = ranks._size
+            memory |= {(module, name): getattr(module, name) for module, name in first}
 
     def tile(self) -> int:
         """That the one tuned problem has."""
-        tables = [table for _, table in chooser.tables(H200, tuned.CALLER).layers if len(table)]
+        tables = [table for _, table in known.tables(H200, tuned.ADAPTER).layers if len(table)]
         return tables[0].entries[0].config["TILE"]
 
 
@@ -512,14 +514,14 @@ def one_tile(tile: int) -> Tuned:
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     yield Job(tmp_path, monkeypatch)
-    chooser.forget()
+    known.forget()
 
 
 def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     """Calls that rank 1 had decided by its own tables are decided again, at the first that is new."""
     for rank in range(2):
         with job.as_rank(rank):
-            chooser.store().append(one_tile(10 + rank))
+            known.store().append(one_tile(10 + rank))
             assert job.tile() == 10 + rank
     asked: list[str] = []
 
@@ -549,12 +551,12 @@ def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog: p
     write_table(lock, [one_tile(77)], "abc", making.DATE)
     for rank in range(2):
         with job.as_rank(rank):
-            chooser.store().append(one_tile(1))
+            known.store().append(one_tile(1))
             if rank == 0:
-                chooser.load_lock(None)  # (what one rank does before tables are used counts for nothing)
+                known.load_lock(None)  # (what one rank does before tables are used counts for nothing)
             assert job.tile() == 1
     for rank in (1, 0):
         with job.as_rank(rank):
-            chooser.load_lock(lock)
+            known.load_lock(lock)
             assert job.tile() == 77
     assert "others than rank 0's" not in caplog.text

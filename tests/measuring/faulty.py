@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Config, Gpu, Problem
+from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.measuring.process import Measure, serve
 from fastconv.measuring.worker import Measuring, on_device
 
@@ -28,7 +28,7 @@ def start(how: str) -> tuple[Gpu, Measure]:
     gpu, measure = on_device(0)
     assert isinstance(measure, Measuring)
 
-    def harm(problem: Problem, config: Config | None) -> float:
+    def harm(problem: ProblemKey, config: Config | None) -> float:
         if config is not None:
             # As a config's own kernel would, inside of what tells a dead GPU from a mere error.
             measure._current = _Harm(how)  # type: ignore[assignment]

@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastconv.autotune import Config, Gpu, Problem
+from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.measuring.process import Measure, Refused, serve
 
 
-def key_of(problem: Problem, config: Config | None) -> str:
+def key_of(problem: ProblemKey, config: Config | None) -> str:
     return f"{problem.describe()} {None if config is None else sorted(config.items())}"
 
 
@@ -54,7 +54,7 @@ def start(path: Path) -> tuple[Gpu, Measure]:
         raise RuntimeError(plan["refuses"])
     noise = random.Random(os.getpid())
 
-    def measure(problem: Problem, config: Config | None) -> float:
+    def measure(problem: ProblemKey, config: Config | None) -> float:
         key = key_of(problem, config)
         with open(f"{path}.asked", "a") as file:
             file.write(f"{os.getpid()} {key}\n")

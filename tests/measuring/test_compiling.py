@@ -10,45 +10,44 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.autotune.choose import fitting
 from fastconv.autotune.gpus import H200
-from fastconv.autotune.measure import Failed, Resources, tune
 from fastconv.autotune.records import Measured, Record
+from fastconv.autotune.tune import Failed, Footprint, tune
 from fastconv.kernels.conv import Uncovered
 from fastconv.measuring import compiling, problem_to_run
 from fastconv.measuring.compiling import Compiler
 from fastconv.measuring.process import Worker
-from fastconv.measuring.runner import Benches
+from fastconv.measuring.runner import WorkerRunner
 from tests.measuring import pretending
 from tests.measuring.test_problem_to_run import CALLS, asked_by
 
 
 def asked() -> Any:
-    return asked_by(CALLS["grouped"], torch.bfloat16, H200)[0].asked
+    return asked_by(CALLS["grouped"], torch.bfloat16, H200)[0].question
 
 
 @pytest.mark.compile
 def test_registers_and_shared_memory_are_the_compilers() -> None:
     question = asked()
-    configs = [config for config, _ in fitting(question)]
+    configs = [config for config, _ in question.fitting()]
     with Compiler(H200) as compiler:
-        found = compiler.resources(question, configs[:2])
-        assert all(isinstance(each, Resources) and 0 < each.registers <= 255 for each in found)
+        found = compiler.footprints(question, configs[:2])
+        assert all(isinstance(each, Footprint) and 0 < each.registers <= 255 for each in found)
         compiler.ahead([question], 2)
         began = time.monotonic()
-        assert compiler.resources(question, configs[:2]) == found
+        assert compiler.footprints(question, configs[:2]) == found
         assert time.monotonic() - began < 5, "each binary once"
 
 
 def of(registers: int, spills: int = 0) -> Any:
-    from fastconv.kernels.inspect import Resources
+    from fastconv.kernels.inspect import Footprint
 
-    return Resources(registers, spills, 1024)
+    return Footprint(registers, spills, 1024)
 
 
 def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked()
-    configs = [config for config, _ in fitting(question)]
+    configs = [config for config, _ in question.fitting()]
     compiled: list[Any] = []
 
     def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
@@ -57,23 +56,25 @@ def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pyte
 
     monkeypatch.setattr(compiling, "resources", resources)
     with Compiler(H200, 3) as compiler:
-        assert compiler.resources(question, configs[:1]) == [Failed("failed", "kernel does not compile")]
-        both = compiler.resources(question, configs[:2])
-        assert both == [Failed("failed", "kernel does not compile"), Resources(99, 0, 1024)]
+        assert compiler.footprints(question, configs[:1]) == [Failed("failed", "kernel does not compile")]
+        both = compiler.footprints(question, configs[:2])
+        assert both == [Failed("failed", "kernel does not compile"), Footprint(99, 0, 1024)]
         assert len(compiled) == len(set(compiled)) == 2
-        planned = problem_to_run.Subject.planned
+        planned = problem_to_run.ProblemToRun.planned
 
         def refuses(self: Any, gpu: Any, config: Any = None) -> Any:
             if config == configs[2]:
                 raise Uncovered("gather: no")
             return planned(self, gpu, config)
 
-        monkeypatch.setattr(problem_to_run.Subject, "planned", refuses)
-        assert compiler.resources(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
+        monkeypatch.setattr(problem_to_run.ProblemToRun, "planned", refuses)
+        assert compiler.footprints(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
 
 
 def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third = (asked_by(CALLS[name], torch.bfloat16, H200)[0].asked for name in ("grouped", "1x1", "max"))
+    first, second, third = (
+        asked_by(CALLS[name], torch.bfloat16, H200)[0].question for name in ("grouped", "1x1", "max")
+    )
     begun, go_on = threading.Event(), threading.Event()
     threads: list[str] = []
 
@@ -89,37 +90,36 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
         compiler.ahead([first, second, third], 2)
         assert begun.wait(30)
         # Not begun yet: it is not waited for.
-        assert compiler.resources(third, [fitting(third)[0][0]]) == [Resources(64, 0, 1024)]
+        assert compiler.footprints(third, [third.fitting()[0][0]]) == [Footprint(64, 0, 1024)]
         assert threads[-1].startswith("asked")
         go_on.set()
-        configs = [config for config, _ in fitting(first)[:2]]
-        assert len(compiler.resources(first, configs)) == 2
+        configs = [config for config, _ in first.fitting()[:2]]
+        assert len(compiler.footprints(first, configs)) == 2
         assert sum(name.startswith("asked") for name in threads) == 1, "waited for, and not compiled again"
 
 
 def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path: Path) -> None:
     question = asked()
-    configs = [config for config, _ in fitting(question)]
+    configs = [config for config, _ in question.fitting()]
     default = question.choice.config
     bad = {index: config for index, config in enumerate(configs) if config != default and index < 4}
     kept: list[Record] = []
 
-    def compiled(asked: Any, found: Any) -> list[Any]:
-        said: dict[int, Resources | Failed] = {
-            0: Resources(255, 16, 0),
+    def compiled(question: Any, found: Any) -> list[Any]:
+        said: dict[int, Footprint | Failed] = {
+            0: Footprint(255, 16, 0),
             1: Failed("failed", "no"),
-            2: Resources(64, 0, 1 << 20),
+            2: Footprint(64, 0, 1 << 20),
         }
         return [
-            said.get(configs.index(c), Resources(64, 0, 1024)) if c in bad.values() else Resources(64, 0, 1024)
+            said.get(configs.index(c), Footprint(64, 0, 1024)) if c in bad.values() else Footprint(64, 0, 1024)
             for c in found
         ]
 
     plan = tmp_path / "plan"
     command = pretending.write(plan, H200, {}, {}, otherwise=1e-4)
     with Worker(command) as worker:
-        benches = Benches(worker, compiled)
-        found = tune(question, benches(question), kept.append, top_k=len(configs))
+        found = tune(question, WorkerRunner(question, worker, compiled), kept.append, top_k=len(configs))
     assert found is not None
     never = {pretending.key_of(question.problem, config) for index, config in bad.items() if index < 3}
     assert never and not never & set(pretending.asked(plan))

@@ -11,12 +11,12 @@ import torch
 
 import fastconv
 from fastconv.autotune import Store
-from fastconv.autotune.choose import reload
-from fastconv.autotune.measure import Failed
+from fastconv.autotune.known import reload
+from fastconv.autotune.tune import Failed
 from fastconv.kernels import dispatch
 from fastconv.measuring import first, worker
 from fastconv.measuring.clock import CudaClock
-from fastconv.measuring.problem_to_run import subject_of
+from fastconv.measuring.problem_to_run import to_run
 from fastconv.measuring.process import COMMAND, Worker
 from tests.measuring.test_problem_to_run import CALLS, asked_by
 
@@ -38,24 +38,24 @@ def test_every_direction_is_right_and_timed(name: str) -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         measure = worker.Measuring(gpu, torch.device("cuda"), CudaClock())
         for task in asked_by(CALLS[name], torch.bfloat16, gpu):
-            seconds = [measure(task.asked.problem, task.asked.choice.config) for _ in range(2)]
+            seconds = [measure(task.question.problem, task.question.choice.config) for _ in range(2)]
             assert all(1e-7 < each < 1e-2 for each in seconds)
-            if subject_of(task.asked.problem, gpu)[0].native:
-                assert 1e-7 < measure(task.asked.problem, None) < 1e-2
+            if to_run(task.question.problem, gpu)[0].native:
+                assert 1e-7 < measure(task.question.problem, None) < 1e-2
 
 
 @pytest.mark.parametrize(("how", "status"), [("illegal access", "crashed"), ("hang", "hung")])
 def test_harm_ends_the_worker_alone(how: str, status: str) -> None:
     gpu = dispatch.target(torch.device("cuda"))
-    asked = asked_by(CALLS["1x1"], torch.bfloat16, gpu)[0].asked
+    question = asked_by(CALLS["1x1"], torch.bfloat16, gpu)[0].question
     with Worker([sys.executable, "-m", "tests.measuring.faulty", how], patience=60.0) as it:
         assert it.gpu == gpu
-        assert isinstance(it.run(asked.problem, None), float)
+        assert isinstance(it.run(question.problem, None), float)
         it._patience = 15.0  # a first answer takes longer than a hang need be waited for
-        failed = it.run(asked.problem, asked.choice.config)
+        failed = it.run(question.problem, question.choice.config)
         it._patience = 60.0
         assert isinstance(failed, Failed) and failed.status == status, failed
-        assert isinstance(it.run(asked.problem, None), float)
+        assert isinstance(it.run(question.problem, None), float)
 
 
 def test_asked_for_a_call_is_tuned_when_it_is_first_met(store: Store) -> None:

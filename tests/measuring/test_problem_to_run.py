@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,20 @@ import torch
 from torch import Tensor
 
 import fastconv.functional as F
-from fastconv.autotune import Problem
-from fastconv.autotune.choose import fitting
+from fastconv.autotune import ProblemKey, Store, choose, known
 from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
-from fastconv.autotune.measure import Task
+from fastconv.autotune.tune import TuningTask
 from fastconv.dry_run import OurOperators
 from fastconv.kernels import mend
 from fastconv.kernels import pool as kernels
-from fastconv.kernels.tuned import CALLER
+from fastconv.kernels.tuned import ADAPTER
 from fastconv.measuring import worker
 from fastconv.measuring.clock import HostClock
-from fastconv.measuring.problem_to_run import Unmeasurable, subject_of
+from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 from fastconv.measuring.process import Refused
 from fastconv.tuning import problems
 from tests.autotune.making import tuned
 
-choose = import_module("fastconv.autotune.choose")  # whose name the package gives to its function
 interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 
@@ -75,7 +72,7 @@ CALLS = {
 }
 
 
-def asked_by(call: Any, dtype: torch.dtype, gpu: Any) -> list[Task]:
+def asked_by(call: Any, dtype: torch.dtype, gpu: Any) -> list[TuningTask]:
     """What a call and its backward ask."""
     found: problems.Found = {}
     one_thread = torch.autograd.set_multithreading_enabled(False)
@@ -92,21 +89,21 @@ def test_every_direction_is_run_as_it_was_asked_and_right(name: str) -> None:
     dtype = torch.float32 if len(name) % 2 else torch.bfloat16
     measure = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
     for task in asked_by(CALLS[name], dtype, INTERPRETER):
-        asked = task.asked
-        subject, found = subject_of(asked.problem, INTERPRETER)
-        assert (found.problem, found.choice) == (asked.problem, asked.choice)
-        assert measure(asked.problem, asked.choice.config) > 0
+        question = task.question
+        subject, found = to_run(question.problem, INTERPRETER)
+        assert (found.problem, found.choice) == (question.problem, question.choice)
+        assert measure(question.problem, question.choice.config) > 0
         if subject.native:
-            assert measure(asked.problem, None) > 0
+            assert measure(question.problem, None) > 0
 
 
 @pytest.mark.parametrize("gpu", [A100, H200, B200], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("name", CALLS)
 def test_problems_are_found_again_for_gpus(name: str, gpu: Any) -> None:
     for task in asked_by(CALLS[name], torch.bfloat16, gpu):
-        subject, found = subject_of(Problem.of(**task.asked.problem.json), gpu)
-        assert (found.problem, found.choice) == (task.asked.problem, task.asked.choice)
-        slowest = fitting(found)[-1][0]
+        subject, found = to_run(ProblemKey.of(**task.question.problem.json), gpu)
+        assert (found.problem, found.choice) == (task.question.problem, task.question.choice)
+        slowest = found.fitting()[-1][0]
         launches = subject.planned(gpu, slowest)[1]
         assert launches, "a config that is forced is planned"
         if dict(found.problem.kind).get("direction") == "backward":
@@ -118,56 +115,56 @@ def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(
 ) -> None:
     """So that another run can find out whether it still is."""
     (task, *_) = asked_by(CALLS["1x1"], torch.bfloat16, H200)
-    asked = task.asked
-    slow = tuned(asked.problem, asked.version, config=asked.choice.config, seconds=1e-3, pytorch=1e-6)
+    question = task.question
+    slow = tuned(question.problem, question.version, config=question.choice.config, seconds=1e-3, pytorch=1e-6)
     monkeypatch.setenv("FASTCONV_CACHE_DIR", str(tmp_path))
-    choose.Store().append(slow)
-    choose.reload()
+    Store().append(slow)
+    known.reload()
     try:
-        assert choose.choose(asked.space, asked.features, asked.work, H200, CALLER).pytorch_faster
-        assert asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].asked.problem == asked.problem
-        assert subject_of(asked.problem, H200)[1].problem == asked.problem
+        assert choose(question.space, question.features, question.work, H200, ADAPTER).pytorch_faster
+        assert asked_by(CALLS["1x1"], torch.bfloat16, H200)[0].question.problem == question.problem
+        assert to_run(question.problem, H200)[1].problem == question.problem
     finally:
         monkeypatch.undo()
-        choose.reload()
+        known.reload()
 
 
 @interpreted
 @pytest.mark.parametrize("moved", [1, 2, 3, 4])
 def test_sums_over_pixels_are_right(moved: int) -> None:
-    problem = Problem.of("pass_split", {"element": 4, "moved": moved}, {"C": 8}, {"pixels": 50})
+    problem = ProblemKey.of("pass_split", {"element": 4, "moved": moved}, {"C": 8}, {"pixels": 50})
     measure = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
-    for config, _ in fitting(subject_of(problem, INTERPRETER)[1])[::7]:
+    for config, _ in to_run(problem, INTERPRETER)[1].fitting()[::7]:
         assert measure(problem, config) > 0
 
 
-def tiny() -> Problem:
+def tiny() -> ProblemKey:
     (task, *_) = asked_by(CALLS["1x1"], torch.float32, INTERPRETER)
-    return task.asked.problem
+    return task.question.problem
 
 
 @pytest.mark.parametrize(
     "problem",
     [
-        Problem.of("conv_gather", {"direction": "upwards"}, {}, {}),
-        Problem.of("conv_gather", {"direction": "fprop"}, {"C": 1}, {"N": 1}),
-        Problem.of("pass", {"element": 2, "moved": 2}, {"C": 8}, {"pixels": 50}),
-        Problem.of("of_another_version", {}, {}, {}),
+        ProblemKey.of("conv_gather", {"direction": "upwards"}, {}, {}),
+        ProblemKey.of("conv_gather", {"direction": "fprop"}, {"C": 1}, {"N": 1}),
+        ProblemKey.of("pass", {"element": 2, "moved": 2}, {"C": 8}, {"pixels": 50}),
+        ProblemKey.of("of_another_version", {}, {}, {}),
     ],
     ids=str,
 )
-def test_other_problems_are_unmeasurable(problem: Problem) -> None:
+def test_other_problems_are_unmeasurable(problem: ProblemKey) -> None:
     with pytest.raises(Unmeasurable, match="^" + problem.space):
-        subject_of(problem, H200)
+        to_run(problem, H200)
 
 
 @interpreted
 def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that is off, one that nobody wrote, one that is written beside the operands."""
     problem = tiny()
-    config = subject_of(problem, INTERPRETER)[1].choice.config
+    config = to_run(problem, INTERPRETER)[1].choice.config
     run = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
-    whole = subject_of(problem, INTERPRETER)[0].ours
+    whole = to_run(problem, INTERPRETER)[0].ours
 
     def planted(harm: Any) -> None:
         def ours(operands: Any, gpu: Any) -> Any:
@@ -178,8 +175,8 @@ def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return call
 
-        subject, asked = subject_of(problem, INTERPRETER)
-        monkeypatch.setattr(worker, "subject_of", lambda *_: (type(subject)(**{**vars(subject), "ours": ours}), asked))
+        subject, question = to_run(problem, INTERPRETER)
+        monkeypatch.setattr(worker, "to_run", lambda *_: (type(subject)(**{**vars(subject), "ours": ours}), question))
 
     def beside(t: Tensor) -> Tensor:
         return t.as_strided((1,), (1,), t.storage_offset() + t.numel())
@@ -202,8 +199,8 @@ def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["max", "adaptive max"])
 def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taps that lie beside their windows' maxima, whose values are right."""
-    asked = asked_by(CALLS[name], torch.float32, INTERPRETER)[0].asked
-    assert dict(asked.problem.kind)["direction"] == "forward"
+    question = asked_by(CALLS[name], torch.float32, INTERPRETER)[0].question
+    assert dict(question.problem.kind)["direction"] == "forward"
     right = kernels.max_pool
 
     def off(harm: Any, *given: Any) -> Any:
@@ -216,7 +213,7 @@ def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(kernels, "max_pool", partial(off, harm))
         run = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
         with pytest.raises(Refused, match="at what it keeps, the largest error") as refused:
-            run(asked.problem, asked.choice.config)
+            run(question.problem, question.choice.config)
         assert refused.value.status == "wrong"
 
 
@@ -225,7 +222,7 @@ def test_memory_that_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(worker, "subject_of", full)
+    monkeypatch.setattr(worker, "to_run", full)
     with pytest.raises(Refused, match="CUDA out of memory") as refused:
         worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())(tiny(), None)
     assert refused.value.status == "out_of_memory" and not refused.value.fatal

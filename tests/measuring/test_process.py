@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from fastconv.autotune.gpus import H200, INTERPRETER
-from fastconv.autotune.measure import Failed, Resources, tune
+from fastconv.autotune.tune import Failed, Footprint, tune
 from fastconv.kernels import mend
 from fastconv.measuring.process import Worker, WorkerError
-from fastconv.measuring.runner import Benches
+from fastconv.measuring.runner import WorkerRunner
 from tests.autotune.making import problem
-from tests.autotune.test_measure import question
+from tests.autotune.test_measure import new_question
 from tests.measuring import pretending
 
 CONFIG = {"TILE": 1}
@@ -99,9 +99,9 @@ def test_kills_at_random_moments_cost_no_config(tmp_path: Path) -> None:
         killer = threading.Thread(target=killing, args=(it,))
         killer.start()
         try:
-            asked = question()
-            benches = Benches(it, lambda asked, configs: [Resources(64, 0, 1024) for _ in configs])
-            found = tune(asked, benches(asked), kept.append)
+            question = new_question()
+            runner = WorkerRunner(question, it, lambda question, configs: [Footprint(64, 0, 1024) for _ in configs])
+            found = tune(question, runner, kept.append)
         finally:
             ended.set()
             killer.join()
@@ -144,7 +144,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
 import os, threading
 from fastconv.measuring.process import Worker
 from tests.autotune.making import problem
-from tests.autotune.test_measure import question
+from tests.autotune.test_measure import new_question
 it = Worker({command!r})
 it.gpu
 print(it._process.pid, flush=True)
@@ -176,16 +176,16 @@ def test_the_parent_needs_no_torch() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 def test_the_real_worker_measures_what_it_is_asked() -> None:
-    from fastconv.measuring.problem_to_run import subject_of
+    from fastconv.measuring.problem_to_run import to_run
     from tests.measuring.test_problem_to_run import tiny
 
-    asked = subject_of(tiny(), INTERPRETER)[1]
+    question = to_run(tiny(), INTERPRETER)[1]
     kept: list[Any] = []
     with Worker() as it:
         assert it.gpu == INTERPRETER
         unknown = it.run(problem(), CONFIG)
         assert isinstance(unknown, Failed) and unknown.status == "failed" and "not a problem" in unknown.message
-        benches = Benches(it, lambda asked, configs: [Resources(0, 0, 0) for _ in configs])
-        found = tune(asked, benches(asked), kept.append, trials=6, top_k=4)
-    assert found is not None and found.problem == asked.problem and found.pytorch is not None
+        runner = WorkerRunner(question, it, lambda question, configs: [Footprint(0, 0, 0) for _ in configs])
+        found = tune(question, runner, kept.append, trials=6, top_k=4)
+    assert found is not None and found.problem == question.problem and found.pytorch is not None
     assert all(record.status == "ok" for record in kept[:-1])

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.autotune import Gpu, Measured, Problem, Store, Tuned, gpu_named, predict
-from fastconv.autotune.choose import RESOLUTION, Asked, fitting
+from fastconv.autotune import Gpu, Measured, ProblemKey, Store, Tuned, gpu_named, predict
+from fastconv.autotune.choose import RESOLUTION, Question
 from fastconv.autotune.gpus import H200
+from fastconv.autotune.ranking import Summary, fits, summary
 from fastconv.autotune.records import Record
-from fastconv.autotune.report import Summary, fits, summary
 from fastconv.autotune.store import read_lines
 from fastconv.autotune.table import read_table, write_table
 from fastconv.benchmarks import layer_lists
 from fastconv.kernels.tuned import version_of
-from fastconv.measuring.problem_to_run import Unmeasurable, subject_of
+from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 from fastconv.tuning import problems
 from tests.autotune.making import DATE, tuned
 from tests.autotune.simulated import Timer
@@ -46,10 +46,10 @@ def committed(folders: Iterable[Path]) -> Iterator[Record]:
 
 
 @cache
-def asked_again(problem: Problem, gpu: Gpu) -> Asked | None:
+def asked_again(problem: ProblemKey, gpu: Gpu) -> Question | None:
     """None where this version's kernels have no such problem."""
     try:
-        return subject_of(problem, gpu)[1]
+        return to_run(problem, gpu)[1]
     except Unmeasurable:
         return None
 
@@ -64,9 +64,9 @@ def predicted_anew(records: Iterable[Record]) -> Iterator[Measured]:
             times = [(record.config, record.seconds), (record.default, record.default_seconds), *record.also]
         elif isinstance(record, Measured) and record.config is not None:
             times = [(record.config, record.seconds)]
-        asked = None if gpu is None or not times else asked_again(record.problem, gpu)
-        for config, seconds in times if asked is not None else ():
-            prediction = predict(asked.work(config), asked.gpu) if config in asked.space else None
+        question = None if gpu is None or not times else asked_again(record.problem, gpu)
+        for config, seconds in times if question is not None else ():
+            prediction = predict(question.work(config), question.gpu) if config in question.space else None
             if prediction is not None and seconds is not None:
                 identity = record.problem, record.gpu, record.multiprocessors, record.version
                 yield Measured(*identity, config, "ok", seconds, prediction.seconds, DATE)
@@ -96,19 +96,19 @@ def simulated(worst_first: bool = False) -> list[Tuned | Measured]:
     """Of half of a network's problems what a table holds, of the others single measurements."""
     timer, records = Timer(H200, 0), list[Tuned | Measured]()
     tasks = problems.of_layers(layer_lists.find("resnet18").calls, 64, torch.bfloat16, True, H200)
-    for index, task in enumerate([task for task in tasks if 3 <= len(fitting(task.asked)) <= 40][:12]):
-        asked = task.asked
-        times = [(config, timer(asked.work(config), config)) for config, _ in fitting(asked)]
+    for index, task in enumerate([task for task in tasks if 3 <= len(task.question.fitting()) <= 40][:12]):
+        question = task.question
+        times = [(config, timer(question.work(config), config)) for config, _ in question.fitting()]
         if worst_first:
             times = [(config, 1e-9 / seconds) for config, seconds in times]
         times.sort(key=lambda each: each[1])
-        version = version_of(asked.problem.space)
+        version = version_of(question.problem.space)
         if index % 2:
             (config, seconds), *others, (default, default_seconds) = times
-            entry = tuned(asked.problem, version, config=config, seconds=seconds, also=tuple(others[:7]))
+            entry = tuned(question.problem, version, config=config, seconds=seconds, also=tuple(others[:7]))
             records.append(replace(entry, default=default, default_seconds=default_seconds))
         else:
-            named = asked.problem, H200.name, H200.multiprocessors, version
+            named = question.problem, H200.name, H200.multiprocessors, version
             records += [Measured(*named, config, "ok", seconds, 1.0, DATE) for config, seconds in times]
     return records
 

@@ -17,9 +17,9 @@ import pytest
 import torch.distributed as dist
 
 from fastconv.autotune import Measured, Store, Tuned
-from fastconv.autotune.choose import Asked, by_cost_model
+from fastconv.autotune.choose import Question, by_cost_model
 from fastconv.autotune.gpus import A100, H200
-from fastconv.autotune.measure import Task
+from fastconv.autotune.tune import TuningTask
 from fastconv.tuning import sharing
 from fastconv.tuning.run import Part, divide
 from fastconv.tuning.sharing import Ranks, RunLost
@@ -31,8 +31,10 @@ ROOT = Path(__file__).parents[2]
 PROBLEMS = 12
 
 
-def task(index: int, count: int = 1) -> Task:
-    return Task(Asked(SPACE, index, work, H200, problem(N=index), VERSION, by_cost_model(SPACE, work, H200)), count)
+def task(index: int, count: int = 1) -> TuningTask:
+    return TuningTask(
+        Question(SPACE, index, work, H200, problem(N=index), VERSION, by_cost_model(SPACE, work, H200)), count
+    )
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def ranks() -> Iterator[list[Ranks]]:
 
 def test_ranks_divide_what_none_has_tuned_by_predicted_cost(ranks: list[Ranks]) -> None:
     tasks = [task(index, count) for index, count in enumerate((1, 8, 3, 7, 2, 5, 4, 6))]
-    earlier = [[tuned(tasks[0].asked.problem)], [], [tuned(tasks[4].asked.problem)]]
+    earlier = [[tuned(tasks[0].question.problem)], [], [tuned(tasks[4].question.problem)]]
     with ThreadPoolExecutor(3) as threads:
         parts = list(threads.map(lambda each: divide(each, tasks, earlier[each.rank], H200), ranks))
         again = list(threads.map(lambda each: divide(on("again", each), tasks, earlier[each.rank], H200, True), ranks))
@@ -61,7 +63,7 @@ def test_ranks_on_other_gpus_have_problems_of_their_own(ranks: list[Ranks]) -> N
     tasks = [task(index) for index in range(4)]
 
     def part(each: Ranks) -> Part:
-        return divide(each, tasks, [tuned(tasks[0].asked.problem)], A100 if each.rank == 1 else H200)
+        return divide(each, tasks, [tuned(tasks[0].question.problem)], A100 if each.rank == 1 else H200)
 
     with ThreadPoolExecutor(3) as threads:
         parts = list(threads.map(part, ranks))
@@ -88,9 +90,9 @@ RANK = """
 import sys
 from pathlib import Path
 from fastconv.autotune import Store, Tuned
-from fastconv.autotune.measure import Resources
+from fastconv.autotune.tune import Resources
 from fastconv.measuring.process import Worker
-from fastconv.measuring.runner import Benches
+from fastconv.measuring.runner import WorkerRunner
 from fastconv.tuning import sharing
 from fastconv.tuning.run import able, divide, run
 from tests.tuning.test_sharing import PROBLEMS, task
@@ -101,7 +103,8 @@ ranks = sharing.join()
 with Worker([sys.executable, "-m", "tests.measuring.pretending", plan]) as worker:
     measuring = able(ranks, worker)
     part = divide(measuring, [task(index) for index in range(PROBLEMS)], [], worker.gpu)
-    found = run(part, Benches(worker, compiled), Store(Path(folder)), 60.0, measuring, merge=sharing.local_rank() == 0)
+    found = run(part, lambda question: WorkerRunner(question, worker, compiled), Store(Path(folder)), 60.0, measuring,
+                merge=sharing.local_rank() == 0)
     print(sum(isinstance(record, Tuned) for record in found))
     ranks.exchange("left", None, 60.0, leave=True)
 """
@@ -130,13 +133,13 @@ def test_four_ranks_on_two_machines(tmp_path: Path) -> None:
     for process in processes:
         out, error = process.communicate(timeout=120)
         assert process.returncode == 0 and out.strip() == str(PROBLEMS), error
-    asked = Counter(key for plan in plans for key in pretending.asked(plan))
+    question = Counter(key for plan in plans for key in pretending.asked(plan))
     for machine in range(2):
         records = Store(tmp_path / f"store{machine}").read()
         winners = [record for record in records if isinstance(record, Tuned)]
         assert Counter(record.problem for record in winners) == {problem(N=index): 1 for index in range(PROBLEMS)}
         kept = (record for record in records if isinstance(record, Measured))
-        assert Counter(pretending.key_of(it.problem, it.config) for it in kept) == asked, "each once, and all merged"
+        assert Counter(pretending.key_of(it.problem, it.config) for it in kept) == question, "each once, and all merged"
     for index in range(PROBLEMS):
         name = problem(N=index).describe() + " "
         owners = [plan for plan in plans if any(key.startswith(name) for key in pretending.asked(plan))]

@@ -1,6 +1,6 @@
 """How configs are measured and a winner is found: one problem (`tune`), and a session over many (`session`).
 
-Knows neither kernels nor GPUs: a ``Bench`` compiles and runs the configs of one problem, the clock is given. Every
+Knows neither kernels nor GPUs: a `Runner` compiles and runs the configs of one problem, the clock is given. Every
 measurement is in the store before the next begins, so that a session may end at any moment and be begun again.
 """
 
@@ -13,14 +13,14 @@ from math import exp, log, sqrt
 from statistics import median
 from typing import Protocol
 
-from fastconv.autotune.choose import Asked, now
+from fastconv.autotune.choose import Question, now
 from fastconv.autotune.cost_model import Prediction, Work, predict
 from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured, Record, Tuned
 from fastconv.autotune.search import Candidate, Key, Search, key_of
 from fastconv.autotune.space import Config
 
-# Of what is described here and of what a Bench times (`Version.policy`): a change of either raises it.
-POLICY = 1
+# Of what is described here and of what a `Runner` times (`Version.policy`): a change of either raises it.
+PROCEDURE = 1
 # Configs of a first round; later rounds hold fewer, as they begin to know where to look.
 FIRST = 5
 ROUND = 3
@@ -30,7 +30,7 @@ PAIRED = 7
 
 
 @dataclass(frozen=True)
-class Resources:
+class Footprint:
     """What a compiler made of a config."""
 
     registers: int  # a thread
@@ -46,10 +46,10 @@ class Failed:
     message: str = ""
 
 
-class Bench(Protocol):
+class Runner(Protocol):
     """One problem on one GPU."""
 
-    def resources(self, configs: Sequence[Config]) -> Sequence[Resources | Failed]:
+    def compile(self, configs: Sequence[Config]) -> Sequence[Footprint | Failed]:
         """Compile them, in parallel and without the GPU; an entry for each."""
 
     def run(self, config: Config | None) -> float | Failed:
@@ -57,10 +57,10 @@ class Bench(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class Progress:
     """How far a problem is, after each round."""
 
-    asked: Asked
+    question: Question
     measured: int  # configs with a time, those of earlier sessions too
     failed: int
     best: Config | None
@@ -71,16 +71,16 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Task:
+class TuningTask:
     """A problem to tune, and how often the model runs it in a step."""
 
-    asked: Asked
+    question: Question
     count: int = 1
 
 
 def tune(
-    asked: Asked,
-    bench: Bench,
+    question: Question,
+    runner: Runner,
     keep: Callable[[Record], object],
     *,
     known: Iterable[Measured] = (),
@@ -89,7 +89,7 @@ def tune(
     top_k: int = 16,
     deadline: float = float("inf"),
     clock: Callable[[], float] = time.monotonic,
-    tell: Callable[[Step], object] = lambda step: None,
+    tell: Callable[[Progress], object] = lambda step: None,
     fastconv: str = "unknown",
 ) -> Tuned | None:
     """Find the fastest config of one problem in at most ``trials`` measurements and a last paired run.
@@ -99,30 +99,30 @@ def tune(
     version from before: they count among the ``trials``, and failures are not tried again. None where nothing was
     measured by ``deadline``, or nothing runs at all.
     """
-    return _Tuning(asked, bench, keep, known, seeds, deadline, clock, tell).run(trials, top_k, fastconv)
+    return _Tuning(question, runner, keep, known, seeds, deadline, clock, tell).run(trials, top_k, fastconv)
 
 
 class _Tuning:
     def __init__(
         self,
-        asked: Asked,
-        bench: Bench,
+        question: Question,
+        runner: Runner,
         keep: Callable[[Record], object],
         known: Iterable[Measured],
         seeds: Iterable[Config],
         deadline: float,
         clock: Callable[[], float],
-        tell: Callable[[Step], object],
+        tell: Callable[[Progress], object],
     ) -> None:
-        self.asked, self.bench, self.keep = asked, bench, keep
+        self.question, self.runner, self.keep = question, runner, keep
         self.deadline, self.clock, self.report = deadline, clock, tell
-        self.default = asked.choice.config
+        self.default = question.choice.config
         self.works: dict[Key, Work] = {}
         self.predictions: dict[Key, Prediction] = {}
         candidates = []
-        for config in asked.space:
-            work = asked.work(config)
-            prediction = predict(work, asked.gpu)
+        for config in question.space:
+            work = question.work(config)
+            prediction = predict(work, question.gpu)
             if prediction is not None:
                 self.works[key_of(config)], self.predictions[key_of(config)] = work, prediction
                 candidates.append(Candidate(config, prediction))
@@ -170,11 +170,11 @@ class _Tuning:
         """Whether any is out; the predictions of the others are made anew from what the compiler says."""
         configs = [config for config in configs if not {key_of(config)} & (self.compiled | self.failed)]
         out = False
-        for config, found in zip(configs, self.bench.resources(configs) if configs else (), strict=True):
+        for config, found in zip(configs, self.runner.compile(configs) if configs else (), strict=True):
             self.compiled.add(key_of(config))
-            if isinstance(found, Resources):
+            if isinstance(found, Footprint):
                 work = replace(self.works[key_of(config)], registers=found.registers, shared_memory=found.shared_memory)
-                prediction = predict(work, self.asked.gpu)
+                prediction = predict(work, self.question.gpu)
                 if found.spills:
                     found = Failed("spills")
                 elif prediction is None:
@@ -197,7 +197,7 @@ class _Tuning:
 
     def _measure(self, config: Config | None) -> float | None:
         self.trials += config is not None
-        found = self.bench.run(config)
+        found = self.runner.run(config)
         if isinstance(found, Failed):
             self._fail(config, found)
             return None
@@ -215,14 +215,14 @@ class _Tuning:
 
     def _keep(self, config: Config | None, status: str, seconds: float | None) -> None:
         prediction = None if config is None else self.predictions[key_of(config)].seconds
-        asked = self.asked
-        gpu = asked.gpu
+        question = self.question
+        gpu = question.gpu
         self.keep(
             Measured(
-                asked.problem,
+                question.problem,
                 gpu.name,
                 gpu.multiprocessors,
-                asked.version,
+                question.version,
                 None if config is None else dict(config),
                 status,
                 seconds,
@@ -252,10 +252,10 @@ class _Tuning:
                 winner, ours = config, theirs
         pytorch = times.get("pytorch")
         entry = Tuned(
-            self.asked.problem,
-            self.asked.gpu.name,
-            self.asked.gpu.multiprocessors,
-            self.asked.version,
+            self.question.problem,
+            self.question.gpu.name,
+            self.question.gpu.multiprocessors,
+            self.question.version,
             config=dict(winner),
             seconds=median(ours),
             default=dict(default),
@@ -297,7 +297,7 @@ class _Tuning:
             config, seconds, default = entry.config, entry.seconds, entry.default_seconds
         left = self.deadline - self.clock()
         measured, failed = self.search.measured, len(self.failed)
-        self.report(Step(self.asked, measured, failed, config, seconds, default, left, entry is not None))
+        self.report(Progress(self.question, measured, failed, config, seconds, default, left, entry is not None))
 
 
 def _gain(base: Sequence[float], theirs: Sequence[float]) -> float:
@@ -312,18 +312,18 @@ def noise_of(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def session(
-    tasks: Sequence[Task],
-    bench_of: Callable[[Asked], Bench],
+    tasks: Sequence[TuningTask],
+    runner_of: Callable[[Question], Runner],
     keep: Callable[[Record], object],
     *,
     budget: float,
     known: Sequence[Record] = (),
-    seeds: Callable[[Asked], Iterable[Config]] = lambda asked: (),
+    seeds: Callable[[Question], Iterable[Config]] = lambda question: (),
     trials: int = 16,
     top_k: int = 16,
     again: bool = False,
     clock: Callable[[], float] = time.monotonic,
-    tell: Callable[[Step], object] = lambda step: None,
+    tell: Callable[[Progress], object] = lambda step: None,
     fastconv: str = "unknown",
 ) -> list[Tuned]:
     """Tune problems in ``budget`` seconds, those first and longest where the model's time goes; what was found.
@@ -335,7 +335,7 @@ def session(
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
     ended = {(each.problem, each.version, each.gpu, each.multiprocessors) for each in known if isinstance(each, Tuned)}
-    open_tasks = [task for task in tasks if again or _identity(task.asked) not in ended]
+    open_tasks = [task for task in tasks if again or _identity(task.question) not in ended]
     open_tasks.sort(key=lambda task: -share_of(task))
     earlier: dict[tuple[object, ...], list[Measured]] = {}
     anew = (OUT_OF_MEMORY, *(("ok", *RETRIED) if again else ()))
@@ -351,13 +351,13 @@ def session(
         kept.append(record)
         return keep(record)
 
-    def attempt(task: Task, deadline: float) -> Tuned | None:
+    def attempt(task: TuningTask, deadline: float) -> Tuned | None:
         return tune(
-            task.asked,
-            bench_of(task.asked),
+            task.question,
+            runner_of(task.question),
             noted,
-            known=earlier.get(_identity(task.asked), ()),
-            seeds=seeds(task.asked),
+            known=earlier.get(_identity(task.question), ()),
+            seeds=seeds(task.question),
             trials=trials,
             top_k=top_k,
             deadline=min(end, deadline),
@@ -367,7 +367,7 @@ def session(
         )
 
     found: list[Tuned | None] = []
-    late: list[Task] = []
+    late: list[TuningTask] = []
     left = sum(map(share_of, open_tasks))
     for task in open_tasks:
         share, left = share_of(task) / left if left else 1.0, left - share_of(task)
@@ -385,16 +385,16 @@ def session(
     return [entry for entry in found if entry is not None]
 
 
-def share_of(task: Task) -> float:
+def share_of(task: TuningTask) -> float:
     """Predicted seconds of a step that go into this problem."""
-    return task.count * task.asked.choice.seconds
+    return task.count * task.question.choice.seconds
 
 
-def expected_gain(asked: Asked) -> float:
+def expected_gain(question: Question) -> float:
     """Predicted seconds that the best config saves over the default."""
-    predictions = [predict(asked.work(config), asked.gpu) for config in asked.space]
-    return asked.choice.seconds - min(each.seconds for each in predictions if each is not None)
+    predictions = [predict(question.work(config), question.gpu) for config in question.space]
+    return question.choice.seconds - min(each.seconds for each in predictions if each is not None)
 
 
-def _identity(asked: Asked) -> tuple[object, ...]:
-    return asked.problem, asked.version, asked.gpu.name, asked.gpu.multiprocessors
+def _identity(question: Question) -> tuple[object, ...]:
+    return question.problem, question.version, question.gpu.name, question.gpu.multiprocessors

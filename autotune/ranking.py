@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from fastconv.autotune.records import Measured, Problem
+from fastconv.autotune.records import Measured, ProblemKey
 
 
 @dataclass(frozen=True)
 class Fit:
     """Of one problem. A regret is how much longer the best measured of the first k predicted takes than the best."""
 
-    problem: Problem
+    problem: ProblemKey
     gpu: str
     configs: int
     correlation: float  # Spearman's, of predicted and measured times
