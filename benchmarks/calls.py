@@ -170,7 +170,7 @@ def _tiny_size(size: int, window: int, dilation: int) -> int:
     return min(size, max(TINY["size"], dilation * (window - 1) + 1))
 
 
-class _Calls(TorchFunctionMode):
+class _CallCounter(TorchFunctionMode):
     """Counts the calls of functions that fastconv has too."""
 
     def __init__(self) -> None:
@@ -207,6 +207,6 @@ def read_off(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[Operator
     Left out: pools that are asked for indices.
     """
     model = copy.deepcopy(model).to("meta").eval()  # a small image may have maps of one pixel
-    with _Calls() as calls:
+    with _CallCounter() as calls:
         model(torch.empty(input_shape, device="meta"))
     return calls.found

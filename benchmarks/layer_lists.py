@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import fastconv.functional
 from fastconv.autotune import SchemaError, schema
 from fastconv.benchmarks.calls import TENSORS, Operator, plain, read_off
-from fastconv.benchmarks.models import Subject
+from fastconv.benchmarks.models import LoadedModel
 from fastconv.measuring.clock import reason
 
 SCHEMA = "fastconv-layers/1"
@@ -100,13 +100,13 @@ def read(path: Path) -> LayerList:
     return LayerList(header["network"], tuple(header["image"]), calls)
 
 
-def of(subject: Subject) -> LayerList:
+def of(loaded: LoadedModel) -> LayerList:
     """The list of a user's network, for the batch it is given. Raises ValueError where it does not run without data."""
     try:
-        calls = read_off(subject.model, subject.input_shape)
+        calls = read_off(loaded.model, loaded.input_shape)
     except Exception as error:  # the network's own code: anything
-        raise ValueError(f"the layers of {subject.name} cannot be listed without data: {reason(error)}") from error
-    return LayerList(subject.name, subject.input_shape[1:], calls)
+        raise ValueError(f"the layers of {loaded.name} cannot be listed without data: {reason(error)}") from error
+    return LayerList(loaded.name, loaded.input_shape[1:], calls)
 
 
 def dump(layers: LayerList) -> str:

@@ -22,7 +22,7 @@ _kept: list[torch.library.Library] = []  # a library's definitions live as long 
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model in fp32 on the CPU, in training mode, and the shape of one input batch."""
 
     name: str
@@ -40,7 +40,7 @@ class Subject:
         return f"{self.name} does not run on a batch of {'x'.join(map(str, self.input_shape))}: {reason(error)}"
 
 
-def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Subject:
+def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> LoadedModel:
     """The model ``name`` with the weights that ``seed`` gives, for square inputs of ``size`` (the model's own, or 224).
 
     Raises ValueError, with the nearest names, where nothing is called so.
@@ -54,7 +54,7 @@ def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Su
         size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
     # Sixteen frames is what torchvision's video models were trained with.
     spatial = (16, size, size) if rank == 3 else (size,) * rank
-    return Subject(name, model.train(), (batch, channels, *spatial))
+    return LoadedModel(name, model.train(), (batch, channels, *spatial))
 
 
 def torchvision() -> ModuleType:

@@ -1,11 +1,11 @@
-"""What ``fastconv check`` compares. An operator joins it as one entry of ``OPERATORS``."""
+"""What ``fastconv check`` compares. An operator joins it as one entry of ``CHECKS``."""
 
 from __future__ import annotations
 
 from fastconv.benchmarks.checks import conv, conv_bn_act, pool
-from fastconv.benchmarks.checks.operator import Operator as Operator
+from fastconv.benchmarks.checks.check import Check as Check
 
-OPERATORS: tuple[Operator, ...] = (
+CHECKS: tuple[Check, ...] = (
     conv.CONVOLUTION,
     conv.DEPTHWISE,
     conv.GROUPED,

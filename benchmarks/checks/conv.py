@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import fastconv.functional as ours
-from fastconv.benchmarks.checks.operator import FORWARD, Case, Operator, Tensors, gradient_of, laid_out
+from fastconv.benchmarks.checks.check import FORWARD, Check, CheckCase, Tensors, gradient_of, laid_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvCase(Case):
+class ConvCase(CheckCase):
     """One call of ``conv{rank}d`` or ``conv_transpose{rank}d``; ``weight`` as that function takes it."""
 
     input: tuple[int, ...]
@@ -156,7 +156,7 @@ def depths(case: ConvCase, output: torch.Tensor) -> dict[str, int]:
 
 
 CONVOLUTION, DEPTHWISE, GROUPED, FIRST_LAYER, TRANSPOSED = (
-    Operator(name=name, cases=cases, operands=operands, ours=by_us, theirs=by_pytorch, depths=depths)
+    Check(name=name, cases=cases, operands=operands, ours=by_us, theirs=by_pytorch, depths=depths)
     for name, cases in (
         ("convolution", CONVOLUTIONS),
         ("depthwise convolution", DEPTHWISE_CONVOLUTIONS),

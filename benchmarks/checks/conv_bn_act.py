@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv.functional as ours
+from fastconv.benchmarks.checks.check import FORWARD, Check, Tensors, gradient_of, laid_out
 from fastconv.benchmarks.checks.conv import ConvCase
-from fastconv.benchmarks.checks.operator import FORWARD, Operator, Tensors, gradient_of, laid_out
 
 EPS, MOMENTUM = 1e-3, 0.3
 RUNNING = ("running mean", "running variance")
@@ -172,10 +172,8 @@ def _activation(case: FusedCase, operands: Tensors) -> nn.Module:
     return act
 
 
-def _operator(
-    way: str, cases: tuple[FusedCase, ...], training: bool, gradients: Literal["together", "none"]
-) -> Operator:
-    return Operator(
+def _check(way: str, cases: tuple[FusedCase, ...], training: bool, gradients: Literal["together", "none"]) -> Check:
+    return Check(
         name=f"conv + BN + act, {way}",
         cases=cases,
         operands=operands,
@@ -189,6 +187,6 @@ def _operator(
     )
 
 
-INFERENCE = _operator("inference", (*CASES, *ACTIVATIONS), training=False, gradients="none")
-TRAINING = _operator("training", (*CASES, *ACTIVATIONS, *STATISTICS), training=True, gradients="together")
-FROZEN = _operator("frozen", CASES[:6], training=False, gradients="together")
+INFERENCE = _check("inference", (*CASES, *ACTIVATIONS), training=False, gradients="none")
+TRAINING = _check("training", (*CASES, *ACTIVATIONS, *STATISTICS), training=True, gradients="together")
+FROZEN = _check("frozen", CASES[:6], training=False, gradients="together")

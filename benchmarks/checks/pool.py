@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional as F
 
 import fastconv.functional as ours
-from fastconv.benchmarks.checks.operator import FORWARD, Case, Operator, Tensors, gradient_of, laid_out
+from fastconv.benchmarks.checks.check import FORWARD, Check, CheckCase, Tensors, gradient_of, laid_out
 
 INDICES = "indices"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolCase(Case):
+class PoolCase(CheckCase):
     """One call of a pool of ``torch.nn.functional``'s."""
 
     function: str
@@ -180,12 +180,10 @@ def depths(case: PoolCase, output: torch.Tensor) -> dict[str, int]:
     return {FORWARD: pixels, gradient_of("input"): pixels}
 
 
-def _operator(name: str, cases: tuple[PoolCase, ...], stored: int = 1) -> Operator:
-    return Operator(
-        name=name, cases=cases, operands=operands, ours=by_us, theirs=by_pytorch, depths=depths, stored=stored
-    )
+def _check(name: str, cases: tuple[PoolCase, ...], stored: int = 1) -> Check:
+    return Check(name=name, cases=cases, operands=operands, ours=by_us, theirs=by_pytorch, depths=depths, stored=stored)
 
 
-MAX_POOL, AVERAGE_POOL = _operator("max pool", MAX), _operator("average pool", AVERAGE)
+MAX_POOL, AVERAGE_POOL = _check("max pool", MAX), _check("average pool", AVERAGE)
 # A gradient, and the norm that it is computed from: twice in that of a norm of 3.
-LP_POOL = _operator("lp pool", LP, stored=3)
+LP_POOL = _check("lp pool", LP, stored=3)

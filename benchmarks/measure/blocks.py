@@ -19,7 +19,7 @@ from torch import nn
 
 from fastconv.benchmarks.measure import network
 from fastconv.benchmarks.measure.network import YARDSTICK_PROVIDER, Replay, Workload, warm_up
-from fastconv.benchmarks.models import Subject, load
+from fastconv.benchmarks.models import LoadedModel, load
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch
@@ -62,7 +62,7 @@ COMPILED_PROVIDER = "torch.compile channels_last"
 class Block:
     """A module as its network calls it; ``needs_dx``: whether its input has a gradient there."""
 
-    subject: Subject
+    loaded: LoadedModel
     output_shape: tuple[int, ...]
     needs_dx: bool
 
@@ -71,7 +71,7 @@ class BlockWorkload(Workload):
     """One block, one mode: as a network's, with a given gradient of the output in place of a loss."""
 
     def __init__(self, block: Block, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(block.subject, mode, dtype, device)
+        super().__init__(block.loaded, mode, dtype, device)
         self.needs_dx = block.needs_dx
         self.dz = torch.randn(block.output_shape, generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -101,7 +101,7 @@ class BlockWorkload(Workload):
         return ({"input": x} if self.needs_dx else {}) | dict(model.named_parameters())
 
     def _output_gradient(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dz.to(x.dtype).contiguous(memory_format=self.subject.memory_format)
+        return self.dz.to(x.dtype).contiguous(memory_format=self.loaded.memory_format)
 
 
 def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) -> list[Block]:
@@ -111,7 +111,7 @@ def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) 
         whole = load(model, batch, size)
         shadow = copy.deepcopy(whole.model).to("meta").eval()  # a small image may have maps of one pixel
         paths = [path for name, path in names if name == model]
-        calls = {path: _Call(_modules(shadow, path)) for path in paths}
+        calls = {path: _Boundary(_modules(shadow, path)) for path in paths}
         try:
             shadow(torch.empty(whole.input_shape, device="meta"))
         except Exception as error:
@@ -119,12 +119,12 @@ def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) 
         for path, call in calls.items():
             modules = _modules(whole.model, path)
             block = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-            subject = Subject(f"{model} {path}", block, tuple(call.input.shape))
-            found[model, path] = Block(subject, tuple(call.output.shape), call.input.requires_grad)
+            loaded = LoadedModel(f"{model} {path}", block, tuple(call.input.shape))
+            found[model, path] = Block(loaded, tuple(call.output.shape), call.input.requires_grad)
     return [found[name] for name in names]
 
 
-class _Call:
+class _Boundary:
     """What the first of ``modules`` is given and the last returns."""
 
     input: torch.Tensor
@@ -154,7 +154,7 @@ def call_each(blocks: Sequence[Block], modes: Sequence[str], dtype: torch.dtype,
     for block in blocks:
         for mode in modes:
             work = BlockWorkload(block, mode, dtype, device)
-            work.step(work.converted(), work.input(block.subject.memory_format))()
+            work.step(work.converted(), work.input(block.loaded.memory_format))()
 
 
 def measure(
@@ -176,7 +176,7 @@ def measure(
     part: Part = {
         "id": "blocks",
         "kind": "blocks",
-        "title": f"Blocks, batch {blocks[0].subject.input_shape[0]}, {name}, channels_last",
+        "title": f"Blocks, batch {blocks[0].loaded.input_shape[0]}, {name}, channels_last",
         "dtype": name,
         "bandwidth": dispatch.target(device).bandwidth if device.type == "cuda" else None,
         "rows": [],
@@ -186,8 +186,8 @@ def measure(
     progress.begin(part["title"], len(tasks))
     needed: list[float] = []  # seconds of each row, torch.compile left out
     for index, (block, mode) in enumerate(tasks):
-        row: dict[str, Any] = {"block": block.subject.name, "kind": type(block.subject.model).__name__, "mode": mode}
-        row |= {"input_shape": list(block.subject.input_shape), "status": "ok", "reason": None, "providers": []}
+        row: dict[str, Any] = {"block": block.loaded.name, "kind": type(block.loaded.model).__name__, "mode": mode}
+        row |= {"input_shape": list(block.loaded.input_shape), "status": "ok", "reason": None, "providers": []}
         rows.append(row)
         started = time.monotonic()
         if started > deadline:
@@ -266,7 +266,7 @@ def _measure_row(
 
 def _providers(work: BlockWorkload) -> dict[str, tuple[Callable[[], Callable[[], Any]], float]]:
     """What is timed: each builds a model and its step, and may need so many seconds for it."""
-    dense = work.subject.memory_format
+    dense = work.loaded.memory_format
     cuda = work.device.type == "cuda"
     # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
     backend, seconds = ("inductor", COMPILE_SECONDS[work.mode]) if cuda else ("aot_eager", 0.0)

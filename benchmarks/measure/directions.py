@@ -20,7 +20,7 @@ KEEPING = "forward, training"  # a pass forward that keeps what backward reads
 TOGETHER = "together"
 ORDER = ("fprop", "dgrad", "wgrad", "forward", KEEPING, "backward", TOGETHER)
 Operands = list[torch.Tensor | None]
-Step = Callable[[], Tensors]
+DirectionCall = Callable[[], Tensors]
 
 
 def fakes(operator: Operator, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -42,7 +42,9 @@ def drawn(operator: Operator, dtype: torch.dtype, device: torch.device, seed: in
     return operands
 
 
-def step(function: Callable[..., torch.Tensor], operator: Operator, direction: str, operands: Operands) -> Step:
+def direction_call(
+    function: Callable[..., torch.Tensor], operator: Operator, direction: str, operands: Operands
+) -> DirectionCall:
     """A call of one direction of ``function``, which returns its results: "output", and gradients by operand."""
     named: Any = {name: None if t is None else t.detach() for name, t in zip(TENSORS, operands, strict=False)}
     wanted = DIFFERENTIATED.get(direction, ())
@@ -84,4 +86,4 @@ def exact(operator: Operator, direction: str, operands: Operands) -> Tensors:
     wide = torch.float64 if operands[0].dtype == torch.float32 else torch.float32
     with fp32_convolutions("ieee"):
         wider: Any = [None if tensor is None else tensor.to(wide).contiguous() for tensor in operands]
-        return step(getattr(F, operator.function), operator, direction, wider)()
+        return direction_call(getattr(F, operator.function), operator, direction, wider)()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastconv
-from fastconv.benchmarks.models import Subject
+from fastconv.benchmarks.models import LoadedModel
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import launch
@@ -42,19 +42,19 @@ class Workload:
     under autocast (none in fp32): forward, loss, backward, SGD with momentum.
     """
 
-    def __init__(self, subject: Subject, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.subject, self.mode, self.dtype, self.device = subject, mode, dtype, device
+    def __init__(self, loaded: LoadedModel, mode: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.loaded, self.mode, self.dtype, self.device = loaded, mode, dtype, device
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(subject.input_shape, generator=generator).to(device)
-        self.labels = torch.randint(1 << 30, subject.input_shape[:1], generator=generator).to(device)
-        self.model = copy.deepcopy(subject.model).to(device)
+        self.x = torch.randn(loaded.input_shape, generator=generator).to(device)
+        self.labels = torch.randint(1 << 30, loaded.input_shape[:1], generator=generator).to(device)
+        self.model = copy.deepcopy(loaded.model).to(device)
         # Of a single image, whose map may be one pixel, batch norm takes no statistics.
         images = torch.cat((self.x, -self.x)) if mode == "infer" and len(self.x) == 1 else self.x
         try:
             with fp32_convolutions("ieee"):
                 _take_statistics(self.model, images)
         except Exception as error:  # the network's own code: anything
-            raise ValueError(subject.refusal(error)) from error
+            raise ValueError(loaded.refusal(error)) from error
 
     @property
     def description(self) -> dict[str, Any]:
@@ -62,8 +62,8 @@ class Workload:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = "x".join(map(str, self.x.shape))
         return {
-            "title": f"{self.subject.name}, {name}, {shape}, {dtype}",
-            "model": self.subject.name,
+            "title": f"{self.loaded.name}, {name}, {shape}, {dtype}",
+            "model": self.loaded.name,
             "mode": self.mode,
             "dtype": dtype,
             "input_shape": list(self.x.shape),
@@ -77,7 +77,7 @@ class Workload:
 
     def converted(self) -> nn.Module:
         """A copy converted by fastconv, in the dense channels-last format."""
-        return fastconv.convert(self.fresh(self.subject.memory_format))
+        return fastconv.convert(self.fresh(self.loaded.memory_format))
 
     def input(self, memory_format: torch.memory_format, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The batch, as the training loop or the server would hand it over."""
@@ -139,7 +139,7 @@ def check(work: Workload) -> Part:
     if all(why_not_converted(layer) for _, layer in convolutions(work.model)):
         return part | {"verdict": "skipped", "reason": str(fastconv.report(work.model)).splitlines()[-1]}
     wide = torch.float64 if work.dtype == torch.float32 else torch.float32
-    plain = work.subject.memory_format
+    plain = work.loaded.memory_format
     try:
         with fp32_convolutions("ieee"):
             exact = work.outcome(work.fresh(plain, wide), work.input(plain, wide))
@@ -267,7 +267,7 @@ def _time(ready: dict[str, Ready], work: Workload, clock: Clock, deadline: float
 
 def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
     """What is timed, in stages: each builds a model and its step, and may need so many seconds for it."""
-    dense = work.subject.memory_format
+    dense = work.loaded.memory_format
     # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
     cuda = work.device.type == "cuda"
     backend, seconds = ("inductor", COMPILE_SECONDS[work.mode]) if cuda else ("aot_eager", 0.0)

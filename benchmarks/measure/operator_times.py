@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv.benchmarks.calls import Operator
-from fastconv.benchmarks.measure.directions import Operands, Step, drawn, exact, step
+from fastconv.benchmarks.measure.directions import DirectionCall, Operands, direction_call, drawn, exact
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
 from fastconv.kernels import launch
 from fastconv.measuring.accuracy import Tensors, against_yardstick
@@ -34,7 +34,7 @@ REPEATED = "A/A"
 
 
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     """What the rows of a run share."""
 
     dtype: torch.dtype
@@ -65,18 +65,18 @@ def measure_row(
     row: dict[str, Any],
     operator: Operator,
     providers: Sequence[Provider],
-    bench: Bench,
+    setup: Setup,
     deadline: float,
     compile_deadline: float,
 ) -> None:
     """Complete ``row``: errors, a time for each provider whose results are right, the noise. A provider that raises,
     runs out of memory or finds no time is an entry that says so. No time is taken where ours is wrong."""
     eager, ours = providers[0], next(provider for provider in providers if provider.name == row["ours"])
-    operands = drawn(operator, bench.dtype, bench.device)
+    operands = drawn(operator, setup.dtype, setup.device)
     yardstick = compared(row, operator, ours, operands)
     if row["status"] != "ok":
         return
-    ready: dict[str, Step] = {}
+    ready: dict[str, DirectionCall] = {}
     unserved = {entry["provider"] for entry in row["providers"]}
     for provider in providers:
         if provider.name in unserved:
@@ -93,7 +93,7 @@ def measure_row(
                 call = prepared(provider, operator, row["direction"], operands)
                 wrong = yardstick(call())
                 for _ in range(WARM_UP):
-                    bench.clock(call)
+                    setup.clock(call)
         except Exception as error:  # a row's entry, not the run's end
             entry |= failed(error)
         else:
@@ -102,12 +102,12 @@ def measure_row(
         if provider.name == COMPILED:
             entry["seconds"] = time.monotonic() - started
     del yardstick
-    _time(row, ready, bench, deadline)
+    _time(row, ready, setup, deadline)
     entries = {entry["provider"]: entry for entry in row["providers"]}
     row |= {key: entries[ours.name][key] for key in ("status", "reason") if entries[ours.name]["status"] != "ok"}
     times = [entries[side.name]["ms"]["median"] for side in (eager, ours) if "ms" in entries[side.name]]
     if len(times) == 2 and times[0] > DOUBTED * times[1]:
-        row["again"] = _measure_again(row, operator, ours, eager, bench)
+        row["again"] = _measure_again(row, operator, ours, eager, setup)
 
 
 def compared(
@@ -123,7 +123,7 @@ def compared(
     dense = [None if t is None else channels_last(t) for t in operands]
     eager: Tensors | None = None
     with contextlib.suppress(Exception):  # which is in its entry as a provider
-        eager = step(getattr(F, operator.function), operator, direction, dense)()
+        eager = direction_call(getattr(F, operator.function), operator, direction, dense)()
     found = against_yardstick(ours, eager, reference, dtype)
     worst = found[0]
     row |= {"error": worst["ours"], "eager_error": worst["eager"], "allowed": worst["allowed"]}
@@ -138,11 +138,11 @@ def compared(
     return wrong
 
 
-def prepared(provider: Provider, operator: Operator, direction: str, operands: Operands) -> Step:
+def prepared(provider: Provider, operator: Operator, direction: str, operands: Operands) -> DirectionCall:
     """The provider's call of one direction, its operands laid out as it is given them."""
     laid_out = [None if tensor is None else provider.layout(tensor) for tensor in operands]
     with provider.serving():
-        call = step(provider.function(operator), operator, direction, laid_out)
+        call = direction_call(provider.function(operator), operator, direction, laid_out)
     if provider.family is None:
         return call
 
@@ -160,16 +160,16 @@ def failed(error: Exception) -> dict[str, Any]:
     return {"status": "failed", "reason": reason(error)}
 
 
-def _time(row: dict[str, Any], ready: dict[str, Step], bench: Bench, deadline: float) -> None:
+def _time(row: dict[str, Any], ready: dict[str, DirectionCall], setup: Setup, deadline: float) -> None:
     """Each provider's milliseconds, in turns with all others: replayed from a CUDA graph, and called from Python."""
     entries = {entry["provider"]: entry for entry in row["providers"]}
     samples: dict[str, Callable[[], Sample]] = {}
-    if bench.device.type == "cuda":
+    if setup.device.type == "cuda":
         torch.cuda.empty_cache()  # a graph's memory is its own, and none is given back while it is captured
     for name, call in ready.items():
-        replay = captured(Captured, call, entries[name], bench.device)
-        samples[name] = partial(bench.clock, replay, cold=True)
-        samples[name + ALONE] = partial(bench.clock, call, cold=True, alone=True)
+        replay = captured(Captured, call, entries[name], setup.device)
+        samples[name] = partial(setup.clock, replay, cold=True)
+        samples[name + ALONE] = partial(setup.clock, call, cold=True, alone=True)
     if EAGER in samples:
         samples[REPEATED] = samples[EAGER]  # the same call twice is the noise of the measurement
     until = min(deadline, time.monotonic() + ROUND_SECONDS)
@@ -186,21 +186,21 @@ def _time(row: dict[str, Any], ready: dict[str, Step], bench: Bench, deadline: f
 
 
 def _measure_again(
-    row: dict[str, Any], operator: Operator, ours: Provider, eager: Provider, bench: Bench
+    row: dict[str, Any], operator: Operator, ours: Provider, eager: Provider, setup: Setup
 ) -> dict[str, Any]:
     """Ours and eager's milliseconds in another way: other numbers, the cache cold because copies of the operands take
     turns in one graph that exceed it, and the host's clock around all of them."""
-    moved = operator.elements * bench.dtype.itemsize
-    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if bench.device.type == "cuda" else 2
+    moved = operator.elements * setup.dtype.itemsize
+    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if setup.device.type == "cuda" else 2
     try:
         calls = {}
         for provider in (ours, eager):
             each = [
-                prepared(provider, operator, row["direction"], drawn(operator, bench.dtype, bench.device, seed))
+                prepared(provider, operator, row["direction"], drawn(operator, setup.dtype, setup.device, seed))
                 for seed in range(1, copies + 1)
             ]
-            calls[provider.name] = _all_of(each, bench.device)
-        rounds = interleave(calls, partial(_host_sample, bench.device), deadline=math.inf, most=AGAIN_ROUNDS)
+            calls[provider.name] = _all_of(each, setup.device)
+        rounds = interleave(calls, partial(_host_sample, setup.device), deadline=math.inf, most=AGAIN_ROUNDS)
         if rounds.failures:
             raise RuntimeError("; ".join(rounds.failures.values()))
     except Exception as error:
@@ -211,7 +211,7 @@ def _measure_again(
     return {"status": "ok", "copies": copies, "ms": mine, "eager_ms": theirs, "speed_over_eager": theirs / mine}
 
 
-def _all_of(each: Sequence[Step], device: torch.device) -> Call:
+def _all_of(each: Sequence[DirectionCall], device: torch.device) -> Call:
     """All the calls as one."""
 
     def one_after_the_other() -> None:

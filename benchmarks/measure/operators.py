@@ -1,7 +1,7 @@
 """Convolutions and pools one by one, each direction apart and all together, against PyTorch: a part for each entry.
 
 What is measured is declared in `fastconv.benchmarks.registry`; what a row's times are, `operator_times` says, and what
-they mean, `standing`.
+they mean, `report.targets`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import fastconv
 from fastconv.benchmarks.calls import LARGE, Operator
 from fastconv.benchmarks.measure import ceilings
 from fastconv.benchmarks.measure.directions import fakes
-from fastconv.benchmarks.measure.operator_times import COMPILE_SECONDS, Bench, conditions, failed, measure_row, prepared
+from fastconv.benchmarks.measure.operator_times import COMPILE_SECONDS, Setup, conditions, failed, measure_row, prepared
 from fastconv.benchmarks.registry import COMPILED, TARGET, Case, Entry, Provider
 from fastconv.benchmarks.report import targets
 from fastconv.benchmarks.report.console import Progress
@@ -35,8 +35,8 @@ COMPILE_SHARE = 0.5  # of the time, that torch.compile may take where there is n
 
 
 @dataclass
-class Task:
-    """A case with the rows of its result, one for each direction, and who is to run it."""
+class Race:
+    """A case, the providers that run it in turns, and the rows of its result, one for each direction."""
 
     case: Case
     providers: tuple[Provider, ...]
@@ -55,38 +55,38 @@ class Task:
 @dataclass
 class Pace:
     """How long rows take, and from that the time that torch.compile may take: what the rows to come do not need; where
-    there is not enough for them all, ``share`` seconds, for tasks that are owed a time of it, and with what these leave
+    there is not enough for them all, ``share`` seconds, for races that are owed a time of it, and with what these leave
     for the first of every entry."""
 
     share: float
     rows: list[float] = field(default_factory=list)  # seconds of one, torch.compile left out
     compiled: list[float] = field(default_factory=list)  # seconds of torch.compile for one
 
-    def for_compiling(self, tasks: Sequence[Task], first: bool, left: float) -> float:
-        """Seconds of torch.compile for the first of ``tasks``, the ``first`` of its entry or not, where ``left`` are
+    def for_compiling(self, races: Sequence[Race], first: bool, left: float) -> float:
+        """Seconds of torch.compile for the first of ``races``, the ``first`` of its entry or not, where ``left`` are
         left for all of them."""
         row = _typical(self.rows, ROW_SECONDS)
-        owed = 0.0 if tasks[0].compiled else self._owed(tasks, row, left)
-        spare = left - row * sum(len(task.rows) for task in tasks)
-        share = self.share if tasks[0].compiled or first else 0.0
+        owed = 0.0 if races[0].compiled else self._owed(races, row, left)
+        spare = left - row * sum(len(race.rows) for race in races)
+        share = self.share if races[0].compiled or first else 0.0
         return min(max(spare, share) - owed, left)
 
-    def _owed(self, tasks: Sequence[Task], row: float, left: float) -> float:
-        """What torch.compile will need in those of ``tasks`` that are owed it and that there is time for."""
+    def _owed(self, races: Sequence[Race], row: float, left: float) -> float:
+        """What torch.compile will need in those of ``races`` that are owed it and that there is time for."""
         each, owed = _typical(self.compiled, COMPILE_SECONDS), 0.0
-        for task in tasks:
-            compiling = each * len(task.rows) * task.compiled
-            left -= row * len(task.rows) + compiling
+        for race in races:
+            compiling = each * len(race.rows) * race.compiled
+            left -= row * len(race.rows) + compiling
             if left < 0:
                 break
             owed += compiling
         return owed
 
-    def note(self, task: Task, seconds: float) -> None:
-        """``task`` has taken so many."""
-        compiled = [it["seconds"] for row in task.rows for it in row["providers"] if "seconds" in it]
+    def note(self, race: Race, seconds: float) -> None:
+        """``race`` has taken so many."""
+        compiled = [it["seconds"] for row in race.rows for it in row["providers"] if "seconds" in it]
         self.compiled += compiled
-        self.rows.append((seconds - sum(compiled)) / len(task.rows))
+        self.rows.append((seconds - sum(compiled)) / len(race.rows))
         self.share -= sum(compiled)
 
 
@@ -95,33 +95,33 @@ def _typical(seconds: list[float], guess: float) -> float:
     return statistics.median(seconds[-10:]) if len(seconds) > 5 else guess
 
 
-def plan_each(tasks: Sequence[Task], bench: Bench) -> None:
-    """Give each task its rows, with what will run, found without data: all that is launched, for compiling ahead."""
+def plan_each(races: Sequence[Race], setup: Setup) -> None:
+    """Give each race its rows, with what will run, found without data: all that is launched, for compiling ahead."""
     with torch.autograd.set_multithreading_enabled(False):
-        for task in tasks:
-            task.rows = task.rows or [_planned(task, direction, bench) for direction in task.case.operator.directions]
+        for race in races:
+            race.rows = race.rows or [_planned(race, direction, setup) for direction in race.case.operator.directions]
 
 
-def _planned(task: Task, direction: str, bench: Bench) -> dict[str, Any]:
-    operator, entry = task.case.operator, task.entry
+def _planned(race: Race, direction: str, setup: Setup) -> dict[str, Any]:
+    operator, entry = race.case.operator, race.entry
     row: dict[str, Any] = {
         "operator": f"{operator.function} {'x'.join(map(str, operator.input))}",
         "direction": direction,
-        "batch": task.case.batch,
-        "networks": dict(task.case.networks),
+        "batch": race.case.batch,
+        "networks": dict(race.case.networks),
         "ours": None,  # the first of our providers that serves it: whose times the row's speeds are
         "bytes": None,
         "flops": 0,
         # Of a share of the bandwidth only that is owed which no cache helps.
-        "large": operator.streams and math.prod(operator.input) * bench.dtype.itemsize >= LARGE,
+        "large": operator.streams and math.prod(operator.input) * setup.dtype.itemsize >= LARGE,
         "status": "ok",
         "reason": None,
         "providers": [],
     }
     plans: list[Plan] = []
-    for provider in filter(attrgetter("ours"), task.providers):
+    for provider in filter(attrgetter("ours"), race.providers):
         try:
-            found = _plans(provider, operator, direction, bench)
+            found = _plans(provider, operator, direction, setup)
         except Exception as error:
             # A family that is to serve alone need not serve everything.
             unserved = {"status": "skipped" if provider.family else "failed", "reason": reason(error)}
@@ -143,53 +143,53 @@ def _planned(task: Task, direction: str, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _plans(provider: Provider, operator: Operator, direction: str, bench: Bench) -> list[Plan]:
+def _plans(provider: Provider, operator: Operator, direction: str, setup: Setup) -> list[Plan]:
     with FakeTensorMode(), fastconv.settings(strict=True, prefer="triton"):
-        call = prepared(provider, operator, direction, fakes(operator, bench.dtype, bench.device))
+        call = prepared(provider, operator, direction, fakes(operator, setup.dtype, setup.device))
         with Traffic() as traffic:
             call()
     return [found.plan for found in traffic.passes if found.plan is not None]
 
 
 def measure(
-    tasks: Sequence[Task], bench: Bench, deadline: float, progress: Progress, save: Callable[[Part], None]
+    races: Sequence[Race], setup: Setup, deadline: float, progress: Progress, save: Callable[[Part], None]
 ) -> list[Part]:
-    """Every direction of every task, compared, then timed: a part for each entry, what PyTorch is faster at first, and
+    """Every direction of every race, compared, then timed: a part for each entry, what PyTorch is faster at first, and
     one for the target if any of its layers is among them.
 
-    ``save`` gets a task's part after it. Rows that ``deadline`` leaves no time for say so; so do providers that fail.
+    ``save`` gets a race's part after it. Rows that ``deadline`` leaves no time for say so; so do providers that fail.
     `Pace` says which rows torch.compile is measured in.
     """
-    plan_each(tasks, bench)
+    plan_each(races, setup)
     parts: dict[str, Part] = {}
-    progress.begin("operators", len(tasks))
-    with conditions(bench.device):
-        limits = ceilings.measure(bench.device, bench.clock)
+    progress.begin("operators", len(races))
+    with conditions(setup.device):
+        limits = ceilings.measure(setup.device, setup.clock)
         pace = Pace(COMPILE_SHARE * (deadline - time.monotonic()))
-        for done, task in enumerate(tasks):
-            first, started = task.entry.name not in parts, time.monotonic()
-            part = parts.setdefault(task.entry.name, _part(task, bench, limits))
+        for done, race in enumerate(races):
+            first, started = race.entry.name not in parts, time.monotonic()
+            part = parts.setdefault(race.entry.name, _part(race, setup, limits))
             if started > deadline:
-                for row in task.rows:
+                for row in race.rows:
                     row |= {"status": "skipped", "reason": "no time left"}
             else:
-                compiling = pace.for_compiling(tasks[done:], first, deadline - started)
-                _measure_task(task, bench, deadline, started + compiling)
-                pace.note(task, time.monotonic() - started)
-            for row in task.rows:
-                targets.stand(row, task.entry, limits)
-            part["rows"] = sorted((*part["rows"], *task.rows), key=targets.losses_first)
+                compiling = pace.for_compiling(races[done:], first, deadline - started)
+                _measure_race(race, setup, deadline, started + compiling)
+                pace.note(race, time.monotonic() - started)
+            for row in race.rows:
+                targets.stand(row, race.entry, limits)
+            part["rows"] = sorted((*part["rows"], *race.rows), key=targets.losses_first)
             part |= {"means": targets.means(part["rows"]), "families": targets.families(part["rows"])}
             part |= targets.verdict(part["rows"])
             save(part)
-            progress.tick(task.rows[0]["operator"])
+            progress.tick(race.rows[0]["operator"])
     found = list(parts.values())
     met = targets.targets(found, TARGET)
     return [*found, met] if met else found
 
 
-def _part(task: Task, bench: Bench, limits: ceilings.Ceilings) -> Part:
-    entry, dtype = task.entry, str(bench.dtype).removeprefix("torch.")
+def _part(race: Race, setup: Setup, limits: ceilings.Ceilings) -> Part:
+    entry, dtype = race.entry, str(setup.dtype).removeprefix("torch.")
     return {
         "id": f"operators-{entry.name}",
         "kind": "operators",
@@ -204,12 +204,12 @@ def _part(task: Task, bench: Bench, limits: ceilings.Ceilings) -> Part:
     }
 
 
-def _measure_task(task: Task, bench: Bench, deadline: float, compile_deadline: float) -> None:
+def _measure_race(race: Race, setup: Setup, deadline: float, compile_deadline: float) -> None:
     torch._dynamo.reset()  # one operator's guards would count against another's limit of recompilations
-    for row in task.rows:
+    for row in race.rows:
         if row["status"] != "ok":
             continue
         try:
-            measure_row(row, task.case.operator, task.providers, bench, deadline, compile_deadline)
+            measure_row(row, race.case.operator, race.providers, setup, deadline, compile_deadline)
         except Exception as error:
             row |= failed(error)

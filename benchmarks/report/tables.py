@@ -38,7 +38,7 @@ def render(part: Part) -> RenderableType:
 
 
 def _training(part: Part) -> list[RenderableType]:
-    table = _table("", "first loss", "last loss", "accuracy")
+    table = new_table("", "first loss", "last loss", "accuracy")
     for name, losses in part["losses"].items():
         table.add_row(name, f"{losses[0]:.6f}", f"{losses[-1]:.6f}", f"{part['accuracy'][name]:.1%}")
     steps = len(part["losses"]["plain"])
@@ -52,7 +52,7 @@ def _training(part: Part) -> list[RenderableType]:
 def _errors(part: Part) -> list[RenderableType]:
     if not part["rows"]:
         return []
-    table = _table("", "fastconv's error", "PyTorch's", "allowed", "")
+    table = new_table("", "fastconv's error", "PyTorch's", "allowed", "")
     for row in part["rows"][:SHOWN_TENSORS]:
         table.add_row(row["tensor"], *(f"{row[key]:.1e}" for key in ERRORS), _right(row))
     lines: list[RenderableType] = [table]
@@ -66,7 +66,7 @@ def _block(part: Part) -> list[RenderableType]:
     headings = [
         f"{dtype}, {measure}\n{who}" for dtype, measure in measures.items() for who in ("ours", "PyTorch", "allowed")
     ]
-    table = _table("error of", *headings, "")
+    table = new_table("error of", *headings, "")
     for tensor in dict.fromkeys(row["tensor"] for row in part["rows"]):
         rows = [row for row in part["rows"] if row["tensor"] == tensor]
         worst = min(rows, key=lambda row: row["right"])
@@ -77,7 +77,9 @@ def _block(part: Part) -> list[RenderableType]:
 def _times(part: Part) -> list[RenderableType]:
     if not part["rows"]:
         return []
-    table = _table("", "ms a step", "p20", "p80", "images/s", "speed", "host ms", "peak GB", "kernels", "warm-up s", "")
+    table = new_table(
+        "", "ms a step", "p20", "p80", "images/s", "speed", "host ms", "peak GB", "kernels", "warm-up s", ""
+    )
     for row in part["rows"]:
         step, host = row.get("step_ms"), row.get("host_ms")
         table.add_row(
@@ -102,7 +104,7 @@ def _operators(part: Part) -> list[RenderableType]:
     others = [name for name in timed if served != {name} and name != "fastconv-nchw"]
     copied = any(row.get("layout_ms") is not None for row in part["rows"])
     columns = ["us,\np20 p80", *(re.sub("([:-])", r"\1\n", name) for name in others), "speed", "alone"]
-    table = _table("", "times", *columns, "nearer\nceiling", *["NCHW\n+us"] * copied, "family, tile", "")
+    table = new_table("", "times", *columns, "nearer\nceiling", *["NCHW\n+us"] * copied, "family, tile", "")
     table.box, table.collapse_padding = box.HORIZONTALS, True
     for column in table.columns[1:-2]:
         column.no_wrap = True  # whatever has no room left, numbers keep theirs
@@ -120,7 +122,7 @@ def _operators(part: Part) -> list[RenderableType]:
             _number(alone[0]["median"] / alone[1]["median"] if all(alone) else None, ".2f"),
             _nearer_ceiling(row),
             *[_number(None if layout is None else layout * 1e3, ".1f")] * copied,
-            f"{row.get('family', '')} {_tile(row.get('tile') or {})}",
+            f"{row.get('family', '')} {tile_text(row.get('tile') or {})}",
             "; ".join(_remarks(row)),
         )
     return [table, *_standing(part)]
@@ -187,7 +189,7 @@ def _standing(part: Part) -> Iterable[RenderableType]:
         yield f"{reached} of {len(large)} with tensors that no cache holds reach {owed}."
     if part["means"]:
         directions = list(dict.fromkeys(mean["direction"] for mean in part["means"]))
-        table = _table("geometric mean of speeds over eager's", "batch", *directions, "")
+        table = new_table("geometric mean of speeds over eager's", "batch", *directions, "")
         for key in dict.fromkeys((mean["network"], mean["batch"]) for mean in part["means"]):
             means = {it["direction"]: it["speed"] for it in part["means"] if (it["network"], it["batch"]) == key}
             table.add_row(key[0], str(key[1]), *(_number(means.get(name), ".2f") for name in directions), "")
@@ -197,7 +199,7 @@ def _standing(part: Part) -> Iterable[RenderableType]:
 
 
 def _targets(part: Part) -> list[RenderableType]:
-    table = _table("", "mean", "target", "least", "its target", "measured", "least of", "")
+    table = new_table("", "mean", "target", "least", "its target", "measured", "least of", "")
     for row in part["rows"]:
         table.add_row(
             row["direction"],
@@ -212,7 +214,7 @@ def _targets(part: Part) -> list[RenderableType]:
 
 def _blocks(part: Part) -> list[RenderableType]:
     columns = ("eager ms", "fastconv ms", "p20-p80", "compiled ms", "to eager", "to compiled")
-    table = _table("", "input", *columns, "MB", "eager's", "GB/s", "eager's", "noise", "")
+    table = new_table("", "input", *columns, "MB", "eager's", "GB/s", "eager's", "noise", "")
     for row in part["rows"]:
         eager, ours, compiled = (_provider(row, start) for start in ("eager", "fastconv", "torch.compile"))
         times = [provider.get("ms") for provider in (eager, ours, compiled)]
@@ -240,7 +242,7 @@ def _provider(row: dict[str, Any], start: str) -> dict[str, Any]:
 
 
 def _host(part: Part) -> list[RenderableType]:
-    table = _table("", "microseconds a call", "p20", "p80", "")
+    table = new_table("", "microseconds a call", "p20", "p80", "")
     for row in part["rows"]:
         times = row.get("host_us")
         numbers = (_number(times and times[key], ".1f") for key in ("median", "p20", "p80"))
@@ -267,7 +269,7 @@ def _compiler(part: Part) -> list[RenderableType]:
         "tensor cores",
         "load bytes",
     )
-    table = _table(*columns)
+    table = new_table(*columns)
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in part["rows"]:
         groups.setdefault((f"{row['kernel']}, {row['direction']}", row["target"]), []).append(row)
@@ -305,14 +307,14 @@ TABLES: dict[str, Callable[[Part], list[RenderableType]]] = {
 }
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in (0, len(columns) - 1) else "right")
     return table
 
 
-def _tile(config: dict[str, int]) -> str:
+def tile_text(config: dict[str, int]) -> str:
     """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into. None of one."""
     short = {"num_warps": "w", "num_stages": "s", "SPLITS": "/"}
     named = ((short.get(name, name.removeprefix("BLOCK_")), value) for name, value in config.items() if value > 1)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.measure import blocks, compile_first, host_time, network, operators
-from fastconv.benchmarks.models import Subject, load, torchvision
+from fastconv.benchmarks.models import LoadedModel, load, torchvision
 from fastconv.benchmarks.report import tables
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part, Results, read
@@ -191,13 +191,13 @@ class Timing:
 
 
 def _network(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]:
-    return partial(_measure_network, _subject(options))
+    return partial(_measure_network, _loaded(options))
 
 
-def _measure_network(subject: Subject, it: Timing) -> None:
-    dense = subject.memory_format
+def _measure_network(loaded: LoadedModel, it: Timing) -> None:
+    dense = loaded.memory_format
     with bad_usage():
-        works = [network.Workload(subject, mode, it.dtype, it.device) for mode in it.modes]
+        works = [network.Workload(loaded, mode, it.dtype, it.device) for mode in it.modes]
     it.compile(lambda: [work.step(work.converted(), work.input(dense))() for work in works])
     runs = []
     for work in works:
@@ -218,15 +218,15 @@ def _operators(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]
     if options.dry_run:
         cases = registry.tiny(cases)
     named = options.providers
-    tasks = [operators.Task(case, registry.providers(named or case.entry.providers)) for case in cases]
-    return partial(_measure_operators, tasks)
+    races = [operators.Race(case, registry.providers(named or case.entry.providers)) for case in cases]
+    return partial(_measure_operators, races)
 
 
-def _measure_operators(tasks: list[operators.Task], it: Timing) -> None:
-    bench = operators.Bench(it.dtype, it.device, it.clock)
-    it.compile(lambda: operators.plan_each(tasks, bench))
+def _measure_operators(races: list[operators.Race], it: Timing) -> None:
+    setup = operators.Setup(it.dtype, it.device, it.clock)
+    it.compile(lambda: operators.plan_each(races, setup))
     it.output.put(host_time.host_time(it.device, it.deadline))
-    for part in operators.measure(tasks, bench, it.deadline, it.progress, it.output.save):
+    for part in operators.measure(races, setup, it.deadline, it.progress, it.output.save):
         it.output.put(part)
 
 
@@ -243,14 +243,14 @@ def _asked(options: Options) -> tuple[list[registry.Entry], Callable[[str], laye
 
 def _blocks(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]:
     chosen, batch, size = (blocks.DRY, 2, 32) if options.dry_run else (blocks.BLOCKS, 64, None)
-    loaded = blocks.load_blocks(chosen, options.batch or batch, options.size or size)
-    return partial(_measure_blocks, loaded)
+    found = blocks.load_blocks(chosen, options.batch or batch, options.size or size)
+    return partial(_measure_blocks, found)
 
 
-def _measure_blocks(loaded: list[blocks.Block], it: Timing) -> None:
-    it.compile(lambda: blocks.call_each(loaded, it.modes, it.dtype, it.device))
+def _measure_blocks(found: list[blocks.Block], it: Timing) -> None:
+    it.compile(lambda: blocks.call_each(found, it.modes, it.dtype, it.device))
     it.output.put(
-        blocks.measure(loaded, it.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
+        blocks.measure(found, it.modes, it.dtype, it.device, it.clock, it.deadline, it.progress, it.output.save)
     )
 
 
@@ -258,13 +258,13 @@ def compared_run(options: Options, out: Path, screen: Console) -> Results:
     """The user's network on the interpreter: outputs and every gradient, no times."""
     assert options.model is not None
     with bad_usage():
-        subject = load(options.model, options.batch or INTERPRETED_BATCH, options.size or INTERPRETED_SIZE)
+        loaded = load(options.model, options.batch or INTERPRETED_BATCH, options.size or INTERPRETED_SIZE)
     dtype = dtype_called(options.dtype or "float32")
     with Output(out, options, screen) as output, Progress(screen) as progress:
-        progress.begin(subject.name, len(options.modes))
+        progress.begin(loaded.name, len(options.modes))
         for mode in options.modes:
             with bad_usage():
-                work = network.Workload(subject, mode, dtype, torch.device("cpu"))
+                work = network.Workload(loaded, mode, dtype, torch.device("cpu"))
             output.put(network.check(work))
             progress.tick(mode)
         screen.print(UNMEASURED)
@@ -332,7 +332,7 @@ def _draw(data: dict[str, Any], folder: Path, screen: Console) -> None:
         screen.print(f"Written: {path}", markup=False)
 
 
-def _subject(options: Options) -> Subject:
+def _loaded(options: Options) -> LoadedModel:
     model, batch, size = DRY if options.dry_run else GPU
     if options.model is not None:
         model, size = options.model, None

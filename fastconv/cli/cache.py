@@ -86,7 +86,7 @@ def cache(
 
 def _list(store: Store) -> int:
     from fastconv.autotune.records import Measured, Tuned, Untuned
-    from fastconv.benchmarks.report.tables import _table
+    from fastconv.benchmarks.report.tables import new_table
 
     records = store.read()
     size = sum(path.stat().st_size for path in _files(store))
@@ -94,7 +94,7 @@ def _list(store: Store) -> int:
     if not records:
         return 0
     current = _versions(records)
-    table = _table("GPU", "kernels", "tuned", "stale", "measurements", "failures", "met untuned", "last")
+    table = new_table("GPU", "kernels", "tuned", "stale", "measurements", "failures", "met untuned", "last")
     groups: dict[tuple[str, int, str], list[Record]] = defaultdict(list)
     for record in records:
         groups[record.gpu, record.multiprocessors, record.problem.space].append(record)
@@ -117,7 +117,7 @@ def _list(store: Store) -> int:
 def _show(store: Store, words: str, gpu: str | None) -> int:
     from fastconv.autotune.records import Tuned
     from fastconv.autotune.table import Table
-    from fastconv.benchmarks.report.tables import _tile
+    from fastconv.benchmarks.report.tables import tile_text
 
     records = [record for record in store.read(("tuned",)) if isinstance(record, Tuned)]
     by_gpu: dict[tuple[str, int], list[Tuned]] = defaultdict(list)
@@ -132,9 +132,9 @@ def _show(store: Store, words: str, gpu: str | None) -> int:
             if not all(word in line for word in words.split()):
                 continue
             shown += 1
-            said = [f"{_tile(dict(entry.config)) or 'its one tile'} {_us(entry.seconds)}"]
+            said = [f"{tile_text(dict(entry.config)) or 'its one tile'} {_us(entry.seconds)}"]
             if entry.config != entry.default:
-                said.append(f"default {_tile(dict(entry.default))} {_us(entry.default_seconds)}")
+                said.append(f"default {tile_text(dict(entry.default))} {_us(entry.default_seconds)}")
             said += [] if entry.pytorch is None else [f"PyTorch {_us(entry.pytorch)}"]
             said += [f"noise {entry.noise:.1%}", entry.date]
             said += [] if entry.version == current[entry.problem.space] else ["stale"]

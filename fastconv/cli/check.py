@@ -43,13 +43,13 @@ def check(
 def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]:
     """A row for each operator, problem, precision and result; one row alone for a problem that raises."""
     from fastconv.benchmarks import checks
-    from fastconv.benchmarks.checks.operator import compare, precisions
+    from fastconv.benchmarks.checks.check import compare, precisions
     from fastconv.benchmarks.measure import compile_first
     from fastconv.measuring.clock import reason
 
     problems = [
         (operator, case, precision)
-        for operator in checks.OPERATORS
+        for operator in checks.CHECKS
         for case in operator.cases
         for precision in precisions(device)
         if (case.quick or not quick) and precision in (case.precisions or (precision,))

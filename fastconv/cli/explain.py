@@ -30,13 +30,13 @@ def explain(
     target = contextlib.nullcontext() if gpu is None else dispatch.use_target(options.gpu(gpu))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with bad_usage():
-        subject = load(model, batch, size)
-    network = fastconv.convert(subject.model.to(device, precision), memory_format=subject.memory_format).train(train)
-    x = torch.empty(subject.input_shape, device=device, dtype=precision, memory_format=subject.memory_format)
+        loaded = load(model, batch, size)
+    network = fastconv.convert(loaded.model.to(device, precision), memory_format=loaded.memory_format).train(train)
+    x = torch.empty(loaded.input_shape, device=device, dtype=precision, memory_format=loaded.memory_format)
     with target, torch.set_grad_enabled(train):
         try:
             explanation = fastconv.explain(network, x)
         except Exception as error:  # the network's own code: anything
-            raise BadUsage(subject.refusal(error)) from error
+            raise BadUsage(loaded.refusal(error)) from error
     print(explanation)
     return 0

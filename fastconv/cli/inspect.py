@@ -91,7 +91,7 @@ def inspect(
         raise BadUsage(f"{operator!r} is not one of {', '.join(inspect_operator.OPERATORS)}")
     _refuse(operator, given, quick)
     fused = inspect_operator.Fused(statistics, act, residual) if bn or statistics else None
-    call = inspect_operator.Call(
+    call = inspect_operator.OperatorCall(
         operator,
         _sizes("--input", given["--input"]),
         _sizes("--weight", given["--weight"]) if weight else None,
@@ -252,17 +252,17 @@ def _report(gpu: Any, quick: bool, json: bool) -> int:
 
 
 def _report_table(rows: Sequence[dict[str, Any]]) -> Any:
-    from fastconv.benchmarks.report.tables import _table, _tile
+    from fastconv.benchmarks.report.tables import new_table, tile_text
 
     columns = ("", "problem", "tile", "registers", "spills", "shared KB", "programs", "tensor cores", "loads")
-    table = _table(*columns)
+    table = new_table(*columns)
     table.title = rows[0]["target"]
     for row in rows:
         cores = (row["tensor_cores"] or "-") + (" SERIALISED" if row["wgmma_serialised"] else "")
         table.add_row(
             f"{row['kernel'].removesuffix('_kernel')} {row['direction']}",
             row["problem"],
-            _tile(row["config"]),
+            tile_text(row["config"]),
             *(str(row[key]) for key in ("registers", "spills")),
             f"{row['shared_memory'] / 1024:.0f}",
             f"{row['occupancy']} ({row['occupancy_limit']})",
@@ -276,7 +276,7 @@ def tables(passes: Sequence[Any], names: Sequence[str]) -> list[Any]:
     """One pass with each config: a line each for the pass, and a table with a column for each of its launches."""
     from rich.table import Table
 
-    from fastconv.benchmarks.report.tables import _tile
+    from fastconv.benchmarks.report.tables import tile_text
 
     first = passes[0].json()
     lines: list[Any] = ["", f"{first['pass']}  {first['problem']}  on the {first['target']}"]
@@ -288,7 +288,7 @@ def tables(passes: Sequence[Any], names: Sequence[str]) -> list[Any]:
         head = f"  {name}{': ' if name else ''}"
         if row["config"]:
             source = f"from {row['config_source']}" + (f", {row['outside_space']}" if row["outside_space"] else "")
-            head += " ".join(filter(None, (row["family"], _tile(row["config"]), f"({source}); ")))
+            head += " ".join(filter(None, (row["family"], tile_text(row["config"]), f"({source}); ")))
         work = f"{row['flops'] / 1e9:.2f} GFLOP, " if row["flops"] else ""
         head += f"{work}{row['bytes'] / 1e6:.2f} MB; roofline {_time(row['roofline'])}"
         if row["predicted"]:
@@ -356,7 +356,7 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
     import re
     import textwrap
 
-    from fastconv.benchmarks.report.tables import _tile
+    from fastconv.benchmarks.report.tables import tile_text
     from fastconv.cli.errors import BadUsage
 
     try:
@@ -368,7 +368,7 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
         raise BadUsage("--plot: these passes have one form and no tile to choose")
 
     def tile(config: Any) -> str:
-        return _tile({name: it for name, it in config.items() if name not in ("SPLITS", "num_warps", "num_stages")})
+        return tile_text({name: it for name, it in config.items() if name not in ("SPLITS", "num_warps", "num_stages")})
 
     spaces = [list(it.considered.standings(it.gpu)) for it, *_ in shown]
     width = max(10.0, 0.12 * max(len({tile(config) for config, *_ in standings}) for standings in spaces))

@@ -52,7 +52,7 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """A call of one of `OPERATORS` of `fastconv.functional`, forward and, with ``gradients``, backward."""
 
     operator: str
@@ -260,7 +260,7 @@ def _launch(record: Record, binary: Compiled, gpu: Gpu) -> dict[str, Any]:
 
 
 def inspect(
-    call: Call,
+    call: OperatorCall,
     gpu: Gpu,
     family: str | None = None,
     direction: str | None = None,
@@ -292,7 +292,7 @@ def inspect(
 
 
 def _passes(
-    call: Call, gpu: Gpu, family: str | None, direction: str | None, config: Config | None
+    call: OperatorCall, gpu: Gpu, family: str | None, direction: str | None, config: Config | None
 ) -> list[tuple[Pass, Considered | None]]:
     passes, considered = _called(call, gpu, family, {})
     wanted = [index for index, it in enumerate(passes) if direction in (None, it.name, it.name.partition(",")[0])]
@@ -320,7 +320,7 @@ def _passes(
 
 
 def _called(
-    call: Call, gpu: Gpu, family: str | None, configs: dict[int, Config]
+    call: OperatorCall, gpu: Gpu, family: str | None, configs: dict[int, Config]
 ) -> tuple[list[Pass], list[Considered]]:
     """The passes of one call, and its tiles in the order they are chosen; ``configs``: what is given of the n-th."""
     considered: list[Considered] = []

@@ -148,11 +148,11 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[TuningTask]:
     left: list[str] = []
     if wishes.model is not None:
         with bad_usage():
-            subject = models.load(wishes.model, wishes.batch, wishes.size)
+            loaded = models.load(wishes.model, wishes.batch, wishes.size)
         try:
-            tasks = problems.of_model(subject, wishes.dtype, wishes.train, gpu)
+            tasks = problems.of_model(loaded, wishes.dtype, wishes.train, gpu)
         except Exception as error:  # the network's own code: anything
-            raise BadUsage(subject.refusal(error)) from error
+            raise BadUsage(loaded.refusal(error)) from error
     elif wishes.layers is not None:
         with bad_usage():
             calls = layer_lists.find(wishes.layers).calls

@@ -18,7 +18,7 @@ from fastconv.autotune.ranking import summary as means
 from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
 from fastconv.autotune.table import Table, Tables
 from fastconv.autotune.tune import Progress, TuningTask, expected_gain, share_of
-from fastconv.benchmarks.report.tables import _table, _tile
+from fastconv.benchmarks.report.tables import new_table, tile_text
 from fastconv.kernels.compile import cores
 from fastconv.kernels.tuned import conv_of, pool_of
 
@@ -79,7 +79,7 @@ def found(
             it = best[problem]
             pytorch = "" if it.pytorch is None else _us(it.pytorch)
             figures = _us(it.seconds), _us(it.default_seconds), pytorch, f"{it.noise:.1%}"
-            table.add_row(*described(problem), str(counts[problem]), *figures, _tile(dict(it.config)))
+            table.add_row(*described(problem), str(counts[problem]), *figures, tile_text(dict(it.config)))
         lines.append(table)
     before = sum(counts[problem] * it.default_seconds for problem, it in best.items())
     line = f"{len(best)} problems tuned in {seconds:.0f} s: {len(won)} have another tile than the default"
@@ -106,7 +106,7 @@ def foretold(tasks: Sequence[TuningTask], known: Tables, gpu: Gpu, top_k: int, b
             open_tasks.append(task)
             binaries += min(top_k, len(configs))
         times = _us(question.choice.seconds), "tuned" if tuned else _us(expected_gain(question))
-        row = str(task.count), str(len(configs)), *times, _tile(dict(question.choice.config))
+        row = str(task.count), str(len(configs)), *times, tile_text(dict(question.choice.config))
         table.add_row(*described(question.problem), *row)
     whole = sum(map(share_of, open_tasks))
     least = whole - sum(task.count * expected_gain(task.question) for task in open_tasks)
@@ -127,7 +127,7 @@ def ranked(store: Store, gpu: Gpu) -> list[Any]:
     if not each:
         return [f"nothing is measured yet on the {gpu.name}"]
     columns = "rank correlation", "top-1 regret", "top-5 regret", "default's", "worst", "PyTorch faster"
-    table = _table("kernel", "problems", *columns)
+    table = new_table("kernel", "problems", *columns)
     table.title = f"The cost model against measurements on the {gpu.name}; regrets relative to the best measured"
     for space in [*sorted({fit.problem.space for fit in each}), None]:
         part = means([fit for fit in each if space in (None, fit.problem.space)])
@@ -156,7 +156,7 @@ def described(problem: ProblemKey) -> tuple[str, str]:
 
 def _problems(*columns: str) -> rich.table.Table:
     """A table whose rows begin as `described` has them."""
-    table = _table("kernel", "problem", "times", *columns)
+    table = new_table("kernel", "problem", "times", *columns)
     table.columns[1].justify = "left"
     return table
 

@@ -15,8 +15,8 @@ from fastconv.autotune import Choice, Gpu, ProblemKey, Space, Untuned
 from fastconv.autotune.choose import ask
 from fastconv.autotune.tune import TuningTask
 from fastconv.benchmarks.calls import Operator
-from fastconv.benchmarks.measure.directions import TOGETHER, fakes, step
-from fastconv.benchmarks.models import Subject
+from fastconv.benchmarks.measure.directions import TOGETHER, direction_call, fakes
+from fastconv.benchmarks.models import LoadedModel
 from fastconv.benchmarks.registry import channels_last
 from fastconv.dry_run import OurOperators, make_calls
 from fastconv.kernels import dispatch
@@ -44,10 +44,10 @@ def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
         yield
 
 
-def of_model(subject: Subject, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[TuningTask]:
+def of_model(loaded: LoadedModel, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[TuningTask]:
     """The problems of one step of a model, converted. Raises what the model raises."""
-    model = fastconv.convert(subject.model, memory_format=subject.memory_format).to(dtype)
-    x = torch.empty(subject.input_shape, dtype=dtype).to(memory_format=subject.memory_format)
+    model = fastconv.convert(loaded.model, memory_format=loaded.memory_format).to(dtype)
+    x = torch.empty(loaded.input_shape, dtype=dtype).to(memory_format=loaded.memory_format)
     found: Found = {}
     with _asking(gpu, found):
         make_calls(model, (x,), train, False)
@@ -63,7 +63,7 @@ def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, tra
         with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False), _asking(gpu, found, count):
             operands = [None if t is None else channels_last(t) for t in fakes(each, dtype, torch.device("cpu"))]
             with OurOperators():
-                step(getattr(fastconv.functional, each.function), each, direction, operands)()
+                direction_call(getattr(fastconv.functional, each.function), each, direction, operands)()
     return _choosing(found)
 
 

@@ -111,8 +111,8 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.compile
 @pytest.mark.usefixtures("h200")
 def test_a_step_is_compiled_ahead() -> None:
-    subject = models.load("tests.cli.tiny:network", 16, 16)
-    work = network.Workload(subject, "train", torch.bfloat16, CPU)
+    loaded = models.load("tests.cli.tiny:network", 16, 16)
+    work = network.Workload(loaded, "train", torch.bfloat16, CPU)
 
     def step() -> None:
         work.step(work.converted(), work.input(torch.channels_last))()

@@ -14,10 +14,10 @@ from fastconv.benchmarks import models
 
 
 def test_a_users_factory_and_its_own_channels() -> None:
-    subject = models.load("tests.cli.tiny:network", 4, 9)
-    assert subject.input_shape == (4, 3, 9, 9)
-    assert subject.memory_format == torch.channels_last
-    assert subject.model.training
+    loaded = models.load("tests.cli.tiny:network", 4, 9)
+    assert loaded.input_shape == (4, 3, 9, 9)
+    assert loaded.memory_format == torch.channels_last
+    assert loaded.model.training
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -27,9 +27,9 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 def test_a_model_of_rank_3_gets_frames() -> None:
-    subject = models.load("tests.cli.tiny:volume", 1, 9)
-    assert subject.input_shape == (1, 2, 16, 9, 9)
-    assert subject.memory_format == torch.channels_last_3d
+    loaded = models.load("tests.cli.tiny:volume", 1, 9)
+    assert loaded.input_shape == (1, 2, 16, 9, 9)
+    assert loaded.memory_format == torch.channels_last_3d
 
 
 def test_a_factory_that_makes_no_module_is_bad_usage() -> None:
@@ -53,8 +53,8 @@ def test_a_module_that_does_not_import_is_bad_usage(
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is an optional extra")
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 224), ("resnet10t", 176)])
 def test_torchvisions_and_timms_names(name: str, size: int) -> None:
-    subject = models.load(name, 2)
-    assert subject.input_shape == (2, 3, size, size)
+    loaded = models.load(name, 2)
+    assert loaded.input_shape == (2, 3, size, size)
 
 
 def test_an_unknown_name_gets_the_close_ones_once() -> None:

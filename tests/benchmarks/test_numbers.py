@@ -16,7 +16,7 @@ import fastconv.functional
 from fastconv.activations import activation_of
 from fastconv.benchmarks import checks, models
 from fastconv.benchmarks.checks import conv, conv_bn_act, pool
-from fastconv.benchmarks.checks.operator import compare, poisoned_memory
+from fastconv.benchmarks.checks.check import compare, poisoned_memory
 from fastconv.benchmarks.measure import lenet, network, resnet_blocks
 from fastconv.cli import run
 from fastconv.kernels import epilogue, mend
@@ -109,11 +109,11 @@ def test_the_blocks_find_what_is_broken() -> None:
 @pytest.mark.parametrize("mode", network.MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_network_is_compared_tensor_by_tensor(mode: str, dtype: torch.dtype) -> None:
-    subject = models.load("tests.cli.tiny:network", 4, 9)
-    part = network.check(network.Workload(subject, mode, dtype, CPU))
+    loaded = models.load("tests.cli.tiny:network", 4, 9)
+    part = network.check(network.Workload(loaded, mode, dtype, CPU))
     assert part["verdict"] == "right", part["reason"]
     names = {row["tensor"] for row in part["rows"]}
-    parameters = {name for name, _ in subject.model.named_parameters()}
+    parameters = {name for name, _ in loaded.model.named_parameters()}
     assert names == ({"output"} if mode == "infer" else {"loss", *parameters})
     products = [part["launches"].get(f"{kernel}_kernel", 0) for kernel in ("conv_gather", "conv_rows")]
     assert sum(products) == (2 if mode == "infer" else 3)
@@ -121,8 +121,8 @@ def test_a_network_is_compared_tensor_by_tensor(mode: str, dtype: torch.dtype) -
 
 
 def test_a_network_finds_what_is_broken(broken: str) -> None:
-    subject = models.load("tests.cli.tiny:network", 4, 9)
-    part = network.check(network.Workload(subject, "infer", torch.float32, CPU))
+    loaded = models.load("tests.cli.tiny:network", 4, 9)
+    part = network.check(network.Workload(loaded, "infer", torch.float32, CPU))
     assert part["verdict"] == "wrong"
     assert ("no kernel" if broken == "not_converted" else "too far off: output") in part["reason"]
 
@@ -190,8 +190,8 @@ def one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_operators_and_their_problems_have_names_of_their_own() -> None:
-    assert len({operator.name for operator in checks.OPERATORS}) == len(checks.OPERATORS)
-    for operator in checks.OPERATORS:
+    assert len({operator.name for operator in checks.CHECKS}) == len(checks.CHECKS)
+    for operator in checks.CHECKS:
         assert len({case.name for case in operator.cases}) == len(operator.cases)
         assert any(case.quick for case in operator.cases)
         assert sum(case.quick for case in operator.cases) <= len(operator.cases) / 2
@@ -204,8 +204,8 @@ def test_every_activation_is_checked() -> None:
         assert all(case in operator.cases for case in conv_bn_act.ACTIVATIONS)
 
 
-@pytest.mark.parametrize("operator", checks.OPERATORS, ids=lambda operator: operator.name)
-def test_each_operator_is_right_on_its_first_problem(operator: checks.Operator) -> None:
+@pytest.mark.parametrize("operator", checks.CHECKS, ids=lambda operator: operator.name)
+def test_each_operator_is_right_on_its_first_problem(operator: checks.Check) -> None:
     rows = list(compare(operator, operator.cases[0], "bfloat16", CPU))
     assert all(row["right"] for row in rows)
     gradients = [row["result"] for row in rows if row["result"].endswith("gradient")]
@@ -224,7 +224,7 @@ def test_every_pool_is_checked_in_each_rank_and_layout() -> None:
 
 
 @pytest.mark.parametrize("operator", [conv.DEPTHWISE, conv.GROUPED], ids=lambda operator: operator.name)
-def test_what_is_checked_by_name_is_what_runs(operator: checks.Operator) -> None:
+def test_what_is_checked_by_name_is_what_runs(operator: checks.Check) -> None:
     for case in operator.cases:
         # Groups as wide as a tile have tiles of their own.
         family = operator.name.partition(" ")[0] if case.weight[1] < 32 else "gather"
@@ -244,7 +244,7 @@ def test_a_fused_layer_in_training_is_checked_in_every_result() -> None:
 
 @pytest.mark.parametrize("operator", [conv.CONVOLUTION, conv_bn_act.TRAINING], ids=lambda operator: operator.name)
 @pytest.mark.parametrize("wrong", ["forward", "a gradient", "unwritten", "dtype"])
-def test_what_is_wrong_is_found(operator: checks.Operator, wrong: str) -> None:
+def test_what_is_wrong_is_found(operator: checks.Check, wrong: str) -> None:
     def broken(case: Any, operands: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = operator.ours(case, operands)
         z = found["forward"]

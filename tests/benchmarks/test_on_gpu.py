@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from fastconv.benchmarks import checks, layer_lists, models, registry
-from fastconv.benchmarks.checks.operator import compare
+from fastconv.benchmarks.checks.check import compare
 from fastconv.benchmarks.measure import blocks, compile_first, network, operator_times, operators
 from fastconv.benchmarks.report.console import Progress
 from fastconv.measuring.clock import CudaClock
@@ -26,8 +26,8 @@ def progress() -> Progress:
     return Progress(Console(file=io.StringIO()))
 
 
-@pytest.mark.parametrize("operator", checks.OPERATORS, ids=lambda operator: operator.name)
-def test_each_operator_is_right_on_its_first_problem(operator: checks.Operator) -> None:
+@pytest.mark.parametrize("operator", checks.CHECKS, ids=lambda operator: operator.name)
+def test_each_operator_is_right_on_its_first_problem(operator: checks.Check) -> None:
     case = operator.cases[0]
     part = compile_first.compile_kernels(lambda: list(compare(operator, case, "tf32", GPU)))
     assert (part["verdict"], part["reason"]) == ("right", None)
@@ -53,11 +53,11 @@ def test_an_operator_of_each_entry_is_timed(progress: Progress, monkeypatch: pyt
     monkeypatch.setattr(operator_times, "DOUBTED", 0.0)  # so that every row is measured in the other way too
     entries = [dataclasses.replace(entry, batches=(4,)) for entry in registry.ENTRIES]
     first = {case.entry.name: case for case in registry.cases(entries, layer_lists.find, torch.bfloat16)[::-1]}
-    tasks = [operators.Task(case, registry.providers(case.entry.providers)) for case in first.values()]
-    bench = operator_times.Bench(torch.bfloat16, GPU, CudaClock())
-    compiled = compile_first.compile_kernels(lambda: operators.plan_each(tasks, bench))
+    races = [operators.Race(case, registry.providers(case.entry.providers)) for case in first.values()]
+    setup = operator_times.Setup(torch.bfloat16, GPU, CudaClock())
+    compiled = compile_first.compile_kernels(lambda: operators.plan_each(races, setup))
     assert (compiled["verdict"], compiled["reason"]) == ("right", None) and compiled["kernels"] > 0
-    parts = operators.measure(tasks, bench, 1e12, progress, lambda part: None)
+    parts = operators.measure(races, setup, 1e12, progress, lambda part: None)
     assert {part["id"] for part in parts} == {f"operators-{entry.name}" for entry in registry.ENTRIES}
     for part in parts:
         assert part["verdict"] == "right", part["reason"]

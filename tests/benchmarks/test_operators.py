@@ -30,7 +30,7 @@ from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave
 pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 CPU = torch.device("cpu")
-BENCH = operator_times.Bench(torch.bfloat16, CPU, HostClock())
+SETUP = operator_times.Setup(torch.bfloat16, CPU, HostClock())
 LIMITS = ceilings.Ceilings(bandwidth=4e12, matrix=8e14)
 
 
@@ -50,17 +50,17 @@ def progress() -> Progress:
     return Progress(Console(file=io.StringIO()))
 
 
-def tasks(*names: str, providers: tuple[str, ...] = ()) -> list[operators.Task]:
+def races(*names: str, providers: tuple[str, ...] = ()) -> list[operators.Race]:
     """One operator of each entry that a small network has."""
     layers = layer_lists.of(models.load("tests.cli.tiny:every_kind", 2, 9))
     entries = [dataclasses.replace(entry, lists=("tiny",), batches=(1,)) for entry in registry.entries(names)]
     found = registry.cases(entries, lambda name: layers, torch.bfloat16)
-    return [operators.Task(case, registry.providers(providers or case.entry.providers)) for case in found]
+    return [operators.Race(case, registry.providers(providers or case.entry.providers)) for case in found]
 
 
-def measured(chosen: list[operators.Task], progress: Progress, deadline: float = math.inf) -> dict[str, Part]:
+def measured(chosen: list[operators.Race], progress: Progress, deadline: float = math.inf) -> dict[str, Part]:
     saved: list[Part] = []
-    parts = operators.measure(chosen, BENCH, deadline, progress, saved.append)
+    parts = operators.measure(chosen, SETUP, deadline, progress, saved.append)
     assert len(saved) == len(chosen)
     for part in parts:
         check_part(part)
@@ -81,7 +81,7 @@ def test_every_entry_is_measured_here() -> None:
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_each_direction_is_compared_then_timed(name: str, progress: Progress) -> None:
-    (part,) = measured(tasks(name), progress).values()
+    (part,) = measured(races(name), progress).values()
     assert (part["id"], part["verdict"]) == (f"operators-{name}", "right"), part["reason"]
     assert part["copy_bandwidth"] > 0 and part["matrix_rate"] > 0
     rows = {row["direction"]: row for row in part["rows"]}
@@ -109,25 +109,25 @@ def test_each_direction_is_compared_then_timed(name: str, progress: Progress) ->
 
 
 def test_what_is_launched_is_found_without_data() -> None:
-    chosen = tasks()
+    chosen = races()
     with launch.record() as records:
-        operators.plan_each(chosen, BENCH)
+        operators.plan_each(chosen, SETUP)
     found = {record.launch.compile_key for record in records}
-    for task in chosen:
-        for row in task.rows:
+    for race in chosen:
+        for row in race.rows:
             assert row["status"] == "ok", row["reason"]
             with operator_times.conditions(CPU), launch.record() as records:
-                operands = drawn(task.case.operator, torch.bfloat16, CPU)
-                operator_times.compared(row, task.case.operator, registry.PROVIDERS[row["ours"]], operands)
+                operands = drawn(race.case.operator, torch.bfloat16, CPU)
+                operator_times.compared(row, race.case.operator, registry.PROVIDERS[row["ours"]], operands)
             assert {record.launch.compile_key for record in records} <= found
 
 
 def test_rows_without_time_and_wrong_ones_say_so(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    (part,) = measured(tasks("depthwise"), progress, 0.0).values()
+    (part,) = measured(races("depthwise"), progress, 0.0).values()
     assert {(row["status"], row["reason"]) for row in part["rows"]} == {("skipped", "no time left")}
     assert (part["verdict"], part["means"], part["families"]) == ("skipped", [], {})
 
-    again, right = tasks("depthwise"), fastconv.functional.conv2d
+    again, right = races("depthwise"), fastconv.functional.conv2d
     monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     (part,) = measured(again, progress).values()
     assert {row["status"] for row in part["rows"]} == {"wrong"}
@@ -148,7 +148,7 @@ def test_another_sides_failure_or_wrong_result_is_its_entry_and_the_rest_goes_on
 
     replaced(monkeypatch, EAGER_NCHW, lambda operator: out_of_memory)
     replaced(monkeypatch, COMPILED, lambda operator: lambda *given, **keywords: 2 * torch.conv2d(*given, **keywords))
-    (part,) = measured(tasks("dense"), progress).values()
+    (part,) = measured(races("dense"), progress).values()
     assert part["verdict"] == "right"
     for row in part["rows"]:
         entries = {entry["provider"]: entry for entry in row["providers"]}
@@ -163,7 +163,7 @@ def test_another_sides_failure_or_wrong_result_is_its_entry_and_the_rest_goes_on
 def test_where_the_yardstick_fails_ours_is_held_to_a_fixed_tolerance(
     factor: float, status: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen, ours, theirs = tasks("grouped", providers=(OURS, EAGER_NCHW)), fastconv.functional.conv2d, F.conv2d
+    chosen, ours, theirs = races("grouped", providers=(OURS, EAGER_NCHW)), fastconv.functional.conv2d, F.conv2d
 
     def no_workspace(x: torch.Tensor, *operands: Any, **keywords: Any) -> torch.Tensor:
         if x.dtype is torch.bfloat16:  # the reference is of a wider type
@@ -182,7 +182,7 @@ def test_where_the_yardstick_fails_ours_is_held_to_a_fixed_tolerance(
 
 
 def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = tasks("pool")
+    chosen = races("pool")
 
     def fails(*operands: Any, **keywords: Any) -> torch.Tensor:
         raise RuntimeError("CUDA error")
@@ -196,7 +196,7 @@ def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("name", "served"), [("dense", "skipped"), ("depthwise", "ok")])
 def test_one_family_alone_is_a_provider_of_its_own(name: str, served: str, progress: Progress) -> None:
     names = ("fastconv:gather", "fastconv:depthwise")
-    (part,) = measured(tasks(name, providers=names), progress).values()
+    (part,) = measured(races(name, providers=names), progress).values()
     assert part["verdict"] == "right"
     for row in part["rows"]:
         assert row["ours"] == "fastconv:gather"
@@ -208,13 +208,13 @@ def test_one_family_alone_is_a_provider_of_its_own(name: str, served: str, progr
 
 
 def test_a_family_that_serves_nothing_of_an_entry_is_skipped(progress: Progress) -> None:
-    (part,) = measured(tasks("dense", providers=("fastconv:depthwise",)), progress).values()
+    (part,) = measured(races("dense", providers=("fastconv:depthwise",)), progress).values()
     assert part["verdict"] == "skipped" and "8 input channels a group" in part["reason"]
 
 
 def test_a_row_is_of_the_first_provider_of_ours_that_serves_it(progress: Progress) -> None:
     names = ("fastconv:depthwise", OURS, "fastconv:gather")
-    (part,) = measured(tasks("grouped", providers=names), progress).values()
+    (part,) = measured(races("grouped", providers=names), progress).values()
     assert part["verdict"] == "right"
     for row in part["rows"]:
         entries = {entry["provider"]: entry for entry in row["providers"]}
@@ -228,11 +228,11 @@ def test_families_of_bulk_copies_are_measured(
 ) -> None:
     """As on a GPU that has them, which the interpreter's has not: planned, compared, timed, and all that again."""
     monkeypatch.setattr(operator_times, "DOUBTED", 0.0)
-    (task,) = tasks("dense", providers=(f"fastconv:{family}",))
+    (race,) = races("dense", providers=(f"fastconv:{family}",))
     shapes = (16, 16, 1, width), (16, 16, 1, width), None
-    task.case = dataclasses.replace(task.case, operator=dataclasses.replace(task.case.operator, shapes=shapes))
+    race.case = dataclasses.replace(race.case, operator=dataclasses.replace(race.case.operator, shapes=shapes))
     with dispatch.use_target(gpus.H200):
-        (part,) = measured([task], progress).values()
+        (part,) = measured([race], progress).values()
     assert part["verdict"] == "right", part["reason"]
     for row in part["rows"]:
         assert (row["family"], row["again"]["status"]) == (family, "ok")
@@ -250,9 +250,9 @@ def test_plain_fastconv_that_cannot_be_planned_is_a_failure(monkeypatch: pytest.
 
     monkeypatch.setattr(operators, "_plans", raising)
     for names, status in (((OURS, "fastconv:gather"), "failed"), (("fastconv:gather", OURS), "ok")):
-        (task,) = tasks("grouped", providers=names)
-        operators.plan_each([task], BENCH)
-        for row in task.rows:
+        (race,) = races("grouped", providers=names)
+        operators.plan_each([race], SETUP)
+        for row in race.rows:
             assert row["status"] == status
             assert {entry["provider"]: entry["status"] for entry in row["providers"]} == {OURS: "failed"}
 
@@ -261,7 +261,7 @@ def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, m
     monkeypatch.setattr(operators, "ROW_SECONDS", 0.0)
     monkeypatch.setattr(operators, "COMPILE_SECONDS", 1000.0)
     monkeypatch.setattr(operator_times, "COMPILE_SECONDS", 1000.0)
-    parts = measured(tasks("dense", "pool"), progress, time.monotonic() + 4500)
+    parts = measured(races("dense", "pool"), progress, time.monotonic() + 4500)
     statuses = {
         name: {entry["status"] for row in part["rows"] for entry in row["providers"] if entry["provider"] == COMPILED}
         for name, part in parts.items()
@@ -275,16 +275,16 @@ def test_torch_compile_has_its_share_where_not_every_row_can_be_measured(
     granted: list[float] = []
     monkeypatch.setattr(operators, "ROW_SECONDS", 600.0)
     monkeypatch.setattr(operators, "_typical", lambda seconds, guess: guess)
-    monkeypatch.setattr(operators, "_measure_task", lambda *given: granted.append(given[-1] - time.monotonic()))
+    monkeypatch.setattr(operators, "_measure_race", lambda *given: granted.append(given[-1] - time.monotonic()))
     # For 3 rows, in which case half of the time is for pools and for each entry's first case.
-    measured(tasks("pool", "depthwise") + tasks("pool", "depthwise"), progress, time.monotonic() + 2000)
+    measured(races("pool", "depthwise") + races("pool", "depthwise"), progress, time.monotonic() + 2000)
     assert granted == pytest.approx([1000, 1000, 1000, 0], abs=5)
 
 
 def test_torch_compile_is_first_planned_where_it_is_owed() -> None:
-    dense, pool, again = tasks("dense") + tasks("pool") + tasks("dense")
-    for task in (dense, pool, again):
-        task.rows = [{"providers": []} for _ in range(4)]
+    dense, pool, again = races("dense") + races("pool") + races("dense")
+    for race in (dense, pool, again):
+        race.rows = [{"providers": []} for _ in range(4)]
     pace = operators.Pace(share=20.0, rows=[1.0] * 6, compiled=[3.0] * 6)
     assert pace.for_compiling([dense, pool, again], True, 100.0) == 100 - 12 - 12  # there is time for all
     assert pace.for_compiling([pool, again], True, 100.0) == 100 - 8
@@ -301,7 +301,7 @@ def test_what_is_much_faster_than_eager_is_measured_in_another_way(
     progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operator_times, "DOUBTED", 0.0)
-    (part,) = measured(tasks("first-layer", providers=(OURS,)), progress).values()
+    (part,) = measured(races("first-layer", providers=(OURS,)), progress).values()
     for row in part["rows"]:
         times = {entry["provider"]: entry["ms"]["median"] for entry in row["providers"]}
         assert row["again"]["status"] == "ok" and row["again"]["copies"] == 2
@@ -318,12 +318,12 @@ def test_a_clock_alone_has_the_hosts_time_in_it(monkeypatch: pytest.MonkeyPatch)
         asked[alone] += cold
         return Sample(7.0 if alone else 3.0, 0.1)
 
-    (task,) = tasks("pool", providers=(OURS,))
-    operators.plan_each([task], BENCH)
+    (race,) = races("pool", providers=(OURS,))
+    operators.plan_each([race], SETUP)
     with operator_times.conditions(CPU):
-        bench = dataclasses.replace(BENCH, clock=clock)
-        operator_times.measure_row(task.rows[0], task.case.operator, task.providers, bench, math.inf, math.inf)
-    for entry in task.rows[0]["providers"]:
+        setup = dataclasses.replace(SETUP, clock=clock)
+        operator_times.measure_row(race.rows[0], race.case.operator, race.providers, setup, math.inf, math.inf)
+    for entry in race.rows[0]["providers"]:
         assert (entry["ms"]["median"], entry["alone_ms"]["median"]) == (3.0, 7.0)
     assert asked == {False: 3, True: 2}  # the yardstick's once more
 
@@ -430,18 +430,18 @@ def test_a_target_is_met_where_every_layer_was_measured_and_none_is_slow(
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad", "together"])
 def test_a_direction_gives_what_it_is_named_for(direction: str) -> None:
-    (task,) = tasks("grouped")
-    operands = drawn(task.case.operator, torch.float32, CPU)
+    (race,) = races("grouped")
+    operands = drawn(race.case.operator, torch.float32, CPU)
     expected = {
         "fprop": ["output"],
         "dgrad": ["input"],
         "wgrad": ["weight"],
         "together": ["output", "input", "weight", "bias"],
     }
-    found = exact(task.case.operator, direction, operands)
+    found = exact(race.case.operator, direction, operands)
     assert list(found) == expected[direction]
-    shapes = {"output": task.case.operator.output, "input": task.case.operator.input}
-    shapes |= dict(zip(("weight", "bias"), task.case.operator.shapes[1:], strict=True))
+    shapes = {"output": race.case.operator.output, "input": race.case.operator.input}
+    shapes |= dict(zip(("weight", "bias"), race.case.operator.shapes[1:], strict=True))
     for name, tensor in found.items():
         assert tensor.dtype == torch.float64 and tuple(tensor.shape) == shapes[name] and not tensor.requires_grad
 
@@ -454,6 +454,6 @@ def test_ceilings_are_rates_of_what_the_clock_says() -> None:
 
 
 def test_layers_of_a_network_that_does_not_run_without_data_are_refused() -> None:
-    subject = models.load("tests.cli.tiny:large", 1, 4)
+    loaded = models.load("tests.cli.tiny:large", 1, 4)
     with pytest.raises(ValueError, match=r"layers of tests.cli.tiny:large cannot be listed without data"):
-        layer_lists.of(subject)
+        layer_lists.of(loaded)

@@ -230,12 +230,12 @@ def test_a_compiler_that_does_not_end_is_stopped(
 @pytest.fixture
 def block() -> blocks.Block:
     layers = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    return blocks.Block(models.Subject("tiny", layers, (2, 8, 6, 6)), (2, 16, 6, 6), needs_dx=True)
+    return blocks.Block(models.LoadedModel("tiny", layers, (2, 8, 6, 6)), (2, 16, 6, 6), needs_dx=True)
 
 
 def test_a_block_has_the_shapes_of_its_network() -> None:
     (block,) = blocks.load_blocks(blocks.DRY, 1, 32)
-    assert block.subject.input_shape == (1, 64, 8, 8) and block.output_shape == (1, 128, 4, 4) and block.needs_dx
+    assert block.loaded.input_shape == (1, 64, 8, 8) and block.output_shape == (1, 128, 4, 4) and block.needs_dx
 
 
 def block_part(block: blocks.Block, progress: Progress, deadline: float = math.inf) -> Part:
@@ -299,12 +299,12 @@ def test_blocks_without_time_and_wrong_blocks_are_rows(
 
 @pytest.mark.slow
 def test_blocks_have_the_shapes_of_their_networks() -> None:
-    found = {block.subject.name: block for block in blocks.load_blocks(blocks.BLOCKS, 64, None)}
+    found = {block.loaded.name: block for block in blocks.load_blocks(blocks.BLOCKS, 64, None)}
     assert len(found) == len(blocks.BLOCKS)
-    assert found["resnet50 layer4.0"].subject.input_shape == (64, 1024, 14, 14)
+    assert found["resnet50 layer4.0"].loaded.input_shape == (64, 1024, 14, 14)
     assert found["resnet50 layer4.0"].output_shape == (64, 2048, 7, 7)
-    assert found["vgg16_bn features.40:43"].subject.input_shape == (64, 512, 14, 14)
-    assert [type(layer).__name__ for layer in found["vgg16_bn features.7:10"].subject.model] == [
+    assert found["vgg16_bn features.40:43"].loaded.input_shape == (64, 512, 14, 14)
+    assert [type(layer).__name__ for layer in found["vgg16_bn features.7:10"].loaded.model] == [
         *("Conv2d", "BatchNorm2d", "ReLU")
     ]
     assert [name for name, block in found.items() if not block.needs_dx] == ["vgg16_bn features.0:3"]

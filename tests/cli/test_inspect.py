@@ -22,7 +22,8 @@ from fastconv.autotune.gpus import A100, B200, H200, RTX5090
 from fastconv.cli import inspect_operator, interpreter, run
 from fastconv.cli.errors import BadUsage
 from fastconv.cli.inspect import draw
-from fastconv.cli.inspect_operator import Call, Considered, Fused, Inspected, _best, _passes
+from fastconv.cli.inspect_operator import Considered, Fused, Inspected, _best, _passes
+from fastconv.cli.inspect_operator import OperatorCall as Call
 from fastconv.kernels import mend
 from fastconv.kernels.tiles import GATHER
 from fastconv.traffic import Pass

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class CheckCase:
     """A problem: a way in which an index, a mask or a tail can be wrong. Operators add what theirs need."""
 
     name: str
@@ -29,7 +29,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operator:
+class Check:
     """One operator in one way of use.
 
     ``operands(case, dtype, device)`` draws its operands by name, in their layouts, always the same values. ``ours`` and
@@ -61,15 +61,15 @@ def precisions(device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
     return names if device.type == "cuda" else {name: value for name, value in names.items() if name != "tf32"}
 
 
-def compare(operator: Operator, case: Case, precision: str, device: torch.device) -> Iterator[Row]:
+def compare(check: Check, case: CheckCase, precision: str, device: torch.device) -> Iterator[Row]:
     """Every result and gradient of ``case`` against PyTorch in fp64 on the same values, with the kernels that computed
     it. Memory that the kernels are given holds NaNs."""
     dtype, eps = precisions(device)[precision]
-    operands = operator.operands(case, dtype, device)
-    leaves = [] if operator.gradients == "none" else [name for name in operands if name not in operator.constants]
-    exact, seed = _exact(operator, case, operands, leaves)
+    operands = check.operands(case, dtype, device)
+    leaves = [] if check.gradients == "none" else [name for name in operands if name not in check.constants]
+    exact, seed = _exact(check, case, operands, leaves)
     seed = seed.to(device, dtype)
-    groups = [leaves] if operator.gradients == "together" else [[], *([leaf] for leaf in leaves)]
+    groups = [leaves] if check.gradients == "together" else [[], *([leaf] for leaf in leaves)]
     results: dict[str, tuple[torch.Tensor, list[str]]] = {}
     with (
         fastconv.settings(strict=True, prefer="triton"),
@@ -79,7 +79,7 @@ def compare(operator: Operator, case: Case, precision: str, device: torch.device
         for group in groups:
             given = {name: value.detach().requires_grad_(name in group) for name, value in operands.items()}
             with launch.record() as records:
-                computed = operator.ours(case, given)
+                computed = check.ours(case, given)
             names = [record.name for record in records]
             # The first group's: a call that saves nothing for gradients, where there is one.
             results = results or {name: (value.detach(), names) for name, value in computed.items()}
@@ -91,15 +91,15 @@ def compare(operator: Operator, case: Case, precision: str, device: torch.device
             names = [record.name for record in records]
             results |= {gradient_of(name): (value, names) for name, value in zip(group, found, strict=True)}
     first = next(iter(exact))
-    depths = operator.depths(case, exact[first])
+    depths = check.depths(case, exact[first])
     for name, reference in exact.items():
         value, names = results[name]
         # What is wider than the operands is not rounded to their type; indices are not rounded at all.
         floating = value.dtype.is_floating_point
         unit = eps if value.dtype == dtype else torch.finfo(value.dtype).eps if floating else 0.0
-        error, bound = max_error(value.cpu(), reference), tolerance(operator.stored * unit, depths.get(name, 1))
+        error, bound = max_error(value.cpu(), reference), tolerance(check.stored * unit, depths.get(name, 1))
         yield {
-            "operator": operator.name,
+            "operator": check.name,
             "case": case.name,
             "result": name,
             "precision": precision,
@@ -119,13 +119,13 @@ def gradient_of(operand: str) -> str:
 
 
 def _exact(
-    operator: Operator, case: Case, operands: Tensors, leaves: list[str]
+    check: Check, case: CheckCase, operands: Tensors, leaves: list[str]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """PyTorch's results and gradients in fp64, and the output's gradient that they are for."""
     wide = {name: value.detach().cpu().double().requires_grad_(name in leaves) for name, value in operands.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using padding='same'")  # about a copy that PyTorch makes
-        exact = operator.theirs(case, wide)
+        exact = check.theirs(case, wide)
     output = next(iter(exact.values()))
     # Exact in every type that is checked.
     seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
