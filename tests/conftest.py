@@ -12,6 +12,14 @@ import hypothesis
 import pytest
 import torch
 
+from fastconv.kernels import mend
+
+if mend.interpreting():
+    from quick_interpreter import quicken
+
+    mend.apply()
+    quicken()
+
 # Tests measure no time; a first call that imports or interprets is slow by right.
 hypothesis.settings.register_profile("fastconv", deadline=None)
 hypothesis.settings.load_profile("fastconv")
