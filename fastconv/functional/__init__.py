@@ -7,14 +7,7 @@ a compiled model. The kernel is chosen inside the operator.
 from __future__ import annotations
 
 from fastconv.arguments import why_not_served
-from fastconv.functional.conv import (
-    conv1d,
-    conv2d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-)
+from fastconv.functional.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from fastconv.functional.conv_bn_act import (
     conv1d_bn_act,
     conv2d_bn_act,

@@ -17,18 +17,43 @@ MakeNorm = Callable[[int], torch.nn.Module]
 
 
 class ConvBNAct(torch.nn.Module):
-    """Children ``conv``, ``bn`` and ``act`` (None: none), which may be hooked, replaced and loaded as any."""
+    """Children ``conv``, ``bn`` and ``act`` (None: none), which may be hooked, replaced and loaded as any.
 
-    def __init__(self, conv: Any, norm: MakeNorm, act: str | torch.nn.Module | None) -> None:
+    The arguments of torch.nn's convolution, but no bias unless asked for, since batch norm subtracts the mean.
+    ``norm``: makes the batch norm for a number of channels, None: torch.nn's of the same rank; ``act``: a name, a
+    module or None. Raises ValueError on another name, else what the modules raise.
+    """
+
+    _conv: Any
+    _norm: MakeNorm
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        norm: MakeNorm | None = None,
+        act: str | torch.nn.Module | None = "relu",
+    ) -> None:
         super().__init__()
         if isinstance(act, str) and act not in NAMED:
             raise ValueError(f"act must be a module, None or one of {', '.join(NAMED)}, but got {act!r}")
-        self.conv = conv
-        self.bn = norm(conv.out_channels).to(conv.weight.device, conv.weight.dtype)
+        shape = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
+        self.conv = self._conv(*shape, bias, padding_mode, device, dtype)
+        self.bn = (norm or self._norm)(out_channels).to(self.conv.weight.device, self.conv.weight.dtype)
         self.act = NAMED[act].module() if isinstance(act, str) else act
 
     def steps(self, residual: Tensor | None = None) -> Steps:
-        """What it does to its convolution's result."""
+        """The steps on the convolution's result."""
         added: Steps = () if residual is None else (("+", residual),)
         return ("norm", self.bn), *added, *(() if self.act is None else (("act", self.act),))
 
@@ -47,85 +72,28 @@ ConvBNAct.forward.continued = _continued  # type: ignore[attr-defined]
 class ConvBNAct1d(ConvBNAct):
     """``act(bn(conv(x)) + residual)``: x [N, C, W], residual, if any, as the result [N, K, Q].
 
-    torch.nn.Conv1d's arguments, but no bias unless asked for (batch norm takes the mean away again); ``norm``:
-    what makes the batch norm of so many channels; ``act``: a name, a module or None. Raises what the modules raise.
+    Arguments: `ConvBNAct`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: str | Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = False,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        norm: MakeNorm = torch.nn.BatchNorm1d,
-        act: str | torch.nn.Module | None = "relu",
-    ) -> None:
-        shape = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        super().__init__(Conv1d(*shape, bias, padding_mode, device, dtype), norm, act)  # type: ignore[arg-type]
+    _conv, _norm = Conv1d, torch.nn.BatchNorm1d
 
 
 class ConvBNAct2d(ConvBNAct):
     """``act(bn(conv(x)) + residual)``: x [N, C, H, W], residual, if any, as the result [N, K, P, Q].
 
-    torch.nn.Conv2d's arguments, but no bias unless asked for (batch norm takes the mean away again); ``norm``:
-    what makes the batch norm of so many channels; ``act``: a name, a module or None. Raises what the modules raise.
+    Arguments: `ConvBNAct`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: str | Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = False,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        norm: MakeNorm = torch.nn.BatchNorm2d,
-        act: str | torch.nn.Module | None = "relu",
-    ) -> None:
-        shape = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        super().__init__(Conv2d(*shape, bias, padding_mode, device, dtype), norm, act)  # type: ignore[arg-type]
+    _conv, _norm = Conv2d, torch.nn.BatchNorm2d
 
 
 class ConvBNAct3d(ConvBNAct):
     """``act(bn(conv(x)) + residual)``: x [N, C, D, H, W], residual, if any, as the result [N, K, O, P, Q].
 
-    torch.nn.Conv3d's arguments, but no bias unless asked for (batch norm takes the mean away again); ``norm``:
-    what makes the batch norm of so many channels; ``act``: a name, a module or None. Raises what the modules raise.
+    Arguments: `ConvBNAct`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: str | Size = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = False,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        norm: MakeNorm = torch.nn.BatchNorm3d,
-        act: str | torch.nn.Module | None = "relu",
-    ) -> None:
-        shape = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        super().__init__(Conv3d(*shape, bias, padding_mode, device, dtype), norm, act)  # type: ignore[arg-type]
+    _conv, _norm = Conv3d, torch.nn.BatchNorm3d
 
 
 torch.serialization.add_safe_globals([ConvBNAct1d, ConvBNAct2d, ConvBNAct3d])

@@ -18,19 +18,7 @@ from torch import Tensor, nn
 import fastconv
 from fastconv import nn as ours
 from fastconv.kernels import mend
-from fusing import (
-    BN1,
-    DEVICE,
-    Block,
-    Unit,
-    added_to,
-    assert_same,
-    images,
-    no_activation,
-    pair,
-    residual,
-    sequence,
-)
+from fusing import BN1, DEVICE, Block, Unit, added_to, assert_same, images, no_activation, pair, residual, sequence
 
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
 

@@ -28,18 +28,7 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv.kernels import mend
-from fusing import (
-    BN1,
-    DEVICE,
-    Block,
-    Unit,
-    assert_same,
-    images,
-    pair,
-    plain_block,
-    sequence,
-    step,
-)
+from fusing import BN1, DEVICE, Block, Unit, assert_same, images, pair, plain_block, sequence, step
 
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
 

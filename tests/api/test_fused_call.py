@@ -14,17 +14,7 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv.kernels import mend
-from fusing import (
-    BN1,
-    BN2,
-    DEVICE,
-    Block,
-    assert_same,
-    by_type,
-    images,
-    pair,
-    plain_block,
-)
+from fusing import BN1, BN2, DEVICE, Block, assert_same, by_type, images, pair, plain_block
 from plainly import fused_by_torch
 
 pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
