@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fastconv.activations import has_fused_form
+from fastconv.fuse import writes
 from fastconv.fuse.fused import (
     ADD,
     CONVS,
@@ -35,16 +36,6 @@ from fastconv.fuse.fused import (
 )
 from fastconv.fuse.stand_ins import Untraceable, class_of, path_of
 from fastconv.fuse.trace import Kinds, Trace, parameters, trace
-from fastconv.fuse.writes import (
-    is_identity,
-    kept,
-    may_write,
-    module_may_write,
-    needs_no_sum,
-    norms_in,
-    only_computes,
-    share_norms,
-)
 from fastconv.nn.fused import ConvBNAct
 from fastconv.nn.fused_call import NORMS, does
 
@@ -335,8 +326,10 @@ class _Search:
         and a module that is not known may do anything."""
         moved = self._called(nodes[0])
         others = self._passed(nodes)
-        known = isinstance(moved, CONVS) or not others or only_computes(moved)
-        return not known or any(may_write(node, self.module) for node in others) or self._is_seen_on_the_way(nodes)
+        known = isinstance(moved, CONVS) or not others or writes.only_computes(moved)
+        return (
+            not known or any(writes.may_write(node, self.module) for node in others) or self._is_seen_on_the_way(nodes)
+        )
 
     def _is_seen_on_the_way(self, nodes: list[Node]) -> bool:
         """Whether statistics that ``nodes`` update are updated or read by others before the last of them is called."""
@@ -344,7 +337,7 @@ class _Search:
         if any(others for _, others in passed) and any(map(self._is_of_norm, self.order)):
             return True
         return any(
-            share_norms(self._called(norm), self._called(node))
+            writes.share_norms(self._called(norm), self._called(node))
             for norm, others in passed
             for node in others
             if node.op == "call_module"
@@ -361,36 +354,36 @@ class _Search:
         return [
             (norm, [node for node in others if self.order[node] > self.order[norm]])
             for norm in nodes
-            if norm.op == "call_module" and norms_in(self._called(norm))
+            if norm.op == "call_module" and writes.norms_in(self._called(norm))
         ]
 
     def _rely_on_what_is_passed(self, nodes: list[Node]) -> None:
         """Require at each call what `_may_not_move` finds out about modules, which may be replaced or set otherwise."""
         for node in self._between(nodes):
             if self._calls_identity(node):
-                self._require(is_identity, True, node, "is no Identity any more")
+                self._require(writes.is_identity, True, node, "is no Identity any more")
             elif node.op == "call_module":
-                self._require(module_may_write, False, node, "may write in place")
+                self._require(writes.module_may_write, False, node, "may write in place")
         if not isinstance(self._called(nodes[0]), CONVS) and self._passed(nodes):
-            self._require(only_computes, True, nodes[0], "is another module now")
+            self._require(writes.only_computes, True, nodes[0], "is another module now")
         for norm, passed in self._passed_by_norms(nodes):
             for node in passed:
                 if node.op != "call_module":
                     continue
                 paths = f"{path_of(str(norm.target))}, {path_of(str(node.target))}"
                 shared = f"{norm.target} and {node.target} share a batch norm now"
-                self.guards.require(f"not {self.guards.name(share_norms)}({paths})", shared)
+                self.guards.require(f"not {self.guards.name(writes.share_norms)}({paths})", shared)
 
     def _rely_on_what_is_kept(self, steps: list[Step], last: Node) -> None:
         """Require at each call what `_is_kept_and_written` finds out about modules."""
-        added, act = kept(steps)
+        added, act = writes.kept(steps)
         if added is None or act is None:
             return
         for user in self._later(added, last):
             if user.op == "call_module":
-                self._require(module_may_write, False, user, "may write in place")
-            elif isinstance(act, str) and may_write(user, self.module):
-                test = f"{self.guards.name(needs_no_sum)}({path_of(act)})"
+                self._require(writes.module_may_write, False, user, "may write in place")
+            elif isinstance(act, str) and writes.may_write(user, self.module):
+                test = f"{self.guards.name(writes.needs_no_sum)}({path_of(act)})"
                 self.guards.require(test, f"{act} is another module now")
 
     def _require(self, question: Callable[[Any], bool], answer: bool, node: Node, otherwise: str) -> None:
@@ -405,16 +398,16 @@ class _Search:
         return [node for node in between if node not in nodes and (reads or node.op != "get_attr")]
 
     def _calls_identity(self, node: Node) -> bool:
-        return node.op == "call_module" and is_identity(self._called(node))
+        return node.op == "call_module" and writes.is_identity(self._called(node))
 
     def _is_kept_and_written(self, steps: list[Step], last: Node) -> bool:
         """Whether the fused call would keep for backward what is added, and it may be written in place afterwards."""
-        added, act = kept(steps)
+        added, act = writes.kept(steps)
         if added is None or act is None:
             return False
-        if needs_no_sum(self.module.get_submodule(act) if isinstance(act, str) else act):
+        if writes.needs_no_sum(self.module.get_submodule(act) if isinstance(act, str) else act):
             return False
-        return any(may_write(user, self.module) for user in self._later(added, last))
+        return any(writes.may_write(user, self.module) for user in self._later(added, last))
 
     def _later(self, value: Node, last: Node) -> list[Node]:
         return [user for user in value.users if self.order[user] > self.order[last]]

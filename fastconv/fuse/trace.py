@@ -24,30 +24,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from fastconv.fuse import source
-from fastconv.fuse.allowed import (
-    ANSWER_TRULY,
-    ARITHMETIC,
-    CONTAINERS_CODE,
-    GIVE_TENSORS,
-    JOIN,
-    MISSING,
-    OWN,
-    PURE,
-    READING,
-    STATES,
-    TORCH,
-    WRITING,
-    are_distinct,
-    forward_of,
-    holds_value,
-    in_classes,
-    is_argument,
-    is_of,
-    is_single,
-    is_torchs,
-    kind_of,
-)
+from fastconv.fuse import allowed, source
 from fastconv.fuse.guards import CONTAINERS, Guards, is_constant, is_constant_throughout
 from fastconv.fuse.stand_ins import Gone, Names, NotSet, Parent, Part, Reference, Untraceable, Value, class_of, unpacked
 
@@ -186,7 +163,7 @@ class _Tracer(GraphAppendingTracer):
             self.guards.is_still(path, value, shown)
             return value
         if is_constant_throughout(value):
-            self._must_be_settled(owner, shown, type(value) in OWN)
+            self._must_be_settled(owner, shown, type(value) in allowed.OWN)
             self.guards.is_still(path, value, shown)
             return self._lend(value, shown)
         return Reference(self, value, path, shown)
@@ -252,12 +229,12 @@ class _Tracer(GraphAppendingTracer):
                 return self.seen(vars(value)[name], path, shown)
             raise Untraceable(f"reads {shown}, which is not there")
         if isinstance(value, type):
-            raw = in_classes(value.__mro__, name, shown)
+            raw = allowed.in_classes(value.__mro__, name, shown)
             return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown)
         kind = class_of(value) if isinstance(value, torch.nn.Module) else type(value)
         if kind.__getattribute__ not in (object.__getattribute__, SimpleNamespace.__getattribute__):
             raise Untraceable(f"reads {shown}, which its class finds in a way of its own")
-        raw = in_classes(kind.__mro__, name, shown, MISSING)
+        raw = allowed.in_classes(kind.__mro__, name, shown, allowed.MISSING)
         if isinstance(raw, property) and isinstance(raw.fget, FunctionType):
             self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(raw)}", f"{shown} is patched")
             return self.run(raw.fget, (owner,), {})
@@ -270,7 +247,7 @@ class _Tracer(GraphAppendingTracer):
             return self._of_instance(owner, own[name], path, shown, f"{owner.path}.__dict__[{name!r}]")
         if isinstance(raw, FunctionType):
             return Reference(self, raw, path, shown, receiver=owner)
-        if raw is not MISSING:
+        if raw is not allowed.MISSING:
             return self._of_class(raw.__func__ if isinstance(raw, staticmethod) else raw, path, shown, owner)
         if isinstance(value, torch.nn.Module) and kind.__getattr__ is torch.nn.Module.__getattr__:
             if name in value._modules:
@@ -331,9 +308,9 @@ class _Tracer(GraphAppendingTracer):
             return self._call_partial(function, args, kwargs)
         if function.path != self.guards.name(value):
             self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
-        if id(value) in PURE:
+        if id(value) in allowed.PURE:
             return value(*args, **kwargs)
-        if id(value) in WRITING:
+        if id(value) in allowed.WRITING:
             return value(*map(self.text, args), **{name: self.text(arg) for name, arg in kwargs.items()})
         if value is torch.is_tensor:
             return self.is_instance(args[0], Reference(self, Tensor, self.guards.name(Tensor), "Tensor"))
@@ -342,22 +319,22 @@ class _Tracer(GraphAppendingTracer):
                 return answer(*args)
         if value is super and len(args) == 2 and all(isinstance(arg, Reference) for arg in args):
             return Parent(args[0].value, args[1])
-        if any(value is state for state in STATES):
+        if any(value is state for state in allowed.STATES):
             answer, said = value(), f"{function.shown}() is not {value()} any more"
             self.guards.require(f"{self.guards.name(value)}() is {answer}", said)
             return answer
-        if is_of(operator, value) or is_of(math, value):
-            if any(type(arg) in OWN for arg in args):
+        if allowed.is_of(operator, value) or allowed.is_of(math, value):
+            if any(type(arg) in allowed.OWN for arg in args):
                 raise Untraceable(f"calls {function.shown} with a {type(args[0]).__name__}")
-            if any(map(holds_value, (args, kwargs))):
+            if any(map(allowed.holds_value, (args, kwargs))):
                 return self.create_proxy("call_function", value, args, kwargs)
             if all(map(is_constant, args)) and not kwargs:
                 return value(*args)
-        elif any(is_of(module, value) for module in TORCH):
-            if any(map(holds_value, (args, kwargs))):
-                self.asked |= any(value is joins for joins in JOIN) and is_argument(*args[:1])
+        elif any(allowed.is_of(module, value) for module in allowed.TORCH):
+            if any(map(allowed.holds_value, (args, kwargs))):
+                self.asked |= any(value is joins for joins in allowed.JOIN) and allowed.is_argument(*args[:1])
                 return self.create_proxy("call_function", value, args, kwargs)
-        elif isinstance(value, FunctionType) and not is_torchs(value):
+        elif isinstance(value, FunctionType) and not allowed.is_torchs(value):
             return self.run(value, args, kwargs)
         elif isinstance(value, type):
             raise Untraceable(f"makes a {value.__name__}")
@@ -375,7 +352,7 @@ class _Tracer(GraphAppendingTracer):
         owner = method.__self__
         if isinstance(owner, str):
             args, kwargs = tuple(map(self.text, args)), {name: self.text(arg) for name, arg in kwargs.items()}
-        elif id(owner) in self.lent and method.__name__ not in READING:
+        elif id(owner) in self.lent and method.__name__ not in allowed.READING:
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
         return method(*args, **kwargs)
 
@@ -405,7 +382,7 @@ class _Tracer(GraphAppendingTracer):
     def _call_bound(self, method: Reference, args: Any, kwargs: Any) -> Any:
         value, receiver = method.value, method.receiver
         if method.path and value.__name__ == "forward" and isinstance(receiver.value, torch.nn.Module):
-            test = f"{self.guards.name(forward_of)}({receiver.path}) is {self.guards.name(value)}"
+            test = f"{self.guards.name(allowed.forward_of)}({receiver.path}) is {self.guards.name(value)}"
             self.guards.require(test, f"{method.shown} is patched")
         elif method.path:
             self.guards.require(f"{method.path}.__func__ is {self.guards.name(value)}", f"{method.shown} is patched")
@@ -416,15 +393,15 @@ class _Tracer(GraphAppendingTracer):
                 return list(children.items() if name == "named_children" else children.values())
             if value is getattr(torch.nn.ModuleDict, name, None) and name in ("items", "keys", "values"):
                 return list(getattr(receiver.children(), name)())
-        if is_torchs(value) and value.__globals__["__name__"] != CONTAINERS_CODE:
+        if allowed.is_torchs(value) and value.__globals__["__name__"] != allowed.CONTAINERS_CODE:
             raise Untraceable(f"calls {method.shown}")
         return self.run(value, (receiver, *args), kwargs)
 
     def _once_each(self, module: Reference) -> dict[str, Any]:
         """The children of ``module``, none of which is there twice or None."""
-        if not are_distinct(module.value):
+        if not allowed.are_distinct(module.value):
             raise Untraceable(f"goes through {module.shown}'s children, of which two are one or one is None")
-        test = f"{self.guards.name(are_distinct)}({module.path})"
+        test = f"{self.guards.name(allowed.are_distinct)}({module.path})"
         self.guards.require(test, f"two children of {module.shown} are one now, or one is None")
         return module.children()
 
@@ -436,7 +413,7 @@ class _Tracer(GraphAppendingTracer):
         kind = value.kind
         if kind is None and value.made_by is not None:
             kind = self._kind_given_by(*value.made_by)
-        elif kind is None and value.node.target in ARITHMETIC and value.node.args[0] in self.values:
+        elif kind is None and value.node.target in allowed.ARITHMETIC and value.node.args[0] in self.values:
             kind = Tensor if self._kind_of(self.values[value.node.args[0]]) is Tensor else None
         if kind is None:
             raise Untraceable(f"asks what {value.node.name} is")
@@ -445,20 +422,22 @@ class _Tracer(GraphAppendingTracer):
 
     def _kind_given_by(self, module: Reference, args: tuple[Any, ...]) -> type | None:
         """The type of what ``module`` gives for arguments like ``args``, as long as the guards hold that this adds."""
-        kind, forward = class_of(module.value), forward_of(module.value)
+        kind, forward = class_of(module.value), allowed.forward_of(module.value)
         self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
         # Only these hooks can replace the result.
         hooks = torch.nn.modules.module._global_forward_hooks
         self.guards.require(f"not {self.guards.name(hooks)}", "a hook on every module")
         unhooked = f"not {module.path}._forward_hooks and 'forward' not in {module.path}.__dict__"
         self.guards.require(unhooked, f"a hook or a forward of its own on {module.shown}")
-        if isinstance(module.value, GIVE_TENSORS):
+        if isinstance(module.value, allowed.GIVE_TENSORS):
             return Tensor
         if not isinstance(forward, FunctionType):
             return None
         graph, self.graph = self.graph, Graph()
         try:
-            values = [arg if is_constant(arg) else self._argument(f"x{i}", kind_of(arg)) for i, arg in enumerate(args)]
+            values = [
+                arg if is_constant(arg) else self._argument(f"x{i}", allowed.kind_of(arg)) for i, arg in enumerate(args)
+            ]
             result = self._call_bound(
                 Reference(self, forward, "", f"{module.shown}.forward", receiver=module), values, {}
             )
@@ -474,14 +453,14 @@ class _Tracer(GraphAppendingTracer):
     def is_instance(self, value: Any, kinds: Any) -> bool:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         # A metaclass may answer as it likes.
-        if not all(isinstance(kind, Reference) and type(kind.value) in ANSWER_TRULY for kind in kinds):
+        if not all(isinstance(kind, Reference) and type(kind.value) in allowed.ANSWER_TRULY for kind in kinds):
             raise Untraceable("calls isinstance in a way that is not known")
         for kind in kinds:
             self.guards.require(f"{kind.path} is {self.guards.name(kind.value)}", f"{kind.shown} is another class now")
         classes = tuple(kind.value for kind in kinds)
         if isinstance(value, Proxy):
             kind = self._kind_of(value)
-            self.asked |= is_argument(value)
+            self.asked |= allowed.is_argument(value)
             if not set(classes) <= {Tensor, list, tuple, dict, OrderedDict, set, str, int, float, bool}:
                 raise Untraceable(f"asks whether {value.node.name} is a {classes[0].__name__}")
             return issubclass(kind, classes)
@@ -516,14 +495,14 @@ class _Tracer(GraphAppendingTracer):
     def is_same(self, a: Any, b: Any) -> bool:
         if type(a) is type(b) and type(a) in (int, float, str):
             raise Untraceable("compares numbers or strings by identity")
-        if a is b or (is_single(a) and is_single(b)):
+        if a is b or (allowed.is_single(a) and allowed.is_single(b)):
             return a is b
         if isinstance(a, Reference) and isinstance(b, Reference):
             same = a.value is b.value
             self.guards.require(f"({a.path} is {b.path}) is {same}", f"{a.shown} is {b.shown} no more, or now")
             return same
         for value, other in ((a, b), (b, a)):
-            if not is_single(other):
+            if not allowed.is_single(other):
                 continue
             if isinstance(value, Reference):
                 return value.is_one(other)
@@ -555,7 +534,7 @@ class _Tracer(GraphAppendingTracer):
         """``owner``, whose item is set."""
         if id(owner) in self.lent:
             raise Untraceable(f"changes {self.lent[id(owner)][1]}")
-        if type(owner) in OWN:
+        if type(owner) in allowed.OWN:
             return owner
         return NotSet(owner.shown if isinstance(owner, Reference) else "an item of a value")
 

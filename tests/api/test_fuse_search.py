@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastconv
+from fastconv import nn as ours
 from fastconv.kernels import mend
 from fusing import (
     BN1,
     BN2,
+    DEVICE,
     Block,
+    Unit,
+    added_to,
     assert_same,
     by_type,
     images,
@@ -29,6 +35,8 @@ from fusing import (
     no_activation,
     pair,
     plain_block,
+    residual,
+    sequence,
     twice,
 )
 
@@ -282,3 +290,375 @@ def test_a_shortcut_that_is_written_in_place(calls: list[Any]) -> None:
     with torch.no_grad():
         model(a), plain(b)
     assert torch.equal(a, b) and not torch.equal(a, images())
+
+
+# Fused layers that continue in the module that calls the one they end
+
+
+class Depth(nn.Module):
+    """As torchvision's, which is let pass by its name."""
+
+    __module__, __qualname__ = "torchvision.ops.stochastic_depth", "StochasticDepth"
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.p if self.training and self.p else x
+
+
+Depth.__name__ = "StochasticDepth"
+
+
+def act_of_sum(m: Any, x: Any) -> Any:
+    y = m.f(x)
+    y += x
+    return m.relu(y)
+
+
+def both_children(m: Any, x: Any) -> Any:
+    out = m.f(x)
+    out += m.g(x)
+    return F.silu(out)
+
+
+def sum_of_both(m: Any, x: Any) -> Any:
+    return F.silu(m.f(x) + m.g(x))
+
+
+def norm_of_child(m: Any, x: Any) -> Any:
+    return m.relu(m.bn1(m.f(x)))
+
+
+def through(m: Any, x: Any) -> Any:
+    return m.g(m.f(x)) + x
+
+
+RELU, PLUS = ("ReLU", None), (None, "after")
+
+# name -> (forward, further children, fused, calls of one step in training, and in eval where they differ)
+CROSSING: dict[str, tuple[Any, dict[str, Any], list[str], list[Any], list[Any] | None]] = {
+    "sequence": (
+        added_to,
+        {"f": sequence(*sequence(), nn.ReLU())},
+        ["f.0 + 1 + 2", "f.3 + 4 + residual"],
+        [RELU, PLUS],
+        None,
+    ),
+    "nested sequences": (
+        act_of_sum,
+        {"f": nn.Sequential(nn.Sequential(*sequence(), nn.ReLU(True)), nn.Sequential(sequence()))},
+        ["f.0.0 + 1 + 2", "f.1.0.0 + 1 + residual + relu"],
+        [RELU, ("ReLU", "before")],
+        None,
+    ),
+    "forward of its own": (act_of_sum, {"f": Unit()}, ["f.conv + bn + residual + relu"], [("ReLU", "before")], None),
+    "after an activation": (
+        added_to,
+        {"f": Unit(nn.SiLU())},
+        ["f.conv + bn + act + residual"],
+        [("SiLU", "after")],
+        None,
+    ),
+    "a second activation": (
+        act_of_sum,
+        {"f": Unit(nn.SiLU())},
+        ["f.conv + bn + act + residual"],
+        [("SiLU", "after")],
+        None,
+    ),
+    "layer of ours": (
+        act_of_sum,
+        {"f": ours.ConvBNAct2d(4, 4, 3, padding=1, act=None)},
+        ["f.conv + bn + residual + relu"],
+        [("ReLU", "before")],
+        None,
+    ),
+    "activation alone": (
+        lambda m, x: F.gelu(m.f(x)),
+        {"f": sequence()},
+        ["f.0 + 1 + gelu"],
+        [("GELU", None)],
+        None,
+    ),
+    "a sum of its own": (
+        added_to,
+        {"f": Block(added_to, f=sequence())},
+        ["f.f.0 + 1 + residual"],
+        [PLUS],
+        None,
+    ),
+    "writes its input first": (added_to, {"f": sequence(nn.ReLU(True))}, ["f.1 + 2 + residual"], [PLUS], None),
+    "norm outside": (
+        norm_of_child,
+        {"f": nn.Sequential(*sequence(), nn.ReLU(), sequence(bn=False))},
+        ["f.0 + 1 + 2", "f.3.0 + bn1 + relu"],
+        [RELU, RELU],
+        None,
+    ),
+    "identity as shortcut": (
+        sum_of_both,
+        {"f": Unit(), "g": nn.Identity()},
+        ["f.conv + bn + residual + silu"],
+        [("SiLU", "before")],
+        None,
+    ),
+    "both fused layers": (
+        both_children,
+        {"f": sequence(), "g": sequence()},
+        ["f.0 + 1 + residual + silu", "g.0 + 1"],
+        [(None, None), ("SiLU", "before")],
+        None,
+    ),
+    "both fused layers, one unknown": (
+        both_children,
+        {"f": Unit(), "g": Unit()},
+        ["f.conv + bn", "g.conv + bn"],
+        [(None, None)] * 2,
+        None,
+    ),
+    "sum of both": (
+        sum_of_both,
+        {"f": Unit(), "g": Unit()},
+        ["f.conv + bn", "g.conv + bn + residual + silu"],
+        [(None, None), ("SiLU", "before")],
+        None,
+    ),
+    "stochastic depth": (
+        through,
+        {"f": sequence(), "g": Depth(0.5)},
+        ["f.0 + 1"],
+        [(None, None)],
+        [PLUS],
+    ),
+    "stochastic depth of 0": (through, {"f": sequence(), "g": Depth(0.0)}, ["f.0 + 1 + residual"], [PLUS], None),
+    "dropout": (through, {"f": sequence(nn.Dropout2d()), "g": nn.Dropout2d()}, ["f.1 + 2"], [(None, None)], [PLUS]),
+    "read twice": (
+        lambda m, x: (y := m.f(x)) * y,
+        {"f": sequence()},
+        ["f.0 + 1"],
+        [(None, None)],
+        None,
+    ),
+    "by name": (
+        lambda m, x: m.relu(input=m.bn1(input=m.conv1(input=x))),
+        {},
+        [f"{BN1} + relu"],
+        [RELU],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROSSING)
+def test_crossing(name: str, calls: list[Any]) -> None:
+    body, children, fused, in_training, in_eval = CROSSING[name]
+    model, plain = pair(Block(body, **copy.deepcopy(children)))
+    assert sorted(fastconv.report(model).fused) == fused
+    for training, expected in ((True, in_training), (False, in_eval or in_training)):
+        plain.train(training)
+        calls.clear()
+        assert_same(model, plain, images())
+        assert calls == expected
+    twins = [copy.deepcopy(model)]
+    if body.__name__ != "<lambda>" and not isinstance(children.get("g"), Depth):
+        twins.append(pickle.loads(pickle.dumps(model)))
+    for twin in twins:
+        calls.clear()
+        assert_same(twin, plain, images())
+        assert calls == (in_eval or in_training)
+    assert {type(m).__dict__.get("_fastconv_names") for m in fastconv.revert(model).modules()} == {None}
+
+
+ADDED = [(None, None), ("ReLU", "before")]
+
+ALONE = [(None, None)] * 2
+
+
+@pytest.mark.parametrize("where", ["f", "f.1"])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_on_what_a_fused_layer_crosses(kind: str, where: str, calls: list[Any]) -> None:
+    model, plain = residual()
+    seen: list[Any] = []
+
+    def note(module: nn.Module, *values: Any) -> None:
+        seen.append([v.detach().clone() for v in values if isinstance(v, Tensor)])
+
+    handles = [getattr(m.get_submodule(where), f"register_{kind}")(note) for m in (model, plain)]
+    report = fastconv.report(model)
+    assert report.fused == ["f.0.0 + 1", "f.1.0 + 1"]
+    assert report.norms[-1].reason == "a hook on its Sequential"
+    assert_same(model, plain, images())
+    assert calls == ALONE and len(seen) == 2
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    assert_same(model, plain, images())
+    assert calls == ADDED
+
+
+def test_other_calls_of_what_a_fused_layer_crosses_are_seen(calls: list[Any]) -> None:
+    model, plain = residual()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert_same(model, plain, images())
+    handle.remove()
+    assert calls == []
+    model.f.forward = lambda x: x * 2
+    assert torch.equal(model(images()), F.relu(images() * 3))
+    del model.f.forward
+    model.f._compiled_call_impl = lambda x: x * 2
+    assert torch.equal(model(images()), F.relu(images() * 3))
+    del model.f._compiled_call_impl
+    assert calls == []
+    assert_same(model, plain, images())
+    assert calls == ADDED
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda m: m.f.append(nn.Sigmoid()), ALONE),
+        (lambda m: m.f[1].append(nn.Sigmoid()), ALONE[:1]),
+        (lambda m: m.f[1].append(nn.ReLU(inplace=True)), ALONE[:1]),
+        (lambda m: m.f.pop(1), ALONE[:1]),
+        (lambda m: m.f.__setitem__(1, nn.Identity()), ALONE[:1]),
+        (lambda m: m.f[1].__setitem__(1, nn.Sigmoid()), ALONE[:1]),
+        (lambda m: m.f[1].add_module("0", nn.Identity()), ALONE[:1]),
+        (lambda m: m.__setattr__("f", sequence().to(DEVICE)), []),
+        (lambda m: m.__setattr__("relu", nn.SiLU()), [(None, None), ("SiLU", "before")]),
+        (lambda m: m.add_module("relu", nn.SiLU()), [(None, None), ("SiLU", "before")]),
+        (lambda m: m.add_module("relu", nn.Softsign()), [(None, None), (None, "after")]),
+        (lambda m: m.f[1][1].register_forward_hook(lambda *_: None), ALONE[:1]),
+        (lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m), ADDED),
+    ],
+)
+def test_changes_of_what_a_fused_layer_crosses(change: Any, expected: list[Any], calls: list[Any]) -> None:
+    model, plain = residual()
+    for m in (model, plain):
+        torch.manual_seed(4)
+        change(m)
+    assert_same(model, plain, images())
+    assert calls == expected
+
+
+def test_a_batch_norm_that_is_excluded_ends_no_fused_layer() -> None:
+    model = fastconv.convert(Block(added_to, f=sequence()), exclude="f.1")
+    assert fastconv.report(model).fused == [] and type(model) is Block
+    assert fastconv.report(fastconv.convert(model)).fused == ["f.0 + 1 + residual"]
+
+
+def test_a_call_of_its_own_is_not_crossed(calls: list[Any]) -> None:
+    class Twice(nn.Sequential):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    model, plain = pair(Block(added_to, f=Twice(*sequence())))
+    assert_same(model, plain, images())
+    assert calls == [(None, None)]
+
+
+def test_hooks_see_what_is_called_by_name(calls: list[Any]) -> None:
+    model, plain = pair(Block(CROSSING["by name"][0]))
+    seen: list[Any] = []
+    for m in (model, plain):
+        m.bn1.register_forward_hook(lambda _, args, kwargs, y: seen.append((len(args), *kwargs)), with_kwargs=True)
+    assert_same(model, plain, images())
+    assert seen == [(0, "input")] * 2 and not calls
+
+
+def test_hooks_see_a_shortcut_where_it_is_called(calls: list[Any]) -> None:
+    model, plain = pair(Block(sum_of_both, f=sequence(), g=nn.Identity()))
+    seen: list[str] = []
+    for m in (model, plain):
+        m.f[0].register_forward_hook(lambda *_: seen.append("f"))
+        m.g.register_forward_hook(lambda *_: seen.append("g"))
+    assert_same(model, plain, images())
+    assert seen == ["f", "g"] * 2
+
+
+class Ends(nn.ModuleDict):
+    """As torchvision's backbones: a container with a forward, which gives an ordered dictionary."""
+
+    def __init__(self, children: dict[str, nn.Module], returned: dict[str, str]) -> None:
+        super().__init__(children)
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = OrderedDict()
+        for name, child in self.items():
+            x = child(x)
+            if name in self.returned:
+                out[self.returned[name]] = x
+        return out
+
+
+def test_an_ordered_dictionary_of_results(calls: list[Any]) -> None:
+    layers = {"conv": nn.Conv2d(4, 4, 1), "bn": nn.BatchNorm2d(4), "relu": nn.ReLU(), "last": sequence()}
+    model, plain = pair(Ends(layers, {"relu": "low", "last": "high"}))
+    assert fastconv.report(model).fused == ["conv + bn + relu", "last.0 + 1"]
+    mine, theirs = model(images()), plain(images())
+    assert type(mine) is OrderedDict and list(mine) == list(theirs) == ["low", "high"]
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert len(calls) == 2
+
+
+def test_a_dictionary_of_a_class_of_its_own_is_not_made_another(calls: list[Any]) -> None:
+    class Results(dict):  # type: ignore[type-arg]
+        pass
+
+    model = fastconv.convert(Block(lambda m, x: Results(y=m.bn1(m.conv1(x)))))
+    assert dict(fastconv.report(model).unfused)["bn1"] == "Block.forward makes a Results"
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.SiLU()], ids=["relu", "silu"])
+def test_a_shortcut_that_is_written_when_it_is_needed_in_backward(act: nn.Module, calls: list[Any]) -> None:
+    def body(m: Any, x: Any) -> Any:
+        shortcut = x * 1
+        y = m.act(m.bn1(m.conv1(x)) + shortcut)
+        shortcut += 1
+        return y + shortcut
+
+    model, plain = pair(Block(body, act=act))
+    assert fastconv.report(model).fused == [f"{BN1} + residual{'' if isinstance(act, nn.SiLU) else ' + act'}"]
+    assert_same(model, plain, images())
+
+
+def test_a_convolution_replaced_by_something_else(calls: list[Any]) -> None:
+    model, plain = pair(Block(no_activation))
+    for m in (model, plain):
+        m.add_module("conv1", nn.Identity())
+    assert_same(model, plain, images())
+    assert not calls
+
+
+def test_a_function_is_not_the_module_of_its_name(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who replaces or hooks nn.ReLU does not mean F.relu."""
+    model, plain = pair(Block(lambda m, x: F.relu(m.bn1(m.conv1(x))) * F.relu(m.conv2(x))))
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 0)
+    assert_same(model, plain, images())
+    assert calls == [("ReLU", None)]
+    names: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: names.append(type(m).__name__))
+    with handle:
+        model(images())
+    assert names == ["Conv2d", "BatchNorm2d", "Conv2d", "Block"]
+
+
+def test_functions_that_are_overridden_are_called(calls: list[Any]) -> None:
+    names: list[str] = []
+
+    class Seeing(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    model, plain = residual()
+    with Seeing():
+        assert_same(model, plain, images())
+    assert not calls and names.count("batch_norm") == 4
+    with torch.device(DEVICE):
+        assert_same(model, plain, images())
+    assert calls == ADDED

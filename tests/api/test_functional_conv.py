@@ -1,4 +1,4 @@
-"""fastconv.functional against torch.nn.functional: results, gradients of two orders, formats, errors, work done."""
+"""fastconv.functional's convolutions against torch.nn.functional's: results, gradients, formats, errors, work done."""
 
 from __future__ import annotations
 
