@@ -865,6 +865,7 @@ import sys
 import torch
 import torch.distributed as dist
 import fastconv.functional as ours
+from fastconv.functional.conv_bn_act import conv_norm_act
 
 rank, meeting, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
@@ -874,7 +875,7 @@ for index, (start, stop) in enumerate(zip((0, 0, 0), (3, 5, 0))):
     leaves = [o["x"][share], o["weight"], o["gamma"], o["beta"], o["residual"][share]]
     x, weight, gamma, beta, residual = leaves = [t.clone().requires_grad_() for t in leaves]
     norm = o["mean"], o["var"], gamma, beta
-    z = ours.conv_norm_act(
+    z = conv_norm_act(
         *(ours.conv2d, x, weight, None, norm, True, 0.3, 1e-3, "silu", residual, False, 1, 1, 1, 1),
         group=dist.group.WORLD,
     )
