@@ -26,7 +26,7 @@ class Activation(NamedTuple):
     """One activation as users have it."""
 
     module: Callable[[], nn.Module]
-    form: Callable[[Any], FusedForm]  # of such a module
+    form: Callable[[Any], FusedForm]  # of one of these modules
     functions: tuple[Any, ...] = ()  # torch's with the module's arguments, and names of tensors' methods
     timm: str | None = None  # timm's class, which takes ``inplace``
 

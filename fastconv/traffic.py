@@ -57,7 +57,7 @@ class Pass:
 
     @property
     def name(self) -> str:
-        """fprop, dgrad, wgrad, the same with statistics, apply, sums, gradient, bias; of a pool forward, backward and
+        """fprop, dgrad, wgrad, the same with statistics, apply, sums, gradient, bias; a pool's forward, backward,
         indices."""
         if self.plan is None or self.operator in _NAMES:
             return _NAMES.get(self.operator, self.operator)

@@ -70,7 +70,7 @@ def called_with(node: Node) -> Node | None:
 
 
 def activation_in(node: Node, module: torch.nn.Module) -> str | torch.nn.Module | None:
-    """The target of the activation that ``node`` calls; of a function, a module that does the same; None: neither."""
+    """The target of the module that ``node`` calls, or a module that does what its function does, if an activation."""
     if node.op == "call_module":
         act = module.get_submodule(str(node.target))
         learn_library_class(type(act))

@@ -136,7 +136,7 @@ def _of_module(layer: ConvBNAct) -> FusedLayer:
 
 
 def study(module: torch.nn.Module, studies: Studies) -> Study:
-    """Trace ``module``'s forward in training and in eval, with a tensor or, where it asks, a list, and find fused
+    """Trace ``module``'s forward in training and in eval, with a tensor, or a list if it asks for one, and find fused
     layers."""
     traces: dict[tuple[bool, Kinds], Trace] = {}
 
@@ -194,8 +194,8 @@ class _Search:
         """In the graph's order."""
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         found = []
-        # From the end, so that where two layers meet in an addition, the later, for which the other is computed, takes
-        # it; and one of this module's own batch norms before one of its children's.
+        # From the end: if two fused layers meet in an addition, the later takes it, since the other is its operand.
+        # This module's own batch norms come before its children's.
         for node in reversed([call for call in calls if isinstance(self._called(call), _BatchNorm)]):
             behind = self._back_to_head(node)
             layer = behind if isinstance(behind, str) else self._layer_from(behind)
@@ -208,7 +208,7 @@ class _Search:
             if node in self.taken or node.kwargs or not self._may_continue(node):
                 continue
             layer = self._layer_from([node])
-            # A convolution alone is for the batch norm of a caller.
+            # A convolution without a batch norm is for the batch norm of a caller.
             if not isinstance(layer, str) and ("norm" in layer.done if layer.steps else layer.is_result):
                 found.append(layer)
                 self.taken.update(layer.nodes)
