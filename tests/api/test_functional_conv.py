@@ -292,7 +292,7 @@ def test_empty_batch(function: str) -> None:
 
 
 def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    from fastconv.autograd import conv as operators
+    from fastconv.autograd import operators
     from fastconv.kernels import call, dispatch
 
     # Another test of this process may have had the line of the log.
