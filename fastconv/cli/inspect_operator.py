@@ -6,7 +6,6 @@ Found by calling the operator on tensors without data, so that it is what a call
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,7 +126,7 @@ class Considered:
 
     def standings(self, gpu: Gpu) -> Iterator[tuple[Config, float | None, str | None]]:
         """Every combination of the space's values: predicted seconds, or why it is not tried."""
-        for config in _combinations(self.space):
+        for config in self.space.combinations():
             why, seconds = self.space.valid(config), None
             if why is None:
                 prediction = predict(self.work(config), gpu)
@@ -361,8 +360,7 @@ def _best(space: Space, work: Callable[[Config], Work], gpu: Gpu, given: Config)
         why = _untakable(space, name, value)
         if why is not None:
             raise BadUsage(f"{name}={value}: {why}")
-    fixed = {name: (given[name],) if name in given else values for name, values in space.ranges.items()}
-    everything = list(_combinations(replace(space, ranges=fixed)))
+    everything = list(space.narrowed(only={name: (value,) for name, value in given.items()}).combinations())
     tried = [config for config in everything if space.valid(config) is None] or everything
     predictions = [(config, predict(work(config), gpu)) for config in tried]
     fitting = [(config, prediction) for config, prediction in predictions if prediction is not None]
@@ -378,11 +376,6 @@ def _untakable(space: Space, name: str, value: int) -> str | None:
         return None if 0 in space.ranges[name] else "not at least 1"
     counted = name in COUNTS or any(known & (known - 1) for known in space.ranges[name])
     return None if counted or value & (value - 1) == 0 else "a tensor's side, which has to be a power of two"
-
-
-def _combinations(space: Space) -> Iterator[Config]:
-    for values in itertools.product(*space.ranges.values()):
-        yield dict(zip(space.ranges, values, strict=True))
 
 
 def _text(config: Config) -> str:

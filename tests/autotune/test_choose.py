@@ -39,6 +39,13 @@ def test_space_holds_what_is_valid() -> None:
     assert list(space) == [{"A": 1, "B": 3}, {"A": 2, "B": 4}]
 
 
+def test_narrowing_a_space() -> None:
+    space = Space("s", {"A": (1, 2, 4), "B": (64, 128, 256)})
+    assert space.narrowed(only={"A": (4, 8)}).ranges == {"A": (4, 8), "B": (64, 128, 256)}
+    assert space.narrowed(at_least={"A": 3, "B": 10}).ranges == {"A": (4,), "B": (64,)}
+    assert space.narrowed(at_most={"A": 3, "B": 10}).ranges == {"A": (1, 2), "B": (64,)}
+
+
 @pytest.mark.parametrize(
     ("changes", "worse"),
     [
