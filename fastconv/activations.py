@@ -22,45 +22,13 @@ class FusedForm(NamedTuple):
     slope: Tensor | None = None  # PReLU's weight
 
 
-class Activation(NamedTuple):
-    """One activation as users have it."""
+class NamedActivation(NamedTuple):
+    """An activation as users have it."""
 
     module: Callable[[], nn.Module]
-    form: Callable[[Any], FusedForm]  # of one of these modules
-    functions: tuple[Any, ...] = ()  # torch's with the module's arguments, and names of tensors' methods
-    timm: str | None = None  # timm's class, which takes ``inplace``
-
-
-NAMED: dict[str, Activation] = {
-    "elu": Activation(nn.ELU, lambda m: FusedForm("elu", float(m.alpha)), (F.elu, F.elu_)),
-    "gelu": Activation(nn.GELU, lambda m: _gelu(m), (F.gelu,), "GELU"),
-    "gelu_tanh": Activation(partial(nn.GELU, approximate="tanh"), lambda m: _gelu(m), (), "GELUTanh"),
-    "hardsigmoid": Activation(nn.Hardsigmoid, lambda m: FusedForm("hardsigmoid"), (F.hardsigmoid,)),
-    "hardswish": Activation(nn.Hardswish, lambda m: FusedForm("hardswish"), (F.hardswish,)),
-    "hardtanh": Activation(nn.Hardtanh, lambda m: _hardtanh(m), (F.hardtanh, F.hardtanh_)),
-    "identity": Activation(nn.Identity, lambda m: FusedForm("identity")),
-    "leaky_relu": Activation(
-        nn.LeakyReLU, lambda m: FusedForm("leaky_relu", float(m.negative_slope)), (F.leaky_relu, F.leaky_relu_)
-    ),
-    "mish": Activation(nn.Mish, lambda m: FusedForm("mish"), (F.mish,)),
-    "relu": Activation(
-        nn.ReLU, lambda m: FusedForm("relu"), (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-    ),
-    "relu6": Activation(nn.ReLU6, lambda m: _hardtanh(m), (F.relu6,)),
-    "sigmoid": Activation(
-        nn.Sigmoid,
-        lambda m: FusedForm("sigmoid"),
-        (F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"),
-        "Sigmoid",
-    ),
-    "silu": Activation(nn.SiLU, lambda m: FusedForm("silu"), (F.silu,)),
-    "softplus": Activation(
-        nn.Softplus, lambda m: FusedForm("softplus", float(m.beta), float(m.threshold)), (F.softplus,)
-    ),
-    "tanh": Activation(
-        nn.Tanh, lambda m: FusedForm("tanh"), (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "Tanh"
-    ),
-}
+    functions: tuple[Any, ...] = ()  # torch's functions, called with the module's arguments, and tensor methods' names
+    form: Callable[[Any], FusedForm] | None = None  # the module's form; None: that of this name, without numbers
+    timm: str | None = None  # the name of timm's class, which takes ``inplace``
 
 
 def _gelu(module: nn.GELU) -> FusedForm:
@@ -71,10 +39,39 @@ def _hardtanh(module: nn.Hardtanh) -> FusedForm:
     return FusedForm("hardtanh", float(module.min_val), float(module.max_val))
 
 
+NAMED = {
+    "elu": NamedActivation(nn.ELU, (F.elu, F.elu_), lambda m: FusedForm("elu", float(m.alpha))),
+    "gelu": NamedActivation(nn.GELU, (F.gelu,), _gelu, "GELU"),
+    "gelu_tanh": NamedActivation(partial(nn.GELU, approximate="tanh"), (), _gelu, "GELUTanh"),
+    "hardsigmoid": NamedActivation(nn.Hardsigmoid, (F.hardsigmoid,)),
+    "hardswish": NamedActivation(nn.Hardswish, (F.hardswish,)),
+    "hardtanh": NamedActivation(nn.Hardtanh, (F.hardtanh, F.hardtanh_), _hardtanh),
+    "identity": NamedActivation(nn.Identity),
+    "leaky_relu": NamedActivation(
+        nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_), lambda m: FusedForm("leaky_relu", float(m.negative_slope))
+    ),
+    "mish": NamedActivation(nn.Mish, (F.mish,)),
+    "relu": NamedActivation(nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
+    "relu6": NamedActivation(nn.ReLU6, (F.relu6,), _hardtanh),
+    "sigmoid": NamedActivation(
+        nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), timm="Sigmoid"
+    ),
+    "silu": NamedActivation(nn.SiLU, (F.silu,)),
+    "softplus": NamedActivation(
+        nn.Softplus, (F.softplus,), lambda m: FusedForm("softplus", float(m.beta), float(m.threshold))
+    ),
+    "tanh": NamedActivation(nn.Tanh, (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), timm="Tanh"),
+}
+
+
+def _form_of(name: str) -> Callable[[Any], FusedForm]:
+    return NAMED[name].form or (lambda _: FusedForm(name))
+
+
 # Each function with the module that does the same.
 MODULES = {function: row.module for row in NAMED.values() for function in row.functions}
-_NAMED_FORMS = {name: row.form(row.module()) for name, row in NAMED.items()}
-_FORMS = {type(row.module()): row.form for row in NAMED.values()}
+_NAMED_FORMS = {name: _form_of(name)(row.module()) for name, row in NAMED.items()}
+_FORMS = {type(row.module()): _form_of(name) for name, row in NAMED.items()}
 _FORMS[nn.PReLU] = lambda m: FusedForm("prelu", slope=m.weight)
 _TIMM = {row.timm: name for name, row in NAMED.items() if row.timm}
 
@@ -90,14 +87,14 @@ def is_activation(kind: type[nn.Module]) -> bool:
 
 
 def register_activation(kind: type[nn.Module]) -> None:
-    """Let a class of timm's be the activation that it is called after, if that has a fused form."""
+    """Let a class of timm's be the activation of its name, if that has a fused form."""
     if kind.__name__ in _TIMM:
         form = _NAMED_FORMS[_TIMM[kind.__name__]]
         _FORMS[kind] = lambda m: form
 
 
 def activation_of(act: Act) -> FusedForm:
-    """How the kernels have ``act``; None is the identity. Raises ValueError on one without a fused form."""
+    """The fused form of ``act``; None is the identity. Raises ValueError if it has none."""
     if act is None:
         return FusedForm("identity")
     if isinstance(act, str):

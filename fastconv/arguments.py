@@ -29,14 +29,14 @@ TENSORS = {Tensor, Parameter, type(None)}
 
 def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """Why PyTorch's own operator takes a call on ``x``, cast to ``dtype`` if there is one; None: fastconv serves it."""
-    # A compiled call goes by the operators' own rules, and Dynamo knows none of these questions.
+    # The operators' own rules hold for a compiled call, and Dynamo cannot trace the questions below.
     compiling = _is_compiling()
     if compiling:
         if torch.onnx.is_in_onnx_export():
-            return "torch.onnx.export knows PyTorch's operators alone"
+            return "torch.onnx.export knows only PyTorch's operators"
     else:
         if _tracing() is not None:
-            return "torch.jit.trace records PyTorch's operators alone"
+            return "torch.jit.trace records only PyTorch's operators"
         if _transforms():
             return "a transform of torch.func is active"
         if forward_ad._current_level >= 0:
@@ -48,7 +48,7 @@ def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"its layout is {x.layout}"
     if x.is_cuda:
         return _why_not_build() if compiling or dispatch.is_forced() else _why_not_gpu(x.get_device())
-    # A tensor without data stands for one on the GPU that is planned for.
+    # A tensor without data stands for one on the GPU that calls are planned for.
     if x.is_cpu and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
     return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.is_cpu else "")
@@ -56,7 +56,7 @@ def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """What autocast casts a convolution's arguments to, None if it leaves them."""
-    # Autocast raises on a device that it does not know, as that of meta tensors.
+    # Autocast raises on a device that it does not know, for example meta.
     if not isinstance(x, Tensor) or x.dtype not in POINTER_TYPES:
         return None
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None

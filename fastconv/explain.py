@@ -7,6 +7,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -106,20 +107,17 @@ class Explanation(Report):
 
     @property
     def moved(self) -> Moved:
-        """By the layers listed, all their calls together."""
+        """Bytes that the listed layers move, all their calls together."""
         return self._sum(lambda run: run.ours)
 
     @property
     def pytorch_moved(self) -> Moved:
-        """By PyTorch's own operators for the same layers."""
+        """Bytes that PyTorch's own operators move for the same layers."""
         return self._sum(lambda run: run.pytorch)
 
-    def _sum(self, step: Callable[[Run], Counted]) -> Moved:
-        counted = [(run.times, step(run).moved) for layer in (*self.layers, *self.pools) for run in layer.runs]
-        return Moved(
-            sum(times * moved.forward for times, moved in counted),
-            sum(times * moved.backward for times, moved in counted),
-        )
+    def _sum(self, counted: Callable[[Run], Counted]) -> Moved:
+        moved = [(run.times, counted(run).moved) for layer in (*self.layers, *self.pools) for run in layer.runs]
+        return Moved(sum(n * of.forward for n, of in moved), sum(n * of.backward for n, of in moved))
 
     def __str__(self) -> str:
         if not self.layers and not self.pools:
@@ -150,9 +148,9 @@ class Explanation(Report):
 def explain(model: Module, *inputs: Any) -> Explanation:
     """What runs for each convolution layer of ``model(*inputs)``, with what is fused into it, and for each pool.
 
-    That is kernels and their family, tiles, where these are from, and bytes; and why PyTorch's own operators do the
-    rest. A model without any of fastconv's layers is explained as ``convert(model)`` would make it. In any other, fused
-    layers are explained as they are, and layers that ``convert`` would still take as taken.
+    It names each pass's family, kernels, tile, where the tile is from, and bytes, and why PyTorch's own operators do
+    the rest. A model without any of fastconv's layers is explained as ``convert(model)`` would make it. In a converted
+    model fused layers are explained as they are, and layers that ``convert`` would still take as if it had.
 
     The model runs once, by PyTorch's own operators, on a copy that has shapes but no data: nothing is computed, and its
     statistics stay. A model that asks for values runs on a true copy. Each layer that it calls runs twice more without
@@ -219,8 +217,8 @@ class _Watch:
         for name, layer in (*convolutions(model), *pools(model)):
             if not why_not_converted(layer):
                 revert(layer)
-                handle = layer.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
-                self._hooks.add(handle.id)
+                hook = partial(self._called, name)
+                self._hooks.add(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).id)
         for norm in settled(model):
             norm.__class__ = AloneSyncBatchNorm
 
@@ -233,12 +231,9 @@ class _Watch:
         finally:
             watchers.remove(self._fused)
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._in_fused:
-                self._note(name, layer, args, kwargs, ())
-
-        return hook
+    def _called(self, name: str, layer: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._in_fused:
+            self._note(name, layer, args, kwargs, ())
 
     def _fused(self, x: Any, conv: Any, steps: Steps) -> Any:
         """Called in the place of ``run_fused``."""
@@ -333,7 +328,7 @@ def _kind(leaf: Any) -> Any:
 
 
 def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps, end: int) -> Counted:
-    """What ``conv`` and ``steps`` move, the first ``end`` of these in one call with it."""
+    """What ``conv`` and ``steps`` move, the first ``end`` steps in one call with ``conv``."""
     operands = [operand for _, operand in steps]
     modules = [module for module in (conv, *operands) if isinstance(module, Module)]
     for module in modules:
@@ -355,13 +350,13 @@ def _counted(conv: Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps:
     return Counted(forward, backward)
 
 
-def _form(x: Tensor, steps: Steps, step: Counted, processes: list[int]) -> Iterator[str]:
+def _form(x: Tensor, steps: Steps, ours: Counted, processes: list[int]) -> Iterator[str]:
     """How convolution and batch norm are computed, by what was called."""
-    called = [found.operator for found in step.forward.passes]
+    called = [found.operator for found in ours.forward.passes]
     if "conv_statistics" in called:
         yield "statistics from the convolution, one pass"
     else:
-        if step.backward.passes:
+        if ours.backward.passes:
             yield "frozen statistics"
         yield "one kernel" if "conv_act" in called else "the convolution and one pass, since backward reads its result"
     yield from (f"synchronised over {count} processes" for count in processes if count > 1)

@@ -31,7 +31,7 @@ class Warmup:
     """What `warmup` did."""
 
     kernels: int  # distinct binaries that are launched
-    compiled: int  # of these; the others were in Triton's cache
+    compiled: int  # how many of them were compiled now; the others were in Triton's cache
     seconds: float
     gpu: str | None  # None: nothing is launched on a GPU
     note: str | None = None  # why there was nothing to compile, or the model had to be run

@@ -226,7 +226,7 @@ def conv_bn_act(
 
     x [N, C, spatial]; ``running``: the statistics of inference, which follow the batch's in training; ``arguments``:
     output size, stride, padding, dilation, groups. An output size means the transposed convolution, and padding holds
-    the leading sides; with None it holds these and then the trailing ones. Vectors are [K]; ``group``: the process
+    the leading sides; with None it also holds the trailing sides, behind them. Vectors are [K]; ``group``: the process
     group over which statistics are taken. Raises ValueError, as torch does, on one value per channel in training.
     """
     tensors = (x, weight, bias, gamma, beta, slope, residual)

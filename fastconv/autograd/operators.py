@@ -26,7 +26,7 @@ log = logging.getLogger("fastconv")
 _library = torch.library.Library("fastconv", "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _VALUES = frozenset({type(None), int, bool, float, str, tuple, torch.Size})
-# Looked up once, since every call asks these.
+# Looked up once, since every call asks them.
 _is_compiling, _is_profiled = torch.compiler.is_compiling, torch.autograd._profiler_enabled
 _modes, _transforms, _tracing = (
     torch._C._len_torch_dispatch_stack,

@@ -24,11 +24,9 @@ def conv1d(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv1d: input [N, C, W] or [C, W], weight [K, C/groups, S], bias [K] -> [N, K, Q].
-
-    Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
-    """
-    return _conv(1, torch.nn.functional.conv1d, conv1d, input, weight, bias, stride, padding, dilation, groups)
+    """As torch.nn.functional.conv1d, errors too: input [N, C, W] or [C, W], weight [K, C/groups, S], bias [K]
+    -> [N, K, Q]. Any floating dtype, the same for all."""
+    return _conv(1, conv1d, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d(
@@ -40,12 +38,9 @@ def conv2d(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv2d: input [N, C, H, W] or [C, H, W], weight [K, C/groups, R, S], bias [K]
-    -> [N, K, P, Q].
-
-    Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
-    """
-    return _conv(2, torch.nn.functional.conv2d, conv2d, input, weight, bias, stride, padding, dilation, groups)
+    """As torch.nn.functional.conv2d, errors too: input [N, C, H, W] or [C, H, W], weight [K, C/groups, R, S], bias [K]
+    -> [N, K, P, Q]. Any floating dtype, the same for all."""
+    return _conv(2, conv2d, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv3d(
@@ -57,12 +52,9 @@ def conv3d(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv3d: input [N, C, D, H, W] or [C, D, H, W], weight [K, C/groups, T, R, S], bias [K]
-    -> [N, K, O, P, Q].
-
-    Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
-    """
-    return _conv(3, torch.nn.functional.conv3d, conv3d, input, weight, bias, stride, padding, dilation, groups)
+    """As torch.nn.functional.conv3d, errors too: input [N, C, D, H, W] or [C, D, H, W], weight [K, C/groups, T, R, S],
+    bias [K] -> [N, K, O, P, Q]. Any floating dtype, the same for all."""
+    return _conv(3, conv3d, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_transpose1d(
@@ -75,15 +67,9 @@ def conv_transpose1d(
     groups: int = 1,
     dilation: Ints = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv_transpose1d: input [N, K, Q] or [K, Q], weight [K, C/groups, S], bias [C]
-    -> [N, C, W].
-
-    Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.conv_transpose1d
-    return _conv_transpose(
-        1, theirs, conv_transpose1d, input, weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    """As torch.nn.functional.conv_transpose1d, errors too: input [N, K, Q] or [K, Q], weight [K, C/groups, S], bias [C]
+    -> [N, C, W]. Any floating dtype, the same for all."""
+    return _conv_transpose(1, conv_transpose1d, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def conv_transpose2d(
@@ -96,15 +82,9 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Ints = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv_transpose2d: input [N, K, P, Q] or [K, P, Q], weight [K, C/groups, R, S], bias [C]
-    -> [N, C, H, W].
-
-    Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.conv_transpose2d
-    return _conv_transpose(
-        2, theirs, conv_transpose2d, input, weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    """As torch.nn.functional.conv_transpose2d, errors too: input [N, K, P, Q] or [K, P, Q], weight [K, C/groups, R, S],
+    bias [C] -> [N, C, H, W]. Any floating dtype, the same for all."""
+    return _conv_transpose(2, conv_transpose2d, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def conv_transpose3d(
@@ -117,23 +97,17 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: Ints = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv_transpose3d: input [N, K, O, P, Q] or [K, O, P, Q], weight [K, C/groups, T, R, S],
-    bias [C] -> [N, C, D, H, W].
-
-    Any floating dtype, the same for all. Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.conv_transpose3d
-    return _conv_transpose(
-        3, theirs, conv_transpose3d, input, weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    """As torch.nn.functional.conv_transpose3d, errors too: input [N, K, O, P, Q] or [K, O, P, Q], weight [K, C/groups,
+    T, R, S], bias [C] -> [N, C, D, H, W]. Any floating dtype, the same for all."""
+    return _conv_transpose(3, conv_transpose3d, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
-def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+def _conv(rank: int, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     if has_torch_function_variadic(x, weight, bias):
         return handle_torch_function(ours, (x, weight, bias), x, weight, bias, *arguments)
     dtype = autocast_dtype(x)
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or why_not_served(x, dtype):
-        return theirs(x, weight, bias, *arguments)
+        return getattr(torch.nn.functional, ours.__name__)(x, weight, bias, *arguments)
     if type(bias) not in TENSORS:
         check_tensors(bias)
     stride, padding, dilation, groups = arguments
@@ -153,14 +127,12 @@ def _conv(rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Te
     return conv(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _conv_transpose(
-    rank: int, theirs: Any, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-) -> Tensor:
+def _conv_transpose(rank: int, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     if has_torch_function_variadic(x, weight, bias):
         return handle_torch_function(ours, (x, weight, bias), x, weight, bias, *arguments)
     dtype = autocast_dtype(x)
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or why_not_served(x, dtype):
-        return theirs(x, weight, bias, *arguments)
+        return getattr(torch.nn.functional, ours.__name__)(x, weight, bias, *arguments)
     if type(bias) not in TENSORS:
         check_tensors(bias)
     stride, padding, output_padding, groups, dilation = arguments

@@ -47,10 +47,7 @@ def conv1d_bn_act(
 ) -> Tensor:
     """``act(batch_norm(conv1d(input)) + residual)``: input [N, C, W], weight [K, C/groups, S] -> [N, K, Q].
 
-    The arguments of conv1d and of torch.nn.functional.batch_norm, whose running statistics it updates in training;
-    vectors are [K], the residual as the result. ``act``: a name, a module of torch.nn or None; ``residual_after``: the
-    residual is added behind the activation. One kernel in inference, statistics from the convolution's accumulator in
-    training. Raises as torch's functions do; ValueError on an activation without a fused form.
+    The other arguments, what it does and raises: as `conv2d_bn_act`.
     """
     norm = (running_mean, running_var, bn_weight, bn_bias)
     fused = training, momentum, eps, act, residual, residual_after
@@ -79,10 +76,11 @@ def conv2d_bn_act(
 ) -> Tensor:
     """``act(batch_norm(conv2d(input)) + residual)``: input [N, C, H, W], weight [K, C/groups, R, S] -> [N, K, P, Q].
 
-    The arguments of conv2d and of torch.nn.functional.batch_norm, whose running statistics it updates in training;
-    vectors are [K], the residual as the result. ``act``: a name, a module of torch.nn or None; ``residual_after``: the
-    residual is added behind the activation. One kernel in inference, statistics from the convolution's accumulator in
-    training. Raises as torch's functions do; ValueError on an activation without a fused form.
+    It takes the arguments of conv2d and of torch.nn.functional.batch_norm, whose running statistics it updates in
+    training. Vectors are [K], the residual has the result's shape. ``act``: a name, a module of torch.nn or None.
+    ``residual_after``: the residual is added behind the activation. Inference is one kernel; training takes statistics
+    from the convolution's accumulator. Raises as torch's functions do; ValueError on an activation without a fused
+    form.
     """
     norm = (running_mean, running_var, bn_weight, bn_bias)
     fused = training, momentum, eps, act, residual, residual_after
@@ -112,10 +110,7 @@ def conv3d_bn_act(
     """``act(batch_norm(conv3d(input)) + residual)``: input [N, C, D, H, W], weight [K, C/groups, T, R, S]
     -> [N, K, O, P, Q].
 
-    The arguments of conv3d and of torch.nn.functional.batch_norm, whose running statistics it updates in training;
-    vectors are [K], the residual as the result. ``act``: a name, a module of torch.nn or None; ``residual_after``: the
-    residual is added behind the activation. One kernel in inference, statistics from the convolution's accumulator in
-    training. Raises as torch's functions do; ValueError on an activation without a fused form.
+    The other arguments, what it does and raises: as `conv2d_bn_act`.
     """
     norm = (running_mean, running_var, bn_weight, bn_bias)
     fused = training, momentum, eps, act, residual, residual_after
@@ -146,7 +141,7 @@ def conv_transpose1d_bn_act(
     """``act(batch_norm(conv_transpose1d(input)) + residual)``: input [N, K, Q], weight [K, C/groups, S]
     -> [N, C, W].
 
-    The arguments of conv_transpose1d, and the others, what it does and raises as conv1d_bn_act; vectors are [C].
+    Vectors are [C]. The other arguments, what it does and raises: as `conv2d_bn_act`.
     """
     norm = (running_mean, running_var, bn_weight, bn_bias)
     fused = training, momentum, eps, act, residual, residual_after
@@ -178,7 +173,7 @@ def conv_transpose2d_bn_act(
     """``act(batch_norm(conv_transpose2d(input)) + residual)``: input [N, K, P, Q], weight [K, C/groups, R, S]
     -> [N, C, H, W].
 
-    The arguments of conv_transpose2d, and the others, what it does and raises as conv2d_bn_act; vectors are [C].
+    Vectors are [C]. The other arguments, what it does and raises: as `conv2d_bn_act`.
     """
     norm = (running_mean, running_var, bn_weight, bn_bias)
     fused = training, momentum, eps, act, residual, residual_after
@@ -210,7 +205,7 @@ def conv_transpose3d_bn_act(
     """``act(batch_norm(conv_transpose3d(input)) + residual)``: input [N, K, O, P, Q], weight [K, C/groups, T, R, S]
     -> [N, C, D, H, W].
 
-    The arguments of conv_transpose3d, and the others, what it does and raises as conv3d_bn_act; vectors are [C].
+    Vectors are [C]. The other arguments, what it does and raises: as `conv2d_bn_act`.
     """
     norm = (running_mean, running_var, bn_weight, bn_bias)
     fused = training, momentum, eps, act, residual, residual_after

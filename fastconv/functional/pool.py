@@ -24,12 +24,9 @@ def max_pool1d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """As torch.nn.functional.max_pool1d: [N, C, W] or [C, W] -> [N, C, Q], and its int64 indices if asked for.
-
-    The last NaN of a window wins, else its first maximum. Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.max_pool1d
-    return _max_pool(1, theirs, max_pool1d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    """As torch.nn.functional.max_pool1d, errors too: [N, C, W] or [C, W] -> [N, C, Q], and its int64 indices if asked
+    for. The last NaN of a window wins, else its first maximum."""
+    return _max_pool(1, max_pool1d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool2d(
@@ -41,12 +38,9 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """As torch.nn.functional.max_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], and its int64 indices if asked for.
-
-    The last NaN of a window wins, else its first maximum. Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.max_pool2d
-    return _max_pool(2, theirs, max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    """As torch.nn.functional.max_pool2d, errors too: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], and its int64 indices
+    if asked for. The last NaN of a window wins, else its first maximum."""
+    return _max_pool(2, max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool3d(
@@ -58,13 +52,9 @@ def max_pool3d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """As torch.nn.functional.max_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], and its int64 indices if
-    asked for.
-
-    The last NaN of a window wins, else its first maximum. Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.max_pool3d
-    return _max_pool(3, theirs, max_pool3d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    """As torch.nn.functional.max_pool3d, errors too: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], and its int64
+    indices if asked for. The last NaN of a window wins, else its first maximum."""
+    return _max_pool(3, max_pool3d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def avg_pool1d(
@@ -75,12 +65,8 @@ def avg_pool1d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Tensor:
-    """As torch.nn.functional.avg_pool1d: [N, C, W] or [C, W] -> [N, C, Q], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.avg_pool1d
-    return _avg_pool(1, theirs, avg_pool1d, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    """As torch.nn.functional.avg_pool1d, errors too: [N, C, W] or [C, W] -> [N, C, Q], summed in fp32."""
+    return _avg_pool(1, avg_pool1d, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 def avg_pool2d(
@@ -92,12 +78,9 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """As torch.nn.functional.avg_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
+    """As torch.nn.functional.avg_pool2d, errors too: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], summed in fp32."""
     arguments = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    return _avg_pool(2, torch.nn.functional.avg_pool2d, avg_pool2d, input, *arguments)
+    return _avg_pool(2, avg_pool2d, input, *arguments)
 
 
 def avg_pool3d(
@@ -109,109 +92,87 @@ def avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """As torch.nn.functional.avg_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
+    """As torch.nn.functional.avg_pool3d, errors too: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]; fp32 sums."""
     arguments = kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    return _avg_pool(3, torch.nn.functional.avg_pool3d, avg_pool3d, input, *arguments)
+    return _avg_pool(3, avg_pool3d, input, *arguments)
 
 
 def adaptive_max_pool1d(input: Tensor, output_size: Ints, return_indices: bool = False) -> Any:
-    """As torch.nn.functional.adaptive_max_pool1d: [N, C, W] or [C, W] -> [N, C, *output_size], and its int64 indices
-    if asked for. Raises RuntimeError and TypeError as torch's does."""
-    theirs = torch.nn.functional.adaptive_max_pool1d
-    return _adaptive_max_pool(1, theirs, adaptive_max_pool1d, input, output_size, return_indices)
+    """As torch.nn.functional.adaptive_max_pool1d, errors too: [N, C, W] or [C, W] -> [N, C, *output_size], and its
+    int64 indices if asked for."""
+    return _adaptive_max_pool(1, adaptive_max_pool1d, input, output_size, return_indices)
 
 
 def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """As torch.nn.functional.adaptive_max_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, *output_size], and its int64
-    indices if asked for. Raises RuntimeError and TypeError as torch's does."""
-    theirs = torch.nn.functional.adaptive_max_pool2d
-    return _adaptive_max_pool(2, theirs, adaptive_max_pool2d, input, output_size, return_indices)
+    """As torch.nn.functional.adaptive_max_pool2d, errors too: [N, C, H, W] or [C, H, W] -> [N, C, *output_size], and
+    its int64 indices if asked for."""
+    return _adaptive_max_pool(2, adaptive_max_pool2d, input, output_size, return_indices)
 
 
 def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """As torch.nn.functional.adaptive_max_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size], and its
-    int64 indices if asked for. Raises RuntimeError and TypeError as torch's does."""
-    theirs = torch.nn.functional.adaptive_max_pool3d
-    return _adaptive_max_pool(3, theirs, adaptive_max_pool3d, input, output_size, return_indices)
+    """As torch.nn.functional.adaptive_max_pool3d, errors too: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size],
+    and its int64 indices if asked for."""
+    return _adaptive_max_pool(3, adaptive_max_pool3d, input, output_size, return_indices)
 
 
 def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
-    """As torch.nn.functional.adaptive_avg_pool1d: [N, C, W] or [C, W] -> [N, C, *output_size], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
-    return _adaptive_avg_pool(1, torch.nn.functional.adaptive_avg_pool1d, adaptive_avg_pool1d, input, output_size)
+    """As torch.nn.functional.adaptive_avg_pool1d, errors too: [N, C, W] or [C, W] -> [N, C, *output_size], summed in
+    fp32."""
+    return _adaptive_avg_pool(1, adaptive_avg_pool1d, input, output_size)
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
-    """As torch.nn.functional.adaptive_avg_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, *output_size], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
-    return _adaptive_avg_pool(2, torch.nn.functional.adaptive_avg_pool2d, adaptive_avg_pool2d, input, output_size)
+    """As torch.nn.functional.adaptive_avg_pool2d, errors too: [N, C, H, W] or [C, H, W] -> [N, C, *output_size], summed
+    in fp32."""
+    return _adaptive_avg_pool(2, adaptive_avg_pool2d, input, output_size)
 
 
 def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
-    """As torch.nn.functional.adaptive_avg_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size], summed in
-    fp32. Raises RuntimeError and TypeError as torch's does."""
-    return _adaptive_avg_pool(3, torch.nn.functional.adaptive_avg_pool3d, adaptive_avg_pool3d, input, output_size)
+    """As torch.nn.functional.adaptive_avg_pool3d, errors too: [N, C, D, H, W] or [C, D, H, W] -> [N, C, *output_size],
+    summed in fp32."""
+    return _adaptive_avg_pool(3, adaptive_avg_pool3d, input, output_size)
 
 
 def lp_pool1d(
     input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
 ) -> Tensor:
-    """As torch.nn.functional.lp_pool1d: [N, C, W] or [C, W] -> [N, C, Q], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.lp_pool1d
-    return _lp_pool(1, theirs, lp_pool1d, max_pool1d, input, norm_type, kernel_size, stride, ceil_mode)
+    """As torch.nn.functional.lp_pool1d, errors too: [N, C, W] or [C, W] -> [N, C, Q], summed in fp32."""
+    return _lp_pool(1, lp_pool1d, max_pool1d, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def lp_pool2d(
     input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
 ) -> Tensor:
-    """As torch.nn.functional.lp_pool2d: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.lp_pool2d
-    return _lp_pool(2, theirs, lp_pool2d, max_pool2d, input, norm_type, kernel_size, stride, ceil_mode)
+    """As torch.nn.functional.lp_pool2d, errors too: [N, C, H, W] or [C, H, W] -> [N, C, P, Q], summed in fp32."""
+    return _lp_pool(2, lp_pool2d, max_pool2d, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def lp_pool3d(
     input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
 ) -> Tensor:
-    """As torch.nn.functional.lp_pool3d: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q], summed in fp32.
-
-    Raises RuntimeError and TypeError as torch's does.
-    """
-    theirs = torch.nn.functional.lp_pool3d
-    return _lp_pool(3, theirs, lp_pool3d, max_pool3d, input, norm_type, kernel_size, stride, ceil_mode)
+    """As torch.nn.functional.lp_pool3d, errors too: [N, C, D, H, W] or [C, D, H, W] -> [N, C, O, P, Q]; fp32 sums."""
+    return _lp_pool(3, lp_pool3d, max_pool3d, input, norm_type, kernel_size, stride, ceil_mode)
 
 
-def _max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, *arguments: Any) -> Any:
+def _max_pool(rank: int, ours: Any, x: Tensor, *arguments: Any) -> Any:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, *arguments)
     if not isinstance(x, Tensor) or why_not_served(x):
-        return theirs(x, *arguments)
+        return getattr(torch.nn.functional, ours.__name__)(x, *arguments)
     kernel_size, stride, padding, dilation, ceil_mode, return_indices = arguments
     geometry, size = _windows(ours.__name__, rank, x, kernel_size, stride, padding, dilation, ceil_mode)
     y, indices = max_pool(_batched(x, rank), size, geometry, bool(return_indices))
     return _like(x, rank, y, indices)
 
 
-def _avg_pool(
-    rank: int, theirs: Any, ours: Any, x: Tensor, kernel_size: Any, stride: Any, padding: Any, *options: Any
-) -> Tensor:
+def _avg_pool(rank: int, ours: Any, x: Tensor, kernel_size: Any, stride: Any, padding: Any, *options: Any) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, kernel_size, stride, padding, *options)
     if not isinstance(x, Tensor) or why_not_served(x):
         # torch takes no None for a stride.
-        return theirs(x, kernel_size, kernel_size if stride is None else stride, padding, *options)
+        return getattr(torch.nn.functional, ours.__name__)(
+            x, kernel_size, kernel_size if stride is None else stride, padding, *options
+        )
     ceil_mode, include_padding, divisor = (*options, None)[:3]
     include_padding = boolean("count_include_pad", include_padding)
     if divisor is not None and type(divisor) is not int:
@@ -222,21 +183,21 @@ def _avg_pool(
     return _like(x, rank, average_pool(_batched(x, rank), size, geometry, include_padding, divisor or 0))
 
 
-def _adaptive_max_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any, return_indices: bool) -> Any:
+def _adaptive_max_pool(rank: int, ours: Any, x: Tensor, output_size: Any, return_indices: bool) -> Any:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, output_size, return_indices)
     if not isinstance(x, Tensor) or why_not_served(x):
-        return theirs(x, output_size, return_indices)
+        return getattr(torch.nn.functional, ours.__name__)(x, output_size, return_indices)
     size = _adaptive_size(ours.__name__, rank, x, output_size, x.shape[1:])
     y, indices = max_pool(_batched(x, rank), size, ADAPTIVE, bool(return_indices))
     return _like(x, rank, y, indices)
 
 
-def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size: Any) -> Tensor:
+def _adaptive_avg_pool(rank: int, ours: Any, x: Tensor, output_size: Any) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(ours, (x,), x, output_size)
     if not isinstance(x, Tensor) or why_not_served(x):
-        return theirs(x, output_size)
+        return getattr(torch.nn.functional, ours.__name__)(x, output_size)
     # PyTorch's pools of one and two axes take inputs without channels.
     full = x.shape[1:] if rank == 3 else x.shape[-rank:]
     size = _adaptive_size(ours.__name__, rank, x, output_size, full)
@@ -245,7 +206,6 @@ def _adaptive_avg_pool(rank: int, theirs: Any, ours: Any, x: Tensor, output_size
 
 def _lp_pool(
     rank: int,
-    theirs: Any,
     ours: Any,
     largest: Callable[..., Tensor],
     x: Tensor,
@@ -258,7 +218,7 @@ def _lp_pool(
         return handle_torch_function(ours, (x,), x, norm_type, kernel_size, stride, ceil_mode)
     # A norm may be a tensor, with a gradient.
     if not isinstance(x, Tensor) or isinstance(norm_type, Tensor) or why_not_served(x):
-        return theirs(x, norm_type, kernel_size, stride, ceil_mode)
+        return getattr(torch.nn.functional, ours.__name__)(x, norm_type, kernel_size, stride, ceil_mode)
     if isinstance(norm_type, (str, bytes)):
         raise TypeError(f"{ours.__name__}: norm_type must be a number, but got {norm_type!r}")
     if norm_type == float("inf"):

@@ -20,9 +20,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastconv.fuse.fused import FusedLayer
-from fastconv.fuse.rewrite import broken, fuse_module, fused_names
+from fastconv.fuse.rewrite import fuse_module, fused_names, why_not_fused
 from fastconv.fuse.search import Studies, reach
-from fastconv.fuse.stand_ins import class_of
+from fastconv.fuse.stand_ins import class_of, is_librarys
 from fastconv.nn.fused import ConvBNAct
 from fastconv.nn.fused_call import steps_fusible, why_not_bypassed
 
@@ -126,7 +126,7 @@ def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Mod
     continued_by: dict[torch.nn.Module, _Link] = {}
     others: list[_Finding] = []
     found = studies.of(model) | {module: studies[module] for module in names if fused_names(module)}
-    changed = {module: why for module in found if (why := broken(module)) is not None}
+    changed = {module: why for module in found if (why := why_not_fused(module)) is not None}
 
     def is_fused(module: torch.nn.Module, layer: FusedLayer) -> bool:
         return module not in changed and (isinstance(module, ConvBNAct) or layer.head in fused_names(module))
@@ -138,7 +138,7 @@ def _findings(studies: Studies, model: torch.nn.Module, names: dict[torch.nn.Mod
                 if isinstance(norm, _BatchNorm) and module in changed:
                     yield norm, None, conv, changed[module]
                 elif isinstance(norm, _BatchNorm):
-                    others.append((norm, None, conv, _why_not_fused(conv)))
+                    others.append((norm, None, conv, _why_not_chosen(conv)))
             elif not layer.of_conv and (child := _child(module, layer.head)) is not None:
                 continued_by.setdefault(child, (module, layer))
     for module, study in found.items():
@@ -177,8 +177,7 @@ def _finding(links: list[_Link], hooked: str | None, names: dict[torch.nn.Module
         yield norm, fused, conv, reason
 
 
-def _why_not_fused(conv: torch.nn.Module | None) -> str:
+def _why_not_chosen(conv: torch.nn.Module | None) -> str:
     if conv is None:
         return "its convolution is gone"
-    theirs = type(conv).__module__.startswith(("torch.nn.modules.", "fastconv.nn."))
-    return "not converted" if theirs else f"its convolution, a {type(conv).__name__}, is not converted"
+    return "not converted" if is_librarys(type(conv)) else f"its convolution, a {type(conv).__name__}, is not converted"

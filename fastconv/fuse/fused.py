@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from fastconv.activations import MODULES, has_fused_form, register_activation
-from fastconv.nn.fused_call import NORMS, SKIPPED, Function
+from fastconv.nn.fused_call import NORMS, SKIPPED, ActFunction
 
 CONVS = (
     *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d),
@@ -35,11 +35,11 @@ class FusedLayer:
     head: str  # the target of a convolution, or of a module that ends in a fused layer
     of_conv: bool
     steps: tuple[Step, ...]
-    done: frozenset[str]  # those of "norm", "act" and "+" that it does, and what it continues did
+    done: frozenset[str]  # which of "norm", "act" and "+" it and what it continues do
     ends: str | None  # why it does not take the next call, if that is an activation
     is_result: bool  # of the module
     nodes: tuple[Node, ...]  # the head first
-    passed: tuple[str, ...]  # modules called before the head that would be called after it
+    passed: tuple[str, ...]  # modules between the head's call and the last, called before the head once it is fused
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -85,7 +85,7 @@ def activation_in(node: Node, module: torch.nn.Module) -> str | torch.nn.Module 
         act = MODULES[node.target](*node.args[1:], **node.kwargs)
     except (TypeError, ValueError, AssertionError):  # the module is stricter than the function
         return None
-    vars(act)["forward"] = Function(node.target, node.args[1:], dict(node.kwargs))
+    vars(act)["forward"] = ActFunction(node.target, node.args[1:], dict(node.kwargs))
     return act
 
 

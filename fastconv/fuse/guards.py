@@ -68,7 +68,11 @@ class Guards:
     def require(self, test: str, otherwise: str) -> None:
         self.tests.setdefault(f"({test})", otherwise)
 
-    def is_still(self, path: str, value: Any, shown: str) -> None:
+    def require_is(self, path: str, thing: Any, otherwise: str) -> None:
+        """Require that the expression ``path`` is the object ``thing``."""
+        self.require(f"{path} is {self.name(thing)}", otherwise)
+
+    def require_still(self, path: str, value: Any, shown: str) -> None:
         """Require that the expression ``path`` is ``value``, a constant or a container of constants."""
         if value is None or isinstance(value, bool):
             test = f"{path} is {value}"
@@ -105,7 +109,7 @@ class Guards:
 
         return hold
 
-    def broken(self, module: Any) -> str | None:
+    def why_not(self, module: Any) -> str | None:
         """What to say of the first that does not hold; None: all hold."""
         space = self._space
         for test, otherwise in self.tests.items():

@@ -25,8 +25,8 @@ from fastconv.fuse.trace import Kinds, Trace, parameters
 from fastconv.nn.fused_call import Steps, run_continued, run_fused, run_steps, why_not_bypassed
 
 
-def broken(module: torch.nn.Module) -> str | None:
-    """Why ``module``'s own forward runs and not the fused one, in the mode that it is in; None: the fused one runs."""
+def why_not_fused(module: torch.nn.Module) -> str | None:
+    """Why ``module``'s own forward runs, in the mode that it is in; None: the fused one runs, or it has none."""
     if "forward" in vars(module):
         return f"a forward of its own on its {type(module).__name__}"
     study = found_in(module)
@@ -35,7 +35,7 @@ def broken(module: torch.nn.Module) -> str | None:
     if "forward" not in vars(type(module)):
         return "it is patched"
     traced = next(traced for (training, _), (traced, _) in study.traces.items() if training == module.training)
-    return traced.guards.broken(module)
+    return traced.guards.why_not(module)
 
 
 def fused_names(module: torch.nn.Module) -> tuple[str, ...]:
@@ -270,7 +270,8 @@ def _fused_class(
         "__init__": __init__,
         "__reduce_ex__": __reduce_ex__,
     }
-    # As copy does for a class without these methods; a parametrised module refuses to be pickled.
+    # A class that defines none of the four is copied as copy does it, without pickling, which a parametrised module
+    # refuses.
     says = (getattr(original, name, None) for name in ("__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__"))
     if tuple(says) == (object.__reduce_ex__, object.__reduce__, getattr(object, "__getstate__", None), None):
         body["__deepcopy__"] = __deepcopy__

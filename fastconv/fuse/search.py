@@ -34,12 +34,10 @@ from fastconv.fuse.fused import (
     may_skip,
     skip,
 )
-from fastconv.fuse.stand_ins import Untraceable, class_of, path_of
+from fastconv.fuse.stand_ins import MODULE_CONTAINERS, Untraceable, class_of, is_librarys, path_of
 from fastconv.fuse.trace import Kinds, Trace, parameters, trace
 from fastconv.nn.fused import ConvBNAct
 from fastconv.nn.fused_call import NORMS, does
-
-_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
 def found_in(module: torch.nn.Module) -> Study | None:
@@ -93,7 +91,7 @@ class Studies(dict[torch.nn.Module, Study]):
         return self._setting[module]
 
     def _sets_nothing_itself(self, module: torch.nn.Module) -> bool:
-        if class_of(module).__module__.startswith(("torch.nn.modules.", "fastconv.nn.")):
+        if is_librarys(class_of(module)):
             return True
         found = self[module]
         return bool((found if found.traces else study(module, self)).traces)
@@ -126,7 +124,7 @@ def reach(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The children of ``module``, and those of containers among them."""
     for child in module.children():
         yield child
-        if isinstance(child, _CONTAINERS):
+        if isinstance(child, MODULE_CONTAINERS):
             yield from reach(child)
 
 

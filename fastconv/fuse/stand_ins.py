@@ -17,7 +17,7 @@ from torch.fx.proxy import Attribute
 
 from fastconv.fuse import source
 
-_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+MODULE_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
 class Untraceable(Exception):
@@ -27,6 +27,11 @@ class Untraceable(Exception):
 def class_of(module: torch.nn.Module) -> Any:
     """The class of ``module`` as if nothing were fused."""
     return type(module).__dict__.get("_fastconv_original", type(module))
+
+
+def is_librarys(kind: type) -> bool:
+    """Whether ``kind`` is a class of torch.nn's or of fastconv.nn's."""
+    return kind.__module__.startswith(("torch.nn.modules.", "fastconv.nn."))
 
 
 def is_sequential(module: torch.nn.Module) -> bool:
@@ -147,14 +152,14 @@ class Reference:
         return list(children.values())[index]
 
     def _is_container(self, method: str) -> bool:
-        kind = next((kind for kind in _CONTAINERS if isinstance(self.value, kind)), None)
+        kind = next((kind for kind in MODULE_CONTAINERS if isinstance(self.value, kind)), None)
         return kind is not None and getattr(class_of(self.value), method, None) is getattr(kind, method, None)
 
     def _container(self, method: str) -> dict[str, Any]:
         if not self._is_container(method):
             raise Untraceable(f"reads {self.shown}, a {type(self.value).__name__}, in a way that is not known")
-        own = self.tracer.guards.name(getattr(class_of(self.value), method))
-        self.tracer.guards.require(f"type({self.path}).{method} is {own}", f"{self.shown} is another container now")
+        own = getattr(class_of(self.value), method)
+        self.tracer.guards.require_is(f"type({self.path}).{method}", own, f"{self.shown} is another container now")
         return self.children()
 
     def children(self) -> dict[str, Any]:
@@ -168,7 +173,7 @@ class Reference:
         child = self.value._modules[name]
         path, shown = f"{self.path}._modules[{name!r}]", f"{self.shown}.{name}"
         if child is None:
-            self.tracer.guards.is_still(path, None, shown)
+            self.tracer.guards.require_still(path, None, shown)
             return None
         target = None if self.target is None else ".".join(filter(None, (self.target, name)))
         return Reference(self.tracer, child, path, shown, target)

@@ -65,7 +65,7 @@ def trace(
     if not required:
         raise Untraceable("takes no argument that must be given")
     tracer = _Tracer(training, sets_nothing)
-    tracer.guards.require(f"{tracer.guards.name(original)}.forward is {tracer.guards.name(forward)}", "it is patched")
+    tracer.guards.require_is(f"{tracer.guards.name(original)}.forward", forward, "it is patched")
     values = [tracer._argument(name, kind) for name, kind in zip([*required, *optional], kinds, strict=False)]
     try:
         result = tracer.run(forward, (Reference(tracer, module, "self", "self", target=""), *values), {})
@@ -138,10 +138,9 @@ class _Tracer(GraphAppendingTracer):
             code = source.rewritten(function)
         except source.SourceUnknown as why:
             raise Untraceable(str(why)) from None
-        code_is = f"{self.guards.name(function)}.__code__ is {self.guards.name(function.__code__)}"
-        self.guards.require(code_is, f"{function.__qualname__} is patched")
-        twin = FunctionType(code, Names(self, function), function.__name__)
         name = self.guards.name(function)
+        self.guards.require_is(f"{name}.__code__", function.__code__, f"{function.__qualname__} is patched")
+        twin = FunctionType(code, Names(self, function), function.__name__)
         twin.__defaults__ = tuple(
             self.seen(value, f"{name}.__defaults__[{i}]", "a default")
             for i, value in enumerate(function.__defaults__ or ())
@@ -160,11 +159,11 @@ class _Tracer(GraphAppendingTracer):
             self._must_be_settled(owner, shown)
             if owner is not None and shown.endswith(".training") and isinstance(owner.value, torch.nn.Module):
                 value = self.training
-            self.guards.is_still(path, value, shown)
+            self.guards.require_still(path, value, shown)
             return value
         if is_constant_throughout(value):
             self._must_be_settled(owner, shown, type(value) in allowed.OWN)
-            self.guards.is_still(path, value, shown)
+            self.guards.require_still(path, value, shown)
             return self._lend(value, shown)
         return Reference(self, value, path, shown)
 
@@ -181,8 +180,11 @@ class _Tracer(GraphAppendingTracer):
                 continue
             if not self.sets_nothing(module.value):
                 raise Untraceable(f"reads {shown} behind a call of {module.shown}, which may set it")
-            kind = self.guards.name(class_of(module.value))
-            self.guards.require(f"isinstance({module.path}, {kind})", f"{module.shown} is another module")
+            self._require_class(module)
+
+    def _require_class(self, module: Reference) -> None:
+        kind = self.guards.name(class_of(module.value))
+        self.guards.require(f"isinstance({module.path}, {kind})", f"{module.shown} is another module")
 
     def _lend(self, value: Any, shown: str) -> Any:
         """A copy of a container of constants, which the forward may not change."""
@@ -236,7 +238,7 @@ class _Tracer(GraphAppendingTracer):
             raise Untraceable(f"reads {shown}, which its class finds in a way of its own")
         raw = allowed.in_classes(kind.__mro__, name, shown, allowed.MISSING)
         if isinstance(raw, property) and isinstance(raw.fget, FunctionType):
-            self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(raw)}", f"{shown} is patched")
+            self.guards.require_is(f"{self.guards.name(kind)}.{name}", raw, f"{shown} is patched")
             return self.run(raw.fget, (owner,), {})
         if isinstance(raw, MemberDescriptorType):
             return self.seen(raw.__get__(value), path, shown)
@@ -286,7 +288,7 @@ class _Tracer(GraphAppendingTracer):
         if kind is None or not isinstance(vars(kind)[name], FunctionType):
             raise Untraceable(f"reads {name} of super()")
         found = vars(kind)[name]
-        self.guards.require(f"{self.guards.name(kind)}.{name} is {self.guards.name(found)}", f"{name} is patched")
+        self.guards.require_is(f"{self.guards.name(kind)}.{name}", found, f"{name} is patched")
         return Reference(self, found, "", f"super().{name}", receiver=parent.receiver)
 
     # What is called
@@ -307,7 +309,7 @@ class _Tracer(GraphAppendingTracer):
         if type(value) is functools.partial:
             return self._call_partial(function, args, kwargs)
         if function.path != self.guards.name(value):
-            self.guards.require(f"{function.path} is {self.guards.name(value)}", f"{function.shown} is patched")
+            self.guards.require_is(function.path, value, f"{function.shown} is patched")
         if id(value) in allowed.PURE:
             return value(*args, **kwargs)
         if id(value) in allowed.WRITING:
@@ -342,7 +344,7 @@ class _Tracer(GraphAppendingTracer):
 
     def _call_partial(self, partial: Reference, args: Any, kwargs: Any) -> Any:
         value, path, shown = partial.value, partial.path, partial.shown
-        self.guards.require(f"type({path}) is {self.guards.name(type(value))}", f"{shown} is something else now")
+        self.guards.require_is(f"type({path})", type(value), f"{shown} is something else now")
         first = [self.seen(arg, f"{path}.args[{i}]", shown) for i, arg in enumerate(value.args)]
         named = {name: self.seen(arg, f"{path}.keywords[{name!r}]", shown) for name, arg in value.keywords.items()}
         return self.call(self.seen(value.func, f"{path}.func", shown), *first, *args, **{**named, **kwargs})
@@ -382,10 +384,10 @@ class _Tracer(GraphAppendingTracer):
     def _call_bound(self, method: Reference, args: Any, kwargs: Any) -> Any:
         value, receiver = method.value, method.receiver
         if method.path and value.__name__ == "forward" and isinstance(receiver.value, torch.nn.Module):
-            test = f"{self.guards.name(allowed.forward_of)}({receiver.path}) is {self.guards.name(value)}"
-            self.guards.require(test, f"{method.shown} is patched")
+            read = f"{self.guards.name(allowed.forward_of)}({receiver.path})"
+            self.guards.require_is(read, value, f"{method.shown} is patched")
         elif method.path:
-            self.guards.require(f"{method.path}.__func__ is {self.guards.name(value)}", f"{method.shown} is patched")
+            self.guards.require_is(f"{method.path}.__func__", value, f"{method.shown} is patched")
         if isinstance(receiver.value, torch.nn.Module) and not (args or kwargs):
             name = value.__name__
             if value is getattr(torch.nn.Module, name, None) and name in ("children", "named_children"):
@@ -422,15 +424,15 @@ class _Tracer(GraphAppendingTracer):
 
     def _kind_given_by(self, module: Reference, args: tuple[Any, ...]) -> type | None:
         """The type of what ``module`` gives for arguments like ``args``, as long as the guards hold that this adds."""
-        kind, forward = class_of(module.value), allowed.forward_of(module.value)
-        self.guards.require(f"isinstance({module.path}, {self.guards.name(kind)})", f"{module.shown} is another module")
-        # Only these hooks can replace the result.
+        self._require_class(module)
+        # Only forward hooks can replace the result.
         hooks = torch.nn.modules.module._global_forward_hooks
         self.guards.require(f"not {self.guards.name(hooks)}", "a hook on every module")
         unhooked = f"not {module.path}._forward_hooks and 'forward' not in {module.path}.__dict__"
         self.guards.require(unhooked, f"a hook or a forward of its own on {module.shown}")
         if isinstance(module.value, allowed.GIVE_TENSORS):
             return Tensor
+        forward = allowed.forward_of(module.value)
         if not isinstance(forward, FunctionType):
             return None
         graph, self.graph = self.graph, Graph()
@@ -456,7 +458,7 @@ class _Tracer(GraphAppendingTracer):
         if not all(isinstance(kind, Reference) and type(kind.value) in allowed.ANSWER_TRULY for kind in kinds):
             raise Untraceable("calls isinstance in a way that is not known")
         for kind in kinds:
-            self.guards.require(f"{kind.path} is {self.guards.name(kind.value)}", f"{kind.shown} is another class now")
+            self.guards.require_is(kind.path, kind.value, f"{kind.shown} is another class now")
         classes = tuple(kind.value for kind in kinds)
         if isinstance(value, Proxy):
             kind = self._kind_of(value)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fastconv.activations import activation_of, has_fused_form, is_activation
 from fastconv.fuse.fused import Step
-from fastconv.fuse.stand_ins import class_of, is_sequential, unpacked
+from fastconv.fuse.stand_ins import class_of, is_librarys, is_sequential, unpacked
 from fastconv.kernels.epilogue import ACTIVATIONS
 from fastconv.nn.fused import ConvBNAct
 from fastconv.nn.fused_call import SUMS
@@ -107,5 +107,4 @@ def module_may_write(module: torch.nn.Module) -> bool:
             if child is None or module_may_write(child):
                 return True
         return False
-    theirs = type(module).__module__.startswith(("torch.nn.modules.", "fastconv.nn."))
-    return not theirs or bool(vars(module).get("inplace"))
+    return not is_librarys(type(module)) or bool(vars(module).get("inplace"))

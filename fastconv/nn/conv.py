@@ -2,7 +2,7 @@
 
 Each is a subclass of torch.nn's class that adds no state, so that an instance becomes the other by a change of its
 ``__class__`` (``fastconv.convert``), and pickles, state_dicts and reprs of the two are alike. ``torch.fx`` keeps only
-torch.nn's own classes as leaves: it traces into these, and finds one call of a function in ``fastconv.functional``.
+torch.nn's own classes as leaves: it traces into fastconv's and finds one call of ``fastconv.functional``.
 """
 
 from __future__ import annotations
@@ -164,5 +164,5 @@ _LAYERS = Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspos
 _LAZY = LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d, LazyConvTranspose3d
 exact(*_LAYERS)
 unquantised(*_LAYERS)
-# So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
+# So that ``torch.load(weights_only=True)`` takes the layers wherever it takes torch.nn's.
 torch.serialization.add_safe_globals([*_LAYERS, *_LAZY])

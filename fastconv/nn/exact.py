@@ -49,13 +49,13 @@ def refuse_tracer(x: Any) -> None:
 
 
 def exact(*layers: Any) -> None:
-    """Let torch.jit.script, before it compiles any part of a model, and thop raise on these classes."""
+    """Let torch.jit.script, before it compiles any part of a model, and thop raise on the classes ``layers``."""
     for layer in layers:
         layer.__prepare_scriptable__ = _prepare_scriptable
         layer.register_buffer = _register_buffer
 
 
 def unquantised(*layers: Any) -> None:
-    """Let torch.ao.quantization raise on these classes."""
+    """Let torch.ao.quantization raise on the classes ``layers``."""
     for layer in layers:
         layer.qconfig = _Config()

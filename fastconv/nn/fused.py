@@ -70,28 +70,19 @@ ConvBNAct.forward.continued = _continued  # type: ignore[attr-defined]
 
 
 class ConvBNAct1d(ConvBNAct):
-    """``act(bn(conv(x)) + residual)``: x [N, C, W], residual, if any, as the result [N, K, Q].
-
-    Arguments: `ConvBNAct`.
-    """
+    """``act(bn(conv(x)) + residual)``: x [N, C, W], result [N, K, Q]. Arguments: `ConvBNAct`."""
 
     _conv, _norm = Conv1d, torch.nn.BatchNorm1d
 
 
 class ConvBNAct2d(ConvBNAct):
-    """``act(bn(conv(x)) + residual)``: x [N, C, H, W], residual, if any, as the result [N, K, P, Q].
-
-    Arguments: `ConvBNAct`.
-    """
+    """``act(bn(conv(x)) + residual)``: x [N, C, H, W], result [N, K, P, Q]. Arguments: `ConvBNAct`."""
 
     _conv, _norm = Conv2d, torch.nn.BatchNorm2d
 
 
 class ConvBNAct3d(ConvBNAct):
-    """``act(bn(conv(x)) + residual)``: x [N, C, D, H, W], residual, if any, as the result [N, K, O, P, Q].
-
-    Arguments: `ConvBNAct`.
-    """
+    """``act(bn(conv(x)) + residual)``: x [N, C, D, H, W], result [N, K, O, P, Q]. Arguments: `ConvBNAct`."""
 
     _conv, _norm = Conv3d, torch.nn.BatchNorm3d
 

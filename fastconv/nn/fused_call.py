@@ -146,8 +146,8 @@ def does(kind: str) -> set[str]:
     return {"+"} if kind in SUMS else {kind} - {"skip"}
 
 
-class Function(NamedTuple):
-    """A function of torch's that is an activation of a fused layer: the forward of the module that stands for it."""
+class ActFunction(NamedTuple):
+    """torch's function that is a fused layer's activation: the forward of the module that stands for it."""
 
     target: Any  # a function, or the name of a tensor's method
     args: tuple[Any, ...]
@@ -160,7 +160,7 @@ class Function(NamedTuple):
 
 def stands_for_function(act: Any) -> bool:
     """Whether ``act`` stands for a function that the user's forward calls."""
-    return type(getattr(act, "__dict__", {}).get("forward")) is Function
+    return type(getattr(act, "__dict__", {}).get("forward")) is ActFunction
 
 
 def why_not_bypassed(module: torch.nn.Module | None) -> str | None:
@@ -178,7 +178,7 @@ def why_not_bypassed(module: torch.nn.Module | None) -> str | None:
 
 
 def process_group(norm: Any) -> Any:
-    """The process group over which ``norm`` takes statistics; None: it is alone. As torch.nn.SyncBatchNorm."""
+    """The process group over which ``norm`` takes statistics; None: this process is the only one."""
     distributed = torch.distributed
     if not isinstance(norm, torch.nn.SyncBatchNorm) or not norm.training:
         return None
@@ -201,7 +201,7 @@ def _intercepted(x: Tensor) -> bool:
         return False
     if type(x) is not Tensor and type(x).__torch_function__ is not _disabled_torch_function_impl:
         return True
-    # torch's own modes, as of torch.export and torch.set_default_device, change nothing of a convolution.
+    # torch's own modes, for example torch.export's, change nothing of a convolution.
     return not all(type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())
 
 

@@ -1,7 +1,7 @@
 """Whether somebody replaced what PyTorch runs for a layer: on the layer's class, in torch.nn.functional or in torch.
 
-The code of the class's own ``forward`` names these methods and functions. Whether one is torch's own is told by where
-its code comes from, so that replacements made before fastconv was imported are seen too.
+The code of the class's own ``forward`` names the methods and functions that run. A function is torch's own if its code
+comes from there, so that replacements made before fastconv was imported are seen too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _CALL = ("__call__", "_call_impl")
 _FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional", "torch._jit_internal")
 _PACKAGES = ("torch", "fastconv", "timm")
 Point = tuple[Any, str]  # a class or a module, and the name of an attribute
-Found = tuple[Callable[[], bool], str | None]  # whether nothing has changed since, and what was found
+Answer = tuple[Callable[[], bool], str | None]  # whether nothing has changed since, and what was found
 
-_calls: dict[type, Found] = {}
-_beneath: dict[type, Found] = {}
-_NOTHING: Found = (lambda: False, None)
+_calls: dict[type, Answer] = {}
+_beneath: dict[type, Answer] = {}
+_NOTHING: Answer = (lambda: False, None)
 
 
 def patched(kind: type[torch.nn.Module]) -> str | None:
@@ -45,7 +45,7 @@ def patched_beneath(ours: type[torch.nn.Module]) -> str | None:
 patched._dynamo_marked_constant = patched_beneath._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _look(memo: dict[type, Found], kind: type, points: list[Point]) -> str | None:
+def _look(memo: dict[type, Answer], kind: type, points: list[Point]) -> str | None:
     values = [getattr(*point) for point in points]
     replaced = (point for point, value in zip(points, values, strict=True) if not _is_own(*point, value))
     found = next((f"{_name(*point)} is patched" for point in replaced), None)
@@ -72,7 +72,7 @@ def _overridden(kind: Any) -> Iterator[Point]:
 
 
 def _method(kind: type, *names: str) -> Iterator[Point]:
-    """These methods of ``kind``, and what those that are its own refer to."""
+    """The methods ``names`` of ``kind``, and what those that are its own refer to."""
     todo, seen = [(kind, name) for name in names], set()
     while todo:
         point = todo.pop()

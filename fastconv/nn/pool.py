@@ -164,5 +164,5 @@ _LAYERS = (
     *(LPPool1d, LPPool2d, LPPool3d),
 )
 exact(*_LAYERS)
-# So that ``torch.load(weights_only=True)`` takes these layers wherever it takes torch.nn's.
+# So that ``torch.load(weights_only=True)`` takes the layers wherever it takes torch.nn's.
 torch.serialization.add_safe_globals([*_LAYERS])
