@@ -15,11 +15,11 @@ MEASURING = TUNE[2:]
 
 
 class Policy(NamedTuple):
-    """What the user set. ``stable``: one order of summation for each problem, whatever is tuned, so never PyTorch's."""
+    """What the user set."""
 
-    tune: str = "cached"  # one of TUNE: "off" the cost model alone; "first", "force": the measurer may run
-    stable: bool = False
-    fastest: bool = True  # PyTorch's own op where it was measured faster
+    tune: str = "cached"  # one of TUNE; "off": the cost model decides; "first", "force": the measurer may run
+    stable: bool = False  # each problem keeps its order of summation whatever is tuned, so PyTorch's op never serves
+    fastest: bool = True  # PyTorch's op serves if it was measured faster
 
 
 CACHED = Policy()
@@ -27,12 +27,12 @@ CACHED = Policy()
 
 @dataclass(frozen=True)
 class Adapter:
-    """What whoever chooses says of itself and its problems; asked on a problem's first call only, but for ``policy``.
+    """What the kernels supply. Everything except ``policy`` is called only for a new problem.
 
-    ``problem(space, features)``: as tables know it. ``version(space name)``: under which code it would be measured.
-    ``live(gpu)``: whether ``gpu`` is here and the call is a user's program. ``agree(gpu, tables, reloads)``: told
-    before a GPU's tables are first used, where processes must agree on them; ``reloads``: how often they were agreed on
-    already, and dropped. ``joined()``: whether processes that must agree have appeared since it was asked last.
+    ``problem(space, features)`` and ``version(space)`` are a problem's keys in tables. ``live(gpu)``: ``gpu`` is here
+    and the call is a user's program, so measuring is possible. Processes of one job agree on tables: ``agree(gpu,
+    tables, reloads)`` is called before a GPU's tables are first used, ``reloads`` counts the agreed tables dropped
+    before; ``joined()``: this process has joined a job since the last call.
     """
 
     problem: Callable[[str, Hashable], ProblemKey]

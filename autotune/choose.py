@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from fastconv.autotune import known
 from fastconv.autotune.adapter import CACHED, MEASURING, Adapter, Policy
 from fastconv.autotune.cost_model import MAX_REGISTERS, Prediction, Work, predict
 from fastconv.autotune.gpus import Gpu
-from fastconv.autotune.records import ProblemKey, Tuned, Untuned, Version, now
+from fastconv.autotune.records import Identity, ProblemKey, Tuned, Untuned, Version, now
 from fastconv.autotune.space import Config, Space
 from fastconv.autotune.table import Table, Tables
 
-# The cost model cannot tell closer times apart: the space's earlier config wins then, so that problems share binaries.
+# The cost model cannot tell closer times apart: the space's earlier config wins, so that problems share binaries.
 RESOLUTION = 0.35
-# Another problem's config serves only if it is predicted to take at most this times the best prediction.
+# Another problem's config serves if its prediction is at most this times the best.
 TRUST = 2.0
 
 NEAREST, COST_MODEL, FIXED = "nearest problem", "cost model", "fixed"
@@ -29,13 +29,13 @@ class Choice:
     seconds: float  # predicted
     bound: str  # what limits it, by the prediction
     measured: float | None = None  # seconds, if a table has them for a problem of this bucket
-    pytorch_faster: bool = False  # measured so, by more than the noise
+    pytorch_faster: bool = False  # by more than the noise of the measurement
     of: str | None = None  # the problem that was measured, if it is another one
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which config of ``space`` is to serve a problem on ``gpu``: what a tuning run needs to know."""
+    """Which config of ``space`` serves a problem on ``gpu``? Holds what a tuning run needs to know."""
 
     space: Space
     features: Hashable
@@ -43,7 +43,12 @@ class Question:
     gpu: Gpu
     problem: ProblemKey
     version: Version
-    choice: Choice  # by the cost model: the default
+    choice: Choice  # the cost model's: the default
+
+    @property
+    def identity(self) -> Identity:
+        """The first fields of the question's records."""
+        return self.problem, self.gpu.name, self.gpu.multiprocessors, self.version
 
     def predict(self, config: Config) -> Prediction | None:
         """None for a config that does not fit the GPU."""
@@ -51,8 +56,8 @@ class Question:
 
     def fitting(self) -> list[tuple[Config, float]]:
         """The configs that fit the GPU, fastest predicted first, with the predicted seconds."""
-        predicted = ((config, self.predict(config)) for config in self.space)
-        return sorted(((config, it.seconds) for config, it in predicted if it is not None), key=lambda pair: pair[1])
+        predicted = predictions(self.space, self.work, self.gpu)
+        return sorted(((config, it.seconds) for config, it in predicted), key=lambda pair: pair[1])
 
 
 _choices: dict[tuple[str, Hashable, Gpu, Policy], Choice] = {}
@@ -67,17 +72,18 @@ def choose(
 ) -> Choice:
     """The config of ``space`` for the problem that ``features`` identifies; a known problem is one dictionary hit.
 
-    ``work(config)`` says what a config makes of the problem. In order: the lock file, this user's measurements, the
-    shipped table (each: the problem itself, then one whose batch and image are nearly its own), the nearest problem
-    measured, the cost model; without an ``adapter`` only the cost model. Measures only if the policy is "first" or
-    "force", a measurer is installed and the adapter is ``live``. Raises ValueError if nothing fits.
+    ``work(config)`` says what a config makes of the problem. The first of these that knows a config decides: the lock
+    file, this user's measurements, the shipped table, the nearest problem measured, the cost model. A table is asked
+    for the problem itself, then for one of nearly its batch and image. Without an ``adapter`` the cost model decides.
+    Measures only if the policy is "first" or "force", a measurer is installed and the adapter is ``live``. Raises
+    ValueError if nothing fits.
     """
     if adapter is None or gpu.interpreted:
         adapter, policy = None, CACHED
     else:
         policy = adapter.policy()
         if policy.tune in MEASURING and not adapter.live(gpu):
-            # A choice that was only looked at is not kept for the call that will measure.
+            # The choice of a call that cannot measure is not kept for the one that will.
             policy = policy._replace(tune="cached")
     key = (space.name, features, gpu, policy)
     choice = _choices.get(key)
@@ -86,10 +92,15 @@ def choose(
     return choice
 
 
+def predictions(configs: Iterable[Config], work: Callable[[Config], Work], gpu: Gpu) -> list[tuple[Config, Prediction]]:
+    """The configs that fit the GPU, in their own order."""
+    predicted = ((config, predict(work(config), gpu)) for config in configs)
+    return [(config, it) for config, it in predicted if it is not None]
+
+
 def by_cost_model(space: Space, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
     """The choice without measurements: the default that tuning has to beat. Raises ValueError if nothing fits."""
-    predictions = [(config, predict(work(config), gpu)) for config in space]
-    fitting = [(config, prediction) for config, prediction in predictions if prediction is not None]
+    fitting = predictions(space, work, gpu)
     if not fitting:
         raise ValueError(f"no config of the space {space.name!r} fits the {gpu.name}")
     limit = (1 + RESOLUTION) * min(prediction.seconds for _, prediction in fitting)
@@ -110,7 +121,7 @@ def ask(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: G
 
 
 def fixed(space: Space, config: Config, work: Callable[[Config], Work], gpu: Gpu) -> Choice:
-    """A config that is to be measured. Raises ValueError unless it is the space's and fits."""
+    """The choice of a given config. Raises ValueError unless it is the space's and fits."""
     if config not in space:
         raise ValueError(f"the space {space.name!r} has no config {dict(config)}")
     prediction = predict(work(config), gpu)
@@ -120,7 +131,7 @@ def fixed(space: Space, config: Config, work: Callable[[Config], Work], gpu: Gpu
 
 
 def install_measurer(measurer: Callable[[Question], Tuned | None] | None) -> None:
-    """Let ``measurer`` measure problems if the policy is "first" or "force"; it returns what it found, or None."""
+    """Let ``measurer`` measure problems if the policy is "first" or "force"."""
     global _measurer
     _measurer = measurer
 
@@ -141,7 +152,7 @@ def _decide(
         _measure(question, tables, policy.tune == "force")
     choice = _look_up(question, tables, policy)
     if choice.source in (NEAREST, COST_MODEL) and adapter.live(gpu):
-        known.note(Untuned(question.problem, gpu.name, gpu.multiprocessors, question.version, now()))
+        known.note(Untuned(*question.identity, now()))
     return choice
 
 
@@ -162,8 +173,7 @@ def _look_up(question: Question, tables: Tables, policy: Policy) -> Choice:
             prediction = usable(config)
             if prediction is not None:
                 # PyTorch sums in another order.
-                pytorch = entry.pytorch if policy.fastest and not policy.stable else None
-                faster = pytorch is not None and pytorch * (1 + entry.noise) < measured
+                faster = policy.fastest and not policy.stable and entry.pytorch_faster
                 of = None if entry is exact else entry.problem.describe()
                 return Choice(config, source, prediction.seconds, prediction.bound, measured, faster, of)
     near = [entry for table in (tables.user, tables.shipped) for entry in table.nearest(problem, version)]
@@ -185,20 +195,21 @@ def _of_order(entry: Tuned, space: Space, default: Config) -> tuple[Config, floa
 
 
 def _measure(question: Question, tables: Tables, again: bool) -> None:
-    """Measure what no table has, or ``again`` what no lock file has; once a process, one thread at a time."""
+    """Measure what no table has, or with ``again`` what no lock file has; once a process, one thread at a time."""
     if getattr(_measuring, "now", False):
         return
     with _one_measures:
-        identity = question.problem, question.version, question.gpu
         layers = [tables.lock] if again else [table for _, table in tables.layers]
-        if identity in known.attempted or any(table.exact(question.problem, question.version) for table in layers):
+        if question.identity in known.attempted or any(
+            table.exact(question.problem, question.version) for table in layers
+        ):
             return
         if _measurer is None:
             known.warn_once(
                 "tune='first' and 'force' need something that measures; none is installed, so tables decide"
             )
             return
-        known.attempted.add(identity)
+        known.attempted.add(question.identity)
         _measuring.now = True
         try:
             entry = _measurer(question)

@@ -1,13 +1,13 @@
 """How long a tiled kernel takes on a GPU: a roofline per multiprocessor, with waves, occupancy and latency.
 
-Every figure it returns is a prediction. It ranks tiles; it is no measurement.
+Every figure it returns is a prediction: it ranks tiles.
 
-What a fused epilogue moves beside the result (a residual; statistics, 8 bytes a channel of each tile) is left out: a
-problem as tables know it has none, because what is measured has none. All configs move nearly the same, which is a
-floor under their times, so what is chosen without it stays within the model's resolution of the best with it.
+The model leaves out what a fused epilogue moves beside the result: a residual, and statistics of 8 bytes for each
+channel of a tile. Measured problems have no epilogue. All configs move nearly the same, which is a floor under their
+times, so the choice without it stays within the model's resolution of the best with it.
 
-Registers and shared memory, and with them occupancy, are estimates where a tile is chosen; within a tuning run, and
-where a kernel is inspected, they are the compiled binary's.
+Registers, shared memory and occupancy are estimates when a tile is chosen. A tuning run and ``fastconv inspect`` take
+the compiled binary's.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ DRAM_EFFICIENCY = 0.85
 STEP_LATENCY = 1.0e-6
 PROGRAM_LATENCY = 2.0e-6
 LAUNCH = 3.0e-6
-# A program that spills registers is taken only where all others spill too.
+# A program that spills registers is taken only if all others spill too.
 SPILLING = 100.0
-# The interpreter on a common CPU: seconds for a program and a step whatever their size, and for an operand's element.
+# The interpreter's seconds on a common CPU: for a program and a step of any size, and for an operand's element.
 INTERPRETED_PROGRAM = 3e-3
 INTERPRETED_STEP = 1.5e-3
 INTERPRETED_ELEMENT = 1.7e-8
 
 MAX_REGISTERS = 255  # that a thread can name
-# Bytes of the partial sums that a first launch leaves to a second: more than any layer list's tiles want, and what a
-# training step that fits a GPU can spare.
+# Bytes of the partial sums that a first launch leaves to a second. Tiles of the layer lists want less, and a training
+# step that fits a GPU can spare them.
 MAX_WORKSPACE = 1 << 29
 
 
@@ -52,7 +52,7 @@ class Work:
     warps: int
     stages: int
     matrix_share: float  # of Gpu.matrix_rate for this dtype; 0: vector units
-    extra_bytes: int = 0  # moved by way of a workspace, each of its own twice; 0: none
+    extra_bytes: int = 0  # written to a workspace and read again, counted twice
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Prediction:
 
 
 def predict(work: Work, gpu: Gpu) -> Prediction | None:
-    """Predicted time; None where the work does not fit a multiprocessor, or its partial sums no workspace."""
+    """Predicted time; None if the work does not fit a multiprocessor, or its partial sums the workspace."""
     if work.extra_bytes > 2 * MAX_WORKSPACE:
         return None
     if gpu.interpreted:
@@ -94,12 +94,12 @@ def predict(work: Work, gpu: Gpu) -> Prediction | None:
 
 
 def predict_pass(moved: int, gpu: Gpu) -> float:
-    """Predicted seconds of a launch that does nothing but move so many bytes: sums of splits, a copy."""
+    """Predicted seconds of a launch that only moves ``moved`` bytes: sums of splits, a copy."""
     return LAUNCH + PROGRAM_LATENCY + moved / (gpu.bandwidth * DRAM_EFFICIENCY)
 
 
 def occupancy_of(work: Work, gpu: Gpu) -> int:
-    """Programs that fit a multiprocessor at once; 0 where not even one does."""
+    """Programs that fit a multiprocessor at once."""
     if work.shared_memory > gpu.shared_memory:
         return 0
     threads = 32 * work.warps

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Gpu:
 
     @property
     def bulk(self) -> bool:
-        """Whether bulk tensor copies bring what its tensor cores read from shared memory. (Compute capability 12.0 has
-        such copies too, but its tensor cores read registers.)"""
+        """Whether its tensor cores read from shared memory what bulk tensor copies bring. Those of compute capability
+        12.0, which has the copies too, read registers."""
         return self.wgmma or self.tcgen05
 
 
@@ -80,7 +78,7 @@ B200 = Gpu(
     vector_rate=75e12,
     source="NVIDIA DGX B200 datasheet; CUDA C++ Programming Guide, compute capabilities",
 )
-# The GPUs below publish no bandwidth of L2: estimated as 20 bytes a clock and multiprocessor, about A100's and H100's.
+# The L2 bandwidth of the GPUs below is not published: estimated as 20 bytes a clock and multiprocessor, about A100's.
 L4 = Gpu(
     name="NVIDIA L4",
     arch=89,
@@ -107,7 +105,7 @@ L40S = Gpu(
     source="NVIDIA L40S datasheet; NVIDIA Ada GPU Architecture whitepaper; CUDA C++ Programming Guide",
     threads=1536,
 )
-# On GeForce, fp16 and bf16 products with fp32 sums run at half of what the tensor cores do with fp16 sums.
+# GeForce runs fp16 and bf16 products with fp32 sums at half the rate of those with fp16 sums.
 RTX3090 = Gpu(
     name="NVIDIA GeForce RTX 3090",
     arch=86,
@@ -147,7 +145,7 @@ RTX5090 = Gpu(
     source="NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix; CUDA C++ Programming Guide",
     threads=1536,
 )
-# On it the cost is Python's, so rates mean nothing; a program may be as large as a tensor in Triton.
+# The interpreter takes Python's time, so its rates mean nothing. A program may be as large as a tensor in Triton.
 INTERPRETER = Gpu(
     name="Triton interpreter",
     arch=0,
@@ -160,35 +158,28 @@ INTERPRETER = Gpu(
     vector_rate=1.0,
     source="this process",
 )
-KNOWN: Mapping[str, Gpu] = MappingProxyType(
-    {gpu.name: gpu for gpu in (A100, H100, H200, B200, L4, L40S, RTX3090, RTX4090, RTX5090)}
-)
+KNOWN = (A100, H100, H200, B200, L4, L40S, RTX3090, RTX4090, RTX5090)
 
 
 def known_gpus() -> tuple[Gpu, ...]:
-    """The GPUs of the table."""
-    return tuple(KNOWN.values())
+    return KNOWN
 
 
 def gpu_named(name: str, multiprocessors: int | None = None) -> Gpu | None:
-    """The table's figures for a device name such as ``NVIDIA H100 80GB HBM3``, or None.
+    """The known GPU that a device name like ``NVIDIA H100 80GB HBM3`` begins with, or None.
 
-    It keeps the device's own name: what was measured on one product serves no other whose name begins alike. With other
-    ``multiprocessors`` than the entry's it is another product of that name, or a part of one.
+    It keeps the device's own name: measurements of one product serve no other. A device with other ``multiprocessors``
+    is another product, or a part of one.
     """
-    return next(
-        (
-            gpu if gpu.name == name else replace(gpu, name=name)
-            for known, gpu in KNOWN.items()
-            if re.fullmatch(re.escape(known) + "([ -].*)?", name) and multiprocessors in (None, gpu.multiprocessors)
-        ),
-        None,
-    )
+    for gpu in KNOWN:
+        if re.fullmatch(re.escape(gpu.name) + "([ -].*)?", name) and multiprocessors in (None, gpu.multiprocessors):
+            return gpu if gpu.name == name else replace(gpu, name=name)
+    return None
 
 
 def gpu_called(name: str) -> Gpu:
-    """The known GPU of this name, in any case and without its maker's, or the first of an architecture ``sm_90``; or a
-    product of one, by the whole name that its devices have: ``NVIDIA A100-SXM4-80GB``.
+    """The known GPU that a user calls ``h200``, or the first of an architecture, ``sm_90``; or a product by the whole
+    name of its devices, ``NVIDIA A100-SXM4-80GB``.
 
     Raises ValueError with the names there are.
     """
@@ -196,23 +187,22 @@ def gpu_called(name: str) -> Gpu:
     def plain(text: str) -> str:
         return text.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "")
 
-    known = known_gpus()
-    for gpu in known:
+    for gpu in KNOWN:
         if plain(name) in (plain(gpu.name), f"sm_{gpu.arch}"):
             return gpu
     product = gpu_named(name)
     if product is not None:
         return product
-    architectures = sorted({gpu.arch for gpu in known})
-    names = [*(gpu.name.removeprefix("NVIDIA ") for gpu in known), *(f"sm_{arch}" for arch in architectures)]
+    architectures = sorted({gpu.arch for gpu in KNOWN})
+    names = [*(gpu.name.removeprefix("NVIDIA ") for gpu in KNOWN), *(f"sm_{arch}" for arch in architectures)]
     raise ValueError(f"gpu {name!r} is not one of {', '.join(names)}")
 
 
 def describe(
     name: str, arch: int, multiprocessors: int, shared_memory: int, l2_bytes: int, bandwidth: float | None
 ) -> Gpu:
-    """A GPU that the table lacks, from its own properties and the table's entry nearest in architecture."""
-    like = min(KNOWN.values(), key=lambda gpu: (abs(gpu.arch - arch), gpu.arch))
+    """A GPU that is not known, from its own properties and the known GPU nearest in architecture."""
+    like = min(KNOWN, key=lambda gpu: (abs(gpu.arch - arch), gpu.arch))
     share = multiprocessors / like.multiprocessors
     return replace(
         like,

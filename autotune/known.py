@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastconv.autotune.adapter import Adapter
 from fastconv.autotune.gpus import Gpu
-from fastconv.autotune.records import ProblemKey, Tuned, Untuned, Version
+from fastconv.autotune.records import Identity, ProblemKey, Tuned, Untuned
 from fastconv.autotune.schema import SchemaError
 from fastconv.autotune.store import Store
 from fastconv.autotune.table import Table, Tables, of_gpu, read_table, shipped
@@ -26,12 +26,12 @@ _store: Store | None = None
 _loading = threading.RLock()
 _told: set[str] = set()
 _dependents: list[Callable[[], None]] = []
-# The problems that this process has measured, or tried to.
-attempted: set[tuple[ProblemKey, Version, Gpu]] = set()
+# The identities of the questions that this process has measured, or tried to.
+attempted: set[Identity] = set()
 
 
 def tables(gpu: Gpu, adapter: Adapter | None = None) -> Tables:
-    """The tables of ``gpu``, read from the disk once a process. Raises SchemaError, OSError for a lock file."""
+    """The tables of ``gpu``, read from the disk once a process. Raises the lock file's SchemaError, OSError."""
     if adapter is not None:
         join(adapter)
     key = (gpu.name, gpu.multiprocessors)
@@ -52,7 +52,7 @@ def tables(gpu: Gpu, adapter: Adapter | None = None) -> Tables:
 
 
 def store() -> Store:
-    """This user's store. The process has one, so that it writes one shard."""
+    """This user's store, one for the process, so that it writes one shard."""
     global _store
     with _loading:
         if _store is None:
@@ -61,10 +61,8 @@ def store() -> Store:
 
 
 def load_lock(path: Path | str | None) -> None:
-    """Let this lock file win over all other tables in this process, whatever ``FASTCONV_LOCK`` names; None: use none.
-
-    Raises SchemaError naming the field, OSError.
-    """
+    """Use this lock file, or none, in place of the one that ``FASTCONV_LOCK`` names. Raises SchemaError naming the
+    field, OSError."""
     global _locked
     entries = [] if path is None else read_table(Path(path))
     with _loading:
@@ -74,9 +72,9 @@ def load_lock(path: Path | str | None) -> None:
 
 
 def join(adapter: Adapter) -> None:
-    """Drop tables and choices if this process has joined others, which then agree on tables.
+    """Drop tables and choices if this process has joined a job since the last call, so that all its processes agree.
 
-    Called when a call is decided: calls decided before cost nothing, and keep their tiles until another call joins.
+    Called for new calls only: a known call costs nothing, and keeps its tile until a new one joins.
     """
     if adapter.joined():
         with _loading:
@@ -101,13 +99,13 @@ def learn(entry: Tuned) -> None:
 
 
 def forget() -> None:
-    """Drop every choice, and what depends on one, because tables changed."""
+    """Tables have changed: drop every choice, and what depends on one."""
     for drop in _dependents:
         drop()
 
 
 def reload() -> None:
-    """Read store, lock file and tables again when they are next needed."""
+    """Forget what was read: the next choice reads store, lock file and tables again."""
     global _store, _locked
     with _loading:
         _store, _locked = None, None
@@ -123,7 +121,7 @@ def on_change(drop: Callable[[], None]) -> None:
 
 
 def note(record: Untuned) -> None:
-    """Write down a problem that no table knew, once a process."""
+    """Write down a problem that no table knew; each once a process."""
     with _loading:
         new = record.problem not in _noted
         _noted.add(record.problem)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from fastconv.autotune.records import Measured, ProblemKey
+from fastconv.autotune.records import Identity, Measured, ProblemKey
+from fastconv.autotune.search import Key, key_of
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Of one problem. A regret is how much longer the best measured of the first k predicted takes than the best."""
+    """One problem's. A regret: how much longer the best measured of the first k predicted takes than the best."""
 
     problem: ProblemKey
     gpu: str
@@ -37,7 +38,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's; 0 where either does not vary."""
+    """Spearman's; 0 if either does not vary."""
     x, y = ranks(a), ranks(b)
     middle = (len(x) + 1) / 2
     deviations = [(i - middle, j - middle) for i, j in zip(x, y, strict=True)]
@@ -52,27 +53,23 @@ def regret(predicted: Sequence[float], measured: Sequence[float], first: int) ->
 
 
 def fits(records: Iterable[Measured]) -> list[Fit]:
-    """A fit for each problem, GPU and version with three configs measured or more, in the order they were met.
+    """A fit for each problem, GPU and version with at least three configs measured, in the order they were met.
 
-    Of several measurements of a config the shortest counts: what disturbs one makes it longer.
+    The shortest measurement of a config counts: what disturbs one makes it longer.
     """
-    groups: dict[tuple[object, ...], dict[tuple[object, ...], tuple[float, float]]] = {}
-    problems: dict[tuple[object, ...], Measured] = {}
+    groups: dict[Identity, dict[Key, tuple[float, float]]] = {}
     for each in records:
         if each.config is None or each.seconds is None or each.predicted is None:
             continue
-        group: tuple[object, ...] = (each.problem, each.gpu, each.multiprocessors, each.version)
-        problems.setdefault(group, each)
-        config = tuple(sorted(each.config.items()))
-        before = groups.setdefault(group, {}).get(config, (0.0, each.seconds))
-        groups[group][config] = (each.predicted, min(each.seconds, before[1]))
+        times = groups.setdefault(each.identity, {})
+        before = times.get(key_of(each.config), (0.0, each.seconds))
+        times[key_of(each.config)] = (each.predicted, min(each.seconds, before[1]))
     found = []
-    for group, times in groups.items():
+    for (problem, gpu, *_), times in groups.items():
         if len(times) >= 3:
             predicted, measured = zip(*times.values(), strict=True)
             regrets = (regret(predicted, measured, 1), regret(predicted, measured, 5))
-            first = problems[group]
-            found.append(Fit(first.problem, first.gpu, len(times), rank_correlation(predicted, measured), *regrets))
+            found.append(Fit(problem, gpu, len(times), rank_correlation(predicted, measured), *regrets))
     return found
 
 
@@ -87,7 +84,7 @@ class Summary:
 
 
 def summary(found: Sequence[Fit]) -> Summary | None:
-    """None where there is nothing to sum up."""
+    """None if there are no fits."""
     if not found:
         return None
     means = (mean(fit.correlation for fit in found), mean(fit.top1 for fit in found), mean(fit.top5 for fit in found))

@@ -1,6 +1,6 @@
 """What the store, tables and lock files hold: problems, measurements of configs, and what tuning found.
 
-Records are data: read with every field checked, never evaluated. Nothing in one names code or a path.
+Records are data: every field is checked when it is read, none is evaluated, none names code or a path.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from math import log2
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from fastconv.autotune import schema
 from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.space import Config
 
 SCHEMA = 1
-# Why a config was not measured or its time does not count; each is final for its problem and version, but for memory,
-# which another program may have held, and for what a busy or broken GPU may be the reason of, where that is wished.
+# Why a config has no time. Failures are final for a problem and version, except: the next run retries out of memory,
+# because another program may have held it; --again retries crashed and hung.
 OUT_OF_MEMORY = "out_of_memory"
 RETRIED = ("crashed", "hung")
 FAILURES = (OUT_OF_MEMORY, "wrong", *RETRIED, "failed", "spills", "too_large")
-# Of sizes that halve or double: how far from each other two problems may be for one's config to serve the other.
+# Doublings of sizes that two problems may be apart for one's config to serve the other.
 BUCKET = 0.5
 REACH = 6.0
 
@@ -36,14 +36,15 @@ _PROBLEM = {
     "channels": schema.mapping(_SIZE),
     "sizes": schema.mapping(_SIZE),
 }
-_DATE = schema.text(40)
+Date = Annotated[str, schema.text(40)]
+Seconds = Annotated[float, _SECONDS]
+AnyConfig = Annotated[Config, _CONFIG]
 
 
 @dataclass(frozen=True)
 class ProblemKey:
-    """A problem as tables know it. Within ``space``, what is of another ``kind`` has nothing to do with it; ``sizes``
-    (batch and image) share a bucket where none differs by more than a factor of sqrt(2), if ``channels`` are equal.
-    """
+    """A problem as tables know it. One of another ``space`` or ``kind`` says nothing about it. Two with equal
+    ``channels`` share a bucket if no size of batch and image differs by more than a factor of sqrt(2)."""
 
     space: str
     kind: tuple[tuple[str, int | str], ...]
@@ -58,20 +59,15 @@ class ProblemKey:
 
     @cached_property
     def json(self) -> dict[str, Any]:
-        return {
-            "space": self.space,
-            "kind": dict(self.kind),
-            "channels": dict(self.channels),
-            "sizes": dict(self.sizes),
-        }
+        return {"space": self.space} | {name: dict(getattr(self, name)) for name in ("kind", "channels", "sizes")}
 
     @cached_property
     def family(self) -> tuple[Any, ...]:
-        """Equal for problems that can be compared at all."""
+        """Equal for problems that have a distance."""
         return (self.space, self.kind, tuple(n for n, _ in self.channels), tuple(n for n, _ in self.sizes))
 
     def distance(self, other: ProblemKey) -> float:
-        """In doublings, of a problem of the same family; a channel count weighs as much as two sizes."""
+        """In doublings, from a problem of the same family; a channel count weighs as much as two sizes."""
         return sum(
             weight * abs(log2(1 + a) - log2(1 + b))
             for weight, mine, others in ((2, self.channels, other.channels), (1, self.sizes, other.sizes))
@@ -95,37 +91,40 @@ class ProblemKey:
 
 @dataclass(frozen=True)
 class Version:
-    """Under which code a measurement was made. Under another it is stale: it seeds a search and serves nobody."""
+    """The code that was measured. A measurement of other code is stale: it seeds a search and serves nobody."""
 
-    triton: str
-    source: str  # hash of the kernel's source
-    fp_fusion: bool
-    policy: int  # of measuring
+    triton: Annotated[str, schema.text(40)]
+    source: Annotated[str, schema.text(64)]  # hash of the kernel's source
+    fp_fusion: Annotated[bool, schema.boolean]
+    policy: Annotated[int, schema.integer(1, 10**6)]  # number of the procedure that measures
 
     @cached_property
     def json(self) -> dict[str, Any]:
-        return {"triton": self.triton, "source": self.source, "fp_fusion": self.fp_fusion, "policy": self.policy}
+        return {name: getattr(self, name) for name in VERSION}
 
 
-VERSION = {
-    "triton": schema.text(40),
-    "source": schema.text(64),
-    "fp_fusion": schema.boolean,
-    "policy": schema.integer(1, 10**6),
-}
+VERSION = schema.checks(Version)
+Identity = tuple[ProblemKey, str, int, Version]
 
 
 @dataclass(frozen=True)
 class Record:
-    """A line of the store. ``gpu`` is named as by ``Gpu``; parts of one GPU (MIG) differ in multiprocessors."""
+    """A line of the store. ``gpu`` is a `Gpu`'s name; parts of one GPU (MIG) differ in multiprocessors."""
 
     kind: ClassVar[str]
-    fields: ClassVar[Mapping[str, schema.Check]]
+    fields: ClassVar[dict[str, schema.Check]]  # a subclass's own
 
     problem: ProblemKey
     gpu: str
     multiprocessors: int
     version: Version
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = schema.checks(cls)
+
+    @property
+    def identity(self) -> Identity:
+        return self.problem, self.gpu, self.multiprocessors, self.version
 
     def of_gpu(self, gpu: Gpu) -> bool:
         return (self.gpu, self.multiprocessors) == (gpu.name, gpu.multiprocessors)
@@ -133,11 +132,11 @@ class Record:
     @property
     def values(self) -> dict[str, Any]:
         """The JSON of a subclass's own fields."""
-        return {}
+        return {name: getattr(self, name) for name in self.fields}
 
     @property
     def json(self) -> dict[str, Any]:
-        # Readers look for the first two fields where they want one kind of record among many.
+        # Readers that want one kind of record look for the first two fields.
         return {
             "schema": SCHEMA,
             "record": self.kind,
@@ -158,12 +157,7 @@ class Untuned(Record):
     """A problem that a program met and no table knew."""
 
     kind = "met"
-    fields = {"date": _DATE}  # noqa: RUF012
-    date: str
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return {"date": self.date}
+    date: Date
 
 
 @dataclass(frozen=True)
@@ -171,22 +165,11 @@ class Measured(Record):
     """One measurement of one config, or why there is none."""
 
     kind = "measured"
-    fields = {  # noqa: RUF012
-        "config": schema.optional(_CONFIG),
-        "status": schema.one_of("ok", *FAILURES),
-        "seconds": schema.optional(_SECONDS),
-        "predicted": schema.optional(_SECONDS),
-        "date": _DATE,
-    }
-    config: Config | None  # None: PyTorch's own op
-    status: str  # "ok" or one of FAILURES
-    seconds: float | None  # where status is "ok"
-    predicted: float | None  # by the cost model, when it was measured
-    date: str
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.fields}
+    config: Annotated[Config | None, schema.optional(_CONFIG)]  # None: PyTorch's own op
+    status: Annotated[str, schema.one_of("ok", *FAILURES)]
+    seconds: Annotated[float | None, schema.optional(_SECONDS)]  # None unless status is "ok"
+    predicted: Annotated[float | None, schema.optional(_SECONDS)]  # by the cost model of that time
+    date: Date
 
 
 @dataclass(frozen=True)
@@ -194,33 +177,30 @@ class Tuned(Record):
     """What a search found for one problem, in times of one last paired run."""
 
     kind = "tuned"
-    fields = {  # noqa: RUF012
-        "config": _CONFIG,
-        "seconds": _SECONDS,
-        "default": _CONFIG,
-        "default_seconds": _SECONDS,
-        "also": schema.listing(schema.record({"config": _CONFIG, "seconds": _SECONDS}), 16),
-        "pytorch": schema.optional(_SECONDS),
-        "noise": schema.number(0, 1e3),
-        "measurements": schema.integer(0, 10**6),
-        "date": _DATE,
-        "fastconv": schema.text(60),
-    }
-    config: Config  # the winner; the default unless it was beaten by more than the noise
-    seconds: float
-    default: Config
-    default_seconds: float
-    also: tuple[tuple[Config, float], ...]  # other good ones, fastest first, in times of earlier rounds
-    pytorch: float | None  # seconds of PyTorch's own op
-    noise: float  # A/A, relative
-    measurements: int  # how many configs' times it rests on
-    date: str
-    fastconv: str  # version or commit
+    config: AnyConfig  # the winner; the default unless it was beaten by more than the noise
+    seconds: Seconds
+    default: AnyConfig
+    default_seconds: Seconds
+    # Other good ones, fastest first, in times of earlier rounds.
+    also: Annotated[
+        tuple[tuple[Config, float], ...],
+        schema.listing(schema.record({"config": _CONFIG, "seconds": _SECONDS}), 16),
+    ]
+    pytorch: Annotated[float | None, schema.optional(_SECONDS)]  # PyTorch's own op
+    noise: Annotated[float, schema.number(0, 1e3)]  # A/A, relative
+    measurements: Annotated[int, schema.integer(0, 10**6)]  # how many configs' times it rests on
+    date: Date
+    fastconv: Annotated[str, schema.text(60)]  # version or commit
+
+    @property
+    def pytorch_faster(self) -> bool:
+        """By more than the noise."""
+        return self.pytorch is not None and self.pytorch * (1 + self.noise) < self.seconds
 
     @property
     def values(self) -> dict[str, Any]:
         also = [{"config": dict(config), "seconds": seconds} for config, seconds in self.also]
-        return {name: getattr(self, name) for name in self.fields} | {"also": also}
+        return super().values | {"also": also}
 
 
 _KINDS: dict[str, type[Record]] = {each.kind: each for each in (Untuned, Measured, Tuned)}
@@ -243,7 +223,7 @@ def _check(kind: str) -> schema.Check:
 
 
 def from_json(value: Any, where: str) -> Record:
-    """The record, every field checked. Raises SchemaError, NewerSchema where a newer fastconv wrote it."""
+    """The record, every field checked. Raises SchemaError; NewerSchema if a newer fastconv wrote it."""
     schema.check_version(value, SCHEMA, where, "schema")
     kind = schema.one_of(*KINDS)(value.get("record"), f"{where}.record")
     value = _check(kind)(value, where)

@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 Check = Callable[[Any, str], Any]
 
-# Names of GPUs, kernels, parameters, versions, dtypes; no slash, backslash, quote or bracket, so no path and no code.
+# Names of GPUs, kernels, parameters, versions, dtypes. Without slash, quote and bracket none is a path or code.
 _TEXT = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+:,-]*")
 
 
 class SchemaError(ValueError):
-    """One line: which file or line, which field, what was expected, what was found."""
+    """The message is one line: which file or line, which field, what was expected, what was found."""
 
 
 class NewerSchema(SchemaError):
@@ -34,7 +34,7 @@ def text(limit: int = 100) -> Check:
 
 
 def named(value: str, limit: int = 100) -> str:
-    """``value`` as `text` takes it: other letters become dashes, what is too long is cut."""
+    """``value`` as `text` takes it: other letters become dashes, a long one is cut."""
     return re.sub(r"[^A-Za-z0-9 ._+:,-]", "-", value).lstrip(" ._+:,-")[:limit] or "unnamed"
 
 
@@ -99,7 +99,7 @@ def listing(of: Check, limit: int) -> Check:
 
 
 def mapping(of: Check, limit: int = 32) -> Check:
-    """Names of the file's own choosing, each with a value that passes ``of``."""
+    """Any names, each with a value that passes ``of``."""
     name = text(50)
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def mapping(of: Check, limit: int = 32) -> Check:
 
 
 def record(fields: Mapping[str, Check], required: int | None = None) -> Check:
-    """These fields and no others; of them the first ``required`` (default: all) must be there."""
+    """``fields`` and no others. The first ``required`` of them must be there, by default all."""
     needed = list(fields)[:required]
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -126,6 +126,12 @@ def record(fields: Mapping[str, Check], required: int | None = None) -> Check:
         return {key: fields[key](each, f"{where}.{key}") for key, each in value.items()}
 
     return check
+
+
+def checks(cls: type) -> dict[str, Check]:
+    """The checks in a class's annotations, ``field: Annotated[type, check]``."""
+    hints = get_type_hints(cls, include_extras=True).items()
+    return {name: hint.__metadata__[0] for name, hint in hints if hasattr(hint, "__metadata__")}
 
 
 def parse(data: bytes, where: str) -> Any:
@@ -158,6 +164,6 @@ def dump(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """For a message: cut where it is long."""
+    """A value for a message, cut if it is long."""
     whole = repr(value)
     return whole if len(whole) <= 60 else whole[:57] + "..."

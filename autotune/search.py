@@ -1,11 +1,11 @@
 """Which config to measure next: a Gaussian process over what the cost model got wrong.
 
-The cost model ranks; its errors are alike for configs that are alike (share sides, warps, what bounds them), so a few
-measurements correct it for all. What is modelled is ``log(measured / predicted)``; the next config is the one with the
-best hope (predicted time less one deviation) among all, in turn with coordinate steps around the best measured. Knows
-neither clock nor GPU: it is told.
+The cost model ranks. Its errors are alike for configs that share sides, warps or what bounds them, so a few
+measurements correct it for all. The process models ``log(measured / predicted)``. The next config has the best hope:
+predicted time less one deviation. Coordinate steps around the best measured config take turns with it. The search knows
+neither clock nor GPU: it is told times.
 
-Idea: GPTune and others (surrogates over a performance model's residual); here in plain Python, for a few dozen points.
+Idea: surrogates over a performance model's residual, as in GPTune; here in plain Python, for a few dozen points.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from math import exp, log, log2, sqrt
 from fastconv.autotune.cost_model import Prediction
 from fastconv.autotune.space import Config
 
-# Deviations of log(measured / predicted): what all configs of a problem share, those with one bound, those of one
-# neighbourhood (so many doublings of a parameter wide), and each alone with a measurement's noise.
-SHARED, BOUND, LOCAL, ALONE = 0.7, 0.35, 0.3, 0.1
-WIDTH = 1.5
+# Deviations of log(measured / predicted) that all configs of a problem share, those with one bound, those of one
+# neighbourhood, and each config's own, with a measurement's noise.
+SHARED, BOUND, LOCAL, OWN = 0.7, 0.35, 0.3, 0.1
+WIDTH = 1.5  # doublings of a parameter that a neighbourhood spans
 HOPE = 1.0
+VARIANCE = SHARED**2 + BOUND**2 + LOCAL**2 + OWN**2
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Candidate:
 
 
 class Search:
-    """Over the candidates of one problem. ``default`` is measured first, then ``seeds``, then what promises most."""
+    """The search among one problem's candidates: ``default`` first, then ``seeds``, then what promises most."""
 
     def __init__(self, candidates: Sequence[Candidate], default: Config, seeds: Iterable[Config] = ()) -> None:
         self.candidates = {key_of(each.config): each for each in candidates}
@@ -49,27 +50,27 @@ class Search:
         return len(self._times)
 
     def drop(self, config: Config) -> None:
-        """It cannot be measured, or must not be again."""
+        """The config cannot be measured, or must not be again."""
         self._failed.add(key_of(config))
 
     def tell(self, config: Config, seconds: float) -> None:
-        """A time; told again, the better one counts: what disturbs a measurement makes it longer."""
+        """A config's time. The shortest told counts: what disturbs a measurement makes it longer."""
         key = key_of(config)
         self._times[key] = min(seconds, self._times.get(key, seconds))
         self._process.tell(key, log(self._times[key] / self.candidates[key].prediction.seconds))
 
     def refine(self, config: Config, prediction: Prediction) -> None:
-        """A better prediction of what was not measured yet."""
+        """A better prediction, if the config was not measured yet."""
         key = key_of(config)
         if key not in self._times:
             self.candidates[key] = Candidate(config, prediction)
 
     def time(self, config: Config) -> float | None:
-        """The best time told of a config."""
+        """The shortest time told of a config."""
         return self._times.get(key_of(config))
 
     def propose(self, count: int) -> list[Config]:
-        """The next configs to measure, of those not measured yet; fewer where there are no more."""
+        """The next ``count`` configs to measure, or what is left."""
         queued = [key for key in self._queue if self._open(key)]
         left = {key: self._hope(key) for key in self.candidates if self._open(key) and key not in queued}
         best = self.best(1)
@@ -105,8 +106,10 @@ def key_of(config: Config) -> Key:
 
 
 def neighbours_of(config: Config, keys: Iterable[Key]) -> list[Key]:
-    """One coordinate step away: of all that differ from ``config`` in a parameter, those that differ in fewest others
-    and least. (Parameters may be tied to each other by the space's rules, so a step can change several.)"""
+    """One coordinate step away: for each parameter and side the key that differs in fewest other parameters, and least.
+
+    The space's rules may tie parameters to each other, so a step can change several.
+    """
     steps: dict[tuple[str, bool], tuple[tuple[int, float], Key]] = {}
     for key in keys:
         changed = [(name, value - config[name]) for name, value in key if value != config[name]]
@@ -120,7 +123,7 @@ def neighbours_of(config: Config, keys: Iterable[Key]) -> list[Key]:
 
 
 class _Process:
-    """A Gaussian process over the candidates, one observation at a time (the rows of a Cholesky factor)."""
+    """A Gaussian process over the candidates. Each observation adds a row to a Cholesky factor."""
 
     def __init__(self, candidates: Mapping[Key, Candidate]) -> None:
         self._bounds = {key: each.prediction.bound for key, each in candidates.items()}
@@ -132,7 +135,7 @@ class _Process:
 
     def tell(self, key: Key, value: float) -> None:
         if key in self._seen:
-            # A changed value: the factor stays, what it is solved for does not.
+            # A changed value leaves the factor as it is; the targets are solved again.
             self._seen[key] = value
             self._targets = []
             for each in self._fitted:
@@ -140,22 +143,21 @@ class _Process:
             return
         self._seen[key] = value
         row = self._row(key)
-        pivot = sqrt(SHARED**2 + BOUND**2 + LOCAL**2 + ALONE**2 - sum(x * x for x in row))
-        row.append(pivot)
+        row.append(sqrt(VARIANCE - sum(x * x for x in row)))
         self._targets.append(self._solved(row, len(self._targets), value))
         self._fitted.append(key)
 
     def at(self, key: Key) -> tuple[float, float]:
         """Mean and deviation."""
         row = self._row(key)
-        variance = SHARED**2 + BOUND**2 + LOCAL**2 + ALONE**2 - sum(x * x for x in row)
-        return sum(map(float.__mul__, row, self._targets)), sqrt(max(variance, 0.0))
+        variance = max(VARIANCE - sum(x * x for x in row), 0.0)
+        return sum(map(float.__mul__, row, self._targets)), sqrt(variance)
 
     def _solved(self, row: Sequence[float], index: int, value: float) -> float:
         return (value - sum(map(float.__mul__, row[:index], self._targets[:index]))) / row[index]
 
     def _row(self, key: Key) -> list[float]:
-        """The key's covariances with what was seen, solved by the factor; kept, so that each is made once."""
+        """The key's covariances with what was seen, solved by the factor. Each is made once and kept."""
         row = self._rows.setdefault(key, [])
         for index in range(len(row), len(self._fitted)):
             other = self._fitted[index]

@@ -1,9 +1,9 @@
-"""This user's measurements: append-only lines of JSON, a file (shard) of its own for each process that writes.
+"""This user's measurements: append-only lines of JSON, one file (shard) for each process that writes.
 
-A measurement is one ``write`` of one whole line to a file opened for appending, then ``fsync``: what the kernel has
-taken outlives the process, so a kill loses the line being written and no other, while publishing each by ``os.replace``
-would write everything again each time. ``os.replace`` publishes what is whole at once: imports, merged shards, tables,
-lock files. No file is locked for reading and no two processes write to one, so network file systems serve as well.
+A measurement is one ``write`` of one whole line to a file opened for appending, then ``fsync``. What the kernel has
+taken outlives the process, so a kill loses only the line being written. ``os.replace`` publishes whole files: imports,
+merged shards, tables, lock files. No file is locked for reading and no two processes write to one, so network file
+systems serve as well.
 
 A store that cannot be written or read costs one warning, never an exception: measurements are a convenience.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from fastconv.autotune.records import KINDS, SCHEMA, Record, from_line
 from fastconv.autotune.schema import NewerSchema, SchemaError
 
-# What a file may hold: far more than years of tuning write, far less than fills a memory.
+# Limits of files and lines: far more than years of tuning write, far less than fills a memory.
 MAX_SHARD = 1 << 28
 MAX_LINE = 1 << 16
 
@@ -32,33 +32,33 @@ log = logging.getLogger("fastconv")
 
 
 def cache_dir() -> Path:
-    """``FASTCONV_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastconv``, else ``~/.cache/fastconv``; it need not exist, nor be
-    writable."""
+    """``FASTCONV_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastconv``, else ``~/.cache/fastconv``; it may be missing or
+    read-only."""
     named = os.environ.get("FASTCONV_CACHE_DIR")
     if named:
         return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(cache or Path.home() / ".cache") / "fastconv"
-    except RuntimeError:  # a user that the machine does not know, as in containers
+    except RuntimeError:  # the machine does not know the user, as in containers
         return Path(os.devnull) / "fastconv"
 
 
 class Store:
-    """The shards of one folder (default: ``tune`` in ``cache_dir()``). Threads may share one; it makes no file until
-    something is appended."""
+    """The shards of one folder, by default ``tune`` in ``cache_dir()``. Threads may share a store. The first append
+    makes its file."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = cache_dir() / "tune" if folder is None else folder
         self._lock = threading.Lock()
         self._file: int | None = None
         self._path: Path | None = None
-        self._owner = 0  # process that opened it: a fork gets a shard of its own
+        self._owner = 0  # the process that opened the file: a fork opens its own
         self._torn = False
         self._warned: set[str] = set()
 
     def append(self, record: Record, durable: bool = True) -> bool:
-        """Whether it was written; ``durable``: to the disk, before this returns. Warns once instead of raising."""
+        """Whether the record was written; ``durable``: onto the disk, before this returns. Warns once, never raises."""
         line = record.line.encode() + b"\n"
         with self._lock:
             try:
@@ -94,7 +94,7 @@ class Store:
         while True:
             path = self.folder / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            # Held for the life of the process: a shard in use is not merged away.
+            # The lock is held for the life of the process: a shard in use is not merged away.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file).st_nlink:
@@ -103,8 +103,7 @@ class Store:
             os.close(file)
 
     def read(self, kinds: Collection[str] = KINDS) -> list[Record]:
-        """The records of these kinds, in the order of their shards; a line that cannot be read costs itself and one
-        warning for its shard."""
+        """The records of ``kinds``, in the order of their shards. Unreadable lines cost a shard one warning."""
         records: list[Record] = []
         for path, data in self._shards(self._warn):
             problems: list[str] = []
@@ -129,7 +128,7 @@ class Store:
         return records
 
     def problems(self) -> list[str]:
-        """One line for everything in the store that cannot be read; none: it is sound."""
+        """A line for everything in the store that cannot be read."""
         found: list[str] = []
         for path, data in self._shards(found.append):
             for where, line in _lines(path.name, data):
@@ -140,10 +139,10 @@ class Store:
         return found
 
     def merge(self) -> int:
-        """Put the shards of ended processes of this machine into one; how many it was made of (0: nothing to do).
+        """Make one shard of those of this machine's ended processes; of how many, 0 if there was nothing to do.
 
-        Repeated lines and damaged ones go; a shard with lines of a newer schema stays as it is, and so does one that
-        would make the whole too large to be read. Raises OSError.
+        Repeated and damaged lines go. A shard stays as it is if it has lines of a newer schema, or would make the
+        merged one too large to be read. Raises OSError.
         """
         files: list[tuple[Path, int]] = []
         try:
@@ -183,14 +182,13 @@ class Store:
         return len(paths)
 
     def export(self, path: Path, records: Iterable[Record] | None = None) -> int:
-        """Write these records (default: every sound one) to one file of lines, published at once; how many. Raises
-        OSError."""
+        """Publish records, by default every sound one, as one file of lines; how many. Raises OSError."""
         lines = dict.fromkeys(record.line.encode() for record in (self.read() if records is None else records))
         publish(path, b"".join(line + b"\n" for line in lines))
         return len(lines)
 
     def add(self, records: Iterable[Record]) -> int:
-        """Put what the store lacks into a shard of its own, all or nothing; how many were new. Raises OSError."""
+        """Put the records that the store lacks into a new shard, all or nothing; how many. Raises OSError."""
         known = {record.line for record in self.read()}
         new = [record.line.encode() + b"\n" for record in records if record.line not in known]
         if new:
@@ -205,8 +203,8 @@ class Store:
             return []
 
     def _shards(self, left_out: Callable[[str], None]) -> Iterator[tuple[Path, bytes]]:
-        """Each shard's content; listed again where one was merged away meanwhile, so that nothing is missed. What is
-        left out is told, with the reason."""
+        """Each shard's content. A shard merged away meanwhile has the folder listed again, so that nothing is missed.
+        ``left_out`` is told what is left out, and why."""
         seen: set[Path] = set()
         for _ in range(5):
             try:
@@ -217,10 +215,10 @@ class Store:
             for path in paths:
                 if path in seen:
                     continue
+                data = b""
                 try:
                     if path.stat().st_size > MAX_SHARD:
                         left_out(f"{path}: over {MAX_SHARD >> 20} MiB, left out")
-                        data = b""
                     else:
                         data = path.read_bytes()
                 except FileNotFoundError:
@@ -228,14 +226,13 @@ class Store:
                     continue
                 except OSError as error:
                     left_out(f"{path}: cannot be read ({error})")
-                    data = b""
                 seen.add(path)
                 yield path, data
             if not vanished:
                 return
 
     def _warn(self, message: str, kind: str | None = None) -> None:
-        """Once for each message, or for each kind of them."""
+        """Log each message, or each kind of message, once."""
         if (kind or message) not in self._warned:
             self._warned.add(kind or message)
             log.warning("%s", message)
@@ -249,7 +246,7 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Write a file that others see as a whole or not at all. Raises OSError, of ``path``."""
+    """Write a file that others see whole or not at all. Raises OSError that names ``path``."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
@@ -272,14 +269,13 @@ def _lines(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _record(line: bytes, where: str) -> Record:
-    """Raises SchemaError."""
     if len(line) > MAX_LINE:
         raise SchemaError(f"{where}: over {MAX_LINE >> 10} KiB")
     return from_line(line, where)
 
 
 def _sound(path: Path) -> Iterator[bytes]:
-    """The lines of a shard that can be read. Raises NewerSchema."""
+    """The readable lines of a shard. Raises NewerSchema."""
     for where, line in _lines(path.name, path.read_bytes()):
         try:
             _record(line, where)
@@ -294,7 +290,7 @@ _PREFIXES = {kind: f'{{"schema":{SCHEMA},"record":"{kind}",'.encode() for kind i
 
 
 def _other_kind(line: bytes, kinds: Collection[str]) -> bool:
-    """Whether a line says, before all else and whole, that it is of a kind not asked for: most are, and are skipped."""
+    """Whether a whole line begins as a record of another kind: most do, and are skipped without parsing."""
     return line.endswith(b"}") and any(
         line.startswith(prefix) for kind, prefix in _PREFIXES.items() if kind not in kinds
     )

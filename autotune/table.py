@@ -16,7 +16,7 @@ from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.records import REACH, SCHEMA, VERSION, ProblemKey, Record, Tuned, Version, from_json, from_line
 from fastconv.autotune.store import publish
 
-# Of the tables that come with fastconv.
+# The tables that come with fastconv.
 FOLDER = Path(str(files("fastconv.autotune"))) / "tables"
 SOURCES = ("lock file", "measured here", "table")
 MAX_FILE = 1 << 25
@@ -39,7 +39,7 @@ _FILE = schema.record(
 
 
 class Table:
-    """Tuned problems of one GPU. Of two entries for one problem and version the later counts, by date."""
+    """Tuned problems of one GPU. The later of two entries for one problem and version counts, by date."""
 
     def __init__(self, entries: Iterable[Tuned] = ()) -> None:
         self._exact: dict[tuple[ProblemKey, Version], Tuned] = {}
@@ -65,13 +65,10 @@ class Table:
 
     def nearest(self, problem: ProblemKey, version: Version) -> list[Tuned]:
         """Entries within REACH doublings of the problem, nearest first."""
-        return [entry for entry in self._near(problem) if entry.version == version]
+        return [entry for entry in self.seeds(problem) if entry.version == version]
 
     def seeds(self, problem: ProblemKey) -> list[Tuned]:
-        """What a search may begin with, stale entries too: the problem's own first, then others' by distance."""
-        return self._near(problem)
-
-    def _near(self, problem: ProblemKey) -> list[Tuned]:
+        """What a search may begin with: entries within REACH, stale ones too, nearest first."""
         family = self._families.get(problem.family, ())
         near = [(problem.distance(entry.problem), entry) for entry in family]
         return [entry for distance, entry in sorted(near, key=lambda each: each[0]) if distance <= REACH]
@@ -91,11 +88,11 @@ class Tables:
         return sum(len(table) for _, table in self.layers)
 
     def dump(self) -> str:
-        """All of it, as ``replace`` takes it."""
+        """All entries, as ``replace`` takes them."""
         return base64.b85encode(zlib.compress(self._lines())).decode()
 
     def digest(self) -> str:
-        """Equal where ``dump`` is."""
+        """Equal for equal dumps."""
         return hashlib.sha256(self._lines()).hexdigest()
 
     def _lines(self) -> bytes:
@@ -103,7 +100,7 @@ class Tables:
         return "\n".join(lines).encode()
 
     def replace(self, dumped: bytes) -> None:
-        """Take another process's tables. Raises SchemaError where they are damaged."""
+        """Take another process's tables. Raises SchemaError if they are damaged."""
         layers: list[list[Tuned]] = [[], [], []]
         try:
             parts = zlib.decompress(base64.b85decode(dumped)).split(b"\n")
@@ -143,8 +140,8 @@ def read_table(path: Path) -> list[Tuned]:
 
 
 def write_table(path: Path, entries: Iterable[Tuned], fastconv: str, date: str, model: str | None = None) -> None:
-    """Publish a table of one GPU's entries, sorted, a problem a line. ``fastconv``: the version or commit that wrote
-    it; ``model``: of a lock file. Raises ValueError for no entries or several GPUs, OSError."""
+    """Publish a table of one GPU's entries, sorted, a problem a line. ``fastconv``: the version or commit that writes
+    it; ``model``: what a lock file is for. Raises ValueError for no entries or several GPUs, OSError."""
     entries = list(entries)
     gpus = {(entry.gpu, entry.multiprocessors) for entry in entries}
     if len(gpus) != 1:
@@ -160,7 +157,7 @@ def write_table(path: Path, entries: Iterable[Tuned], fastconv: str, date: str, 
         values = {name: value for name, value in entry.values.items() if name != "fastconv"}
         number = versions.index(entry.version)
         lines.append(schema.dump({"problem": entry.problem.json, **values, "version": number}))
-    # The head a field a line too: what changed shows in a diff.
+    # The head has a field a line too: what changed shows in a diff.
     fields = [f"{schema.dump(name)}:{schema.dump(value)}" for name, value in head.items()]
     body = ",\n".join([*fields, '"problems":[\n' + ",\n".join(lines) + "\n]"])
     publish(path, f"{{\n{body}\n}}\n".encode())
@@ -172,7 +169,7 @@ def file_name(gpu: str) -> str:
 
 
 def shipped(gpu: Gpu) -> list[Tuned]:
-    """The entries of the table that comes with fastconv for this GPU; none where there is no table."""
+    """The entries of the table that comes with fastconv for this GPU; none without a table."""
     path = FOLDER / file_name(gpu.name)
     return [entry for entry in read_table(path) if entry.of_gpu(gpu)] if path.is_file() else []
 

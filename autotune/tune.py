@@ -1,7 +1,7 @@
 """How configs are measured and a winner is found: one problem (`tune`), and a session over many (`session`).
 
-Knows neither kernels nor GPUs: a `Runner` compiles and runs the configs of one problem, the clock is given. Every
-measurement is in the store before the next begins, so that a session may end at any moment and be begun again.
+Knows neither kernels nor GPUs: a `Runner` compiles and runs one problem's configs, the clock is given. Each measurement
+is in the store before the next begins, so a session may end at any moment and go on later.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log, sqrt
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
-from fastconv.autotune.choose import Question, now
-from fastconv.autotune.cost_model import Prediction, Work, predict
-from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured, Record, Tuned
+from fastconv.autotune.choose import Question, predictions
+from fastconv.autotune.cost_model import predict
+from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Identity, Measured, Record, Tuned, now
 from fastconv.autotune.search import Candidate, Key, Search, key_of
 from fastconv.autotune.space import Config
 
-# Of what is described here and of what a `Runner` times (`Version.policy`): a change of either raises it.
+# `Version.policy`: a change to this procedure, or to what a `Runner` times, raises it.
 PROCEDURE = 1
-# Configs of a first round; later rounds hold fewer, as they begin to know where to look.
-FIRST = 5
-ROUND = 3
-# The best so many are measured again, and then meet the default in a last paired run of so many rounds.
-FINALISTS = 2
-PAIRED = 7
+FIRST = 5  # configs of the first round
+ROUND = 3  # of a later one, which knows better where to look
+FINALISTS = 2  # the best configs, measured again before they meet the default in the last paired run
+PAIRED = 7  # rounds of that run
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,15 @@ class Runner(Protocol):
         """Compile them, in parallel and without the GPU; an entry for each."""
 
     def run(self, config: Config | None) -> float | Failed:
-        """Seconds of one measurement, cold L2 and result checked; None: of PyTorch's own op."""
+        """Seconds of one measurement, cold L2 and result checked. No config: PyTorch's own op."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a problem is, after each round."""
+    """A problem's state after a round."""
 
     question: Question
-    measured: int  # configs with a time, those of earlier sessions too
+    measured: int  # configs with a time, earlier sessions' included
     failed: int
     best: Config | None
     best_seconds: float | None
@@ -94,10 +92,10 @@ def tune(
 ) -> Tuned | None:
     """Find the fastest config of one problem in at most ``trials`` measurements and a last paired run.
 
-    The default is what the cost model chooses; the ``top_k`` that it ranks first are compiled at once, others when they
-    are proposed. ``keep`` takes each record at once (``Store.append``); ``known``: measurements of this problem and
-    version from before: they count among the ``trials``, and failures are not tried again. None where nothing was
-    measured by ``deadline``, or nothing runs at all.
+    The cost model chooses the default. The ``top_k`` configs that it ranks first are compiled at once, others when they
+    are proposed. ``keep`` gets each record at once (``Store.append``). ``known``: this problem's earlier measurements
+    of this version; they count among the ``trials``, and failed configs are not tried again. None if nothing was
+    measured by ``deadline``, or nothing runs.
     """
     return _Tuning(question, runner, keep, known, seeds, deadline, clock, tell).run(trials, top_k, fastconv)
 
@@ -117,19 +115,11 @@ class _Tuning:
         self.question, self.runner, self.keep = question, runner, keep
         self.deadline, self.clock, self.report = deadline, clock, tell
         self.default = question.choice.config
-        self.works: dict[Key, Work] = {}
-        self.predictions: dict[Key, Prediction] = {}
-        candidates = []
-        for config in question.space:
-            work = question.work(config)
-            prediction = predict(work, question.gpu)
-            if prediction is not None:
-                self.works[key_of(config)], self.predictions[key_of(config)] = work, prediction
-                candidates.append(Candidate(config, prediction))
+        candidates = [Candidate(*each) for each in predictions(question.space, question.work, question.gpu)]
+        self.predictions = {key_of(each.config): each.prediction for each in candidates}
         self.search = Search(candidates, self.default, seeds)
         self.compiled: set[Key] = set()
         self.failed: set[Key] = set()
-        self.trials = 0
         for each in known:
             if each.config is None or key_of(each.config) not in self.predictions:
                 continue
@@ -145,7 +135,7 @@ class _Tuning:
         return self._last_run(fastconv)
 
     def look(self, trials: int, top_k: int) -> None:
-        """The rounds of the search; what they found is in ``search``."""
+        """The rounds of the search; ``search`` holds what they find."""
         ranked = sorted(self.predictions, key=lambda key: self.predictions[key].seconds)
         self._compile([dict(key) for key in ranked[:top_k]])
         count = FIRST
@@ -159,7 +149,7 @@ class _Tuning:
             self._round([config for config, _ in self.search.best(min(FINALISTS, trials - self.trials))])
 
     def _proposed(self, count: int) -> list[Config]:
-        """The next to measure; compiled, so that none of them spills or is too large."""
+        """The next configs to measure. They are compiled, so none of them spills or is too large."""
         while True:
             proposed = self.search.propose(count)
             new = [config for config in proposed if key_of(config) not in self.compiled]
@@ -167,14 +157,14 @@ class _Tuning:
                 return proposed
 
     def _compile(self, configs: Sequence[Config]) -> bool:
-        """Whether any is out; the predictions of the others are made anew from what the compiler says."""
+        """Whether a config fails. The compiler's figures make the predictions of the others anew."""
         configs = [config for config in configs if not {key_of(config)} & (self.compiled | self.failed)]
         out = False
         for config, found in zip(configs, self.runner.compile(configs) if configs else (), strict=True):
             self.compiled.add(key_of(config))
             if isinstance(found, Footprint):
-                work = replace(self.works[key_of(config)], registers=found.registers, shared_memory=found.shared_memory)
-                prediction = predict(work, self.question.gpu)
+                taken = {"registers": found.registers, "shared_memory": found.shared_memory}
+                prediction = predict(replace(self.question.work(config), **taken), self.question.gpu)
                 if found.spills:
                     found = Failed("spills")
                 elif prediction is None:
@@ -182,7 +172,7 @@ class _Tuning:
                 else:
                     self.predictions[key_of(config)] = prediction
                     self.search.refine(config, prediction)
-            # (The default is what users get: it is measured whatever the compiler made of it, unless it cannot run.)
+            # Users get the default, so it is measured even if it spills.
             if isinstance(found, Failed) and not (found.status == "spills" and config == self.default):
                 self._fail(config, found)
                 out = True
@@ -214,31 +204,17 @@ class _Tuning:
         self.search.drop(config)
 
     def _keep(self, config: Config | None, status: str, seconds: float | None) -> None:
-        prediction = None if config is None else self.predictions[key_of(config)].seconds
-        question = self.question
-        gpu = question.gpu
-        self.keep(
-            Measured(
-                question.problem,
-                gpu.name,
-                gpu.multiprocessors,
-                question.version,
-                None if config is None else dict(config),
-                status,
-                seconds,
-                prediction,
-                now(),
-            )
-        )
+        found = (None, None) if config is None else (dict(config), self.predictions[key_of(config)].seconds)
+        self.keep(Measured(*self.question.identity, found[0], status, seconds, found[1], now()))
 
     def _last_run(self, fastconv: str) -> Tuned | None:
-        """The best against the default and PyTorch, in turn; the default twice, whose difference is the noise."""
+        """The best against the default and PyTorch, in turn. The default runs twice: the difference is the noise."""
         times = None
         while times is None:
             best = self.search.best(8)
             if not best:
                 return None
-            # (A default that cannot run leaves nothing to beat.)
+            # A default that cannot run leaves nothing to beat.
             default = best[0][0] if key_of(self.default) in self.failed else self.default
             finalists = [config for config, _ in best[:FINALISTS] if config != default]
             times = self._paired(default, finalists)
@@ -252,10 +228,7 @@ class _Tuning:
                 winner, ours = config, theirs
         pytorch = times.get("pytorch")
         entry = Tuned(
-            self.question.problem,
-            self.question.gpu.name,
-            self.question.gpu.multiprocessors,
-            self.question.version,
+            *self.question.identity,
             config=dict(winner),
             seconds=median(ours),
             default=dict(default),
@@ -272,7 +245,7 @@ class _Tuning:
         return entry
 
     def _paired(self, default: Config, finalists: Sequence[Config]) -> dict[str, list[float]] | None:
-        """Times by contestant, those without a failure; None where the default failed."""
+        """Times of each contestant that did not fail; None if the default failed."""
         contestants: dict[str, Config | None] = {"default": default, "again": default, "pytorch": None}
         contestants |= {f"finalist {index}": config for index, config in enumerate(finalists)}
         times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -305,7 +278,7 @@ def _gain(base: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def noise_of(a: Sequence[float], b: Sequence[float]) -> float:
-    """How much two series of times of one thing, taken in turn, differ: relative, outliers aside."""
+    """How much two series of times differ, taken of one thing in turn: relative, outliers aside."""
     differences = [log(x / y) for x, y in zip(a, b, strict=True)]
     middle = median(differences)
     return exp(abs(middle) + 1.4826 * median(abs(each - middle) for each in differences)) - 1
@@ -319,30 +292,26 @@ def session(
     budget: float,
     known: Sequence[Record] = (),
     seeds: Callable[[Question], Iterable[Config]] = lambda question: (),
-    trials: int = 16,
-    top_k: int = 16,
     again: bool = False,
     clock: Callable[[], float] = time.monotonic,
-    tell: Callable[[Progress], object] = lambda step: None,
-    fastconv: str = "unknown",
+    **options: Any,
 ) -> list[Tuned]:
-    """Tune problems in ``budget`` seconds, those first and longest where the model's time goes; what was found.
+    """Tune problems in ``budget`` seconds, first and longest those that take most of the model's time.
 
-    ``known``: the store's records (``Store.read``): what is tuned already is left alone, but for ``again``, and what
-    was measured is not measured again, nor what failed, unless memory was short. With ``again`` both are, but for
-    what failed otherwise than by a crash or without an answer. Raises ValueError where the budget is not positive.
+    ``known``: the store's records (``Store.read``). What is tuned or measured is not measured again, nor what failed,
+    except out of memory; with ``again`` also what is tuned or measured, crashed or hung. ``options``: those of `tune`.
+    Raises ValueError if the budget is not positive.
     """
     if budget <= 0:
         raise ValueError(f"the budget must be over 0 seconds, but is {budget:g}")
-    ended = {(each.problem, each.version, each.gpu, each.multiprocessors) for each in known if isinstance(each, Tuned)}
-    open_tasks = [task for task in tasks if again or _identity(task.question) not in ended]
+    ended = {each.identity for each in known if isinstance(each, Tuned)}
+    open_tasks = [task for task in tasks if again or task.question.identity not in ended]
     open_tasks.sort(key=lambda task: -share_of(task))
-    earlier: dict[tuple[object, ...], list[Measured]] = {}
+    earlier: dict[Identity, list[Measured]] = {}
     anew = (OUT_OF_MEMORY, *(("ok", *RETRIED) if again else ()))
     for each in known:
         if isinstance(each, Measured) and each.status not in anew:
-            identity = each.problem, each.version, each.gpu, each.multiprocessors
-            earlier.setdefault(identity, []).append(each)
+            earlier.setdefault(each.identity, []).append(each)
     end = clock() + budget
 
     kept: list[Record] = []
@@ -352,19 +321,9 @@ def session(
         return keep(record)
 
     def attempt(task: TuningTask, deadline: float) -> Tuned | None:
-        return tune(
-            task.question,
-            runner_of(task.question),
-            noted,
-            known=earlier.get(_identity(task.question), ()),
-            seeds=seeds(task.question),
-            trials=trials,
-            top_k=top_k,
-            deadline=min(end, deadline),
-            clock=clock,
-            tell=tell,
-            fastconv=fastconv,
-        )
+        question = task.question
+        options.update(known=earlier.get(question.identity, ()), seeds=seeds(question), deadline=deadline)
+        return tune(question, runner_of(question), noted, clock=clock, **options)
 
     found: list[Tuned | None] = []
     late: list[TuningTask] = []
@@ -374,10 +333,10 @@ def session(
         if clock() >= end:
             break
         before = len(kept)
-        found.append(attempt(task, clock() + (end - clock()) * share))
+        found.append(attempt(task, min(end, clock() + (end - clock()) * share)))
         if found[-1] is None and len(kept) == before:
             late.append(task)
-    # Compiling took all the time that these had; now it is done.
+    # Their configs are compiled now, which took all their time.
     for task in late:
         if clock() >= end:
             break
@@ -386,15 +345,10 @@ def session(
 
 
 def share_of(task: TuningTask) -> float:
-    """Predicted seconds of a step that go into this problem."""
+    """The problem's predicted seconds in a step of the model."""
     return task.count * task.question.choice.seconds
 
 
 def expected_gain(question: Question) -> float:
     """Predicted seconds that the best config saves over the default."""
-    predictions = [predict(question.work(config), question.gpu) for config in question.space]
-    return question.choice.seconds - min(each.seconds for each in predictions if each is not None)
-
-
-def _identity(question: Question) -> tuple[object, ...]:
-    return question.problem, question.version, question.gpu.name, question.gpu.multiprocessors
+    return question.choice.seconds - question.fitting()[0][1]
