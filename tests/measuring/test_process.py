@@ -20,7 +20,7 @@ from fastconv.kernels import mend
 from fastconv.measuring.process import Worker, WorkerError
 from fastconv.measuring.runner import WorkerRunner
 from tests.autotune.making import problem
-from tests.autotune.test_measure import new_question
+from tests.autotune.test_tune import new_question
 from tests.measuring import pretending
 
 CONFIG = {"TILE": 1}
@@ -144,7 +144,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
 import os, threading
 from fastconv.measuring.process import Worker
 from tests.autotune.making import problem
-from tests.autotune.test_measure import new_question
+from tests.autotune.test_tune import new_question
 it = Worker({command!r})
 it.gpu
 print(it._process.pid, flush=True)

@@ -24,7 +24,7 @@ from fastconv.tuning import sharing
 from fastconv.tuning.run import Part, divide
 from fastconv.tuning.sharing import Ranks, RunLost
 from tests.autotune.making import VERSION, problem, tuned
-from tests.autotune.test_measure import SPACE, work
+from tests.autotune.test_tune import SPACE, work
 from tests.measuring import pretending
 
 ROOT = Path(__file__).parents[2]
