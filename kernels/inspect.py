@@ -126,7 +126,7 @@ def mix(opcodes: Mapping[str, int]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Resources:
+class Footprint:
     """What a config takes of a multiprocessor: of several launches the most."""
 
     registers: int  # a thread
@@ -136,11 +136,11 @@ class Resources:
 
 def resources(
     candidates: Mapping[Hashable, Sequence[Launch]], gpu: Gpu, jobs: int | None = None
-) -> dict[Hashable, Resources | str]:
+) -> dict[Hashable, Footprint | str]:
     """Of each candidate's launches what they take, or one line that says why they do not compile. In parallel."""
     launches = [launch for each in candidates.values() for launch in each]
     compiled = compile_each(((launch, gpu) for launch in launches), _read, jobs)
-    found: dict[Hashable, Resources | str] = {}
+    found: dict[Hashable, Footprint | str] = {}
     for name, each in candidates.items():
         keys = [(launch.compile_key, gpu.arch) for launch in each]
         failures = [compiled.failures[key] for key in keys if key in compiled.failures]
@@ -149,8 +149,8 @@ def resources(
     return found
 
 
-def _most(binaries: Sequence[Compiled]) -> Resources:
-    return Resources(*(max(getattr(binary, name) for binary in binaries) for name in Resources.__dataclass_fields__))
+def _most(binaries: Sequence[Compiled]) -> Footprint:
+    return Footprint(*(max(getattr(binary, name) for binary in binaries) for name in Footprint.__dataclass_fields__))
 
 
 def compile_all(

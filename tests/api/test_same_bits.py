@@ -29,6 +29,7 @@ from fastconv.kernels.tuned import ADAPTER
 PROBLEMS = {
     "depthwise": (2, 16, 16, 16, 5, 3),
     "grouped": (2, 16, 4, 16, 4, 3),
+    "row_boxes": (16, 4, 1, 16, 8, 5),
     "rows": (2, 3, 1, 16, 6, 3),
     "gemm": (2, 64, 1, 64, 6, 1),
     "pixels": (16, 64, 1, 64, 2, 3),
@@ -99,7 +100,6 @@ CASES: dict[str, tuple[Any, ...]] = {
         f"{family.name} {direction}": (convolution, family.name, direction)
         for direction in DIRECTIONS
         for family in dispatch.FAMILIES[direction]
-        if family.trial is None
     },
     **{f"batch norm, training={training}": (fused, training) for training in (False, True)},
     "inference": (served,),

@@ -186,7 +186,7 @@ def test_the_precision_of_fp32_convolutions_is_put_back() -> None:
 @pytest.fixture
 def one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     first = dataclasses.replace(conv.CONVOLUTION, cases=conv.CONVOLUTION.cases[:1])
-    monkeypatch.setattr(checks, "OPERATORS", (first,))
+    monkeypatch.setattr(checks, "CHECKS", (first,))
 
 
 def test_operators_and_their_problems_have_names_of_their_own() -> None:
@@ -302,7 +302,7 @@ def test_check_goes_on_after_a_problem_that_raises(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = (conv.problem("too few channels", (1, 2, 5, 5), (4, 3, 3, 3), quick=True), conv.CONVOLUTION.cases[0])
-    monkeypatch.setattr(checks, "OPERATORS", (dataclasses.replace(conv.CONVOLUTION, cases=cases),))
+    monkeypatch.setattr(checks, "CHECKS", (dataclasses.replace(conv.CONVOLUTION, cases=cases),))
     assert run(["check", "--quick"]) == 1
     shown = capsys.readouterr().out
     assert "RuntimeError" in shown and "15 results compared, 3 wrong." in shown

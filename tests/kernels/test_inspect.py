@@ -14,7 +14,7 @@ from fastconv.kernels import dispatch, mend
 from fastconv.kernels.compile import operands
 from fastconv.kernels.inspect import (
     Compiled,
-    Resources,
+    Footprint,
     compile_all,
     first_operands,
     in_flight,
@@ -203,8 +203,8 @@ def test_resources_are_of_all_launches_and_failures_are_told() -> None:
         [(launch, H200) for launch in (fprop, wgrad, ordered_sum)], listings=["sass", "ptx", "ttgir"]
     )
     first, second, third = (compiled[launch.compile_key, 90] for launch in (fprop, wgrad, ordered_sum))
-    assert found["one"] == Resources(first.registers, first.spills, first.shared_memory)
-    assert found["two"] == Resources(
+    assert found["one"] == Footprint(first.registers, first.spills, first.shared_memory)
+    assert found["two"] == Footprint(
         max(second.registers, third.registers), 0, max(second.shared_memory, third.shared_memory)
     )
     assert isinstance(found["broken"], str) and found["broken"].startswith("conv_gather_kernel does not compile for")

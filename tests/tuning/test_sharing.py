@@ -90,7 +90,7 @@ RANK = """
 import sys
 from pathlib import Path
 from fastconv.autotune import Store, Tuned
-from fastconv.autotune.tune import Resources
+from fastconv.autotune.tune import Footprint
 from fastconv.measuring.process import Worker
 from fastconv.measuring.runner import WorkerRunner
 from fastconv.tuning import sharing
@@ -98,7 +98,7 @@ from fastconv.tuning.run import able, divide, run
 from tests.tuning.test_sharing import PROBLEMS, task
 plan, folder = sys.argv[1:]
 def compiled(asked, configs):
-    return [Resources(64, 0, asked.work(config).shared_memory) for config in configs]
+    return [Footprint(64, 0, asked.work(config).shared_memory) for config in configs]
 ranks = sharing.join()
 with Worker([sys.executable, "-m", "tests.measuring.pretending", plan]) as worker:
     measuring = able(ranks, worker)
