@@ -25,7 +25,7 @@ import fastconv.functional
 from fastconv.autotune import SchemaError, schema
 from fastconv.benchmarks.calls import TENSORS, Operator, plain, read_off
 from fastconv.benchmarks.models import LoadedModel
-from fastconv.measuring.clock import reason
+from fastconv.measuring import reason
 
 SCHEMA = "fastconv-layers/1"
 FOLDER = Path(__file__).parent / "layers"

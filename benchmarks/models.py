@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from fastconv.measuring.clock import reason
+from fastconv.measuring import reason
 
 _kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
 

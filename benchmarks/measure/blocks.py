@@ -23,9 +23,10 @@ from fastconv.benchmarks.models import LoadedModel, load
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch
+from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors
 from fastconv.measuring.capture import captured
-from fastconv.measuring.clock import Call, Clock, interleave, reason, spread, within
+from fastconv.measuring.clock import Clock, Thunk, interleave, spread, within
 from fastconv.traffic import Traffic
 
 # A network of torchvision's, and a module of it, or neighbours in a Sequential. The order is that of what is compiled
@@ -225,7 +226,7 @@ def _measure_row(
     row |= {"worst_tensor": worst["tensor"], "error": worst["ours"], "eager_error": worst["eager"]}
     row |= {"allowed": worst["allowed"], "launches": compared["launches"]}
     torch._dynamo.reset()  # blocks of one class share their code, and with it the limit of recompilations
-    calls: dict[str, Call] = {}
+    calls: dict[str, Thunk] = {}
     for name, (build, seconds) in _providers(work).items():
         provider: dict[str, Any] = {"provider": name, "status": "ok", "reason": None}
         row["providers"].append(provider)

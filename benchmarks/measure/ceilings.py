@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastconv.measuring.clock import Call, Clock
+from fastconv.measuring.clock import Clock, Thunk
 
 SAMPLES, UNCOUNTED = 12, 2
 
@@ -39,6 +39,6 @@ def measure(device: torch.device, clock: Clock) -> Ceilings:
     )
 
 
-def _seconds(call: Call, clock: Clock) -> float:
+def _seconds(call: Thunk, clock: Clock) -> float:
     samples = [clock(call, cold=True).device for _ in range(SAMPLES)]
     return statistics.median(samples[UNCOUNTED:]) / 1e3

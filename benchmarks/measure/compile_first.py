@@ -14,7 +14,7 @@ import triton
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch, launch, mend
 from fastconv.kernels.compile import compile_each, cores
-from fastconv.measuring.clock import reason
+from fastconv.measuring import reason
 
 
 def compile_kernels(calls: Callable[[], object]) -> Part:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastconv.functional
 from fastconv.benchmarks.report.results import Part
-from fastconv.measuring.clock import Call, Sample, interleave, spread, synchronize
+from fastconv.measuring.clock import Sample, Thunk, interleave, spread, synchronize
 
 HOST_CALLS = 200  # few enough for the driver's queue, so that the host never waits for the GPU
 HOST_TARGET_US = 30.0
@@ -53,7 +53,7 @@ def host_time(device: torch.device, deadline: float) -> Part:
     }
 
 
-def _called(conv: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor, gradient: bool) -> Call:
+def _called(conv: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor, gradient: bool) -> Thunk:
     def call() -> None:
         with torch.set_grad_enabled(gradient):
             conv(x, w, padding=1)
@@ -61,7 +61,7 @@ def _called(conv: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor,
     return call
 
 
-def _host_sample(call: Call, device: torch.device) -> Sample:
+def _host_sample(call: Thunk, device: torch.device) -> Sample:
     calls = HOST_CALLS if device.type == "cuda" else 1  # interpreted, a call takes ten thousand times as long
     synchronize(device)
     started = time.perf_counter()

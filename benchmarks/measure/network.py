@@ -21,9 +21,10 @@ from fastconv.benchmarks.models import LoadedModel
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import launch
+from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.measuring.capture import Captured
-from fastconv.measuring.clock import Clock, interleave, reason, spread, synchronize, within
+from fastconv.measuring.clock import Clock, interleave, spread, synchronize, within
 from fastconv.report import convolutions, why_not_converted
 
 MODES = ("infer", "train")

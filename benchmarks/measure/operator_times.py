@@ -19,9 +19,10 @@ from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.measure.directions import DirectionCall, Operands, direction_call, drawn, exact
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
 from fastconv.kernels import launch
+from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick
 from fastconv.measuring.capture import Captured, captured
-from fastconv.measuring.clock import Call, Clock, Sample, interleave, reason, spread, synchronize, within
+from fastconv.measuring.clock import Clock, Sample, Thunk, interleave, spread, synchronize, within
 
 ROUND_SECONDS = 0.3  # for the rounds of one row, where that is enough for the least of them
 COMPILE_SECONDS = 3.0  # that Inductor needs for one operator: not begun where less is left
@@ -211,7 +212,7 @@ def _measure_again(
     return {"status": "ok", "copies": copies, "ms": mine, "eager_ms": theirs, "speed_over_eager": theirs / mine}
 
 
-def _all_of(each: Sequence[DirectionCall], device: torch.device) -> Call:
+def _all_of(each: Sequence[DirectionCall], device: torch.device) -> Thunk:
     """All the calls as one."""
 
     def one_after_the_other() -> None:
@@ -222,7 +223,7 @@ def _all_of(each: Sequence[DirectionCall], device: torch.device) -> Call:
     return captured(Captured, one_after_the_other, {}, device)
 
 
-def _host_sample(device: torch.device, call: Call) -> Sample:
+def _host_sample(device: torch.device, call: Thunk) -> Sample:
     synchronize(device)
     started = time.perf_counter()
     call()

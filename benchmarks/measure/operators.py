@@ -27,7 +27,7 @@ from fastconv.benchmarks.report import targets
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels.dispatch import Plan
-from fastconv.measuring.clock import reason
+from fastconv.measuring import reason
 from fastconv.traffic import Traffic
 
 ROW_SECONDS = 0.6  # that a row needs without torch.compile, until some have been measured

@@ -23,7 +23,8 @@ from fastconv.benchmarks.report.results import Part, Results, read
 from fastconv.cli.errors import BadUsage, bad_usage
 from fastconv.cli.options import dtype as dtype_called
 from fastconv.kernels import mend
-from fastconv.measuring.clock import Clock, CudaClock, HostClock, reason
+from fastconv.measuring import reason
+from fastconv.measuring.clock import Clock, CudaClock, HostClock
 
 # Model, batch and size where the user names none; a named model has a size of its own.
 GPU = ("resnet50", 64, None)

@@ -45,7 +45,7 @@ def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]
     from fastconv.benchmarks import checks
     from fastconv.benchmarks.checks.check import compare, precisions
     from fastconv.benchmarks.measure import compile_first
-    from fastconv.measuring.clock import reason
+    from fastconv.measuring import reason
 
     problems = [
         (operator, case, precision)

@@ -25,8 +25,8 @@ from fastconv.kernels.launch import Record
 from fastconv.kernels.layout import packed_taps, strides_like
 from fastconv.kernels.problem import ConvProblem
 from fastconv.kernels.tiles import considering, matrix_share
-from fastconv.measuring.clock import reason
-from fastconv.measuring.problem_to_run import at_precision
+from fastconv.measuring import reason
+from fastconv.measuring.accuracy import fp32_convolutions
 from fastconv.settings import settings
 from fastconv.traffic import Pass, Traffic
 
@@ -336,7 +336,7 @@ def _called(
         planned = dispatch.use_target(gpu), considering(consider), settings(strict=False), FakeTensorMode()
         grad = torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(call.gradients)
         with contextlib.ExitStack() as stack:
-            for context in (only, *planned, at_precision(call.precision), *grad):
+            for context in (only, *planned, fp32_convolutions(call.precision), *grad):
                 stack.enter_context(context)
             with Traffic() as traffic:
                 call()

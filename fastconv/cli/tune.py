@@ -142,7 +142,7 @@ def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[TuningTask]:
     from fastconv.autotune import Untuned
     from fastconv.benchmarks import layer_lists, models
     from fastconv.cli.errors import BadUsage, bad_usage
-    from fastconv.measuring.clock import reason
+    from fastconv.measuring import reason
     from fastconv.tuning import problems
 
     left: list[str] = []

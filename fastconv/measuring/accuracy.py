@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,35 +16,37 @@ FP32_EPS = torch.finfo(torch.float32).eps
 TF32_EPS = 2.0**-10  # products of operands rounded to 11 bits
 # Our error may be this many times PyTorch's own: two right kernels with different summation orders stay well under it.
 YARDSTICK = 2.0
-PART = 2**26  # elements that are compared at once
+PART = 2**26  # elements that are compared at once: the largest activations leave no room for whole copies in fp64
 Tensors = dict[str, torch.Tensor]
 
 
 def tolerance(eps: float, depth: int) -> float:
-    """Largest error of a sum of ``depth`` products, over the largest element of the result: one rounding to the output
-    type (``eps``, twice the bound of one rounding) and fp32 roundings that add up like a random walk."""
+    """Largest error of a sum of ``depth`` products, over the largest element of the result.
+
+    The result is rounded once to its type: ``eps`` is twice the bound of that. The sum's fp32 roundings add up like a
+    random walk.
+    """
     return eps + 2 * FP32_EPS * math.sqrt(depth)
 
 
 def max_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest absolute error over the largest element of the reference. NaN in, NaN out."""
-    if reference.numel() == 0:
-        return 0.0
-    scale = reference.double().abs().max().item()
-    error = (value.double() - reference.double()).abs().max().item()
-    return error / scale if scale > 0 else error
+    return 0.0 if reference.numel() == 0 else _error(value, reference, lambda t: t.abs().max())
 
 
 def norm_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """``|value - reference| / |reference|``, norms over all elements. NaN in, NaN out."""
+    return _error(value, reference, torch.linalg.vector_norm)
+
+
+def _error(value: torch.Tensor, reference: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]) -> float:
     value, reference = torch.atleast_1d(value, reference)
-    # Part by part: of the largest activations there is no room for copies in fp64.
     rows = max(1, PART * len(reference) // max(1, reference.numel()))
     norms = [
-        (torch.linalg.vector_norm(exact.double()), torch.linalg.vector_norm(it.double() - exact.double()))
+        (norm(exact.double()), norm(it.double() - exact.double()))
         for it, exact in zip(value.split(rows), reference.split(rows), strict=True)
     ]
-    scale, error = (torch.linalg.vector_norm(torch.stack(found)).item() for found in zip(*norms, strict=True))
+    scale, error = (norm(torch.stack(found)).item() for found in zip(*norms, strict=True))
     return error / scale if scale > 0 else error
 
 
@@ -53,8 +55,8 @@ def against_yardstick(
 ) -> list[dict[str, Any]]:
     """One row a tensor, worst first: our relative error, PyTorch's in the same dtype, and whether ours is acceptable.
 
-    A tensor may be YARDSTICK times as wrong as PyTorch's, or as PyTorch's typical tensor of this model is (a single
-    scalar can be right by luck), or as wrong as one convolution alone may be: where PyTorch has no result, that alone.
+    A tensor may be as wrong as one convolution may be, or YARDSTICK times as wrong as PyTorch's, or as its typical
+    tensor of this model: a single scalar can be right by luck.
     """
     errors = {
         name: (norm_error(ours[name], value), None if eager is None else norm_error(eager[name], value))
@@ -74,14 +76,14 @@ def against_yardstick(
 
 
 @contextlib.contextmanager
-def fp32_convolutions(precision: str) -> Iterator[None]:
-    """fp32 convolutions by "ieee" arithmetic or "tf32" (PyTorch's default: operands rounded to 11 bits).
+def fp32_convolutions(precision: str, timed: bool = False) -> Iterator[None]:
+    """fp32 convolutions in "ieee" arithmetic or in "tf32", PyTorch's default: operands rounded to 11 bits.
 
-    cuDNN does not search for their fastest algorithm meanwhile: a reference is computed once, a search takes longer.
+    Unless they are ``timed``, cuDNN does not search for their fastest algorithm, which takes longer than one call.
     """
     settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, searching = settings.fp32_precision, torch.backends.cudnn.benchmark
-    settings.fp32_precision, torch.backends.cudnn.benchmark = precision, False
+    settings.fp32_precision, torch.backends.cudnn.benchmark = precision, searching and timed
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs, so that the host's time is not in theirs."""
+"""Calls as CUDA graphs: their times leave out the host's."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from fastconv.measuring.clock import reason
+from fastconv.measuring import reason
 
 
 class Captured:
-    """A call as a CUDA graph, captured on the current stream, which is not the default one, with memory of its own or
-    of ``pool``: replays it and returns what the captured call returned.
+    """A call as a CUDA graph. Calling it replays the graph and returns what the captured call returned.
 
-    Raises what the call raised, or else what the capture did; later captures and allocations are as if there had been
-    none, but for those in the same pool, which nothing is to be captured in again.
+    It is captured on the current stream, which is not the default one, with memory of its own or of ``pool``. Raises
+    what the call raised, or else what the capture did. A failed capture leaves no trace in later captures and
+    allocations, except in its pool, which no capture may use again.
     """
 
     def __init__(self, call: Callable[[], Any], pool: torch.cuda.MemPool | None = None) -> None:
@@ -26,12 +26,12 @@ class Captured:
         uses = self.pool.use_count()
         torch.cuda.synchronize()
         try:
-            # Not by torch.cuda.graph, which gives all of the allocator's memory back each time.
+            # torch.cuda.graph would give all of the allocator's memory back each time.
             self.graph.capture_begin(pool=self.pool.id)  # type: ignore[arg-type]  # torch has a name for such a pair
             try:
                 self.result = call()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # which says no more than that the capture has failed
+                with contextlib.suppress(RuntimeError):  # it says only that the capture has failed
                     self.graph.capture_end()
                 raise
             self.graph.capture_end()
@@ -45,13 +45,13 @@ class Captured:
 
 
 def _forget(graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, uses: int) -> None:
-    """Have the allocator forget a capture that failed and began with so many uses of its pool.
+    """Let the allocator forget a failed capture, before which its pool had ``uses`` uses.
 
-    How much of that PyTorch does depends on its version. What is left would hold the pool's memory for ever, and as
-    long as a capture seems to go on no memory of any pool is given back.
+    How much of this PyTorch does depends on its version. What it leaves would hold the pool's memory for ever; and
+    while a capture seems to go on, no pool gives memory back.
     """
     device = torch.cuda.current_device()
-    with contextlib.suppress(RuntimeError):  # it has ended: from 2.12 on a failing capture_end does that
+    with contextlib.suppress(RuntimeError):  # from 2.12 on a failing capture_end has done it
         torch._C._cuda_endAllocateToPool(device, pool.id)
     graph.reset()
     while pool.use_count() > uses:
@@ -64,7 +64,7 @@ def captured(
     entry: dict[str, Any],
     device: torch.device,
 ) -> Callable[[], Any]:
-    """``call`` by ``capture`` as a CUDA graph; as it is, with the reason in ``entry``, where it cannot become one."""
+    """``call`` by ``capture`` as a CUDA graph; else ``call`` itself, with the reason in ``entry``."""
     entry["graph"] = False
     if device.type != "cuda":
         return call

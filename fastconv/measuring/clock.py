@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import signal
 import statistics
@@ -14,7 +15,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-Call = Callable[[], object]
+from fastconv.measuring import reason
+
+Thunk = Callable[[], object]
 Candidate = TypeVar("Candidate")
 
 
@@ -27,23 +30,23 @@ class Sample:
 
 
 class Clock(Protocol):
-    """``cold`` empties the L2 cache first: for single operators. The host's latency is hidden then, or, ``alone``, is
-    in the device's time, as it is for a caller whose queue is empty."""
+    """``cold`` empties the L2 cache first, as a single operator finds it, and hides the host's latency. With ``alone``
+    that is in the device's time, as for a caller whose queue is empty."""
 
-    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample: ...
+    def __call__(self, call: Thunk, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample: ...
 
 
 class CudaClock:
     """CUDA events on the current stream."""
 
-    # Long enough for the host to enqueue an operator behind it, at any clock rate a GPU runs at.
+    # Long enough for the host to enqueue an operator behind it, at any clock rate of a GPU.
     SLEEP_CYCLES = 1_000_000
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._flush = torch.empty(4 * cache, dtype=torch.int8, device="cuda")
 
-    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
+    def __call__(self, call: Thunk, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         if cold:
@@ -63,9 +66,9 @@ class CudaClock:
 
 
 class HostClock:
-    """The host's clock for both numbers: what a dry run uses. Its times say nothing about a GPU."""
+    """The host's clock for both numbers, for dry runs. Its times say nothing about a GPU."""
 
-    def __call__(self, call: Call, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
+    def __call__(self, call: Thunk, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
         started = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -90,9 +93,9 @@ def interleave(
     most: int = 30,
     now: Callable[[], float] = time.monotonic,
 ) -> Rounds:
-    """Sample every candidate once a round, each round beginning one candidate later, so that drift of the clocks or
-    the temperature falls on all alike. Stops after ``most`` rounds, or at ``deadline`` (seconds of ``now``) once
-    ``least`` are done. A candidate that raises leaves with its reason; the others go on."""
+    """Sample every candidate once a round. Each round begins one candidate later, so that drift of the clocks or the
+    temperature falls on all alike. Stops after ``most`` rounds, or at ``deadline`` (seconds of ``now``) once ``least``
+    are done. A candidate that raises leaves with its reason; the others go on."""
     rounds = Rounds(samples={name: [] for name in candidates})
     for done in range(most):
         if done >= least and now() >= deadline:
@@ -111,9 +114,9 @@ def interleave(
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block once ``seconds`` have passed: for compilers, that know no time limit.
+    """Raise TimeoutError in the block once ``seconds`` have passed: for compilers, which know no time limit.
 
-    A signal does it, so only in the main thread and between two of its bytecodes; again every few seconds, because
+    A signal raises it, so only in the main thread and between two bytecodes. It comes again every few seconds, because
     compilers catch exceptions of their parts.
     """
     if math.isinf(seconds) or threading.current_thread() is not threading.main_thread():
@@ -138,13 +141,14 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3], "samples": len(values)}
 
 
-def reason(error: BaseException) -> str:
-    """An exception as one line of a table."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for the device; the CPU is never behind."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Free what nothing refers to, and give the allocator's memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What configs take of a GPU, by compiling them in processes that touch none; the next problems' in the background."""
+"""What configs take of a GPU: compiles them in processes that touch none, the next problems' in the background."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastconv.measuring.problem_to_run import ProblemToRun, to_run
 Found = Footprint | Failed
 Candidates = dict[Hashable, Sequence[Launch]]
 
-# One thread at a time: what plans are made under is the process's.
+# One thread plans at a time: the target and the config that a plan is made for are the process's.
 _planning = threading.Lock()
 
 
@@ -27,7 +27,7 @@ class Compiler:
 
     def __init__(self, gpu: Gpu, jobs: int | None = None) -> None:
         self.gpu, self._jobs = gpu, jobs
-        self._subjects: dict[ProblemKey, ProblemToRun] = {}
+        self._problems: dict[ProblemKey, ProblemToRun] = {}
         self._binaries: dict[Any, Found] = {}
         self._ahead: dict[ProblemKey, Future[list[Found]]] = {}
         self._background, self._asked = (ThreadPoolExecutor(1, name) for name in ("ahead", "asked"))
@@ -36,12 +36,12 @@ class Compiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave what is not begun yet."""
+        """What has not begun is left."""
         for executor in (self._background, self._asked):
             executor.shutdown(wait=True, cancel_futures=True)
 
     def ahead(self, questions: Iterable[Question], top_k: int) -> None:
-        """Compile what is predicted fastest for each, in this order, while others are measured."""
+        """Compile each question's ``top_k`` predicted fastest configs, in this order, while others are measured."""
         for question in questions:
             configs = [config for config, _ in question.fitting()[:top_k]]
             self._ahead[question.problem] = self._background.submit(self._compile, question, configs)
@@ -69,16 +69,16 @@ class Compiler:
         ]
 
     def _planned(self, problem: ProblemKey, config: Config) -> list[Launch] | Failed:
-        if problem not in self._subjects:
-            self._subjects[problem] = to_run(problem, self.gpu)[0]
+        if problem not in self._problems:
+            self._problems[problem] = to_run(problem, self.gpu)[0]
         try:
-            return self._subjects[problem].planned(self.gpu, config)[1]
+            return self._problems[problem].planned(self.gpu, config)[1]
         except (Uncovered, ValueError) as error:
             return Failed("failed", f"cannot be planned: {error}")
 
 
 def _most(binaries: Sequence[Found]) -> Found:
-    """Of a config's launches."""
+    """The largest footprint of a config's launches, or a failure among them."""
     for each in binaries:
         if isinstance(each, Failed):
             return each

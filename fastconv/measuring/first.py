@@ -1,4 +1,4 @@
-"""Measuring a problem when a program first meets it, where the user asked for it: ``settings.tune``."""
+"""Measuring a problem when a program first meets it, as ``settings.tune`` may ask."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fastconv.measuring.process import COMMAND, Worker
 from fastconv.measuring.runner import WorkerRunner
 
 log = logging.getLogger("fastconv")
-SECONDS = 20.0  # for one problem, but for compiling and its last paired run
+SECONDS = 20.0  # for one problem, without compiling and its last paired run
 
 _workers: dict[int, Worker] = {}
 
 
 def measure(question: Question, fastconv: str) -> Tuned | None:
-    """Tune one problem in a process beside this one, on the same GPU; None where it is not for a GPU that is here, or
-    while a CUDA graph is captured. Takes seconds, the first time more. For one thread at a time. Raises WorkerError."""
+    """Tune one problem in a process beside this one, on the same GPU. None if that is not here, or while a CUDA graph
+    is captured. Takes seconds, the first time more. One thread at a time may call it. Raises WorkerError."""
     if not live(question.gpu) or torch.cuda.is_current_stream_capturing():
         return None
     device = torch.cuda.current_device()
-    # What this process has queued would share the GPU with what is measured.
+    # What this process has queued would share the GPU with the measurement.
     torch.cuda.synchronize()
     worker = _workers.get(device)
     if worker is None:
@@ -52,7 +52,7 @@ def measure(question: Question, fastconv: str) -> Tuned | None:
             finally:
                 compiling += time.monotonic() - began
 
-        # The records of its measurements are kept here, what was found by `choose`.
+        # `choose` keeps what is found; the records of the measurements are kept here.
         found = session(
             [TuningTask(question)],
             lambda question: WorkerRunner(question, worker, compiled),

@@ -1,6 +1,6 @@
 """A problem as something to run: its operands, our kernel's call, PyTorch's own op, what both are held against.
 
-The same calls are made on tensors without data, to find what is asked and launched, and with data, to measure.
+Calls on tensors without data show what is asked and launched; the same calls with data are measured.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from fastconv.kernels.layout import PACKED, packed_taps, strides_like
 from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
 from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import ADAPTER, conv_of, pool_of
+from fastconv.measuring.accuracy import fp32_convolutions
 from fastconv.reference.pool import max_pool_indices
 
-Call = Callable[[], Tensor]
+Computation = Callable[[], Tensor]
 Operands = tuple[Tensor, ...]
 
 
 class Unmeasurable(ValueError):
-    """No call of this version of fastconv asks about such a problem; the message says why, in one line."""
+    """No call of this version of fastconv asks about the problem. The message says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -50,51 +51,49 @@ class Operand:
 
 @dataclass(frozen=True)
 class ProblemToRun:
-    """``ours`` and ``pytorch`` make a call of operands; PyTorch's may take them in wider types, and is then what both
-    are held against."""
+    """``ours`` and ``pytorch`` make a computation of operands. PyTorch's in wider types is the reference."""
 
-    problem: ProblemKey
+    key: ProblemKey
     operands: tuple[Operand, ...]
-    ours: Callable[[Operands, Gpu], Call]
-    pytorch: Callable[[Operands], Call]
+    ours: Callable[[Operands, Gpu], Computation]
+    pytorch: Callable[[Operands], Computation]
     depth: int  # products or elements that one result sums
-    family: str | None  # that asks about the problem
-    native: bool = True  # PyTorch's call is an op of its own, so that its time means something
-    recalled: Callable[[Operands], Tensor] | None = None  # ours once more, read off what a call keeps beside its result
+    family: str | None  # of kernels, that asks about the problem
+    native: bool = True  # PyTorch has an op of its own for it, so that its time means something
+    recalled: Callable[[Operands], Tensor] | None = None  # our result again, from what a call keeps for backward
 
     @property
     def precision(self) -> str:
-        return str(dict(self.problem.kind).get("precision", "ieee"))
+        return str(dict(self.key.kind).get("precision", "ieee"))
 
     @contextlib.contextmanager
     def serving(self, config: Config | None, gpu: Gpu) -> Iterator[list[Question]]:
-        """Inside the block calls are planned for ``gpu`` with ``config`` (None: as chosen); what they ask is collected.
+        """Inside the block calls are planned for ``gpu`` with ``config``, None: as chosen; collects what they ask.
 
-        Raises ValueError where a call asks and the config is not of its space or does not fit.
+        A call that asks raises ValueError if the config is not of its space or does not fit.
         """
         found: list[Question] = []
 
         def consider(space: Space, features: Any, work: Callable[[Config], Work], on: Gpu, choice: Choice) -> Choice:
-            if ADAPTER.problem(space.name, features) != self.problem:
+            if ADAPTER.problem(space.name, features) != self.key:
                 return choice
             found.append(ask(space, features, work, on, ADAPTER))
             taken = choice if config is None else fixed(space, config, work, on)
-            # Whatever PyTorch's time, here it serves.
+            # Our kernel serves even if PyTorch's is faster.
             return replace(taken, pytorch_faster=False)
 
         with contextlib.ExitStack() as stack:
             if self.family is not None:
                 stack.enter_context(dispatch.only_family(self.family))
-            stack.enter_context(dispatch.use_target(gpu))
-            stack.enter_context(at_precision(self.precision))
-            stack.enter_context(considering(consider))
-            stack.enter_context(decisions())
+            precision = fp32_convolutions(self.precision, timed=True)
+            for context in (dispatch.use_target(gpu), precision, considering(consider), decisions()):
+                stack.enter_context(context)
             yield found
 
     def planned(self, gpu: Gpu, config: Config | None = None) -> tuple[Question | None, list[Launch]]:
-        """(what a call asks, or None where it is not about this problem; what it launches), found without data."""
+        """(what a call asks about this problem, if it does; what it launches), found without data."""
         with FakeTensorMode(), self.serving(config, gpu) as found:
-            # (What a pool's backward is given is made by its forward, which is not part of the call.)
+            # A pool's forward, which makes what its backward is given, is not part of the call.
             call = self.ours(tuple(each.empty() for each in self.operands), gpu)
             with record() as records:
                 call()
@@ -105,12 +104,12 @@ class ProblemToRun:
 def to_run(problem: ProblemKey, gpu: Gpu) -> tuple[ProblemToRun, Question]:
     """How ``problem`` is run on ``gpu``, by the kernel family that asks about it. Raises Unmeasurable."""
     try:
-        subject, families = _subject(problem)
+        described, families = _described(problem)
     except (KeyError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
         raise Unmeasurable(f"{problem.describe()}: not a problem of this version's kernels ({why})") from error
     for family in families:
-        candidate = replace(subject, family=family)
+        candidate = replace(described, family=family)
         try:
             question, _ = candidate.planned(gpu)
         except (conv.Uncovered, ValueError):
@@ -120,12 +119,12 @@ def to_run(problem: ProblemKey, gpu: Gpu) -> tuple[ProblemToRun, Question]:
     raise Unmeasurable(f"{problem.describe()}: no kernel of this version asks about it on the {gpu.name}")
 
 
-def _subject(problem: ProblemKey) -> tuple[ProblemToRun, Sequence[str | None]]:
-    """The call, and the families that may serve it."""
+def _described(problem: ProblemKey) -> tuple[ProblemToRun, Sequence[str | None]]:
+    """The problem to run, without a family, and the families that may serve it."""
     kind = dict(problem.kind)
     if problem.space.startswith("pass"):
         return _sums(problem), (None,)
-    # A space of one direction names it, of several the problem does.
+    # A space of one direction is named after it; the problems of other spaces name theirs.
     direction = str(kind.get("direction", "wgrad" if "wgrad" in problem.space else "fprop"))
     if direction not in (*DIRECTIONS, *POOL_DIRECTIONS):
         raise ValueError(f"no direction {direction!r}")
@@ -133,17 +132,6 @@ def _subject(problem: ProblemKey) -> tuple[ProblemToRun, Sequence[str | None]]:
     if direction in POOL_DIRECTIONS:
         return _pool(problem, pool_of(problem), direction, bool(kind["channels_last"])), families
     return _convolution(problem, conv_of(problem), direction), families
-
-
-@contextlib.contextmanager
-def at_precision(precision: str) -> Iterator[None]:
-    """fp32 convolutions, ours and PyTorch's, as the problem has them."""
-    settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, settings.fp32_precision = settings.fp32_precision, precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 # Convolutions.
@@ -158,7 +146,7 @@ def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> Proble
     w = Operand(it.weight_shape, strides, it.dtype, per_output**-0.5)
     operands = {"fprop": (x, w), "dgrad": (y, w), "wgrad": (x, y)}[direction]
 
-    def ours(tensors: Operands, gpu: Gpu) -> Call:
+    def ours(tensors: Operands, gpu: Gpu) -> Computation:
         if direction == "wgrad":
             format = PACKED if depthwise else 1
             arguments = it.filter_size, it.stride, it.padding, it.dilation, it.groups, format
@@ -177,17 +165,17 @@ def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> Proble
 
 
 def _even(it: ConvProblem) -> bool:
-    """Whether PyTorch has it as one convolution: padded alike on both sides."""
+    """Whether PyTorch has it as one convolution, padded alike on both sides."""
     return all(pad >= 0 for pad in it.padding) and it.output_size == tuple(
         (h + 2 * pad - d * (r - 1) - 1) // s + 1
         for h, pad, d, r, s in zip(it.input_size, it.padding, it.dilation, it.filter_size, it.stride, strict=True)
     )
 
 
-def _pytorch_convolution(it: ConvProblem, direction: str, tensors: Operands) -> Call:
+def _pytorch_convolution(it: ConvProblem, direction: str, tensors: Operands) -> Computation:
     padding, sides = it.padding, [0] * 2 * it.rank
     if not _even(it):
-        # What each axis lacks, and is too much, at its end: F.pad names the last axis first.
+        # ``after``: what each axis lacks at its end, or has too much. F.pad names the last axis first.
         extents = zip(it.output_size, it.stride, it.dilation, it.filter_size, it.input_size, it.padding, strict=True)
         after = [(p - 1) * s + d * (r - 1) + 1 - h - pad for p, s, d, r, h, pad in extents]
         sides = [side for axis in reversed(range(it.rank)) for side in (it.padding[axis], after[axis])]
@@ -234,7 +222,7 @@ def _pool(problem: ProblemKey, it: PoolProblem, direction: str, channels_last: b
             return (pool.average_pool(x, it.output_size, geometry, it.include_padding, it.divisor),)
         return (pool.lp_pool(x, it.output_size, geometry, it.norm),)
 
-    def ours(tensors: Operands, gpu: Gpu) -> Call:
+    def ours(tensors: Operands, gpu: Gpu) -> Computation:
         x = tensors[0]
         if direction == "forward":
             return lambda: forward(x)[0]
@@ -261,7 +249,7 @@ def _pool(problem: ProblemKey, it: PoolProblem, direction: str, channels_last: b
     )
 
 
-def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:
+def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Computation:
     x = tensors[0]
     names = {"max": "max", "average": "avg", "lp": "lp"}
     function = getattr(F, f"{'adaptive_' if it.adaptive else ''}{names[it.kind]}_pool{it.rank}d")
@@ -276,7 +264,7 @@ def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Call:
             arguments["dilation"] = it.dilation
         if it.kind == "average":
             arguments["count_include_pad"] = it.include_padding
-            # One-dimensional averages have no divisor of their own.
+            # One-dimensional averages take no divisor.
             arguments |= {"divisor_override": it.divisor} if it.divisor else {}
     if it.kind == "lp":
         function = partial(function, norm_type=it.norm)
@@ -303,22 +291,22 @@ def _sums(problem: ProblemKey) -> ProblemToRun:
     vector = Operand((channels,), (1,), torch.float32)
     if moved == 1:
 
-        def bias(tensors: Operands) -> Call:
+        def bias(tensors: Operands) -> Computation:
             return lambda: tensors[0].sum((0, 2))
 
         return ProblemToRun(
             problem, (large,), lambda tensors, gpu: partial(conv.channel_sum, *tensors), bias, shape[2], None
         )
-    # The gradient behind the activation comes from z where there are three; a fourth is a residual.
+    # A third tensor that moves is z, from which the gradient behind the activation comes; a fourth is a residual.
     how = Activated(1e-5, "identity" if moved == 2 else "relu")
 
-    def ours(tensors: Operands, gpu: Gpu) -> Call:
+    def ours(tensors: Operands, gpu: Gpu) -> Computation:
         dz, y, mean, *further = tensors
         z, residual = (*further, None, None)[:2]
         norm = mean, torch.ones_like(mean), None, None
         return lambda: batch_norm_act_sums(dz, y, z, norm, None, residual, how)
 
-    def pytorch(tensors: Operands) -> Call:
+    def pytorch(tensors: Operands) -> Computation:
         dz, y, mean, *further = tensors
 
         def sums() -> Tensor:

@@ -1,8 +1,8 @@
-"""The measuring worker, a process of its own: an illegal access, an abort or a hang ends it and not the run.
+"""The measuring worker, a process of its own: an illegal access, an abort or a hang ends it, not the run.
 
-Both sides of one connection. The parent sends a problem and a config as JSON, the worker answers with a time or with
-why there is none. A worker that ends without an answer, or gives none in time, is why there is none, and the next
-question starts a new one. Neither side needs torch; the parent never touches a GPU.
+Holds both sides of one connection. The parent sends a problem and a config as JSON; the worker answers with a time or
+says why there is none. If a worker ends, or does not answer in time, that is why there is none, and the next question
+starts a new one. Neither side needs torch; the parent never touches a GPU.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from typing import IO, Any
 from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.autotune.tune import Failed
 from fastconv.kernels.children import end_with_parent
+from fastconv.measuring import reason
 
-PATIENCE = 30.0  # seconds for one answer; a first one allocates, draws operands and makes the reference
-START = 300.0  # seconds until a worker has imported torch and found its GPU, on a disk that is asked by many at once
+PATIENCE = 30.0  # seconds for one answer; before the first a worker draws operands and makes the reference
+START = 300.0  # seconds to import torch and find the GPU, from a disk that many processes read at once
 COMMAND = (sys.executable, "-m", "fastconv.measuring.worker")
 
-# Seconds of one measurement of a config, or of PyTorch's own op (None).
+# Seconds of one measurement of a config; None: of PyTorch's own op.
 Measure = Callable[[ProblemKey, "Config | None"], float]
 
 
 class WorkerError(RuntimeError):
-    """A worker does not start; the message is one line."""
+    """A worker does not start. The message is one line."""
 
 
 class Refused(Exception):
-    """What a `Measure` raises where there is no time: one of `records.FAILURES`, and why. ``fatal``: the process is
-    of no more use."""
+    """A `Measure` has no time. ``status``: one of `records.FAILURES`; ``fatal``: the process is of no more use."""
 
     def __init__(self, status: str, why: str, fatal: bool = False) -> None:
         super().__init__(why)
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 
 class Worker:
-    """A measuring process, started when it is first asked, and again where one has ended. To be closed."""
+    """A measuring process. A question starts it if none runs. To be closed."""
 
     def __init__(self, command: Sequence[str] = COMMAND, patience: float = PATIENCE, start: float = START) -> None:
         self._command, self._patience, self._start = tuple(command), patience, start
@@ -67,7 +67,7 @@ class Worker:
 
     @property
     def gpu(self) -> Gpu:
-        """What it measures on. Raises WorkerError."""
+        """The GPU it measures on. Raises WorkerError."""
         self.start()
         assert self._gpu is not None
         return self._gpu
@@ -88,20 +88,20 @@ class Worker:
                     return Failed("crashed", f"{_ending(code)}{said}")
                 if last:
                     return Failed("out_of_memory", f"killed twice, as happens where the host's memory ends{said}")
-                continue  # killed by somebody: not the config's fault, unless it is again
+                continue  # somebody killed it, which is not the config's fault unless it happens again
             else:
                 request = b""
                 if answer.get("fatal"):
                     self.close()
                 return answer["seconds"] if "seconds" in answer else Failed(answer["status"], answer["why"])
             finally:
-                # Interrupted, hung or ended: an answer that comes later would be taken for the next question's.
+                # Interrupted, hung or ended: a late answer would be taken for the next question's.
                 if request and self._connection is connection:
                     self.close()
         raise AssertionError
 
     def close(self) -> None:
-        """End the process, whatever it does; another question starts a new one."""
+        """End the process, whatever it does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -126,7 +126,7 @@ class Worker:
             stdout=self._errors,
             stderr=self._errors,
             env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is the parent's, which decides when it ends
+            start_new_session=True,  # Ctrl-C reaches only the parent, which ends the worker
         )
         there.close()
         self._connection = here
@@ -147,7 +147,7 @@ class Worker:
         return here
 
     def _ended(self) -> tuple[int, str]:
-        """Exit code of a process that hung up, and the last line it wrote, with a colon before it."""
+        """Exit code of a process that hung up, and a colon with the last line it wrote."""
         assert self._process is not None and self._errors is not None
         try:
             code = self._process.wait(self._patience)
@@ -165,7 +165,7 @@ def _ending(code: int) -> str:
 
 
 def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
-    """The worker's side: ``start()`` finds its GPU; then a measurement for each question, until the parent is gone."""
+    """The worker's side: ``start()`` finds its GPU, then it measures for each question until the parent is gone."""
     end_with_parent()
     connection = Connection(descriptor)
 
@@ -175,7 +175,7 @@ def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
     try:
         gpu, measure = start()
     except Exception as error:
-        answer(why=_line(error))
+        answer(why=reason(error))
         return
     answer(gpu=dataclasses.asdict(gpu))
     while True:
@@ -188,11 +188,6 @@ def serve(descriptor: int, start: Callable[[], tuple[Gpu, Measure]]) -> None:
         except Refused as refused:
             answer(status=refused.status, why=str(refused), fatal=refused.fatal)
         except MemoryError as error:
-            answer(status="out_of_memory", why=_line(error))
+            answer(status="out_of_memory", why=reason(error))
         except Exception as error:
-            answer(status="failed", why=_line(error))
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+            answer(status="failed", why=reason(error))

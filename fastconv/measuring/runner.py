@@ -1,4 +1,4 @@
-"""How a tuning run gets the times of a problem's configs: it compiles them in this process, the worker times them."""
+"""How a tuning run gets the times of configs: this process has them compiled, the worker times them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WorkerRunner:
         return found
 
     def _log(self, config: Config, failure: Failed) -> None:
-        # A wrong result is a kernel's fault, so everybody is told.
+        # A wrong result is a kernel's fault, so every user is told.
         level = logging.WARNING if failure.status == "wrong" else logging.INFO
         problem = self.question.problem.describe()
         log.log(level, "%s %s: %s: %s", problem, dict(config), failure.status, failure.message)

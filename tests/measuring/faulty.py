@@ -32,7 +32,7 @@ def start(how: str) -> tuple[Gpu, Measure]:
         if config is not None:
             # As a config's own kernel would, inside of what tells a dead GPU from a mere error.
             measure._current = _Harm(how)  # type: ignore[assignment]
-            measure._current.subject.problem = problem  # type: ignore[misc]
+            measure._current.problem.key = problem  # type: ignore[misc]
         return measure(problem, config)
 
     return gpu, harm
@@ -41,7 +41,7 @@ def start(how: str) -> tuple[Gpu, Measure]:
 class _Harm:
     def __init__(self, how: str) -> None:
         self.how = how
-        self.subject = type("Subject", (), {"problem": None})()
+        self.problem = type("Problem", (), {"key": None})()
 
     def seconds(self, config: Config | None) -> float:
         flag = torch.zeros(1, dtype=torch.int32, device="cuda")

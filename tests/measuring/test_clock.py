@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from fastconv.measuring.clock import HostClock, Sample, interleave, reason, spread, within
+from fastconv.measuring import reason
+from fastconv.measuring.clock import HostClock, Sample, interleave, spread, within
 
 
 class Now:

@@ -90,10 +90,10 @@ def test_every_direction_is_run_as_it_was_asked_and_right(name: str) -> None:
     measure = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
     for task in asked_by(CALLS[name], dtype, INTERPRETER):
         question = task.question
-        subject, found = to_run(question.problem, INTERPRETER)
+        runnable, found = to_run(question.problem, INTERPRETER)
         assert (found.problem, found.choice) == (question.problem, question.choice)
         assert measure(question.problem, question.choice.config) > 0
-        if subject.native:
+        if runnable.native:
             assert measure(question.problem, None) > 0
 
 
@@ -101,10 +101,10 @@ def test_every_direction_is_run_as_it_was_asked_and_right(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_problems_are_found_again_for_gpus(name: str, gpu: Any) -> None:
     for task in asked_by(CALLS[name], torch.bfloat16, gpu):
-        subject, found = to_run(ProblemKey.of(**task.question.problem.json), gpu)
+        runnable, found = to_run(ProblemKey.of(**task.question.problem.json), gpu)
         assert (found.problem, found.choice) == (task.question.problem, task.question.choice)
         slowest = found.fitting()[-1][0]
-        launches = subject.planned(gpu, slowest)[1]
+        launches = runnable.planned(gpu, slowest)[1]
         assert launches, "a config that is forced is planned"
         if dict(found.problem.kind).get("direction") == "backward":
             assert [it.kernel.fn.__module__.rpartition(".")[2] for it in launches] == ["pool_gradient"], "itself alone"
@@ -175,8 +175,8 @@ def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return call
 
-        subject, question = to_run(problem, INTERPRETER)
-        monkeypatch.setattr(worker, "to_run", lambda *_: (type(subject)(**{**vars(subject), "ours": ours}), question))
+        runnable, question = to_run(problem, INTERPRETER)
+        monkeypatch.setattr(worker, "to_run", lambda *_: (type(runnable)(**{**vars(runnable), "ours": ours}), question))
 
     def beside(t: Tensor) -> Tensor:
         return t.as_strided((1,), (1,), t.storage_offset() + t.numel())
