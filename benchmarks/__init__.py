@@ -1,1 +1,1 @@
-"""What is measured: `registry`, `layer_lists`, `networks`; how: `measure`, `checks`; how it is shown: `report`."""
+"""`registry`, `layer_lists` and `networks` say what is measured, `measure` and `checks` how, `report` shows it."""

@@ -17,13 +17,17 @@ from torch.overrides import TorchFunctionMode
 
 import fastconv.functional
 from fastconv.arguments import expand
+from fastconv.functional.conv import named_padding
 from fastconv.kernels.problem import ConvProblem, conv_problem, conv_transpose_problem
 
 FIRST_LAYER_CHANNELS = 4
 TENSORS = ("input", "weight", "bias")
-LARGE = 2**28  # bytes of an input that no cache holds a part of: of such tensors a share of the bandwidth is owed
-MOST_BATCHES = 8  # that a network's batch is enlarged to for that
-TINY = {"batch": 2, "groups": 8, "width": 32, "size": 4}  # of what an interpreter runs, at most (sizes: at least)
+LARGE = 2**28  # bytes of an input that no cache holds a part of, so that a share of the bandwidth is owed
+MOST_BATCHES = 8  # a network's batch is enlarged at most so for that
+TINY = {"batch": 2, "groups": 8, "width": 32, "size": 4}  # limits of what an interpreter runs; the size is the least
+KEEPING = "forward, training"  # a pass forward that keeps what backward reads
+TOGETHER = "together"  # forward and all gradients, as a training step has them
+ORDER = ("fprop", "dgrad", "wgrad", "forward", KEEPING, "backward", TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ class Operator:
     """A call of a function that torch.nn.functional and fastconv.functional both have."""
 
     function: str  # "conv2d"
-    shapes: tuple[tuple[int, ...] | None, ...]  # of its tensors: the input, of a convolution also weight and bias
-    arguments: tuple[tuple[str, Any], ...]  # all the others
-    needs_dx: bool  # not of a first layer's image
+    shapes: tuple[tuple[int, ...] | None, ...]  # the input's; a convolution's weight's and bias's
+    arguments: tuple[tuple[str, Any], ...]  # all but the tensors
+    needs_dx: bool  # false for an image, a first layer's input
 
     @property
     def input(self) -> tuple[int, ...]:
@@ -58,12 +62,12 @@ class Operator:
 
     @property
     def output(self) -> tuple[int, ...]:
-        """The shape of what it returns. Raises what torch raises where there is no such call."""
+        """The shape of its result. Raises what torch raises for an impossible call."""
         return _output(self)
 
     def problem(self, dtype: torch.dtype) -> ConvProblem:
-        """What a convolution, not a pool, is as a kernel's problem; of a transposed one that whose dgrad it is. Raises
-        what torch raises where there is no such call."""
+        """A convolution as a kernel's problem; a transposed one is its dgrad. Raises what torch raises for an
+        impossible call."""
         weight, bias = self.shapes[1:]
         assert weight is not None
         arguments, rank = dict(self.arguments), len(self.input) - 2
@@ -72,23 +76,20 @@ class Operator:
         if self.transposed:
             sides["padding"] = expand("padding", padding, rank)
             return conv_transpose_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
-        if padding == "same":
-            if any(step != 1 for step in sides["stride"]):
-                raise ValueError("padding='same' is not supported for strided convolutions")
-            totals = [d * (r - 1) for r, d in zip(weight[2:], sides["dilation"], strict=True)]
-            sides["padding"] = (*(total // 2 for total in totals), *(total - total // 2 for total in totals))
+        if isinstance(padding, str):
+            sides["padding"] = named_padding(padding, weight[2:], sides["stride"], sides["dilation"])
         else:
-            sides["padding"] = expand("padding", 0 if padding == "valid" else padding, rank) * 2
+            sides["padding"] = expand("padding", padding, rank) * 2
         return conv_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
 
     @property
     def elements(self) -> int:
-        """Of input, weight and output."""
+        """How many input, weight and output have together."""
         return sum(math.prod(shape) for shape in (*self.shapes[:2], self.output) if shape)
 
     @property
     def multiplications(self) -> int:
-        """Of one direction of a convolution; 0 of a pool."""
+        """One direction's; a pool has none."""
         if self.pool:
             return 0
         weight = self.shapes[1]
@@ -103,29 +104,28 @@ class Operator:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What autograd runs for it, one by one, and at last all of a training step together."""
+        """What autograd runs for it, one by one, then all of a training step together."""
         if not self.pool:
-            return ("fprop", *["dgrad"] * self.needs_dx, "wgrad", "together")
+            return ("fprop", *["dgrad"] * self.needs_dx, "wgrad", TOGETHER)
         # Only a maximum keeps something for backward.
-        training = ["forward, training"] * ("max" in self.function)
-        return ("forward", *training, *["backward", "together"] * self.needs_dx)
+        return ("forward", *[KEEPING] * ("max" in self.function), *["backward", TOGETHER] * self.needs_dx)
 
     @property
     def streams(self) -> bool:
-        """Whether a copy's bandwidth is what it can be held to: a pool, or a convolution of stride 1."""
+        """Whether it can be held to a copy's bandwidth: pools and convolutions of stride 1."""
         return self.pool or dict(self.arguments).get("stride") == 1
 
     def with_batch(self, batch: int) -> Operator:
         return replace(self, shapes=((batch, *self.input[1:]), *self.shapes[1:]))
 
     def enlarged(self, itemsize: int) -> Operator | None:
-        """With a batch so large that its input is `LARGE`; None where it is so already, or never will be."""
+        """With a batch that makes its input `LARGE`; None if it already is, or `MOST_BATCHES` do not suffice."""
         bytes_of_one = math.prod(self.input) * itemsize
         batches = next((2**i for i in range(8) if bytes_of_one << i >= LARGE), MOST_BATCHES + 1)
         return self.with_batch(self.batch * batches) if 1 < batches <= MOST_BATCHES else None
 
     def tiny(self) -> Operator:
-        """The same operator with a small batch, few channels and an image as small as its window allows."""
+        """The operator with a small batch, few channels and an image as small as its window allows."""
         arguments = dict(self.arguments)
         batch, channels, *sizes = self.input
         batch = min(batch, TINY["batch"])
@@ -194,7 +194,7 @@ class _CallCounter(TorchFunctionMode):
 
 
 def plain(value: Any) -> Any:
-    """An argument as every spelling of it is kept: one number where all axes share it, else a tuple."""
+    """An argument in the one spelling that is kept: a number if all axes share it, else a tuple."""
     if not isinstance(value, (list, tuple)):
         return value
     return value[0] if len(set(value)) == 1 and value[0] is not None else tuple(value)
@@ -202,10 +202,7 @@ def plain(value: Any) -> Any:
 
 def read_off(model: nn.Module, input_shape: tuple[int, ...]) -> Counter[Operator]:
     """The distinct calls of ``model`` on one batch, with how often it makes each. Runs it on the meta device: no
-    arithmetic. Raises whatever the model raises there.
-
-    Left out: pools that are asked for indices.
-    """
+    arithmetic. Raises whatever the model raises there."""
     model = copy.deepcopy(model).to("meta").eval()  # a small image may have maps of one pixel
     with _CallCounter() as calls:
         model(torch.empty(input_shape, device="meta"))

@@ -1,8 +1,8 @@
 """The host's time of a warm call, by the family of kernels that serves it: forward without and with a graph, backward.
 
-``python -m fastconv.benchmarks.host [--json]``; of another checkout, whatever its version:
-``PYTHONPATH=CHECKOUT python benchmarks/host.py``. Without a GPU kernels are compiled for an H200, PyTorch says that the
-CPU's tensors are a GPU's, and what would launch a binary does nothing. Nothing of fastconv is replaced.
+``python -m fastconv.benchmarks.host [--json]``; ``PYTHONPATH=CHECKOUT python benchmarks/host.py`` measures another
+checkout of any version. Without a GPU kernels are compiled for an H200, PyTorch says that the CPU's tensors are a
+GPU's, and launching a binary does nothing. Nothing of fastconv is replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastconv import functional as F
 
 ROUNDS, CALLS, WARM_UP = 25, 200, 20  # calls of one round: few enough for a GPU's queue
 IMAGES, ROWS = (16, 64, 16, 16), (16, 3, 32, 32)
-# By name: the family that is to serve alone, the function, the input's shape, the weight's, and other arguments.
+# By name: the only family that may serve, the function, the input's shape, the weight's, and other arguments.
 PROBLEMS: dict[str, tuple[str, str, tuple[int, ...], tuple[int, ...] | None, dict[str, Any]]] = {
     "gemm": ("gemm", "conv2d", IMAGES, (64, 64, 1, 1), {}),
     "pixels": ("pixels", "conv2d", IMAGES, (64, 64, 3, 3), {"padding": 1}),
@@ -48,7 +48,7 @@ PROBLEMS: dict[str, tuple[str, str, tuple[int, ...], tuple[int, ...] | None, dic
 
 
 def call_of(name: str, device: torch.device) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
-    """The call, and what it has gradients for."""
+    """The call, and the tensors that it has gradients for."""
     _, function, shape, weight, arguments = PROBLEMS[name]
     x, *rest = (
         torch.randn(size, device=device, dtype=torch.bfloat16)
@@ -94,7 +94,7 @@ def standing_in_for_an_h200() -> Iterator[None]:
 
 
 def override(name: str) -> Any:
-    """A context manager of the kernels', wherever this version has it."""
+    """A context manager of the kernels, wherever this version keeps it."""
     modules = ("fastconv.kernels.launch.overrides", "fastconv.kernels.launch", "fastconv.kernels.dispatch")
     for module in modules:
         with contextlib.suppress(ModuleNotFoundError, AttributeError):
@@ -128,7 +128,7 @@ def measure(name: str, device: torch.device) -> dict[str, float | None]:
         times["with a graph"], times["backward"] = median_us(call), None
         y = call()
         dy = torch.ones_like(y)
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # a family of one direction alone
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a family that has no backward
             times["backward"] = median_us(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
     return times
 

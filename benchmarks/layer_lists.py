@@ -1,10 +1,10 @@
 """Layer lists: the convolutions and pools of a network, each with how often the network calls it. JSON lines.
 
-The first line is ``{"schema": "fastconv-layers/1", "network": "resnet50", "image": [3, 224, 224]}``; each line after it
-is a call of torch.nn.functional's: ``{"count": 3, "function": "conv2d", "input": [64, 56, 56],
-"weight": [64, 64, 3, 3], "padding": 1}``. Shapes are of one image, without the batch. ``bias`` is true where there is
-one, ``needs_dx`` false where the input needs no gradient; any argument of the function may follow by its name, as a
-number or a list with one for each axis. Arguments left out have the function's defaults.
+The first line is ``{"schema": "fastconv-layers/1", "network": "resnet50", "image": [3, 224, 224]}``. Each line after it
+is a call of a function of torch.nn.functional: ``{"count": 3, "function": "conv2d", "input": [64, 56, 56],
+"weight": [64, 64, 3, 3], "padding": 1}``. Shapes are of one image, without the batch. ``"bias": true`` says that there
+is one, ``"needs_dx": false`` that the input needs no gradient. Other arguments follow by name, as a number or a list
+with one for each axis; those left out have the function's defaults.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ FUNCTIONS = tuple(name for name in fastconv.functional.__all__ if hasattr(F, nam
 MAX_FILE = 1 << 20  # bytes: over a hundred times the longest shipped list
 MAX_INTEGER = 2**31 - 1
 MAX_ELEMENTS = 2**40  # of input, weight and output for one image: more than any GPU holds
-# A call that is asked for indices has no counterpart among what is measured.
-ASKED = ("return_indices",)
+# No list has the argument: what is measured returns no indices.
+UNLISTED = ("return_indices",)
 
 
 @dataclass(frozen=True)
 class LayerList:
-    """A network's calls, each with its count; for a batch of one but where they are a user's network's."""
+    """A network's calls, each with its count. Their batch is one, in a list of a user's network that of its input."""
 
     network: str
     image: tuple[int, ...]
@@ -48,7 +48,7 @@ class LayerList:
 
 
 class _Wrong(Exception):
-    """What is wrong with a line: the field, and how."""
+    """A field of a line is wrong."""
 
     def __init__(self, field: str, how: str) -> None:
         super().__init__(f"{'fields' if ',' in field else 'field'} {field}: {how}")
@@ -60,10 +60,8 @@ def shipped() -> tuple[str, ...]:
 
 
 def find(name: str) -> LayerList:
-    """The shipped list called ``name``, or the one in the file ``name``.
-
-    Raises ValueError, with the file, the line and the field, where it is none.
-    """
+    """The shipped list called ``name``, or the one in the file ``name``. Raises ValueError with the file, the line and
+    the field if it is none."""
     return read(FOLDER / f"{name}.jsonl" if name in shipped() else Path(name))
 
 
@@ -101,7 +99,7 @@ def read(path: Path) -> LayerList:
 
 
 def of(loaded: LoadedModel) -> LayerList:
-    """The list of a user's network, for the batch it is given. Raises ValueError where it does not run without data."""
+    """The list of a user's network, for its batch. Raises ValueError if it does not run without data."""
     try:
         calls = read_off(loaded.model, loaded.input_shape)
     except Exception as error:  # the network's own code: anything
@@ -154,8 +152,8 @@ def _call(fields: dict[str, Any]) -> tuple[Operator, int]:
         outputs = weight[1] * arguments["groups"] if "transpose" in function else weight[0]
         shapes = (*shapes, weight, (outputs,) if fields.get("bias") else None)
     parameters = inspect.signature(getattr(fastconv.functional, function)).parameters
-    asked = [(name, False) for name in ASKED if name in parameters]
-    operator = Operator(function, shapes, (*arguments.items(), *asked), fields.get("needs_dx", True))
+    unlisted = [(name, False) for name in UNLISTED if name in parameters]
+    operator = Operator(function, shapes, (*arguments.items(), *unlisted), fields.get("needs_dx", True))
     _check_possible(operator, fields)
     return operator, count
 
@@ -168,9 +166,9 @@ def _known(fields: dict[str, Any], known: tuple[str, ...]) -> None:
 
 @cache
 def _arguments(function: str) -> dict[str, Any]:
-    """What the function takes beside tensors, with the defaults; ``inspect.Parameter.empty`` where it has none."""
+    """The function's arguments beside tensors, with their defaults or ``inspect.Parameter.empty``."""
     parameters = inspect.signature(getattr(fastconv.functional, function)).parameters
-    return {name: it.default for name, it in parameters.items() if name not in (*TENSORS, *ASKED)}
+    return {name: it.default for name, it in parameters.items() if name not in (*TENSORS, *UNLISTED)}
 
 
 def _sizes(fields: dict[str, Any], name: str, length: int | None = None) -> tuple[int, ...]:
@@ -185,7 +183,7 @@ def _sizes(fields: dict[str, Any], name: str, length: int | None = None) -> tupl
 
 
 def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
-    """The argument as calls keep it; of the type its default has, or one integer or one for each axis."""
+    """The argument as calls keep it: of its default's type, or one integer or one for each axis."""
     if value is inspect.Parameter.empty:
         raise _Wrong(name, "missing")
     if type(default) is bool:
@@ -199,7 +197,7 @@ def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
     if (value is None and default is None) or (name == "padding" and value in ("same", "valid")):
         return value
     axes = value if isinstance(value, list) and name not in ("groups", "divisor_override") else [value]
-    # An adaptive pool leaves an axis as it is where it is told nothing.
+    # None leaves an axis of an adaptive pool as it is.
     kept = (type(None), int) if name == "output_size" and len(axes) > 1 else (int,)
     if len(axes) not in (1, rank) or not all(type(axis) in kept for axis in axes):
         raise _Wrong(name, f"an integer, or one for each of {rank} axes, is expected, not {schema.shown(value)}")
@@ -211,7 +209,7 @@ def _argument(name: str, value: Any, default: Any, rank: int) -> Any:
 
 
 def _check_possible(operator: Operator, fields: dict[str, Any]) -> None:
-    """Name the fields that PyTorch's message is about where it refuses such a call."""
+    """If PyTorch refuses the call, name the fields that its message is about."""
     try:
         output = operator.output
     except (RuntimeError, ValueError, TypeError) as error:

@@ -21,6 +21,15 @@ from fastconv.measuring import reason
 _kept: list[torch.library.Library] = []  # a library's definitions live as long as the object
 
 
+def channels_last_format(dimensions: int) -> torch.memory_format:
+    """The dense channels-last format; one-dimensional images have none and stay contiguous."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(dimensions, torch.contiguous_format)
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=channels_last_format(tensor.dim()))
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in fp32 on the CPU, in training mode, and the shape of one input batch."""
@@ -31,20 +40,16 @@ class LoadedModel:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The dense channels-last format of this rank; one-dimensional tensors have none and stay as they are."""
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        return formats.get(len(self.input_shape), torch.contiguous_format)
+        return channels_last_format(len(self.input_shape))
 
     def refusal(self, error: Exception) -> str:
-        """What the user is told if the model, called with such a batch, raised ``error``."""
+        """What the user is told if the model raised ``error`` on its batch."""
         return f"{self.name} does not run on a batch of {'x'.join(map(str, self.input_shape))}: {reason(error)}"
 
 
 def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> LoadedModel:
-    """The model ``name`` with the weights that ``seed`` gives, for square inputs of ``size`` (the model's own, or 224).
-
-    Raises ValueError, with the nearest names, where nothing is called so.
-    """
+    """The model ``name`` with the weights that ``seed`` gives, for square inputs of ``size``, by default the model's
+    own or 224. Raises ValueError with the nearest names for an unknown one."""
     torch.manual_seed(seed)
     model = find(name)()
     convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
@@ -52,16 +57,16 @@ def load(name: str, batch: int, size: int | None = None, *, seed: int = 0) -> Lo
     rank = len(convs[0].kernel_size) if convs else 2
     if size is None:
         size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
-    # Sixteen frames is what torchvision's video models were trained with.
+    # torchvision's video models were trained with sixteen frames.
     spatial = (16, size, size) if rank == 3 else (size,) * rank
     return LoadedModel(name, model.train(), (batch, channels, *spatial))
 
 
 def torchvision() -> ModuleType:
-    """torchvision, also where its compiled part does not load (a CUDA wheel beside a CPU build of torch).
+    """torchvision, even if its compiled part does not load, as a CUDA wheel's beside a CPU build of torch.
 
-    Its import registers Python code for ``nms`` and fails when the compiled part has not defined it. Detection's
-    box operators stay unusable then; every model still builds and runs.
+    Its import registers Python code for ``nms`` and fails if the compiled part has not defined it. Detection's box
+    operators stay unusable then; every model still builds and runs.
     """
     try:
         return importlib.import_module("torchvision")
@@ -80,8 +85,8 @@ def torchvision() -> ModuleType:
 
 
 def find(name: str) -> Callable[[], nn.Module]:
-    """What builds the model ``name``. Raises ValueError with the nearest names if there is none; what it returns raises
-    ValueError if the model cannot be built."""
+    """A function that builds the model ``name``, or raises ValueError. Raises ValueError with the nearest names for an
+    unknown one."""
     return _users(name) if ":" in name else _library(name)
 
 

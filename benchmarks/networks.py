@@ -1,4 +1,4 @@
-"""The networks whose layer lists are kept: torchvision's, and where it has none a plain definition here."""
+"""The networks whose layer lists are kept: torchvision's, and plain definitions of those it lacks."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 @dataclass(frozen=True)
 class Network:
-    image: tuple[int, ...]  # the shape of one
+    image: tuple[int, ...]  # its shape
     make: Callable[[], nn.Module]
 
 
-def lenet5() -> nn.Module:
-    """LeCun et al., "Gradient-based learning applied to document recognition", 1998, figure 2."""
+def lenet5(padding: int = 0, features: int = 400) -> nn.Module:
+    """LeCun et al., "Gradient-based learning applied to document recognition", 1998, figure 2.
+
+    ``padding`` of the first convolution, ``features`` behind the last pool.
+    """
     return nn.Sequential(
-        *(nn.Conv2d(1, 6, 5), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(1, 6, 5, padding=padding), nn.Tanh(), nn.AvgPool2d(2)),
         *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2)),
-        *(nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
+        *(nn.Flatten(), nn.Linear(features, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
     )
 
 
 class UNet(nn.Module):
-    """Ronneberger et al., "U-Net", 2015, padded, with batch norm; of rank 3 Çiçek et al., "3D U-Net", 2016.
+    """Ronneberger et al., "U-Net", 2015, padded, with batch norm; in rank 3 Çiçek et al., "3D U-Net", 2016.
 
-    ``widths`` of each level from the finest; ``classes`` scores for each pixel.
+    ``widths`` are the levels' from the finest; each pixel gets ``classes`` scores.
     """
 
     def __init__(self, rank: int, channels: int, widths: tuple[int, ...], classes: int) -> None:

@@ -1,7 +1,7 @@
 """The benchmarks: an operator is one declaration in `ENTRIES`, a side that runs it one in `PROVIDERS`.
 
-A provider's name is what ``--provider`` takes and what result files say; ``fastconv:gather`` is fastconv with one
-family of kernels alone (their names are in `fastconv.kernels.dispatch`).
+``--provider`` takes a provider's name, and result files hold it. ``fastconv:gather`` is fastconv with one family of
+kernels; `fastconv.kernels.dispatch` has the families' names.
 """
 
 from __future__ import annotations
@@ -18,34 +18,27 @@ from torch.nn import functional as F
 import fastconv.functional
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.layer_lists import LayerList, find
+from fastconv.benchmarks.models import channels_last
 from fastconv.kernels.dispatch import FAMILIES, only_family
-from fastconv.kernels.problem import ConvProblem, PoolProblem
 
 Function = Callable[..., torch.Tensor]
-Problem = ConvProblem | PoolProblem
-
-
-def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """Of rank 1 there is no such format: contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A side that runs operators: its function for one of them, and how the operands lie that it is given."""
+    """A side that runs operators: its function for one of them, and the layout of its operands."""
 
     name: str
     function: Callable[[Operator], Function]
     layout: Callable[[torch.Tensor], torch.Tensor]
-    family: str | None = None  # of kernels, that serves alone
+    family: str | None = None  # the only one of kernels that serves
 
     @property
     def ours(self) -> bool:
         return self.name.startswith("fastconv")
 
     def serving(self) -> contextlib.AbstractContextManager[None]:
-        """The context that it runs in: forward, backward, and what is found out before."""
+        """The context that it runs in: forward, backward and planning."""
         return only_family(self.family) if self.family else contextlib.nullcontext()
 
 
@@ -60,16 +53,16 @@ def _theirs(operator: Operator) -> Function:
 def _compiled(operator: Operator) -> Function:
     theirs = _theirs(operator)
 
-    # Of its own, so that torch.compile keeps what it makes of it with nothing else.
+    # A new function for each operator, because torch.compile keeps what it makes by function.
     def compilable(*operands: Any, **keywords: Any) -> Any:
         return theirs(*operands, **keywords)
 
-    # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
+    # Without a GPU this is a dry run, which Inductor would spend on compiling C++.
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
     return torch.compile(compilable, backend=backend, dynamic=False)
 
 
-# cuDNN's time on channels_last is what everything is held against; contiguous operands are NCHW's.
+# Everything is held against cuDNN's time on channels_last. Contiguous operands are NCHW.
 OURS, OURS_NCHW, EAGER, EAGER_NCHW, COMPILED = "fastconv", "fastconv-nchw", "eager", "eager-nchw", "compile"
 PROVIDERS = {
     provider.name: provider
@@ -84,11 +77,11 @@ PROVIDERS = {
 
 
 def providers(names: Iterable[str]) -> tuple[Provider, ...]:
-    """The providers called so, the yardstick before them. Raises ValueError with those there are, and where fastconv is
-    not among them."""
+    """The providers called so, the yardstick before them. Raises ValueError with those there are for an unknown one, or
+    if none is fastconv's."""
     families = dict.fromkeys(family.name for listed in FAMILIES.values() for family in listed)
-    alone = (replace(PROVIDERS[OURS], name=f"{OURS}:{family}", family=family) for family in families)
-    known = PROVIDERS | {provider.name: provider for provider in alone}
+    single = (replace(PROVIDERS[OURS], name=f"{OURS}:{family}", family=family) for family in families)
+    known = PROVIDERS | {provider.name: provider for provider in single}
     chosen = dict.fromkeys((EAGER, *names))
     for name in chosen:
         if name not in known:
@@ -99,26 +92,19 @@ def providers(names: Iterable[str]) -> tuple[Provider, ...]:
     return tuple(known[name] for name in chosen)
 
 
-def _convolution_flops(problem: Problem) -> int:
-    assert isinstance(problem, ConvProblem)
-    return problem.flops
-
-
 @dataclass(frozen=True)
 class Entry:
-    """Operators that are alike: where they come from, who runs them, what they cost, and what is owed for them."""
+    """Operators that are alike: where they come from, who runs them, and what is owed for them."""
 
     name: str
-    lists: tuple[str, ...]  # of layers, by name
-    takes: Callable[[Operator], bool]  # which of them
-    speed: float  # relative to the fastest of ``rivals``
+    lists: tuple[str, ...]  # layer lists, by name
+    takes: Callable[[Operator], bool]  # which of their calls
+    speed: float  # owed, relative to the fastest of ``rivals``
     rivals: tuple[str, ...]
-    share: float | None = None  # of the bandwidth of a copy, where tensors are large
+    share: float | None = None  # owed of a copy's bandwidth if tensors are large
     batches: tuple[int, ...] = (64,)
-    turn: int = 1  # cases that are measured each time that entries take turns
+    turn: int = 1  # cases in the entry's turn, when entries take turns
     providers: tuple[str, ...] = tuple(PROVIDERS)
-    flops: Callable[[Problem], int] = _convolution_flops  # of one direction
-    bytes: Callable[[Problem], int] = lambda problem: problem.bytes  # each operand once
 
 
 ENTRIES = (
@@ -138,7 +124,6 @@ ENTRIES = (
         speed=1.0,
         rivals=(EAGER, EAGER_NCHW, COMPILED),
         share=0.85,
-        flops=lambda problem: 0,
     ),
     Entry(
         "depthwise",
@@ -168,8 +153,8 @@ ENTRIES = (
 
 @dataclass(frozen=True)
 class Target:
-    """What is owed of the layers of some networks together, against eager channels_last: the geometric mean of each
-    direction's speeds, weighted by how often a layer occurs, and the least of them."""
+    """What the layers of some networks together owe against eager channels_last: a geometric mean of each direction's
+    speeds, weighted by how often a layer occurs, and a least speed."""
 
     lists: tuple[str, ...]
     batches: tuple[int, ...]
@@ -177,7 +162,7 @@ class Target:
     least: float
 
     def layers(self, direction: str) -> int:
-        """How many distinct ones that is, of each batch."""
+        """How many distinct layers have the direction, each batch counted."""
         found = {call for name in self.lists for call in find(name).calls if direction in call.directions}
         return len(found) * len(self.batches)
 
@@ -186,8 +171,8 @@ TARGET = Target(("resnet50", "vgg16", "unet"), (64, 256), {"fprop": 0.9, "dgrad"
 
 
 def entries(names: Iterable[str]) -> tuple[Entry, ...]:
-    """The entries called so, in their own order; all of them for "all" and for none. Raises ValueError with those there
-    are."""
+    """The entries called so, in their own order; all of them for "all" and for no name. Raises ValueError with those
+    there are."""
     chosen = set(names) or {"all"}
     known = ["all", *(entry.name for entry in ENTRIES)]
     for name in sorted(chosen.difference(known)):
@@ -197,8 +182,7 @@ def entries(names: Iterable[str]) -> tuple[Entry, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator to be measured, and how often each network calls it for a batch of so many (none with a batch
-    enlarged)."""
+    """An operator to be measured, and how often each network calls it. With an enlarged batch no network does."""
 
     entry: Entry
     operator: Operator
@@ -209,8 +193,8 @@ class Case:
 def cases(chosen: Iterable[Entry], layers: Callable[[str], LayerList], dtype: torch.dtype) -> list[Case]:
     """The cases of each entry, the most telling first. Entries take turns.
 
-    Most telling: with a batch that no cache holds, where a bandwidth is owed; then what takes most of a network's time,
-    as far as elements and products tell, each network's in turn; each batch of a layer before the next layer.
+    The most telling have a batch that no cache holds and owe a bandwidth. Then come layers by the share of their
+    network's time that elements and products tell, networks in turn; all batches of a layer before the next layer.
     """
     kept: dict[str, LayerList] = {}
     columns = []
@@ -234,7 +218,7 @@ def cases(chosen: Iterable[Entry], layers: Callable[[str], LayerList], dtype: to
 
 
 def tiny(found: Iterable[Case]) -> list[Case]:
-    """Of each entry the first that a network has, small enough to be interpreted."""
+    """The first case of each entry that a network has, small enough to be interpreted."""
     first: dict[str, Case] = {}
     for case in found:
         if case.networks:
@@ -243,6 +227,6 @@ def tiny(found: Iterable[Case]) -> list[Case]:
 
 
 def _effort(call: Operator) -> float:
-    """What takes a layer's time, for comparing layers: its elements, or its products where these take longer at 200
-    operations a byte of two-byte elements."""
+    """A layer's time, for comparing layers: its elements, or its products if they take longer at 200 operations a byte
+    of two-byte elements."""
     return max(call.elements, call.multiplications / 200)

@@ -10,7 +10,7 @@ from fastconv.benchmarks.networks import NETWORKS
 
 
 def layers_of(name: str) -> str:
-    """The list of the network ``name``, as it is to lie in its file."""
+    """The list of the network ``name``, as its file holds it."""
     network = NETWORKS[name]
     with torch.device("meta"):
         model = network.make()

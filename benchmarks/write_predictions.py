@@ -21,8 +21,8 @@ OPEN = Path(__file__).parent / "results" / "OPEN.md"
 
 
 def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
-    """Lines of markdown: each direction's family, predicted microseconds and what bounds them, beside the roofline: the
-    problem's FLOPs and, each operand moved once, its bytes at the GPU's peak rates."""
+    """Lines of markdown: each direction's family, predicted microseconds and their bound, beside the roofline: the
+    problem's FLOPs, or its bytes with each operand moved once, at the GPU's peak rates."""
     yield "| layer | count | roofline, us | " + " | ".join(DIRECTIONS) + " |"
     yield "|---" * (3 + len(DIRECTIONS)) + "|"
     for call, count in find(network).calls.items():
@@ -43,7 +43,7 @@ def table(network: str, batch: int, gpu: Gpu) -> Iterator[str]:
 
 
 def written(text: str) -> str:
-    """``text`` with the table of predictions in it as the cost model would have it now."""
+    """``text`` with the table that the cost model predicts now."""
     header, *lines = table(NETWORK, BATCH, GPU)
     before, _, after = text.partition(header)
     return "\n".join((before + header, *lines)) + re.sub(r"\A(\n\|.*)*", "", after)

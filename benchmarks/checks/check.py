@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 import fastconv
+from fastconv.benchmarks.models import channels_last
 from fastconv.kernels import launch
 from fastconv.measuring.accuracy import TF32_EPS, fp32_convolutions, max_error, tolerance
 
@@ -21,10 +22,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCase:
-    """A problem: a way in which an index, a mask or a tail can be wrong. Operators add what theirs need."""
+    """One way in which an index, a mask or a tail can be wrong. Operators add the fields that theirs need."""
 
     name: str
-    quick: bool = False  # among those of ``--quick``
+    quick: bool = False  # ``--quick`` takes it too
     precisions: tuple[str, ...] = ()  # none named: all
 
 
@@ -32,10 +33,10 @@ class CheckCase:
 class Check:
     """One operator in one way of use.
 
-    ``operands(case, dtype, device)`` draws its operands by name, in their layouts, always the same values. ``ours`` and
-    ``theirs``, which is given them in fp64 on the CPU, return results by name; the first, in the operands' dtype, is
-    differentiated by all of them that are not ``constants``. ``depths(case, output)``: how many products or terms are
-    summed for an element of a result; 1 where it does not say.
+    ``operands(case, dtype, device)`` draws operands by name, in their layouts, always the same values. ``ours``, and
+    ``theirs`` with operands in fp64 on the CPU, return results by name. The first result has the operands' dtype and is
+    differentiated by all operands that are not ``constants``. ``depths(case, output)``: how many products or terms an
+    element of a result sums, 1 by default.
     """
 
     name: str
@@ -44,10 +45,10 @@ class Check:
     ours: Callable[[Any, Tensors], Tensors]
     theirs: Callable[[Any, Tensors], Tensors]
     depths: Callable[[Any, torch.Tensor], dict[str, int]] = lambda case, output: {}
-    # "apart": each alone, as where the others are frozen, so that its own kernels compute it.
+    # "apart": one at a time, as if the other operands were frozen, so that its own kernels compute it.
     gradients: Literal["apart", "together", "none"] = "apart"
     constants: tuple[str, ...] = ()
-    stored: int = 1  # values on the longest way to a result, itself among them, that are rounded to the operands' dtype
+    stored: int = 1  # values rounded to the operands' dtype on the longest way to a result, the result included
 
 
 def precisions(device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
@@ -63,7 +64,7 @@ def precisions(device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
 
 def compare(check: Check, case: CheckCase, precision: str, device: torch.device) -> Iterator[Row]:
     """Every result and gradient of ``case`` against PyTorch in fp64 on the same values, with the kernels that computed
-    it. Memory that the kernels are given holds NaNs."""
+    it. Memory that is allocated for kernels holds NaNs."""
     dtype, eps = precisions(device)[precision]
     operands = check.operands(case, dtype, device)
     leaves = [] if check.gradients == "none" else [name for name in operands if name not in check.constants]
@@ -81,7 +82,7 @@ def compare(check: Check, case: CheckCase, precision: str, device: torch.device)
             with launch.record() as records:
                 computed = check.ours(case, given)
             names = [record.name for record in records]
-            # The first group's: a call that saves nothing for gradients, where there is one.
+            # The first group's results: with no gradient wanted, the call saves nothing for one.
             results = results or {name: (value.detach(), names) for name, value in computed.items()}
             if not group:
                 continue
@@ -94,7 +95,7 @@ def compare(check: Check, case: CheckCase, precision: str, device: torch.device)
     depths = check.depths(case, exact[first])
     for name, reference in exact.items():
         value, names = results[name]
-        # What is wider than the operands is not rounded to their type; indices are not rounded at all.
+        # A result wider than the operands is not rounded to their type, indices are not rounded at all.
         floating = value.dtype.is_floating_point
         unit = eps if value.dtype == dtype else torch.finfo(value.dtype).eps if floating else 0.0
         error, bound = max_error(value.cpu(), reference), tolerance(check.stored * unit, depths.get(name, 1))
@@ -106,7 +107,7 @@ def compare(check: Check, case: CheckCase, precision: str, device: torch.device)
             "error": error,
             "tolerance": bound,
             "launches": names,
-            # A NaN compares false; without a launch PyTorch computed what we were asked for.
+            # A NaN compares false. Without a launch PyTorch computed the result.
             "right": error <= bound
             and bool(names)
             and value.shape == reference.shape
@@ -121,13 +122,13 @@ def gradient_of(operand: str) -> str:
 def _exact(
     check: Check, case: CheckCase, operands: Tensors, leaves: list[str]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """PyTorch's results and gradients in fp64, and the output's gradient that they are for."""
+    """PyTorch's results and gradients in fp64, and the output's gradient that they follow from."""
     wide = {name: value.detach().cpu().double().requires_grad_(name in leaves) for name, value in operands.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using padding='same'")  # about a copy that PyTorch makes
         exact = check.theirs(case, wide)
     output = next(iter(exact.values()))
-    # Exact in every type that is checked.
+    # bfloat16 values are exact in every type that is checked.
     seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
     gradients = torch.autograd.grad(output, [wide[name] for name in leaves], seed) if leaves else ()
     exact = {name: value.detach() for name, value in exact.items()}
@@ -136,7 +137,7 @@ def _exact(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaNs (integers: their largest), so that an element that no program writes is found."""
+    """Fresh tensors hold NaNs, integers their largest value, so an element that no program writes is found."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = settings.fill_uninitialized_memory
@@ -150,11 +151,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def laid_out(tensor: torch.Tensor, layout: str = "channels_last") -> torch.Tensor:
-    """The same values, dense in "channels_last" or "contiguous", or "strided": every second of a wider tensor's, the
-    others NaN. Tensors of three dimensions have no channels_last."""
+    """The same values, dense in "channels_last" or "contiguous", or "strided": every second value of a wider tensor,
+    whose others are NaN."""
     if layout == "strided":
         return torch.stack((tensor, torch.full_like(tensor, float("nan"))), -1).flatten(-2)[..., ::2]
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if layout == "contiguous" or tensor.dim() not in formats:
-        return tensor.contiguous()
-    return tensor.contiguous(memory_format=formats[tensor.dim()])
+    return tensor.contiguous() if layout == "contiguous" else channels_last(tensor)

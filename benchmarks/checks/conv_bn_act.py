@@ -1,8 +1,8 @@
 """Convolution + batch norm + activation (+ residual) in its three ways of use.
 
-Inference is one kernel; training takes statistics, combines and applies them, and goes back through two sums and a
-gradient; frozen is a batch norm of constant statistics in a network that trains. Inputs and weights are small integers,
-so that the convolution is exact in every dtype: no rounded value falls on the other side of a ReLU's kink.
+Inference is one kernel. Training takes statistics, combines and applies them, and goes back through two sums and a
+gradient. Frozen is a batch norm of constant statistics in a network that trains. Inputs and weights are small integers,
+which make the convolution exact in every dtype: no rounding moves a value over a ReLU's kink.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ ACTIVATIONS = tuple(
     )
 )
 STATISTICS = (
-    # E[x^2] - E[x]^2 would lose four digits.
+    # E[x^2] - E[x]^2 loses four digits.
     FusedCase(name="mean far over the deviation", bias=300, precisions=("float32", "tf32")),
-    # On a GPU alone: the interpreter's tiles are too large for so many partials.
+    # Only a GPU's tiles are small enough for two levels of partials; TF32 is checked only there.
     FusedCase(name="partials for two levels", input=(2, 3, 201, 190), weight=(5, 3, 3, 3), precisions=("tf32",)),
 )
 
@@ -109,7 +109,7 @@ def operands(case: FusedCase, dtype: torch.dtype, device: torch.device) -> Tenso
     def integers(shape: tuple[int, ...], limit: int) -> torch.Tensor:
         return torch.randint(-limit, limit + 1, shape, generator=generator).to(device, dtype)
 
-    k = case.channels
+    k = case.output_channels
     drawn = {
         "input": laid_out(integers(case.input, 2), case.layout),
         "weight": laid_out(integers(case.weight, 1), case.layout),
@@ -155,7 +155,7 @@ def by_pytorch(case: FusedCase, operands: Tensors, training: bool) -> Tensors:
 
 
 def depths(case: FusedCase, output: torch.Tensor) -> dict[str, int]:
-    products, pixels = max(case.weight[:2]) * math.prod(case.weight[2:]), output.numel() // case.channels
+    products, pixels = max(case.weight[:2]) * math.prod(case.weight[2:]), output.numel() // case.output_channels
     gradients = map(gradient_of, ("input", "weight", "bias", "residual", "slope", "BN weight", "BN bias"))
     return dict.fromkeys((FORWARD, *RUNNING, *gradients), max(products, pixels))
 
@@ -168,7 +168,7 @@ def _convolved(case: FusedCase, operands: Tensors) -> torch.Tensor:
 def _activation(case: FusedCase, operands: Tensors) -> nn.Module:
     act = case.act()
     if "slope" in operands:
-        act._parameters["weight"] = operands["slope"]  # type: ignore[assignment]  # of the dtype and graph of the call
+        act._parameters["weight"] = operands["slope"]  # type: ignore[assignment]  # with the call's dtype and graph
     return act
 
 
@@ -181,7 +181,7 @@ def _check(way: str, cases: tuple[FusedCase, ...], training: bool, gradients: Li
         theirs=partial(by_pytorch, training=training),
         depths=depths,
         gradients=gradients,
-        # In training batch norm takes the bias away again, and with it its gradient.
+        # In training batch norm takes the bias away again, and so its gradient.
         constants=(*RUNNING, "bias") if training else RUNNING,
         stored=1 if gradients == "none" else 2,  # backward stores the gradient of the convolution's output
     )

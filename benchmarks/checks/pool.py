@@ -17,7 +17,7 @@ INDICES = "indices"
 
 @dataclass(frozen=True, kw_only=True)
 class PoolCase(CheckCase):
-    """One call of a pool of ``torch.nn.functional``'s."""
+    """One call of a pool of ``torch.nn.functional``."""
 
     function: str
     input: tuple[int, ...]
@@ -25,7 +25,7 @@ class PoolCase(CheckCase):
     layout: str = "channels_last"  # of the input
 
 
-def problem(
+def case(
     name: str,
     function: str,
     input: tuple[int, ...],
@@ -46,14 +46,14 @@ def problem(
     )
 
 
-# Of a window of hundreds of taps: interpreted, each of them takes its time.
+# Interpreted, each of a window's hundreds of taps takes its time: one precision is enough.
 ONE = ("bfloat16",)
 IMAGE, ODD = (2, 16, 9, 10), (2, 5, 11, 7)
 MAX = (
-    problem("3x3, stride 2, padding 1", "max_pool2d", IMAGE, kernel_size=3, stride=2, padding=1, quick=True),
-    problem("2x2, tails of 5 channels", "max_pool2d", ODD, kernel_size=2, quick=True),
-    problem("overlapping, ceil_mode", "max_pool2d", IMAGE, kernel_size=3, stride=1, padding=1, ceil_mode=True),
-    problem(
+    case("3x3, stride 2, padding 1", "max_pool2d", IMAGE, kernel_size=3, stride=2, padding=1, quick=True),
+    case("2x2, tails of 5 channels", "max_pool2d", ODD, kernel_size=2, quick=True),
+    case("overlapping, ceil_mode", "max_pool2d", IMAGE, kernel_size=3, stride=1, padding=1, ceil_mode=True),
+    case(
         "everything asymmetric",
         "max_pool2d",
         ODD,
@@ -64,14 +64,12 @@ MAX = (
         ceil_mode=True,
         quick=True,
     ),
-    problem("indices", "max_pool2d", ODD, kernel_size=3, stride=2, padding=1, return_indices=True, quick=True),
-    problem(
-        "contiguous (NCHW)", "max_pool2d", ODD, layout="contiguous", kernel_size=3, stride=2, padding=1, quick=True
-    ),
-    problem("contiguous, indices", "max_pool2d", ODD, layout="contiguous", kernel_size=2, return_indices=True),
-    problem("every second pixel of a wider input", "max_pool2d", ODD, layout="strided", kernel_size=2),
-    problem("unbatched", "max_pool2d", (5, 9, 8), layout="contiguous", kernel_size=3, stride=2),
-    problem(
+    case("indices", "max_pool2d", ODD, kernel_size=3, stride=2, padding=1, return_indices=True, quick=True),
+    case("contiguous (NCHW)", "max_pool2d", ODD, layout="contiguous", kernel_size=3, stride=2, padding=1, quick=True),
+    case("contiguous, indices", "max_pool2d", ODD, layout="contiguous", kernel_size=2, return_indices=True),
+    case("every second pixel of a wider input", "max_pool2d", ODD, layout="strided", kernel_size=2),
+    case("unbatched", "max_pool2d", (5, 9, 8), layout="contiguous", kernel_size=3, stride=2),
+    case(
         "more taps than a byte counts",
         "max_pool2d",
         (1, 3, 20, 19),
@@ -80,16 +78,16 @@ MAX = (
         stride=2,
         padding=8,
     ),
-    problem("global", "max_pool2d", (2, 6, 7, 7), kernel_size=7),
-    problem("adaptive, equal shares", "adaptive_max_pool2d", (2, 8, 8, 9), output_size=(4, 3)),
-    problem("adaptive, overlapping shares", "adaptive_max_pool2d", ODD, output_size=(4, 5), return_indices=True),
-    problem("adaptive, contiguous", "adaptive_max_pool2d", ODD, layout="contiguous", output_size=(4, 5)),
-    problem("1d, dilation", "max_pool1d", (2, 6, 23), kernel_size=3, stride=2, padding=1, dilation=3),
-    problem("1d, ceil_mode, indices", "max_pool1d", (2, 6, 12), kernel_size=3, ceil_mode=True, return_indices=True),
-    problem("1d, adaptive", "adaptive_max_pool1d", (2, 6, 13), output_size=5),
-    problem("3d, padding", "max_pool3d", (1, 4, 5, 6, 7), kernel_size=3, stride=2, padding=1, quick=True),
-    problem("3d, dilation, ceil_mode", "max_pool3d", (1, 4, 7, 6, 8), kernel_size=2, dilation=2, ceil_mode=True),
-    problem(
+    case("global", "max_pool2d", (2, 6, 7, 7), kernel_size=7),
+    case("adaptive, equal shares", "adaptive_max_pool2d", (2, 8, 8, 9), output_size=(4, 3)),
+    case("adaptive, overlapping shares", "adaptive_max_pool2d", ODD, output_size=(4, 5), return_indices=True),
+    case("adaptive, contiguous", "adaptive_max_pool2d", ODD, layout="contiguous", output_size=(4, 5)),
+    case("1d, dilation", "max_pool1d", (2, 6, 23), kernel_size=3, stride=2, padding=1, dilation=3),
+    case("1d, ceil_mode, indices", "max_pool1d", (2, 6, 12), kernel_size=3, ceil_mode=True, return_indices=True),
+    case("1d, adaptive", "adaptive_max_pool1d", (2, 6, 13), output_size=5),
+    case("3d, padding", "max_pool3d", (1, 4, 5, 6, 7), kernel_size=3, stride=2, padding=1, quick=True),
+    case("3d, dilation, ceil_mode", "max_pool3d", (1, 4, 7, 6, 8), kernel_size=2, dilation=2, ceil_mode=True),
+    case(
         "3d, contiguous, indices",
         "max_pool3d",
         (1, 3, 4, 6, 5),
@@ -97,13 +95,13 @@ MAX = (
         kernel_size=2,
         return_indices=True,
     ),
-    problem("3d, adaptive", "adaptive_max_pool3d", (1, 4, 5, 4, 7), output_size=(2, 4, 3)),
+    case("3d, adaptive", "adaptive_max_pool3d", (1, 4, 5, 4, 7), output_size=(2, 4, 3)),
 )
 AVERAGE = (
-    problem("3x3, stride 2, padding 1", "avg_pool2d", IMAGE, kernel_size=3, stride=2, padding=1, quick=True),
-    problem("2x2, tails of 5 channels", "avg_pool2d", ODD, kernel_size=2, quick=True),
-    problem("padding not counted", "avg_pool2d", ODD, kernel_size=3, padding=1, count_include_pad=False, quick=True),
-    problem(
+    case("3x3, stride 2, padding 1", "avg_pool2d", IMAGE, kernel_size=3, stride=2, padding=1, quick=True),
+    case("2x2, tails of 5 channels", "avg_pool2d", ODD, kernel_size=2, quick=True),
+    case("padding not counted", "avg_pool2d", ODD, kernel_size=3, padding=1, count_include_pad=False, quick=True),
+    case(
         "everything asymmetric",
         "avg_pool2d",
         ODD,
@@ -112,20 +110,18 @@ AVERAGE = (
         padding=(1, 0),
         ceil_mode=True,
     ),
-    problem("ceil_mode, a divisor", "avg_pool2d", IMAGE, kernel_size=3, stride=2, ceil_mode=True, divisor_override=5),
-    problem("contiguous (NCHW)", "avg_pool2d", ODD, layout="contiguous", kernel_size=3, stride=2, padding=1),
-    problem("every second pixel of a wider input", "avg_pool2d", ODD, layout="strided", kernel_size=2),
-    problem("a large window", "avg_pool2d", (1, 3, 20, 19), precisions=ONE, kernel_size=17, stride=2, padding=8),
-    problem("global", "adaptive_avg_pool2d", (3, 20, 7, 7), output_size=1, quick=True),
-    problem("global, contiguous", "adaptive_avg_pool2d", (3, 5, 7, 6), layout="contiguous", output_size=1, quick=True),
-    problem("adaptive, overlapping shares", "adaptive_avg_pool2d", ODD, output_size=(4, 5)),
-    problem("adaptive, more outputs than inputs", "adaptive_avg_pool2d", (2, 6, 3, 4), output_size=(5, 4)),
-    problem("1d", "avg_pool1d", (2, 6, 23), kernel_size=4, stride=3, padding=2, ceil_mode=True),
-    problem("1d, adaptive", "adaptive_avg_pool1d", (2, 6, 13), output_size=5),
-    problem(
-        "3d, padding not counted", "avg_pool3d", (1, 4, 5, 6, 7), kernel_size=3, padding=1, count_include_pad=False
-    ),
-    problem(
+    case("ceil_mode, a divisor", "avg_pool2d", IMAGE, kernel_size=3, stride=2, ceil_mode=True, divisor_override=5),
+    case("contiguous (NCHW)", "avg_pool2d", ODD, layout="contiguous", kernel_size=3, stride=2, padding=1),
+    case("every second pixel of a wider input", "avg_pool2d", ODD, layout="strided", kernel_size=2),
+    case("a large window", "avg_pool2d", (1, 3, 20, 19), precisions=ONE, kernel_size=17, stride=2, padding=8),
+    case("global", "adaptive_avg_pool2d", (3, 20, 7, 7), output_size=1, quick=True),
+    case("global, contiguous", "adaptive_avg_pool2d", (3, 5, 7, 6), layout="contiguous", output_size=1, quick=True),
+    case("adaptive, overlapping shares", "adaptive_avg_pool2d", ODD, output_size=(4, 5)),
+    case("adaptive, more outputs than inputs", "adaptive_avg_pool2d", (2, 6, 3, 4), output_size=(5, 4)),
+    case("1d", "avg_pool1d", (2, 6, 23), kernel_size=4, stride=3, padding=2, ceil_mode=True),
+    case("1d, adaptive", "adaptive_avg_pool1d", (2, 6, 13), output_size=5),
+    case("3d, padding not counted", "avg_pool3d", (1, 4, 5, 6, 7), kernel_size=3, padding=1, count_include_pad=False),
+    case(
         "3d, contiguous, a divisor",
         "avg_pool3d",
         (1, 3, 4, 6, 5),
@@ -133,11 +129,11 @@ AVERAGE = (
         kernel_size=2,
         divisor_override=3,
     ),
-    problem("3d, adaptive", "adaptive_avg_pool3d", (1, 4, 5, 4, 7), output_size=(2, 4, 3)),
+    case("3d, adaptive", "adaptive_avg_pool3d", (1, 4, 5, 4, 7), output_size=(2, 4, 3)),
 )
 LP = (
-    problem("norm 2, stride 2", "lp_pool2d", IMAGE, norm_type=2.0, kernel_size=3, stride=2, quick=True),
-    problem(
+    case("norm 2, stride 2", "lp_pool2d", IMAGE, norm_type=2.0, kernel_size=3, stride=2, quick=True),
+    case(
         "norm 3, ceil_mode, contiguous",
         "lp_pool2d",
         ODD,
@@ -146,17 +142,17 @@ LP = (
         kernel_size=2,
         ceil_mode=True,
     ),
-    problem("norm 1", "lp_pool2d", ODD, norm_type=1.0, kernel_size=3, stride=1),
-    problem("norm 2.5, a large window", "lp_pool2d", (1, 8, 14, 13), norm_type=2.5, kernel_size=12),
-    problem("the largest", "lp_pool2d", ODD, norm_type=math.inf, kernel_size=2),
-    problem("1d", "lp_pool1d", (2, 6, 23), norm_type=2.0, kernel_size=4),
-    problem("3d", "lp_pool3d", (1, 4, 5, 6, 7), norm_type=2.0, kernel_size=2),
+    case("norm 1", "lp_pool2d", ODD, norm_type=1.0, kernel_size=3, stride=1),
+    case("norm 2.5, a large window", "lp_pool2d", (1, 8, 14, 13), norm_type=2.5, kernel_size=12),
+    case("the largest", "lp_pool2d", ODD, norm_type=math.inf, kernel_size=2),
+    case("1d", "lp_pool1d", (2, 6, 23), norm_type=2.0, kernel_size=4),
+    case("3d", "lp_pool3d", (1, 4, 5, 6, 7), norm_type=2.0, kernel_size=2),
 )
 
 
 def operands(case: PoolCase, dtype: torch.dtype, device: torch.device) -> Tensors:
     drawn = torch.randn(case.input, generator=torch.Generator().manual_seed(0))
-    # Powers and roots are of numbers that are not about zero.
+    # Powers and roots take numbers that are not near zero.
     drawn = drawn.abs() + 0.5 if "lp" in case.function else drawn
     return {"input": laid_out(drawn.to(device, dtype), case.layout)}
 
@@ -185,5 +181,5 @@ def _check(name: str, cases: tuple[PoolCase, ...], stored: int = 1) -> Check:
 
 
 MAX_POOL, AVERAGE_POOL = _check("max pool", MAX), _check("average pool", AVERAGE)
-# A gradient, and the norm that it is computed from: twice in that of a norm of 3.
+# Rounded on the way to a gradient: the gradient, and the norm it is computed from, which enters twice in norm 3.
 LP_POOL = _check("lp pool", LP, stored=3)

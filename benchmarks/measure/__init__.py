@@ -1,1 +1,1 @@
-"""What `fastconv bench` measures, a file for each kind of part."""
+"""What ``fastconv bench`` measures, a file for each kind of part."""

@@ -1,6 +1,6 @@
 """Blocks of real networks one by one, inference and training step, against PyTorch, beside the bytes they move.
 
-A GPU's time alone: each step is replayed from a CUDA graph, the L2 cache emptied before. A training step is forward
+Times are the GPU's: each step is replayed from a CUDA graph, the L2 cache emptied before. A training step is forward
 and every gradient, the input's too, for a given gradient of the output; weights stay fp32 under autocast.
 """
 
@@ -29,8 +29,8 @@ from fastconv.measuring.capture import captured
 from fastconv.measuring.clock import Clock, Thunk, interleave, spread, within
 from fastconv.traffic import Traffic
 
-# A network of torchvision's, and a module of it, or neighbours in a Sequential. The order is that of what is compiled
-# by torch.compile while there is time.
+# A network of torchvision, and a module of it, or neighbours in a Sequential. torch.compile gets what time there is, in
+# this order.
 BLOCKS = (
     ("resnet50", "layer1.1"),
     ("resnet50", "layer2.0"),
@@ -53,15 +53,15 @@ BLOCKS = (
     ("mobilenet_v2", "features.16"),
 )
 DRY = (("resnet18", "layer2.0"),)
-ROUND_SECONDS = 1.5  # for the rounds of one block, where that is enough for the least of them
-ROW_SECONDS = 1.2  # that a block in one mode needs without torch.compile, until some have been measured
-COMPILE_SECONDS = {"infer": 8.0, "train": 12.0}  # that Inductor needs for a block: not begun where less is left
+ROUND_SECONDS = 1.5  # limit for the rounds of one block, beyond the least number
+ROW_SECONDS = 1.2  # guess for a block in one mode without torch.compile, until some have been measured
+COMPILE_SECONDS = {"infer": 8.0, "train": 12.0}  # Inductor's for a block: it does not begin with less left
 COMPILED_PROVIDER = "torch.compile channels_last"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module as its network calls it; ``needs_dx``: whether its input has a gradient there."""
+    """A module as its network calls it; ``needs_dx``: its input has a gradient there."""
 
     loaded: LoadedModel
     output_shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class Block:
 
 
 class BlockWorkload(Workload):
-    """One block, one mode: as a network's, with a given gradient of the output in place of a loss."""
+    """One block, one mode. In place of a loss there is a given gradient of the output."""
 
     def __init__(self, block: Block, mode: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(block.loaded, mode, dtype, device)
@@ -106,7 +106,7 @@ class BlockWorkload(Workload):
 
 
 def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) -> list[Block]:
-    """The blocks with the shapes that their networks call them with, found on the meta device: no arithmetic."""
+    """The blocks with the shapes of their networks' calls, found on the meta device: no arithmetic."""
     found: dict[tuple[str, str], Block] = {}
     for model in dict.fromkeys(model for model, _ in names):
         whole = load(model, batch, size)
@@ -126,7 +126,7 @@ def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) 
 
 
 class _Boundary:
-    """What the first of ``modules`` is given and the last returns."""
+    """The input of the first of ``modules`` and the output of the last."""
 
     input: torch.Tensor
     output: torch.Tensor
@@ -151,7 +151,7 @@ def _modules(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def call_each(blocks: Sequence[Block], modes: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Call what `measure` times of ours once: for compiling ahead."""
+    """Call once what `measure` times of ours, for compiling ahead."""
     for block in blocks:
         for mode in modes:
             work = BlockWorkload(block, mode, dtype, device)
@@ -170,8 +170,8 @@ def measure(
 ) -> Part:
     """Every block in every mode, compared, then timed; ``save`` gets the part after each.
 
-    Blocks that ``deadline`` leaves no time for are rows that say so; so are providers that fail. torch.compile gets
-    what time the blocks that are still to come do not need.
+    Blocks without time before ``deadline`` and providers that fail are rows that say so. torch.compile gets the time
+    that the blocks to come do not need.
     """
     name = str(dtype).removeprefix("torch.")
     part: Part = {
@@ -185,7 +185,7 @@ def measure(
     rows = part["rows"]
     tasks = [(block, mode) for block in blocks for mode in modes]
     progress.begin(part["title"], len(tasks))
-    needed: list[float] = []  # seconds of each row, torch.compile left out
+    needed: list[float] = []  # seconds of each row, without torch.compile
     for index, (block, mode) in enumerate(tasks):
         row: dict[str, Any] = {"block": block.loaded.name, "kind": type(block.loaded.model).__name__, "mode": mode}
         row |= {"input_shape": list(block.loaded.input_shape), "status": "ok", "reason": None, "providers": []}
@@ -225,7 +225,7 @@ def _measure_row(
     worst = compared["rows"][0]
     row |= {"worst_tensor": worst["tensor"], "error": worst["ours"], "eager_error": worst["eager"]}
     row |= {"allowed": worst["allowed"], "launches": compared["launches"]}
-    torch._dynamo.reset()  # blocks of one class share their code, and with it the limit of recompilations
+    torch._dynamo.reset()  # blocks of one class share their code, and so the limit of recompilations
     calls: dict[str, Thunk] = {}
     for name, (build, seconds) in _providers(work).items():
         provider: dict[str, Any] = {"provider": name, "status": "ok", "reason": None}
@@ -239,14 +239,14 @@ def _measure_row(
             with within(left if seconds else math.inf):
                 step = warm_up(build, provider, work.device)[0].step
             provider["host_ms"] = min(clock(step).host for _ in range(3))
-            # What torch.compile moves, no operator that PyTorch dispatches shows.
+            # PyTorch dispatches no operator that shows what torch.compile moves.
             provider["bytes"] = None if name == COMPILED_PROVIDER else _bytes(step)
             calls[name] = captured(Replay, step, provider, work.device)
         except Exception as error:
             provider |= {"status": "failed", "reason": reason(error)}
         provider["seconds"] = time.monotonic() - started
     if YARDSTICK_PROVIDER in calls:
-        calls["A/A"] = calls[YARDSTICK_PROVIDER]  # the same call twice is the noise of the measurement
+        calls["A/A"] = calls[YARDSTICK_PROVIDER]  # the difference of one call under two names is the noise
     until = min(deadline, time.monotonic() + ROUND_SECONDS)
     rounds = interleave(calls, lambda call: clock(call, cold=True), deadline=until, least=5)
     times = {name: spread([sample.device for sample in samples]) for name, samples in rounds.samples.items() if samples}
@@ -266,10 +266,10 @@ def _measure_row(
 
 
 def _providers(work: BlockWorkload) -> dict[str, tuple[Callable[[], Callable[[], Any]], float]]:
-    """What is timed: each builds a model and its step, and may need so many seconds for it."""
+    """What is timed: how each builds a model and its step, and the seconds that it may need for that."""
     dense = work.loaded.memory_format
     cuda = work.device.type == "cuda"
-    # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
+    # Without a GPU this is a dry run, which Inductor would spend on compiling C++.
     backend, seconds = ("inductor", COMPILE_SECONDS[work.mode]) if cuda else ("aot_eager", 0.0)
 
     def compiled() -> Callable[[], Any]:

@@ -1,36 +1,23 @@
-"""What the machine at hand can do at most, measured in the run that its figures are held against."""
+"""The most that the machine can do, measured in the same run as the figures that are held against it."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 
 import torch
 
+from fastconv.benchmarks.report.targets import Ceilings
 from fastconv.measuring.clock import Clock, Thunk
 
 SAMPLES, UNCOUNTED = 12, 2
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes a second of a copy, read and written, too large for any cache; operations a second of a large product of
-    bf16 matrices."""
-
-    bandwidth: float
-    matrix: float
-
-    def floor_ms(self, moved: int, flops: int) -> float:
-        """The least milliseconds in which so many bytes are moved and operations done, one beside the other."""
-        return max(moved / self.bandwidth, flops / self.matrix) * 1e3
-
-
 def measure(device: torch.device, clock: Clock) -> Ceilings:
-    """A GPU's; on the CPU of arrays so small that they say nothing."""
+    """A GPU's ceilings. On the CPU the arrays are tiny and say nothing."""
     size, side = (2**30, 8192) if device.type == "cuda" else (2**20, 64)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    # Not of zeros or ones: a GPU's clock rate depends on how many bits change.
+    # Random numbers, because a GPU's clock rate depends on how many bits change.
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     product = torch.empty_like(a)
     return Ceilings(

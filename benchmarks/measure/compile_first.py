@@ -1,5 +1,6 @@
-"""Kernels compiled before they are first called, on all cores: a first step alone would compile its kernels one after
-the other. What to compile is found by making the calls without their launches, so it is what they will launch."""
+"""Kernels compiled before they are first called, on all cores: a first step would compile them one after the other.
+
+The calls are made without their launches, which shows what they will launch."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def compile_kernels(calls: Callable[[], object]) -> Part:
     with without_launching() as records:
         try:
             calls()
-        except Exception as error:  # anything a network does on numbers that were never computed
+        except Exception as error:  # a network does anything with numbers that were never computed
             stopped = reason(error)
     started = time.perf_counter()
     needed = {record.launch.compile_key: record.launch for record in records}
@@ -43,7 +44,7 @@ def compile_kernels(calls: Callable[[], object]) -> Part:
 
 @contextlib.contextmanager
 def without_launching() -> Iterator[list[launch.Record]]:
-    """Launches made inside, on any thread, are recorded and not made: results are what their memory held before."""
-    # Triton's own launch, because operators take `launch.run` by name.
+    """Launches inside, on any thread, are recorded and not made: results are what their memory held before."""
+    # Operators take `launch.run` by name, so Triton's own launch is replaced.
     with launch.record() as records, mock.patch.object(triton.JITFunction, "run", lambda *_, **__: None):
         yield records

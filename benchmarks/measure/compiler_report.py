@@ -1,4 +1,4 @@
-"""What the compiler made of each kernel for GPUs that need not be here, in a process of its own: one process cannot
+"""What the compiler makes of each kernel for GPUs that need not be here, in a process of its own: one process cannot
 both interpret and compile."""
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import TracebackType
 
 from fastconv.benchmarks.report.results import Part
 
@@ -17,11 +16,11 @@ TITLE = "What the compiler made of each kernel for A100, H100/H200 and B200"
 
 
 class Compilation:
-    """Runs beside the caller from ``with`` on; ``part()`` waits for it. Leaving the block ends it."""
+    """A report that is made beside the block; ``part()`` waits for it, leaving the block ends it."""
 
     def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        # A process group of its own, so that its compiling processes end with it.
+        # Its own process group, so that its compiling processes end with it.
         self._process = subprocess.Popen(
             command,
             env=environment,
@@ -34,15 +33,13 @@ class Compilation:
     def __enter__(self) -> Compilation:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
 
     def part(self) -> Part:
-        """Wait for the report. Spills and serialised products cost speed and are named; a process that fails is a
+        """Wait for the report. It names spills and serialised products, which cost speed. A process that fails makes a
         failed part."""
         part: Part = {"id": "compiler", "kind": "compiler", "title": TITLE, "rows": []}
         output, errors = self._process.communicate()

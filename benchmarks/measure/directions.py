@@ -1,5 +1,5 @@
-"""One direction of an operator as a call: what autograd runs for it, forward or for the gradient of one operand alone,
-or both together as a training step has them."""
+"""One direction of an operator as a call, as autograd runs it: forward, the gradient of one operand, or both together
+as in a training step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastconv.benchmarks.calls import TENSORS, Operator
+from fastconv.benchmarks.calls import KEEPING, TENSORS, TOGETHER, Operator
 from fastconv.measuring.accuracy import Tensors, fp32_convolutions
 
-# The operands that a direction differentiates by; of "together" all that a layer has a gradient of.
+# The operands that a direction differentiates by; "together" takes all that a layer has a gradient of.
 DIFFERENTIATED = {"dgrad": ("input",), "wgrad": ("weight",), "backward": ("input",)}
-KEEPING = "forward, training"  # a pass forward that keeps what backward reads
-TOGETHER = "together"
-ORDER = ("fprop", "dgrad", "wgrad", "forward", KEEPING, "backward", TOGETHER)
 Operands = list[torch.Tensor | None]
 DirectionCall = Callable[[], Tensors]
 
@@ -29,14 +26,14 @@ def fakes(operator: Operator, dtype: torch.dtype, device: torch.device) -> Opera
 
 
 def drawn(operator: Operator, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Operands:
-    """Random operands (zeros run faster), the weight such that outputs are of size one."""
+    """Random operands, because zeros run faster. The weight's scale makes outputs of size one."""
     generator = torch.Generator(device).manual_seed(seed)
     operands: Operands = []
     for name, shape in zip(TENSORS, operator.shapes, strict=False):
         if shape is None:
             operands.append(None)
             continue
-        # An input's first axis is the batch, which scales nothing.
+        # A weight sums over all its axes but the first.
         scale = 1.0 if name == "input" else math.prod(shape[1:]) ** -0.5
         operands.append((torch.randn(shape, generator=generator, device=device) * scale).to(dtype))
     return operands
@@ -45,7 +42,7 @@ def drawn(operator: Operator, dtype: torch.dtype, device: torch.device, seed: in
 def direction_call(
     function: Callable[..., torch.Tensor], operator: Operator, direction: str, operands: Operands
 ) -> DirectionCall:
-    """A call of one direction of ``function``, which returns its results: "output", and gradients by operand."""
+    """A call of one direction of ``function``. It returns "output", and gradients by operand."""
     named: Any = {name: None if t is None else t.detach() for name, t in zip(TENSORS, operands, strict=False)}
     wanted = DIFFERENTIATED.get(direction, ())
     if direction == TOGETHER:
@@ -75,7 +72,7 @@ def direction_call(
 
 
 def _like(y: torch.Tensor) -> torch.Tensor:
-    """A random gradient that lies as ``y`` does, whichever side's it is, and is exact in every type."""
+    """A random gradient in the layout of ``y``, exact in every type."""
     generator = torch.Generator(y.device).manual_seed(1)
     return torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator, device=y.device).bfloat16())
 

@@ -15,15 +15,16 @@ from fastconv.measuring.clock import Sample, Thunk, interleave, spread, synchron
 
 HOST_CALLS = 200  # few enough for the driver's queue, so that the host never waits for the GPU
 HOST_TARGET_US = 30.0
-# Images, channels of either side, side of a map and type of the calls: 3x3 filters. The first finds a launch at once,
-# the second is the pixel GEMM's, which needs descriptors of its operands.
+# Images, channels in and out, side of a map and type of 3x3 calls. The second is the pixel GEMM's, whose operands need
+# descriptors; the first needs none.
 CALLS = ((1, 16, 8, torch.float32), (16, 64, 16, torch.bfloat16))
 
 
 def host_time(device: torch.device, deadline: float) -> Part:
     """Microseconds of the host for small ``conv2d`` calls, without and with a graph for backward: ours and PyTorch's.
 
-    Without a GPU of the first alone: there are no descriptors, and an interpreter takes seconds for the second."""
+    Without a GPU only the first is called: there are no descriptors, and an interpreter takes seconds for the second.
+    """
     functions: dict[str, Callable[..., torch.Tensor]] = {"fastconv": fastconv.functional.conv2d, "PyTorch": F.conv2d}
     rows = []
     chosen = CALLS if device.type == "cuda" else CALLS[:1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import time
 from collections import Counter
@@ -24,15 +23,15 @@ from fastconv.kernels import launch
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.measuring.capture import Captured
-from fastconv.measuring.clock import Clock, interleave, spread, synchronize, within
+from fastconv.measuring.clock import Clock, interleave, release, spread, synchronize, within
 from fastconv.report import convolutions, why_not_converted
 
 MODES = ("infer", "train")
 YARDSTICK_PROVIDER = "eager channels_last"
-SAMPLE_MS = 20.0  # a sample holds as many steps as fill this, so that the events' resolution does not matter
+SAMPLE_MS = 20.0  # steps fill a sample to this length, beside which the events' resolution does not matter
 WARM_UP_STEPS = 3
-ROUND_SECONDS = 8.0  # for the rounds of one stage, where that is enough for the least of them
-COMPILE_SECONDS = {"infer": 15.0, "train": 30.0}  # that Inductor needs for a network: not begun where less is left
+ROUND_SECONDS = 8.0  # limit for the rounds of one stage, beyond the least number
+COMPILE_SECONDS = {"infer": 15.0, "train": 30.0}  # Inductor's for a network: it does not begin with less left
 DROPPING = ("StochasticDepth", "DropPath")  # torchvision's and timm's, beside torch's own dropout
 
 
@@ -49,7 +48,7 @@ class Workload:
         self.x = torch.randn(loaded.input_shape, generator=generator).to(device)
         self.labels = torch.randint(1 << 30, loaded.input_shape[:1], generator=generator).to(device)
         self.model = copy.deepcopy(loaded.model).to(device)
-        # Of a single image, whose map may be one pixel, batch norm takes no statistics.
+        # Batch norm takes no statistics of one pixel, which may be all that a single image has.
         images = torch.cat((self.x, -self.x)) if mode == "infer" and len(self.x) == 1 else self.x
         try:
             with fp32_convolutions("ieee"):
@@ -71,7 +70,7 @@ class Workload:
         }
 
     def fresh(self, memory_format: torch.memory_format, dtype: torch.dtype | None = None) -> nn.Module:
-        """A copy of the model: in ``dtype``, by default in what this mode keeps weights in."""
+        """A copy of the model in ``dtype``, by default the one that this mode keeps weights in."""
         weights = self.dtype if self.mode == "infer" else torch.float32
         model = copy.deepcopy(self.model).to(dtype=dtype or weights)
         return _in_format(model, memory_format).train(self.mode == "train")
@@ -81,7 +80,7 @@ class Workload:
         return fastconv.convert(self.fresh(self.loaded.memory_format))
 
     def input(self, memory_format: torch.memory_format, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The batch, as the training loop or the server would hand it over."""
+        """The batch as a training loop or a server hands it over."""
         return self.x.to(dtype or self.dtype).contiguous(memory_format=memory_format)
 
     def step(self, model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
@@ -105,8 +104,8 @@ class Workload:
         return train
 
     def forward(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs that have gradients: under autocast, where this workload's dtype is a narrow one and x in it."""
-        # One use a step: autocast's cache of cast weights would gain nothing and does not survive a graph's capture.
+        """The outputs that have gradients; under autocast if ``x`` has this workload's dtype and that is narrow."""
+        # Weights are cast once a step: autocast's cache would gain nothing, and does not survive a graph's capture.
         low = self.dtype != torch.float32 and x.dtype == self.dtype
         with torch.autocast(self.device.type, self.dtype if low else None, enabled=low, cache_enabled=False):
             return _float_leaves(model(x))
@@ -119,7 +118,7 @@ class Workload:
 
     def outcome(self, model: nn.Module, x: torch.Tensor) -> Tensors:
         """What the comparison looks at: outputs, and in training every parameter's gradient."""
-        # Masks drawn in different dtypes differ; what is compared is arithmetic.
+        # Dropout's masks differ between dtypes; the arithmetic is compared.
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in DROPPING:
                 module.eval()
@@ -133,8 +132,8 @@ class Workload:
 
 
 def check(work: Workload) -> Part:
-    """Outputs and every parameter's gradient, ours and PyTorch's in the same dtype, against wider arithmetic: fp32
-    without TF32 for half precision, fp64 for fp32."""
+    """Outputs and every parameter's gradient, ours and PyTorch's in the same dtype, against wider arithmetic: ieee fp32
+    for half precision, fp64 for fp32."""
     part: Part = {"id": f"check-{work.mode}", "kind": "check", **work.description, "rows": [], "launches": {}}
     part["title"] = f"{part['title']}: compared"
     if all(why_not_converted(layer) for _, layer in convolutions(work.model)):
@@ -170,7 +169,7 @@ def check(work: Workload) -> Part:
 
 @dataclass
 class Ready:
-    """A provider that has run: its step, and the row that its times will complete."""
+    """A provider that has run: its step, and the row that its times complete."""
 
     step: Callable[[], Any]
     row: dict[str, Any]
@@ -182,12 +181,12 @@ Build = Callable[[], Callable[[], Any]]
 def measure(
     work: Workload, compared: Part, clock: Clock, deadline: float, progress: Progress, save: Callable[[Part], None]
 ) -> Iterator[Part]:
-    """Time every provider; each ``next`` is one more stage of them and gives the part so far, which ``save`` also gets
+    """Time every provider, in stages: each ``next`` is one more stage and gives the part so far. ``save`` gets the part
     whenever it has more in it.
 
-    No time is taken where ``compared`` did not find the numbers right. Providers that ``deadline`` leaves no time for,
-    those that fail and those whose output is wrong are rows that say so. Those that may take the others' results with
-    them or compile for long come in later stages, and each stage is timed together with all that came before.
+    No time is taken unless ``compared`` found the numbers right. A provider that fails, has a wrong output or gets no
+    time before ``deadline`` is a row that says so. Providers that compile for long, or may take the others' results
+    with them, come in later stages. Each stage is timed together with all before.
     """
     part: Part = {"id": f"time-{work.mode}", "kind": "time", **work.description, "rows": [], "noise": None}
     if compared["verdict"] != "right":
@@ -198,7 +197,7 @@ def measure(
     allowed = max(row["allowed"] + row["eager"] for row in compared["rows"])
     ready: dict[str, Ready] = {}
     outputs: list[torch.Tensor] = []
-    torch._dynamo.reset()  # an earlier run's guards would count against this one's limit of recompilations
+    torch._dynamo.reset()  # an earlier run's guards count against the limit of recompilations
     for stage in _providers(work):
         progress.begin(part["title"], len(stage))
         for name, (build, seconds) in stage.items():
@@ -212,7 +211,7 @@ def measure(
                 with within(left if seconds else math.inf):
                     provider, result = warm_up(build, row, work.device)
                 outputs.append(_float_leaves(result)[0])
-                # A training step returns its loss, which the providers reach after different numbers of steps.
+                # A training step returns its loss, and the providers have made different numbers of steps.
                 row["difference"] = norm_error(outputs[-1], outputs[0]) if work.mode == "infer" else None
                 if not outputs[-1].isfinite().all() or (row["difference"] or 0.0) > allowed:
                     row |= {"status": "wrong", "reason": f"its output differs by {row['difference']}"}
@@ -227,7 +226,7 @@ def measure(
         save(part)
         yield part
     for provider in ready.values():
-        # Last, because a profiler slows down what is launched after it.
+        # Last, because a profiler slows down later launches.
         provider.row["gpu_kernels"] = _gpu_kernels(provider.step) if work.device.type == "cuda" else None
     save(part)
     yield part
@@ -245,10 +244,10 @@ def _verdict(part: Part) -> dict[str, Any]:
 
 
 def _time(ready: dict[str, Ready], work: Workload, clock: Clock, deadline: float) -> float | None:
-    """Rounds of all that is ``ready``: complete their rows, drop those that fail, and return the noise."""
+    """Time all that is ``ready`` in rounds: complete their rows, drop those that fail, and return the noise."""
     steps = {name: provider.step for name, provider in ready.items()}
     if YARDSTICK_PROVIDER in steps:
-        steps["A/A"] = steps[YARDSTICK_PROVIDER]  # the same step under a second name: its difference is the noise
+        steps["A/A"] = steps[YARDSTICK_PROVIDER]  # the difference of one step under two names is the noise
     repeats = {id(provider.step): provider.row["repeats"] for provider in ready.values()}
     rounds = interleave(steps, lambda step: clock(step, repeats[id(step)]), deadline=deadline)
     times = {name: spread([sample.device for sample in samples]) for name, samples in rounds.samples.items() if samples}
@@ -267,9 +266,9 @@ def _time(ready: dict[str, Ready], work: Workload, clock: Clock, deadline: float
 
 
 def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
-    """What is timed, in stages: each builds a model and its step, and may need so many seconds for it."""
+    """What is timed, in stages: how each builds a model and its step, and the seconds that it may need for that."""
     dense = work.loaded.memory_format
-    # Where there is no GPU this is a dry run, and Inductor would spend it on compiling C++.
+    # Without a GPU this is a dry run, which Inductor would spend on compiling C++.
     cuda = work.device.type == "cuda"
     backend, seconds = ("inductor", COMPILE_SECONDS[work.mode]) if cuda else ("aot_eager", 0.0)
 
@@ -301,7 +300,7 @@ def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
 def warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
     """Build and run a provider; fill in its compile time, memory, launches and how many steps a sample holds."""
     cuda = device.type == "cuda"
-    _release(device)
+    release(device)
     before = torch.cuda.memory_allocated() if cuda else 0
     started = time.perf_counter()
     step = build()
@@ -316,7 +315,7 @@ def warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Re
         step()
         synchronize(device)
         took_ms = (time.perf_counter() - started) * 1e3
-    # A graph's memory is taken at its capture and kept: what a replay shows is not its peak.
+    # A graph takes its memory at the capture and keeps it, so a replay does not show its peak.
     captured = getattr(step, "peak_bytes", 0)
     row["peak_bytes"] = max(captured, torch.cuda.max_memory_allocated()) - before if cuda else None
     row["launches"] = dict(Counter(record.name for record in records))
@@ -334,7 +333,7 @@ class Replay(Captured):
             for _ in range(WARM_UP_STEPS):
                 step()
             torch.cuda.synchronize()
-            _release(side.device)  # the graph takes nothing of what the allocator keeps
+            release(side.device)  # the graph takes nothing of what the allocator keeps
             torch.cuda.reset_peak_memory_stats()
             super().__init__(step)
         torch.cuda.current_stream().wait_stream(side)
@@ -342,7 +341,7 @@ class Replay(Captured):
 
 
 def _gpu_kernels(step: Callable[[], Any]) -> int | None:
-    """Kernels the GPU ran in one step, copies and fills aside; None where the profiler does not work."""
+    """Kernels the GPU ran in one step, without copies and fills; None if the profiler does not work."""
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
@@ -354,7 +353,7 @@ def _gpu_kernels(step: Callable[[], Any]) -> int | None:
 
 
 def _take_statistics(model: nn.Module, x: torch.Tensor) -> None:
-    """Random weights with the running statistics of no data blow activations up layer by layer: take this batch's."""
+    """Take the batch's running statistics: with those of no data, random weights blow activations up layer by layer."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -366,7 +365,7 @@ def _take_statistics(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def _in_format(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    # Contiguous is what every model is made in; asking for it would rearrange weights that are so on purpose.
+    # Models are made contiguous. Asking for it would rearrange weights that are not so on purpose.
     if memory_format == torch.contiguous_format:
         return model
     return model.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's own stub
@@ -382,9 +381,3 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 def _numbered(name: str, index: int, items: list[Any]) -> str:
     return name if len(items) == 1 else f"{name} {index}"
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

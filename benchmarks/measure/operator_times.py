@@ -1,4 +1,4 @@
-"""One direction of one operator, every provider's result compared, then its time taken: a row of a result file."""
+"""One direction of one operator, a row of a result file: every provider's result compared, then its time taken."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from torch.nn import functional as F
 import fastconv
 from fastconv.benchmarks.calls import Operator
 from fastconv.benchmarks.measure.directions import DirectionCall, Operands, direction_call, drawn, exact
-from fastconv.benchmarks.registry import COMPILED, EAGER, Provider, channels_last
+from fastconv.benchmarks.models import channels_last
+from fastconv.benchmarks.registry import COMPILED, EAGER, Provider
+from fastconv.benchmarks.report.targets import DOUBTED
 from fastconv.kernels import launch
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick
 from fastconv.measuring.capture import Captured, captured
 from fastconv.measuring.clock import Clock, Sample, Thunk, interleave, spread, synchronize, within
 
-ROUND_SECONDS = 0.3  # for the rounds of one row, where that is enough for the least of them
-COMPILE_SECONDS = 3.0  # that Inductor needs for one operator: not begun where less is left
+ROUND_SECONDS = 0.3  # limit for the rounds of one row, beyond the least number
+COMPILE_SECONDS = 3.0  # Inductor's for one operator: it does not begin with less left
 WARM_UP = 2  # calls after the first, in which cuDNN searches its algorithm
-DOUBTED = 1.1  # a speed over eager's beyond which it is measured again, in another way
-AGAIN_BYTES = 2**30  # of operands that the other way goes through: far more than a cache holds
-AGAIN_COPIES, AGAIN_ROUNDS = 32, 5  # of the operands at most
-ALONE = ", alone"  # of a candidate's name: called from Python, the GPU waiting for it
+AGAIN_BYTES = 2**30  # of operands that the second measurement goes through: far more than a cache holds
+AGAIN_COPIES, AGAIN_ROUNDS = 32, 5  # of the operands, at most
+ALONE = ", alone"  # ends a candidate's name: called from Python, the GPU waiting for it
 REPEATED = "A/A"
 
 
@@ -45,8 +46,8 @@ class Setup:
 
 @contextlib.contextmanager
 def conditions(device: torch.device) -> Iterator[None]:
-    """What rows are measured under: no falling back, gradients that are asked for again and again, and one stream for
-    everything, since gradients run on their forward pass's and no graph is captured on the default one."""
+    """Rows are measured without falling back, with gradients that can be asked for repeatedly, and on one stream: no
+    graph can be captured on the default one, and gradients run on their forward pass's."""
     with (
         fastconv.settings(strict=True, prefer="triton"),
         torch._functorch.config.patch(donated_buffer=False),
@@ -71,7 +72,7 @@ def measure_row(
     compile_deadline: float,
 ) -> None:
     """Complete ``row``: errors, a time for each provider whose results are right, the noise. A provider that raises,
-    runs out of memory or finds no time is an entry that says so. No time is taken where ours is wrong."""
+    runs out of memory or finds no time is an entry that says so. No time is taken if ours is wrong."""
     eager, ours = providers[0], next(provider for provider in providers if provider.name == row["ours"])
     operands = drawn(operator, setup.dtype, setup.device)
     yardstick = compared(row, operator, ours, operands)
@@ -114,8 +115,8 @@ def measure_row(
 def compared(
     row: dict[str, Any], operator: Operator, provider: Provider, operands: Operands
 ) -> Callable[[Tensors], bool]:
-    """Complete ``row`` with the worst error of our results, beside PyTorch's, against wider arithmetic; and return what
-    says whether another side's results are wrong. Where PyTorch's call raises, a fixed tolerance says so."""
+    """Complete ``row`` with the worst error of our results against wider arithmetic, beside PyTorch's. Returns a
+    function that says whether another side's results are wrong; if PyTorch's call raises, by a fixed tolerance."""
     direction, dtype = row["direction"], operands[0].dtype  # type: ignore[union-attr]
     reference = exact(operator, direction, operands)
     call = prepared(provider, operator, direction, operands)
@@ -123,7 +124,7 @@ def compared(
         ours = call()
     dense = [None if t is None else channels_last(t) for t in operands]
     eager: Tensors | None = None
-    with contextlib.suppress(Exception):  # which is in its entry as a provider
+    with contextlib.suppress(Exception):  # its entry as a provider holds it
         eager = direction_call(getattr(F, operator.function), operator, direction, dense)()
     found = against_yardstick(ours, eager, reference, dtype)
     worst = found[0]
@@ -140,7 +141,7 @@ def compared(
 
 
 def prepared(provider: Provider, operator: Operator, direction: str, operands: Operands) -> DirectionCall:
-    """The provider's call of one direction, its operands laid out as it is given them."""
+    """The provider's call of one direction, with the operands in its layout."""
     laid_out = [None if tensor is None else provider.layout(tensor) for tensor in operands]
     with provider.serving():
         call = direction_call(provider.function(operator), operator, direction, laid_out)
@@ -155,18 +156,18 @@ def prepared(provider: Provider, operator: Operator, direction: str, operands: O
 
 
 def failed(error: Exception) -> dict[str, Any]:
-    """What an entry or a row says of what it raised; memory that it leaves is given back."""
+    """What an entry or a row says of an exception. Memory that it leaves is given back."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
     return {"status": "failed", "reason": reason(error)}
 
 
 def _time(row: dict[str, Any], ready: dict[str, DirectionCall], setup: Setup, deadline: float) -> None:
-    """Each provider's milliseconds, in turns with all others: replayed from a CUDA graph, and called from Python."""
+    """Each provider's milliseconds, in turn with the others': replayed from a CUDA graph, and called from Python."""
     entries = {entry["provider"]: entry for entry in row["providers"]}
     samples: dict[str, Callable[[], Sample]] = {}
     if setup.device.type == "cuda":
-        torch.cuda.empty_cache()  # a graph's memory is its own, and none is given back while it is captured
+        torch.cuda.empty_cache()  # a graph takes memory of its own, and none is given back during its capture
     for name, call in ready.items():
         replay = captured(Captured, call, entries[name], setup.device)
         samples[name] = partial(setup.clock, replay, cold=True)
@@ -189,8 +190,8 @@ def _time(row: dict[str, Any], ready: dict[str, DirectionCall], setup: Setup, de
 def _measure_again(
     row: dict[str, Any], operator: Operator, ours: Provider, eager: Provider, setup: Setup
 ) -> dict[str, Any]:
-    """Ours and eager's milliseconds in another way: other numbers, the cache cold because copies of the operands take
-    turns in one graph that exceed it, and the host's clock around all of them."""
+    """Ours and eager's milliseconds in another way: other numbers, the host's clock, and a cold cache because copies of
+    the operands that exceed it take turns in one graph."""
     moved = operator.elements * setup.dtype.itemsize
     copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if setup.device.type == "cuda" else 2
     try:

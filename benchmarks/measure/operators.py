@@ -1,7 +1,7 @@
 """Convolutions and pools one by one, each direction apart and all together, against PyTorch: a part for each entry.
 
-What is measured is declared in `fastconv.benchmarks.registry`; what a row's times are, `operator_times` says, and what
-they mean, `report.targets`.
+`fastconv.benchmarks.registry` declares what is measured, `operator_times` takes a row's times, and `report.targets`
+says what they mean.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from fastconv.benchmarks.report import targets
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels.dispatch import Plan
+from fastconv.kernels.problem import ConvProblem
 from fastconv.measuring import reason
 from fastconv.traffic import Traffic
 
-ROW_SECONDS = 0.6  # that a row needs without torch.compile, until some have been measured
-COMPILE_SHARE = 0.5  # of the time, that torch.compile may take where there is not enough for every row
+ROW_SECONDS = 0.6  # guess for a row without torch.compile, until some have been measured
+COMPILE_SHARE = 0.5  # of the time: torch.compile's if there is not enough for every row
 
 
 @dataclass
@@ -48,23 +49,22 @@ class Race:
 
     @property
     def compiled(self) -> bool:
-        """Whether it is owed a time of torch.compile: its entry is to be faster than that."""
+        """Whether it is owed a time of torch.compile, which its entry has to beat."""
         return COMPILED in self.entry.rivals and any(provider.name == COMPILED for provider in self.providers)
 
 
 @dataclass
 class Pace:
-    """How long rows take, and from that the time that torch.compile may take: what the rows to come do not need; where
-    there is not enough for them all, ``share`` seconds, for races that are owed a time of it, and with what these leave
-    for the first of every entry."""
+    """How long rows take, and so how long torch.compile may: the time that the rows to come do not need. If there is
+    not enough for all, it has ``share`` seconds: for races that are owed a time of it, and if they leave some, for the
+    first race of every entry."""
 
     share: float
-    rows: list[float] = field(default_factory=list)  # seconds of one, torch.compile left out
-    compiled: list[float] = field(default_factory=list)  # seconds of torch.compile for one
+    rows: list[float] = field(default_factory=list)  # seconds of each, without torch.compile
+    compiled: list[float] = field(default_factory=list)  # seconds of torch.compile for each
 
     def for_compiling(self, races: Sequence[Race], first: bool, left: float) -> float:
-        """Seconds of torch.compile for the first of ``races``, the ``first`` of its entry or not, where ``left`` are
-        left for all of them."""
+        """Seconds of torch.compile for the first of ``races`` if all have ``left``; ``first``: it is its entry's."""
         row = _typical(self.rows, ROW_SECONDS)
         owed = 0.0 if races[0].compiled else self._owed(races, row, left)
         spare = left - row * sum(len(race.rows) for race in races)
@@ -72,7 +72,7 @@ class Pace:
         return min(max(spare, share) - owed, left)
 
     def _owed(self, races: Sequence[Race], row: float, left: float) -> float:
-        """What torch.compile will need in those of ``races`` that are owed it and that there is time for."""
+        """Seconds of torch.compile for those of ``races`` that are owed it and that there is time for."""
         each, owed = _typical(self.compiled, COMPILE_SECONDS), 0.0
         for race in races:
             compiling = each * len(race.rows) * race.compiled
@@ -83,7 +83,7 @@ class Pace:
         return owed
 
     def note(self, race: Race, seconds: float) -> None:
-        """``race`` has taken so many."""
+        """``race`` has taken ``seconds``."""
         compiled = [it["seconds"] for row in race.rows for it in row["providers"] if "seconds" in it]
         self.compiled += compiled
         self.rows.append((seconds - sum(compiled)) / len(race.rows))
@@ -91,28 +91,28 @@ class Pace:
 
 
 def _typical(seconds: list[float], guess: float) -> float:
-    """The median of the last ten; a guess until there are some."""
+    """The median of the last ten; ``guess`` until there are some."""
     return statistics.median(seconds[-10:]) if len(seconds) > 5 else guess
 
 
 def plan_each(races: Sequence[Race], setup: Setup) -> None:
-    """Give each race its rows, with what will run, found without data: all that is launched, for compiling ahead."""
+    """Give each race its rows, with what will run. Its calls without data launch all that is compiled ahead."""
     with torch.autograd.set_multithreading_enabled(False):
         for race in races:
             race.rows = race.rows or [_planned(race, direction, setup) for direction in race.case.operator.directions]
 
 
 def _planned(race: Race, direction: str, setup: Setup) -> dict[str, Any]:
-    operator, entry = race.case.operator, race.entry
+    operator = race.case.operator
     row: dict[str, Any] = {
         "operator": f"{operator.function} {'x'.join(map(str, operator.input))}",
         "direction": direction,
         "batch": race.case.batch,
         "networks": dict(race.case.networks),
-        "ours": None,  # the first of our providers that serves it: whose times the row's speeds are
+        "ours": None,  # the first of our providers that serves it: the row's speeds are its times
         "bytes": None,
         "flops": 0,
-        # Of a share of the bandwidth only that is owed which no cache helps.
+        # A share of the bandwidth is owed only if no cache helps.
         "large": operator.streams and math.prod(operator.input) * setup.dtype.itemsize >= LARGE,
         "status": "ok",
         "reason": None,
@@ -123,7 +123,7 @@ def _planned(race: Race, direction: str, setup: Setup) -> dict[str, Any]:
         try:
             found = _plans(provider, operator, direction, setup)
         except Exception as error:
-            # A family that is to serve alone need not serve everything.
+            # A single family need not serve everything.
             unserved = {"status": "skipped" if provider.family else "failed", "reason": reason(error)}
             row["providers"].append({"provider": provider.name, **unserved})
             if not plans and not provider.family:
@@ -133,13 +133,13 @@ def _planned(race: Race, direction: str, setup: Setup) -> dict[str, Any]:
                 plans, row["ours"] = found, provider.name
     if not plans:
         return row | {key: row["providers"][0][key] for key in ("status", "reason")}
-    alone = plans[0].choice if len(plans) == 1 else None
+    only = plans[0].choice if len(plans) == 1 else None
     return row | {
         "operator": plans[0].problem.describe(),
-        "bytes": sum(entry.bytes(plan.problem) for plan in plans),
-        "flops": sum(entry.flops(plan.problem) for plan in plans),
+        "bytes": sum(plan.problem.bytes for plan in plans),
+        "flops": sum(plan.problem.flops for plan in plans if isinstance(plan.problem, ConvProblem)),
         "family": ", ".join(dict.fromkeys(plan.family for plan in plans)),
-        "tile": None if alone is None else dict(alone.config),
+        "tile": None if only is None else dict(only.config),
     }
 
 
@@ -154,11 +154,11 @@ def _plans(provider: Provider, operator: Operator, direction: str, setup: Setup)
 def measure(
     races: Sequence[Race], setup: Setup, deadline: float, progress: Progress, save: Callable[[Part], None]
 ) -> list[Part]:
-    """Every direction of every race, compared, then timed: a part for each entry, what PyTorch is faster at first, and
-    one for the target if any of its layers is among them.
+    """Every direction of every race, compared, then timed: a part for each entry, losses to PyTorch first, and one for
+    the target if any of its layers is among them.
 
-    ``save`` gets a race's part after it. Rows that ``deadline`` leaves no time for say so; so do providers that fail.
-    `Pace` says which rows torch.compile is measured in.
+    ``save`` gets a race's part after it. Rows without time before ``deadline`` and providers that fail say so. `Pace`
+    says which rows torch.compile is measured in.
     """
     plan_each(races, setup)
     parts: dict[str, Part] = {}
@@ -205,7 +205,7 @@ def _part(race: Race, setup: Setup, limits: ceilings.Ceilings) -> Part:
 
 
 def _measure_race(race: Race, setup: Setup, deadline: float, compile_deadline: float) -> None:
-    torch._dynamo.reset()  # one operator's guards would count against another's limit of recompilations
+    torch._dynamo.reset()  # another operator's guards count against the limit of recompilations
     for row in race.rows:
         if row["status"] != "ok":
             continue

@@ -18,7 +18,7 @@ from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import launch
 from fastconv.measuring.accuracy import YARDSTICK, Tensors, max_error, norm_error, tolerance
 
-CROP = 224  # pixels of the photograph, as ImageNet's images; the stem makes 56x56 of them
+CROP = 224  # side of the photograph, as of ImageNet's images; the stem makes 56x56 pixels of it
 SEED = 0
 
 
@@ -46,7 +46,7 @@ def _part(
 ) -> Part:
     rows, launches = [], Counter[str]()
     for dtype in dtypes:
-        # Every side computes with the same rounded numbers, so that errors are those of the arithmetic alone.
+        # Every side computes with the same rounded numbers, so errors are the arithmetic's.
         rounded, x = copy.deepcopy(block).to(dtype), features.to(dtype)
         seed = torch.randn(block(features).shape, generator=torch.Generator().manual_seed(SEED)).to(dtype)
         exact = _outcome(copy.deepcopy(rounded).double(), x.double(), seed.double())
@@ -81,8 +81,8 @@ def _outcome(block: nn.Module, x: torch.Tensor, seed: torch.Tensor) -> Tensors:
 def _rows(
     block: nn.Module, dtype: torch.dtype, ours: Tensors, plain: Tensors, exact: Tensors, launched: bool
 ) -> list[dict[str, Any]]:
-    """One row a tensor. In fp32 the largest error counts. Half precision switches some activations that fp64 does not,
-    and with them whole elements of a gradient: there norms count, and PyTorch's own error is the yardstick."""
+    """One row a tensor. In fp32 the largest error counts. In half precision norms count, and PyTorch's own error is the
+    yardstick: some activations switch other than in fp64, and with them whole elements of a gradient."""
     exactly = dtype == torch.float32
     measure = max_error if exactly else norm_error
     bound = _tolerance(block, dtype, exact)
@@ -105,8 +105,8 @@ def _rows(
 
 
 def _tolerance(block: nn.Module, dtype: torch.dtype, exact: Tensors) -> float:
-    """From the deepest sum of the block (a weight's gradient sums over pixels, the others over channels and taps) and
-    the operations that round on the longest way: convolution, batch norm and activation, there and back."""
+    """By the block's deepest sum, and the operations that round on the longest way: convolution, batch norm and
+    activation, there and back. A weight's gradient sums over pixels, other results over channels and taps."""
     convs = [module for module in block.modules() if isinstance(module, _ConvNd)]
     pixels = exact["gradient of the input"][:, 0].numel()
     depth = max(pixels, *(conv.weight[0].numel() for conv in convs))

@@ -1,1 +1,1 @@
-"""What is kept of a run and shown: result files, tables, plots, what rows mean for the targets; the console."""
+"""What a run keeps and shows: result files, tables, plots, what rows mean for the targets; the console."""

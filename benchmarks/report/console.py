@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich import progress
 from rich.console import Console
 
-LOG_WIDTH = 200  # columns of a table in a file or a pipe, where no terminal says how many there are
+LOG_WIDTH = 200  # columns of a table in a file or a pipe, which say no width
 
 
 def console() -> Console:
@@ -17,7 +15,7 @@ def console() -> Console:
 
 
 class Progress:
-    """``begin`` a stage of so many steps, ``tick`` each of them."""
+    """``begin`` a stage, ``tick`` each of its steps."""
 
     def __init__(self, console: Console) -> None:
         columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
@@ -29,9 +27,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def begin(self, name: str, steps: int) -> None:

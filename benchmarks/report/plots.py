@@ -1,4 +1,4 @@
-"""A result file as plots, one PNG for each part that has something to show."""
+"""A result file as plots, one PNG for each part with something to show."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "fastconv-bench/5"
-# The kinds of part and what each holds besides. Version 2 brought "blocks", version 3 "operators" for "layers",
-# version 4 "targets", and of operators times alone and replayed, ceilings, means and families; version 5 of each of
-# their rows which provider of ours its speeds are of, and of host times the problem.
+# The kinds of part and what each holds besides. Version 2 brought "blocks"; 3 "operators" for "layers"; 4 "targets" and
+# operators' replayed times, ceilings, means and families; 5 which provider of ours an operator's speeds are of, and the
+# problem of a host time.
 KINDS = {
     "training": {"losses", "accuracy", "held_out", "loss_difference", "tolerance", "launches"},
     "block": {"rows", "launches"},
@@ -45,7 +45,7 @@ Part = dict[str, Any]
 
 
 class Results:
-    """The parts measured so far, on disk after every ``put``: a run that is killed keeps what it had finished."""
+    """The parts measured so far, on disk after every ``put``, so that a killed run keeps what it had finished."""
 
     def __init__(self, folder: Path, *, dry_run: bool = False) -> None:
         self.path = folder / "bench.json"
@@ -75,7 +75,7 @@ class Results:
 
     @property
     def wrong(self) -> bool:
-        """True when a part compared numbers and found them wrong, or could not compare what it should have."""
+        """Whether a part found numbers wrong, or could not compare what it should have."""
         return any(part["verdict"] in ("wrong", "failed") for part in self.parts)
 
     def _write(self) -> None:
@@ -91,7 +91,7 @@ class Results:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The document at ``path``, checked. Raises ValueError where it is no result file of this schema."""
+    """The document at ``path``, checked. Raises ValueError unless it is a result file of this schema."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:
@@ -108,10 +108,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_part(part: Part) -> None:
-    """Raise ValueError where a part lacks what every reader relies on."""
+    """Raise ValueError if a part lacks what every reader relies on."""
     name = f"part {part.get('id')!r}" if isinstance(part, dict) else "a part"
     _check_fields(name, part, PART)
-    if re.fullmatch(r"[\w.-]+", part["id"]) is None:  # a file is called so
+    if re.fullmatch(r"[\w.-]+", part["id"]) is None:  # it names a file
         raise ValueError(f"{name}: its id is no name")
     if part["kind"] not in KINDS:
         raise ValueError(f"{name} is of kind {part['kind']!r}, not one of {', '.join(KINDS)}")
@@ -134,7 +134,7 @@ def _check_fields(name: str, value: Any, types: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code: machine, driver, versions, commit. Unknown entries are None."""
+    """What a figure depends on: machine, driver, versions, commit. Unknown entries are None."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -159,10 +159,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What is in FASTCONV_COMMIT: of a copy without its repository nothing else tells. Else what git says of the
-    checkout that this file lies in; None where it lies in none."""
+    """FASTCONV_COMMIT, for a copy without its repository; else what git says of the checkout that holds this file, or
+    None."""
     told = os.environ.get("FASTCONV_COMMIT")
-    # A checkout's .git is a folder, a worktree's a file; one further up is another project's.
+    # A checkout's .git is a folder, a worktree's a file. One further up is another project's.
     if told or not (CHECKOUT / ".git").exists():
         return told or None
     return _output("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

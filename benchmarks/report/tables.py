@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.benchmarks.measure.operator_times import DOUBTED
 from fastconv.benchmarks.report.results import Part
+from fastconv.benchmarks.report.targets import DOUBTED
 
 STYLES = {"right": "green", "wrong": "bold red", "failed": "bold red", "skipped": "yellow"}
 ERRORS = ("ours", "eager", "allowed")
@@ -100,14 +100,14 @@ def _times(part: Part) -> list[RenderableType]:
 def _operators(part: Part) -> list[RenderableType]:
     timed = dict.fromkeys(it["provider"] for row in part["rows"] for it in row["providers"] if "ms" in it)
     served = {row["ours"] for row in part["rows"]} - {None}
-    # A column for whatever is not ours in every row; who has no time at all is told of beneath.
+    # A column for each provider that is not ours in every row; lines beneath name those without any time.
     others = [name for name in timed if served != {name} and name != "fastconv-nchw"]
     copied = any(row.get("layout_ms") is not None for row in part["rows"])
     columns = ["us,\np20 p80", *(re.sub("([:-])", r"\1\n", name) for name in others), "speed", "alone"]
     table = new_table("", "times", *columns, "nearer\nceiling", *["NCHW\n+us"] * copied, "family, tile", "")
     table.box, table.collapse_padding = box.HORIZONTALS, True
     for column in table.columns[1:-2]:
-        column.no_wrap = True  # whatever has no room left, numbers keep theirs
+        column.no_wrap = True  # numbers keep their room
     for row in part["rows"]:
         entries = {entry["provider"]: entry for entry in row["providers"]}
         times = {name: entry["ms"]["median"] * 1e3 for name, entry in entries.items() if "ms" in entry}
@@ -136,7 +136,7 @@ def _spread(ms: dict[str, float] | None) -> str:
 
 
 def _nearer_ceiling(row: dict[str, Any]) -> str:
-    """``57% 2,222 GB/s``: the share of the ceiling that bounds the row, memory's or tensor cores', and the rate."""
+    """``57% 2,222 GB/s``: the row's share of its ceiling, memory's or tensor cores', and its rate."""
     if row.get("ceiling") is None:
         return ""
     by_matrix = row["matrix_share"] > row["share"]
@@ -161,7 +161,7 @@ def _remarks(row: dict[str, Any]) -> Iterable[str]:
 
 
 def _standing(part: Part) -> Iterable[RenderableType]:
-    """What all rows together say."""
+    """Lines about all rows together."""
     told: dict[tuple[str, str], list[str]] = {}
     for row in part["rows"]:
         for entry in row["providers"]:
@@ -315,7 +315,7 @@ def new_table(*columns: str) -> Table:
 
 
 def tile_text(config: dict[str, int]) -> str:
-    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8`` the parts a sum is split into. None of one."""
+    """``M128 K64 C64 w4 s3``: block sides, warps, stages; ``/8``: the parts of a split sum. Ones are left out."""
     short = {"num_warps": "w", "num_stages": "s", "SPLITS": "/"}
     named = ((short.get(name, name.removeprefix("BLOCK_")), value) for name, value in config.items() if value > 1)
     return " ".join(f"{name}{value}" for name, value in named)

@@ -1,27 +1,40 @@
-"""Where fastconv stands: what the times of rows mean one by one, of an operator's rows together, and of targets."""
+"""Where fastconv stands: what the times of a row mean, of an operator's rows together, and for the targets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fastconv.benchmarks.measure.ceilings import Ceilings
-from fastconv.benchmarks.measure.directions import ORDER, TOGETHER
-from fastconv.benchmarks.measure.operator_times import DOUBTED
+from fastconv.benchmarks.calls import ORDER, TOGETHER
 from fastconv.benchmarks.registry import EAGER, OURS, OURS_NCHW, Entry, Target
 from fastconv.benchmarks.report.results import Part
 
 Row = dict[str, Any]
+DOUBTED = 1.1  # a speed over eager's beyond which it is measured again, in another way
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """``bandwidth``: bytes a second, read and written, of a copy too large for any cache; ``matrix``: operations a
+    second of a large product of bf16 matrices."""
+
+    bandwidth: float
+    matrix: float
+
+    def floor_ms(self, moved: int, flops: int) -> float:
+        """The least milliseconds for ``moved`` bytes and ``flops`` operations side by side."""
+        return max(moved / self.bandwidth, flops / self.matrix) * 1e3
 
 
 def stand(row: Row, entry: Entry, ceilings: Ceilings) -> None:
-    """Complete a row: speed over the fastest of PyTorch's, over the rivals and over eager channels_last, the lower of
-    both measurements where there are two; rates, shares of the ceilings, and what is owed and missed.
+    """Complete a row: speeds over the fastest of PyTorch's, over the rivals and over eager channels_last; rates, shares
+    of the ceilings, and what is owed and missed.
 
-    Where a second measurement should have been and failed there is no speed, and so no win: the first one's over eager
-    is "unconfirmed". So is one over the others that would have to be doubted, where eager has no time to measure
-    against again."""
+    The lower speed of two measurements counts. If the second one failed, the row has no speed and so no win: the first
+    one's over eager is "unconfirmed". If eager has no time to measure against again, a doubtful speed over the others
+    is "unconfirmed" too."""
     times = {provider["provider"]: provider["ms"]["median"] for provider in row["providers"] if "ms" in provider}
     if row["ours"] not in times or row["status"] != "ok":
         return
@@ -56,7 +69,7 @@ def stand(row: Row, entry: Entry, ceilings: Ceilings) -> None:
 
 
 def losses_first(row: Row) -> float:
-    """The key that sorts rows so: what is wrong, then by speed, then what has none."""
+    """The key that sorts rows: wrong ones, then by speed, then those without one."""
     if row["status"] in ("wrong", "failed"):
         return -1.0
     speed = row.get("speed")
@@ -64,7 +77,7 @@ def losses_first(row: Row) -> float:
 
 
 def means(rows: Iterable[Row]) -> list[Row]:
-    """Geometric means of the speeds over eager channels_last, by direction, of each network and of all together;
+    """Geometric means of the speeds over eager channels_last by direction, for each network and for all together,
     weighted by how often a network makes the call."""
     found: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in _timed(rows):
@@ -87,7 +100,7 @@ def _reading_order(item: tuple[tuple[str, str, int], Any]) -> tuple[Any, ...]:
 
 
 def families(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
-    """By family of kernels, how many single directions are faster than eager channels_last, and how many are not."""
+    """How many single directions of each kernel family are at least as fast as eager channels_last, how many slower."""
     found: dict[str, dict[str, int]] = {}
     for row in _timed(rows):
         if row["direction"] != TOGETHER:
@@ -97,7 +110,7 @@ def families(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
 
 
 def targets(parts: Iterable[Part], target: Target) -> Part | None:
-    """The part that says how far ``target`` is met; None where nothing of it was to be measured."""
+    """The part that says how far ``target`` is met; None if no row is of its layers."""
     rows = [row for part in parts if part["kind"] == "operators" for row in part["rows"]]
     found = []
     for direction, owed in target.means.items():
@@ -134,7 +147,7 @@ def _met(direction: str, owed: float, target: Target, rows: list[tuple[Row, int]
         slowest = min((it for it, _ in timed), key=lambda it: it["speed_over_eager"])
         row |= {"least": slowest["speed_over_eager"], "least_of": slowest["operator"]}
         under = row["least"] < target.least
-        # What was not measured can still be slow.
+        # Layers that were not measured can still be slow.
         row["met"] = False if under else row["mean"] >= owed if row["measured"] == row["of"] else None
     return row
 
@@ -144,7 +157,7 @@ def _timed(rows: Iterable[Row]) -> Iterable[Row]:
 
 
 def verdict(rows: list[Row]) -> Mapping[str, Any]:
-    """Of a part, by its rows: right where nothing is wrong and something was measured."""
+    """A part's verdict by its rows: right if none is wrong and one was measured."""
     bad = [f"{row['direction']} of {row['operator']}" for row in rows if row["status"] in ("wrong", "failed")]
     if bad:
         return {"verdict": "wrong", "reason": f"{len(bad)} wrong or failed, the first {bad[0]}"}

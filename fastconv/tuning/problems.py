@@ -14,10 +14,9 @@ import fastconv
 from fastconv.autotune import Choice, Gpu, ProblemKey, Space, Untuned
 from fastconv.autotune.choose import ask
 from fastconv.autotune.tune import TuningTask
-from fastconv.benchmarks.calls import Operator
-from fastconv.benchmarks.measure.directions import TOGETHER, direction_call, fakes
-from fastconv.benchmarks.models import LoadedModel
-from fastconv.benchmarks.registry import channels_last
+from fastconv.benchmarks.calls import TOGETHER, Operator
+from fastconv.benchmarks.measure.directions import direction_call, fakes
+from fastconv.benchmarks.models import LoadedModel, channels_last
 from fastconv.dry_run import OurOperators, make_calls
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import decisions

@@ -301,7 +301,7 @@ def test_check_finds_a_fallback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_check_goes_on_after_a_problem_that_raises(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cases = (conv.problem("too few channels", (1, 2, 5, 5), (4, 3, 3, 3), quick=True), conv.CONVOLUTION.cases[0])
+    cases = (conv.case("too few channels", (1, 2, 5, 5), (4, 3, 3, 3), quick=True), conv.CONVOLUTION.cases[0])
     monkeypatch.setattr(checks, "CHECKS", (dataclasses.replace(conv.CONVOLUTION, cases=cases),))
     assert run(["check", "--quick"]) == 1
     shown = capsys.readouterr().out
