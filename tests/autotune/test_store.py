@@ -82,7 +82,9 @@ def test_wrong_field_is_named(record: Any, field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"{", b"[1]", b"NaN", b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b'{"schema": true}'], ids=repr
+    "line",
+    [b"", b"{", b"[1]", b"NaN", b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b'{"schema": true}'],
+    ids=lambda line: repr(line[:20]),
 )
 def test_no_json_is_one_error(line: bytes) -> None:
     with pytest.raises(SchemaError):

@@ -117,7 +117,9 @@ def test_mistake_in_a_file_is_named(tmp_path: Path, change: Any, error: str) -> 
     assert isinstance(caught.value, NewerSchema) == ("newer" in error)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80", b"[" * 10**5, b"[]", b'{"schema": 1, "gpu": NaN}'], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"[" * 10**5, b"[]", b'{"schema": 1, "gpu": NaN}'], ids=lambda it: repr(it[:20])
+)
 def test_what_is_no_table_is_one_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(content)

@@ -151,7 +151,7 @@ def tiny() -> ProblemKey:
         ProblemKey.of("pass", {"element": 2, "moved": 2}, {"C": 8}, {"pixels": 50}),
         ProblemKey.of("of_another_version", {}, {}, {}),
     ],
-    ids=str,
+    ids=["direction", "sizes", "a pass", "space"],
 )
 def test_other_problems_are_unmeasurable(problem: ProblemKey) -> None:
     with pytest.raises(Unmeasurable, match="^" + problem.space):
