@@ -166,10 +166,7 @@ def out_of_resources() -> Exception:
     ids=lambda error: type(error).__name__,
 )
 def test_what_does_not_compile_is_pytorchs_with_one_warning(
-    error: Exception,
-    gpu_of_the_cpu: None,
-    warnings: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, gpu_of_the_cpu: None, warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime.interpreter import GridExecutor
 

@@ -24,10 +24,7 @@ def flops(function: Any, x: torch.Tensor, weight: torch.Tensor, **arguments: Any
 
 @pytest.mark.parametrize(
     ("name", "weight", "arguments"),
-    [
-        ("conv2d", (8, 6, 3, 3), {"stride": 2, "padding": 1}),
-        ("conv_transpose2d", (6, 4, 3, 3), {"stride": 2}),
-    ],
+    [("conv2d", (8, 6, 3, 3), {"stride": 2, "padding": 1}), ("conv_transpose2d", (6, 4, 3, 3), {"stride": 2})],
 )
 def test_as_many_as_pytorchs(name: str, weight: tuple[int, ...], arguments: dict[str, Any]) -> None:
     operands = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 6, 7, 7), weight)]

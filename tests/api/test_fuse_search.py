@@ -92,13 +92,7 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
         OTHER,
         [("LeakyReLU", None)],
     ),
-    "prelu": (
-        lambda m, x: m.act(m.bn1(m.conv1(x))),
-        {"act": nn.PReLU(4)},
-        [f"{BN1} + act"],
-        OTHER,
-        [("PReLU", None)],
-    ),
+    "prelu": (lambda m, x: m.act(m.bn1(m.conv1(x))), {"act": nn.PReLU(4)}, [f"{BN1} + act"], OTHER, [("PReLU", None)]),
     "no fused form": (lambda m, x: m.act(m.bn1(m.conv1(x))), {"act": nn.GLU(1)}, [BN1], OTHER, [(None, None)]),
     "after the activation": (
         lambda m, x: x + m.relu(m.bn1(m.conv1(x))),
@@ -107,13 +101,7 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
         OTHER,
         [("ReLU", "after")],
     ),
-    "torch.add": (
-        lambda m, x: torch.add(m.bn1(m.conv1(x)), x),
-        {},
-        [f"{BN1} + residual"],
-        OTHER,
-        [(None, "after")],
-    ),
+    "torch.add": (lambda m, x: torch.add(m.bn1(m.conv1(x)), x), {}, [f"{BN1} + residual"], OTHER, [(None, "after")]),
     "add_": (lambda m, x: m.bn1(m.conv1(x)).add_(x), {}, [f"{BN1} + residual"], OTHER, [(None, "after")]),
     "alpha": (lambda m, x: torch.add(m.bn1(m.conv1(x)), x, alpha=2), {}, [BN1], OTHER, [(None, None)]),
     "number": (lambda m, x: m.bn1(m.conv1(x)) + 3, {}, [BN1], OTHER, [(None, None)]),
@@ -132,20 +120,8 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
         OTHER,
         [(None, None)],
     ),
-    "meeting": (
-        meet,
-        {},
-        [BN1, f"{BN2} + residual + relu"],
-        {},
-        [(None, None), ("ReLU", "before")],
-    ),
-    "meeting, swapped": (
-        meet_swapped,
-        {},
-        [f"{BN1} + residual + relu", BN2],
-        {},
-        [(None, None), ("ReLU", "before")],
-    ),
+    "meeting": (meet, {}, [BN1, f"{BN2} + residual + relu"], {}, [(None, None), ("ReLU", "before")]),
+    "meeting, swapped": (meet_swapped, {}, [f"{BN1} + residual + relu", BN2], {}, [(None, None), ("ReLU", "before")]),
     "sum of the shortcut in place": (changed_in_place, {}, [BN1], OTHER, [(None, None)]),
     "twice": (twice, {}, [f"{BN1} + silu"], OTHER, [("SiLU", None), ("ReLU", None)]),
     "dropout": (
@@ -191,13 +167,7 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
         {"bn1": "the result of conv1 also goes to stack", **OTHER},
         [],
     ),
-    "read behind the norm": (
-        lambda m, x: F.relu(y := m.bn1(m.conv1(x))) * y,
-        {},
-        [BN1],
-        OTHER,
-        [(None, None)],
-    ),
+    "read behind the norm": (lambda m, x: F.relu(y := m.bn1(m.conv1(x))) * y, {}, [BN1], OTHER, [(None, None)]),
     "its size is read": (
         lambda m, x: m.bn1(y := m.conv1(x)).reshape(y.shape),
         {},
@@ -233,13 +203,7 @@ FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]
         {"bn1": "up is called with more than its input", **OTHER},
         [],
     ),
-    "other in eval": (
-        in_training_only,
-        {},
-        [],
-        {"bn1": "called otherwise in training than in eval", **OTHER},
-        [],
-    ),
+    "other in eval": (in_training_only, {}, [], {"bn1": "called otherwise in training than in eval", **OTHER}, []),
     "group norm": (lambda m, x: m.gn(m.conv1(x)), {"gn": nn.GroupNorm(2, 4)}, [], {"bn1": OTHER["bn2"], **OTHER}, []),
 }
 
@@ -375,20 +339,8 @@ CROSSING: dict[str, tuple[Any, dict[str, Any], list[str], list[Any], list[Any] |
         [("ReLU", "before")],
         None,
     ),
-    "activation alone": (
-        lambda m, x: F.gelu(m.f(x)),
-        {"f": sequence()},
-        ["f.0 + 1 + gelu"],
-        [("GELU", None)],
-        None,
-    ),
-    "a sum of its own": (
-        added_to,
-        {"f": Block(added_to, f=sequence())},
-        ["f.f.0 + 1 + residual"],
-        [PLUS],
-        None,
-    ),
+    "activation alone": (lambda m, x: F.gelu(m.f(x)), {"f": sequence()}, ["f.0 + 1 + gelu"], [("GELU", None)], None),
+    "a sum of its own": (added_to, {"f": Block(added_to, f=sequence())}, ["f.f.0 + 1 + residual"], [PLUS], None),
     "writes its input first": (added_to, {"f": sequence(nn.ReLU(True))}, ["f.1 + 2 + residual"], [PLUS], None),
     "norm outside": (
         norm_of_child,
@@ -425,29 +377,11 @@ CROSSING: dict[str, tuple[Any, dict[str, Any], list[str], list[Any], list[Any] |
         [(None, None), ("SiLU", "before")],
         None,
     ),
-    "stochastic depth": (
-        through,
-        {"f": sequence(), "g": Depth(0.5)},
-        ["f.0 + 1"],
-        [(None, None)],
-        [PLUS],
-    ),
+    "stochastic depth": (through, {"f": sequence(), "g": Depth(0.5)}, ["f.0 + 1"], [(None, None)], [PLUS]),
     "stochastic depth of 0": (through, {"f": sequence(), "g": Depth(0.0)}, ["f.0 + 1 + residual"], [PLUS], None),
     "dropout": (through, {"f": sequence(nn.Dropout2d()), "g": nn.Dropout2d()}, ["f.1 + 2"], [(None, None)], [PLUS]),
-    "read twice": (
-        lambda m, x: (y := m.f(x)) * y,
-        {"f": sequence()},
-        ["f.0 + 1"],
-        [(None, None)],
-        None,
-    ),
-    "by name": (
-        lambda m, x: m.relu(input=m.bn1(input=m.conv1(input=x))),
-        {},
-        [f"{BN1} + relu"],
-        [RELU],
-        None,
-    ),
+    "read twice": (lambda m, x: (y := m.f(x)) * y, {"f": sequence()}, ["f.0 + 1"], [(None, None)], None),
+    "by name": (lambda m, x: m.relu(input=m.bn1(input=m.conv1(input=x))), {}, [f"{BN1} + relu"], [RELU], None),
 }
 
 

@@ -293,10 +293,7 @@ DECIDED: dict[str, tuple[Any, Any]] = {
     "class": (lambda m: isinstance(m.act, m.kind), assign("kind", nn.SiLU)),
     "children": (lambda m: len([0 for _ in m.children()]) == 5, lambda m, _: setattr(m, "act", m.drop)),
     "container": (lambda m: [0 for _ in m.parts], assign("parts", Empty([nn.ReLU()]))),
-    "default": (
-        lambda m: with_default(m),
-        lambda m, patch: patch.setattr(with_default, "__defaults__", (False,)),
-    ),
+    "default": (lambda m: with_default(m), lambda m, patch: patch.setattr(with_default, "__defaults__", (False,))),
     "what there is": (lambda m: not hasattr(m, "extra"), assign("extra", 1)),
     "what there is by getattr": (lambda m: getattr(m, "extra", True), assign("extra", False)),
     "property": (lambda m: m.is_flag, assign("flag", False)),

@@ -13,8 +13,7 @@ def test_equal_values_share_a_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("predicted", "correlation"),
-    [([1, 2, 3, 4], 1.0), ([4, 3, 2, 1], -1.0), ([2, 1, 4, 3], 0.6), ([1, 1, 1, 1], 0.0)],
+    ("predicted", "correlation"), [([1, 2, 3, 4], 1.0), ([4, 3, 2, 1], -1.0), ([2, 1, 4, 3], 0.6), ([1, 1, 1, 1], 0.0)]
 )
 def test_rank_correlation(predicted: list[float], correlation: float) -> None:
     assert rank_correlation(predicted, [10, 20, 30, 40]) == pytest.approx(correlation)

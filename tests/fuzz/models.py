@@ -93,15 +93,7 @@ _FUNCTIONS = (
     "torch.relu_({})",
     "{}.clamp(min=0)",
 )
-_TAKES = (
-    "x",
-    "x, other=None",
-    "x, scale=1.0",
-    "x, *, flag=False",
-    "xs",
-    "*xs",
-    "x, **options",
-)
+_TAKES = ("x", "x, other=None", "x, scale=1.0", "x, *, flag=False", "xs", "*xs", "x, **options")
 # What a model can ask: {a condition: (what __init__ sets for it, what changes the answer)}, in {s} the module.
 _FLIP = "{s}.%s = not {s}.%s"
 _CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
