@@ -14,6 +14,7 @@ from typing import Any
 from fastconv.autotune import schema
 from fastconv.autotune.gpus import Gpu
 from fastconv.autotune.records import REACH, SCHEMA, VERSION, ProblemKey, Record, Tuned, Version, from_json, from_line
+from fastconv.autotune.space import Config
 from fastconv.autotune.store import publish
 
 # The tables that come with fastconv.
@@ -86,6 +87,10 @@ class Tables:
 
     def __len__(self) -> int:
         return sum(len(table) for _, table in self.layers)
+
+    def seeds(self, problem: ProblemKey) -> list[Config]:
+        """Two configs that a search may begin with, this user's first."""
+        return [entry.config for table in (self.user, self.shipped) for entry in table.seeds(problem)][:2]
 
     def dump(self) -> str:
         """All entries, as ``replace`` takes them."""

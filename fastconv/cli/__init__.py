@@ -13,11 +13,11 @@ from fastconv.cli.errors import BadUsage
 from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
 COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
-# What these compute with: kernels that run on a GPU, or interpreted where there is none.
+# These run kernels on a GPU, or interpret them without one.
 NUMERIC = ("bench", "check", "explain")
-# What compiles for GPUs that need not be here.
+# These compile for GPUs that need not be here.
 COMPILING = ("inspect", "tune")
-# What the environment may say, beside the settings.
+# Variables of the environment beside the settings'.
 VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_LOCK")
 INTERRUPTED = "interrupted; what was finished has been written"
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line in this process and return its exit code. Imports the named command's file alone."""
+    """Run one command line in this process and return its exit code. Imports only the named command's file."""
     if arguments[:1] == ["--version"]:
         print(f"fastconv {fastconv.__version__}")
         return 0
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
         return refuse("the commands need typer and rich: pip install 'fastconv[cli]'")
     import typer
 
-    # Click's class, or the copy of it that newer typers bring along.
+    # Click's class, or newer typers' copy of it.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
         if arguments and not {"--help", "-h"} & set(arguments):
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         # A command's return value is its exit code; --help returns 0 or None.
         command = typer.main.get_command(_app(arguments))
         code = command.main(arguments or ["--help"], "fastconv", standalone_mode=False) or 0
-        # Newer typers make this of a KeyboardInterrupt, and say nothing.
+        # Newer typers turn a KeyboardInterrupt into this code, and say nothing.
         return refuse(INTERRUPTED, code) if code == 130 else code
     except (usage_error, BadUsage) as error:
         return refuse(" ".join((error.format_message() if isinstance(error, usage_error) else str(error)).split()))
@@ -58,8 +58,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _check_environment(command: str) -> None:
-    """Raise BadUsage where a variable, the lock file or the platform is wrong: before torch, which takes seconds to
-    import."""
+    """Raise BadUsage if a variable, the lock file or the platform is wrong, before torch takes seconds to import."""
     try:
         import fastconv.kernels  # noqa: F401
     except ImportError as error:

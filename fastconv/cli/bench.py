@@ -58,5 +58,5 @@ def bench(
 
 
 def _names(values: list[str] | None) -> tuple[str, ...]:
-    """What an option was given, once or several times, each a name or several with commas between."""
+    """The names of an option that may be given several times, with commas between names."""
     return tuple(name for value in values or () for name in value.split(","))

@@ -1,4 +1,4 @@
-"""What ``fastconv bench`` runs: on a GPU numbers then times, without one numbers then the compiler's report."""
+"""The runs of ``fastconv bench``: on a GPU numbers, then times; without one numbers, then the compiler's report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,16 +20,16 @@ from fastconv.benchmarks.report import tables
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part, Results, read
 from fastconv.cli.errors import BadUsage, bad_usage
-from fastconv.cli.options import dtype as dtype_called
+from fastconv.cli.options import dtype_option
 from fastconv.kernels import mend
 from fastconv.measuring import reason
 from fastconv.measuring.clock import Clock, CudaClock, HostClock
 
-# Model, batch and size where the user names none; a named model has a size of its own.
+# The default model, batch and size; a model that the user names has a size of its own.
 GPU = ("resnet50", 64, None)
 DRY = ("fastconv.benchmarks.measure.lenet:LeNet5", 4, 12)
-OPERATORS_BATCH = 64  # of a network whose operators are measured
-INTERPRETED_BATCH, INTERPRETED_SIZE = 2, 64  # of a network that the user names
+OPERATORS_BATCH = 64  # for the operators of a network that the user names
+INTERPRETED_BATCH, INTERPRETED_SIZE = 2, 64  # for a network that the user names, interpreted
 QUICK_STEPS = 20
 UNMEASURED = (
     "\nNot measured: speed and memory. PyTorch sees no GPU here, and an interpreter's times say nothing about one; "
@@ -40,7 +39,7 @@ UNMEASURED = (
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options; None where the user said nothing."""
+    """The command's options; None: the user said nothing."""
 
     model: str | None = None
     batch: int | None = None
@@ -69,7 +68,7 @@ class Options:
 
 
 class Output:
-    """Where a run leaves its parts: the result file, the terminal, and on the way out, even interrupted, plots."""
+    """Takes a run's parts to the result file and the terminal and, on the way out, even interrupted, to plots."""
 
     def __init__(self, folder: Path, options: Options, screen: Console) -> None:
         with bad_usage():
@@ -78,12 +77,12 @@ class Output:
         self._unshown: dict[str, Part] = {}
 
     def put(self, part: Part) -> None:
-        """A part that is done."""
+        """A finished part."""
         self.save(part)
         self._show(part["id"])
 
     def save(self, part: Part) -> None:
-        """A part that will have more in it: to the file at once, to the terminal if nothing more comes."""
+        """A part that may grow: to the file at once, to the terminal if nothing more comes."""
         with bad_usage():
             self.results.put(part)
         self._unshown[part["id"]] = part
@@ -95,9 +94,7 @@ class Output:
         self._screen.print(tables.heading(self.results.data))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for name in list(self._unshown):
             self._show(name)
         self._screen.print(f"\nWritten: {self.results.path}", markup=False)
@@ -111,7 +108,7 @@ Run = Callable[[Options, Path, Console], Results]
 
 
 def choose(options: Options) -> Run:
-    """The run for this machine. Raises BadUsage if an option has no meaning on it."""
+    """The run for this machine. Raises BadUsage if an option means nothing on it."""
     _check(options)
     if options.dry_run:
         if not mend.interpreting():
@@ -135,7 +132,7 @@ def choose(options: Options) -> Run:
 
 @bad_usage()
 def _check(options: Options) -> None:
-    """Raise BadUsage if options exclude each other, or name what there is not."""
+    """Raise BadUsage if options exclude each other, or a name is unknown."""
     for option, value in (("--ops", options.ops), ("--layers", options.layers), ("--model", options.model)):
         if options.blocks and value:
             raise BadUsage(f"{option} and --blocks exclude each other: blocks are of networks of their own")
@@ -157,17 +154,17 @@ def _check(options: Options) -> None:
 
 
 def timed_run(options: Options, out: Path, screen: Console) -> Results:
-    """A network on the GPU, or operators or blocks of several. ``options.dry_run``: tiny ones, on the CPU."""
+    """A network on the GPU, or operators or blocks of several; in a dry run tiny ones, on the CPU."""
     started = time.monotonic()
     device = torch.device("cpu" if options.dry_run else "cuda")
     clock = HostClock() if options.dry_run else CudaClock()
-    dtype = dtype_called(options.dtype or "bfloat16")
+    dtype = dtype_option(options.dtype or "bfloat16")
     prepared = _blocks if options.blocks else _operators if options.operators else _network
-    # Whatever is named wrongly is missed here, before an earlier result is written over.
+    # A wrong name is refused here, before an earlier result is written over.
     with bad_usage():
         measure = prepared(options, dtype)
     with Output(out, options, screen) as output, Progress(screen) as progress:
-        # What cuDNN's speed is worth comparing with: it picks its algorithms by measuring them.
+        # cuDNN is at its best when it picks its algorithms by measuring them.
         torch.backends.cudnn.benchmark = True
         measure(Timing(options.modes, dtype, device, clock, started + options.limit, output, progress))
     return output.results
@@ -206,7 +203,7 @@ def _measure_network(loaded: LoadedModel, it: Timing) -> None:
         compared = network.check(work)
         it.output.put(compared)
         runs.append(network.measure(work, compared, it.clock, it.deadline, it.progress, it.output.save))
-    # One stage of every mode, then the next: what compiles for long is last.
+    # One stage of every mode, then the next, so that what compiles for long is last.
     for _ in zip_longest(*runs):
         pass
 
@@ -232,7 +229,7 @@ def _measure_operators(races: list[operators.Race], it: Timing) -> None:
 
 
 def _asked(options: Options) -> tuple[list[registry.Entry], Callable[[str], layer_lists.LayerList]]:
-    """The entries, and the lists they name: their own, the user's, or the one of the user's network."""
+    """The entries, and what finds their lists: the shipped ones, the user's, or the one of the user's network."""
     entries = registry.entries(options.ops)
     if options.model is not None:
         listed = layer_lists.of(load(options.model, options.batch or OPERATORS_BATCH, options.size))
@@ -260,7 +257,7 @@ def compared_run(options: Options, out: Path, screen: Console) -> Results:
     assert options.model is not None
     with bad_usage():
         loaded = load(options.model, options.batch or INTERPRETED_BATCH, options.size or INTERPRETED_SIZE)
-    dtype = dtype_called(options.dtype or "float32")
+    dtype = dtype_option(options.dtype or "float32")
     with Output(out, options, screen) as output, Progress(screen) as progress:
         progress.begin(loaded.name, len(options.modes))
         for mode in options.modes:
@@ -279,13 +276,13 @@ def interpreted_run(options: Options, out: Path, screen: Console) -> Results:
     except ModuleNotFoundError as error:
         raise BadUsage("the images come with scikit-learn: pip install 'fastconv[cli]'") from error
     with bad_usage():
-        torchvision()  # refused before the training, not after it
+        torchvision()  # if it is missing, the run ends before the training, not after it
     from fastconv.benchmarks.measure import lenet, resnet_blocks
     from fastconv.benchmarks.measure.compiler_report import COMMAND, Compilation
 
     dtypes = [torch.float32] if options.quick else [torch.float32, torch.bfloat16]
     if options.dtype is not None:
-        dtypes = [dtype_called(options.dtype)]
+        dtypes = [dtype_option(options.dtype)]
     steps = QUICK_STEPS if options.quick else lenet.STEPS
     command = (*COMMAND, "--quick") if options.quick else COMMAND
     with (
@@ -305,8 +302,8 @@ def interpreted_run(options: Options, out: Path, screen: Console) -> Results:
 
 
 def show(path: Path, screen: Console) -> None:
-    """Tables of the earlier run whose file is at ``path``, and its plots drawn again beside it. Raises BadUsage where
-    it cannot be read, or they not be written."""
+    """Show the tables of the result file ``path``, and draw its plots again beside it. Raises BadUsage if it cannot be
+    read, or the plots not be written."""
     with bad_usage():
         data = read(path)
     try:
@@ -317,7 +314,7 @@ def show(path: Path, screen: Console) -> None:
     except OSError as error:
         raise BadUsage(f"cannot write the plots: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Reading checks what all parts have, not each row of every kind.
+        # Reading checks fields that all parts have, not each row of every kind.
         raise BadUsage(f"{path} is damaged: {reason(error)}") from error
 
 

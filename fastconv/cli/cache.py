@@ -6,18 +6,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from fastconv.autotune import Store
-    from fastconv.autotune.records import Record
+from fastconv.autotune import Measured, SchemaError, Store, Tuned, Untuned
+from fastconv.autotune.records import Record
+from fastconv.autotune.store import MAX_LINE, read_lines
+from fastconv.autotune.table import Table, read_table
+from fastconv.cli.errors import BadUsage
 
 
 class Action(str, Enum):
-    """What is done with the store of measurements."""
-
     list = "list"
     show = "show"
     export = "export"
@@ -48,9 +48,6 @@ def cache(
     the files of ended processes become one. clear: remove all. verify: whether all of it, or a file, can be read; exit
     code 1 where not.
     """
-    from fastconv.autotune import Store
-    from fastconv.cli.errors import BadUsage
-
     if argument is None and action in (Action.export, Action.import_):
         raise BadUsage(f"cache {action.value} needs a file: fastconv cache {action.value} FILE")
     if argument is not None and action not in (*FILES, Action.show):
@@ -85,7 +82,7 @@ def cache(
 
 
 def _list(store: Store) -> int:
-    from fastconv.autotune.records import Measured, Tuned, Untuned
+    from fastconv.benchmarks.report.console import console
     from fastconv.benchmarks.report.tables import new_table
 
     records = store.read()
@@ -110,13 +107,11 @@ def _list(store: Store) -> int:
             *(str(n) for n in (len(fresh), len(tuned) - len(fresh), counts["Measured"] - failed, failed, len(met))),
             max(str(getattr(record, "date", "")) for record in group),
         )
-    _screen().print(table)
+    console().print(table)
     return 0
 
 
 def _show(store: Store, words: str, gpu: str | None) -> int:
-    from fastconv.autotune.records import Tuned
-    from fastconv.autotune.table import Table
     from fastconv.benchmarks.report.tables import tile_text
 
     records = [record for record in store.read(("tuned",)) if isinstance(record, Tuned)]
@@ -144,8 +139,7 @@ def _show(store: Store, words: str, gpu: str | None) -> int:
 
 
 def _verify(store: Store, argument: str | None) -> int:
-    from fastconv.autotune import SchemaError
-    from fastconv.autotune.table import FOLDER, read_table
+    from fastconv.autotune.table import FOLDER
 
     found: list[str] = []
     if argument is not None:
@@ -173,9 +167,6 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
     """Add a file's records: all of it or nothing."""
     import torch
 
-    from fastconv.autotune import SchemaError
-    from fastconv.autotune.records import Tuned
-    from fastconv.cli.errors import BadUsage
     from fastconv.kernels import dispatch, mend
 
     try:
@@ -203,10 +194,9 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
 
 
 def _of(gpu: str | None, records: Iterable[Record]) -> Callable[[Record], bool]:
-    """Which records are of ``gpu``: those with this very name, else those of the table's GPU that is called so; None,
-    "all": any. Raises BadUsage with the names there are."""
-    from fastconv.cli import options
-    from fastconv.cli.errors import BadUsage
+    """Which records are of ``gpu``: those with this very name, else those of the known GPU that is called so. None and
+    "all" take any. Raises BadUsage with the names there are."""
+    from fastconv.cli.options import gpu_option
 
     if gpu is None or gpu == "all":
         return lambda record: True
@@ -214,7 +204,7 @@ def _of(gpu: str | None, records: Iterable[Record]) -> Callable[[Record], bool]:
     if gpu in recorded:
         return lambda record: record.gpu == gpu
     try:
-        known = options.gpu(gpu)
+        known = gpu_option(gpu)
     except BadUsage as error:
         raise BadUsage(f"{error}; recorded are {', '.join(recorded) or 'none'}") from error
     return lambda record: record.of_gpu(known)
@@ -222,10 +212,7 @@ def _of(gpu: str | None, records: Iterable[Record]) -> Callable[[Record], bool]:
 
 def _read(path: Path) -> Sequence[Record]:
     """The records of an export, a table or a lock file. Raises SchemaError, OSError."""
-    from fastconv.autotune.store import MAX_LINE, read_lines
-    from fastconv.autotune.table import read_table
-
-    # A table is one object, however its lines are broken; only the lines of an export say what record each is.
+    # A table is one object, however its lines are broken. Each line of an export says what record it is.
     with path.open("rb") as file:
         head = file.read(MAX_LINE).strip()
     return read_lines(path) if b'"record"' in head or not head else read_table(path)
@@ -233,8 +220,6 @@ def _read(path: Path) -> Sequence[Record]:
 
 def _clear(store: Store, yes: bool) -> int:
     import sys
-
-    from fastconv.cli.errors import BadUsage
 
     count = len(_files(store))
     if not yes and count:
@@ -245,7 +230,7 @@ def _clear(store: Store, yes: bool) -> int:
 
 
 def _versions(records: Sequence[Record]) -> dict[str, Any]:
-    """Of each space that is among the records the version that measurements have now."""
+    """The version that measurements have now, for each space of the records."""
     from fastconv.kernels.tuned import version_of
 
     return {space: version_of(space) for space in {record.problem.space for record in records}}
@@ -257,9 +242,3 @@ def _files(store: Store) -> list[Path]:
 
 def _us(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
-
-
-def _screen() -> Any:
-    from fastconv.benchmarks.report.console import console
-
-    return console()

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-# Of a result's worst problem, in its precision's column.
-WRONG = "[bold red]WRONG[/]"
+from fastconv.cli.errors import BadUsage
+
+WRONG = "[bold red]WRONG[/]"  # in place of a precision's largest error
 
 
 def check(
@@ -21,7 +22,6 @@ def check(
     import torch
 
     from fastconv.benchmarks.report.console import Progress, console
-    from fastconv.cli.errors import BadUsage
     from fastconv.kernels import mend
 
     gpu = torch.cuda.is_available() and not mend.interpreting()
@@ -41,26 +41,26 @@ def check(
 
 
 def compare_all(device: Any, quick: bool, progress: Any) -> list[dict[str, Any]]:
-    """A row for each operator, problem, precision and result; one row alone for a problem that raises."""
+    """A row for each operator, problem, precision and result; a problem that raises has one row."""
     from fastconv.benchmarks import checks
     from fastconv.benchmarks.checks.check import compare, precisions
     from fastconv.benchmarks.measure import compile_first
     from fastconv.measuring import reason
 
     problems = [
-        (operator, case, precision)
-        for operator in checks.CHECKS
-        for case in operator.cases
+        (each, case, precision)
+        for each in checks.CHECKS
+        for case in each.cases
         for precision in precisions(device)
         if (case.quick or not quick) and precision in (case.precisions or (precision,))
     ]
 
-    def rows_of(operator: Any, case: Any, precision: str) -> list[dict[str, Any]]:
+    def rows_of(each: Any, case: Any, precision: str) -> list[dict[str, Any]]:
         try:
-            return list(compare(operator, case, precision, device))
+            return list(compare(each, case, precision, device))
         except Exception as error:  # a row of the table, not its end
             row = dict.fromkeys(("error", "tolerance"), float("nan")) | {"launches": [], "right": False}
-            row |= {"operator": operator.name, "case": case.name, "result": "raised", "precision": precision}
+            row |= {"operator": each.name, "case": case.name, "result": "raised", "precision": precision}
             return [row | {"reason": reason(error)}]
 
     progress.begin("compiling", 1)
@@ -93,7 +93,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
         kernels = ", ".join(sorted(name.removesuffix("_kernel") for name in launches))
         same = [said == before for said, before in zip((operator, kernels), above, strict=True)]
         summary.add_row(
-            # Names as in the row above are left out; another operator names its kernels again.
+            # Names of the row above are left out, except the kernels of another operator.
             *("" if same[0] else operator, result, "" if all(same) else kernels),
             *(str(len(members)), str(sum(launches.values()))),
             *(_worst([row for row in members if row["precision"] == precision]) for precision in precisions),
@@ -120,5 +120,5 @@ def _worst(rows: list[dict[str, Any]]) -> str:
 
 
 def _badness(row: dict[str, Any]) -> tuple[bool, float]:
-    """The error in parts of what is allowed. A NaN is worse than any number."""
+    """The key that finds the worst row: the error in parts of what is allowed, a NaN over any number."""
     return row["error"] != row["error"], row["error"] / row["tolerance"]

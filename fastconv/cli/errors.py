@@ -1,4 +1,4 @@
-"""Bad usage: what a command cannot do, said in one line."""
+"""Bad usage: a command says in one line what it cannot do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 
 class BadUsage(Exception):
-    """What the user asked for cannot be done; the message is one line and says what would work."""
+    """The user asks for what cannot be done. The message is one line and says what would work."""
 
 
 @contextlib.contextmanager
 def bad_usage() -> Iterator[None]:
-    """Raise BadUsage for a ValueError of the block: benchmarks look up what the user named and refuse by ValueError."""
+    """Raise BadUsage for a ValueError of the block, by which benchmarks refuse what the user names."""
     try:
         yield
     except ValueError as error:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fastconv.cli.errors import BadUsage, bad_usage
+
 
 def explain(
     model: Annotated[str, typer.Option(help="A name of torchvision's or timm's, or module:factory.")],
@@ -22,12 +24,11 @@ def explain(
 
     import fastconv
     from fastconv.benchmarks.models import load
-    from fastconv.cli import options
-    from fastconv.cli.errors import BadUsage, bad_usage
+    from fastconv.cli.options import dtype_option, gpu_option
     from fastconv.kernels import dispatch
 
-    precision = options.dtype(dtype)
-    target = contextlib.nullcontext() if gpu is None else dispatch.use_target(options.gpu(gpu))
+    precision = dtype_option(dtype)
+    target = contextlib.nullcontext() if gpu is None else dispatch.use_target(gpu_option(gpu))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with bad_usage():
         loaded = load(model, batch, size)

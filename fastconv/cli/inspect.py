@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastconv.cli.errors import BadUsage
+
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -67,8 +69,7 @@ def inspect(
     roofline's time and the predicted one. None of the times is measured.
     """
     from fastconv.benchmarks.report.console import console
-    from fastconv.cli import options
-    from fastconv.cli.errors import BadUsage
+    from fastconv.cli.options import dtype_option, gpu_here, gpu_option
 
     sizes = {"--input": input, "--weight": weight, "--kernel-size": kernel_size, "--output-size": output_size}
     sizes |= {"--stride": stride, "--padding": padding, "--output-padding": output_padding, "--dilation": dilation}
@@ -79,7 +80,7 @@ def inspect(
     further |= {"--direction": direction, "--family": family, "--config": config, "--compare": compare}
     further |= {"--plot": plot, "--sass": sass, "--ptx": ptx, "--ttgir": ttgir}
     given = {name: value for name, value in (sizes | further).items() if value is not None and value is not False}
-    target = options.gpu(gpu) if gpu else None
+    target = gpu_option(gpu) if gpu else None
     if operator is None:
         for name in given:
             raise BadUsage(f"{name} says something of an operator: fastconv inspect conv2d {name} ...")
@@ -96,7 +97,7 @@ def inspect(
         _sizes("--input", given["--input"]),
         _sizes("--weight", given["--weight"]) if weight else None,
         _arguments(operator, given),
-        options.dtype(dtype),
+        dtype_option(dtype),
         bias,
         fused,
         not contiguous,
@@ -105,8 +106,8 @@ def inspect(
     )
     configs = [None if text is None else _config(text) for text in compare or (config,)]
     listings = [name for name, wanted in (("sass", sass), ("ptx", ptx), ("ttgir", ttgir)) if wanted]
-    arguments = (call, target or _here(), family, direction, configs, listings)
-    with _progress(json or bool(listings)) as progress:
+    arguments = (call, target or gpu_here(), family, direction, configs, listings)
+    with _Bar(json or bool(listings)) as progress:
         found = inspect_operator.inspect(*arguments, progress)
     if plot is not None:
         draw(found, ("A", "B") if compare else ("this one",), plot)
@@ -128,7 +129,7 @@ def inspect(
     return 0
 
 
-# What each kind of operator needs beside its input, and what it takes.
+# The options that each kind of operator takes; it needs the first.
 FUSED = ("--bn", "--statistics", "--act", "--residual")
 TAKES = {
     "conv": ("--weight", "--stride", "--padding", "--dilation", "--groups", "--bias", *FUSED),
@@ -144,9 +145,7 @@ TAKES = {
 
 
 def _refuse(operator: str, given: dict[str, Any], quick: bool) -> None:
-    """Raise BadUsage where options are missing, or say nothing of this operator."""
-    from fastconv.cli.errors import BadUsage
-
+    """Raise BadUsage if options are missing, or say nothing of this operator."""
     takes = TAKES[operator[:-2]]
     for name in ("--input", takes[0]):
         if name not in given:
@@ -169,8 +168,6 @@ def _refuse(operator: str, given: dict[str, Any], quick: bool) -> None:
 
 
 def _sizes(name: str, text: str) -> tuple[int, ...]:
-    from fastconv.cli.errors import BadUsage
-
     words = text.lower().replace(",", "x").split("x")
     if not all(word.isdecimal() for word in words):
         raise BadUsage(f"{name} {text!r}: numbers with an x between them are expected, as 64x64x3x3")
@@ -178,18 +175,17 @@ def _sizes(name: str, text: str) -> tuple[int, ...]:
 
 
 def _precision(precision: str | None, dtype: str) -> str:
-    from fastconv.cli import options
-    from fastconv.cli.errors import BadUsage
+    from fastconv.cli.options import dtype_option
 
     if precision not in (None, "tf32", "ieee"):
         raise BadUsage(f"--precision {precision!r} is not one of tf32, ieee")
-    if precision is not None and options.dtype(dtype).itemsize < 4:
+    if precision is not None and dtype_option(dtype).itemsize < 4:
         raise BadUsage(f"--precision is of float32's products, not of {dtype}'s: add --dtype float32")
     return precision or "tf32"
 
 
 def _arguments(operator: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What torch.nn.functional's function of that name takes beside its tensors."""
+    """The arguments of torch.nn.functional's function of that name, beside its tensors."""
     defaults: dict[str, Any] = {"--padding": "0", "--output-padding": "0", "--dilation": "1", "--groups": 1}
     defaults |= {"--norm-type": 2.0, "--ceil-mode": False, "--return-indices": False}
     defaults["--stride"] = "1" if "conv" in operator else None
@@ -209,8 +205,6 @@ def _arguments(operator: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(text: str) -> dict[str, int]:
-    from fastconv.cli.errors import BadUsage
-
     found = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -220,25 +214,14 @@ def _config(text: str) -> dict[str, int]:
     return found
 
 
-def _here() -> Any:
-    """The GPU of this machine, or where there is none the H200."""
-    import torch
-
-    from fastconv.autotune.gpus import H200
-    from fastconv.kernels import dispatch
-
-    return dispatch.target(torch.device("cuda", 0)) if torch.cuda.is_available() else H200
-
-
 def _report(gpu: Any, quick: bool, json: bool) -> int:
     """The kernels of ResNet-50's telling layers."""
     from fastconv.benchmarks.report.console import console
-    from fastconv.cli.errors import BadUsage
     from fastconv.cli.inspect_layers import LAYERS, QUICK, report
     from fastconv.kernels.inspect import GPUS
 
     try:
-        with _progress(json) as progress:
+        with _Bar(json) as progress:
             rows = report(LAYERS[: QUICK if quick else None], [gpu] if gpu else GPUS, progress)
     except RuntimeError as error:
         raise BadUsage(str(error)) from error
@@ -273,7 +256,7 @@ def _report_table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def tables(passes: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    """One pass with each config: a line each for the pass, and a table with a column for each of its launches."""
+    """One pass with each config: a line for each config, and a table with a column for each launch."""
     from rich.table import Table
 
     from fastconv.benchmarks.report.tables import tile_text
@@ -351,13 +334,12 @@ def _time(prediction: dict[str, Any]) -> str:
 
 
 def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> None:
-    """What is predicted of every tile of each pass's space, and by ``names`` the one that each of ``found`` has; above,
-    what is not tried and why. Raises BadUsage."""
+    """Plot what is predicted of every tile of each pass's space, with the ones that ``found`` has marked by ``names``;
+    above, which tiles are not tried and why. Raises BadUsage."""
     import re
     import textwrap
 
     from fastconv.benchmarks.report.tables import tile_text
-    from fastconv.cli.errors import BadUsage
 
     try:
         from matplotlib.figure import Figure
@@ -382,13 +364,13 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
         for name, marker, taken in zip(names, "sD", alike, strict=False):
             chosen = taken.predicted(False)
             if tile(taken.config) not in order:
-                order.append(tile(taken.config))  # of values outside the space's
+                order.append(tile(taken.config))  # it has values outside the space
             if chosen is not None:
                 style = {"fillstyle": "none", "markersize": 12, "color": "black", "linestyle": "none", "label": name}
                 axes.plot(order.index(tile(taken.config)), chosen[0] * 1e6, marker, **style)
         axes.axhline(it.roofline[0] * 1e6, color="gray", linewidth=0.8, label="roofline")
         top = max((us for _, us in tried), default=1.0)
-        # Numbers aside a rule says the same of many configs.
+        # A rule says the same of many configs, except for numbers.
         reasons = [(tile(config), re.sub(r"\d+", "n", why)) for config, _, why in standings if why]
         for level, why in enumerate(dict.fromkeys(why for _, why in reasons), 1):
             places = sorted({order.index(name) for name, other in reasons if other == why})
@@ -403,8 +385,8 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
         raise BadUsage(f"--plot {path}: {error.strerror}") from error
 
 
-class _progress:
-    """A bar on standard error's terminal, or nothing where standard output is for a program."""
+class _Bar:
+    """A progress bar on standard error's terminal, or nothing if standard output is for a program."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console

@@ -28,7 +28,7 @@ def _layer(channels: int, size: int, filters: int, filter_size: int, stride: int
     )
 
 
-# ResNet-50's at batch 64: the first layer, then both filter sizes, with and without stride, on large and small maps.
+# ResNet-50's layers at batch 64: the first, then both filter sizes, with and without stride, on large and small maps.
 LAYERS = (
     _layer(3, 224, 64, 7, 2),
     _layer(128, 56, 128, 3, 2),
@@ -42,7 +42,7 @@ QUICK = 3
 
 
 def launches_of(problem: ConvProblem, bias: bool, gpu: Gpu) -> list[tuple[str, Config, Launch]]:
-    """Every launch that training one layer takes on ``gpu``, operands dense: (direction, config, launch)."""
+    """(direction, config, launch) of every launch that training one layer takes on ``gpu``, with dense operands."""
     found = []
     for direction in DIRECTIONS:
         plan = dispatch.plan(direction, problem, gpu, dispatch.Layout(bias=bias and direction == "fprop"))

@@ -1,6 +1,6 @@
 """What the passes of one operator are on a GPU that need not be here: tiles, launches, binaries, predictions.
 
-Found by calling the operator on tensors without data, so that it is what a call launches.
+The operator is called on tensors without data, so they are what a call launches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastconv import functional
 from fastconv.autotune import Choice, Config, Gpu, Space, Work, predict
+from fastconv.autotune.choose import predictions
 from fastconv.cli.errors import BadUsage
 from fastconv.functional.conv_bn_act import conv_norm_act
 from fastconv.kernels import dispatch
@@ -35,17 +36,17 @@ POOLS = tuple(
     f"{kind}_pool{rank}d" for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg") for rank in (1, 2, 3)
 )
 OPERATORS = (*CONVOLUTIONS, *POOLS)
-# What a config counts; its other parameters are sides of tensors, and Triton's are powers of two. (So are not the rows
-# of a filter, of which spaces list odd ones.)
+# Parameters that count something. Others are sides of tensors, whose lengths are powers of two in Triton, or rows of a
+# filter, of which spaces list odd numbers.
 COUNTS = ("SPLITS", "TAPS", "COLUMNS", "OUTPUTS", "LINES", "PAIRS", "num_stages")
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What one call has behind the convolution: batch norm, an activation, a residual."""
+    """What a call has behind the convolution: batch norm, an activation, a residual."""
 
-    statistics: bool  # of the batch, as in training; else running ones
+    statistics: bool  # the batch's, as in training; else running ones
     act: str | None
     residual: bool
 
@@ -63,7 +64,7 @@ class OperatorCall:
     fused: Fused | None = None
     channels_last: bool = True
     gradients: bool = True
-    precision: str = "tf32"  # of an fp32 convolution's products, else "ieee"
+    precision: str = "tf32"  # or "ieee": the products of an fp32 convolution
 
     def __call__(self) -> None:
         x = self._tensor(self.input)
@@ -118,14 +119,14 @@ class OperatorCall:
 
 @dataclass(frozen=True)
 class Considered:
-    """A tile as it was chosen: from which space, and what each config of it makes of the problem."""
+    """A tile that was chosen, its space, and what each config of that makes of the problem."""
 
     space: Space
     work: Callable[[Config], Work]
     choice: Choice
 
     def standings(self, gpu: Gpu) -> Iterator[tuple[Config, float | None, str | None]]:
-        """Every combination of the space's values: predicted seconds, or why it is not tried."""
+        """Every combination of the space's values, with its predicted seconds or why it is not tried."""
         for config in self.space.combinations():
             why, seconds = self.space.valid(config), None
             if why is None:
@@ -139,13 +140,13 @@ class Considered:
 
 @dataclass(frozen=True)
 class Inspected:
-    """One pass: what was decided, and the binary of each of its launches."""
+    """One pass: its decisions, and the binary of each of its launches."""
 
     found: Pass
-    considered: Considered | None  # None: a pass that has one form only
+    considered: Considered | None  # None: the pass has one form only
     binaries: tuple[Compiled, ...]
     gpu: Gpu
-    precision: str  # of an fp32 convolution's products
+    precision: str  # the products' of an fp32 convolution
 
     @property
     def launches(self) -> tuple[Record, ...]:
@@ -160,8 +161,8 @@ class Inspected:
         return self.considered.choice.config if self.considered else {}
 
     @property
-    def outside(self) -> str | None:
-        """Why the space would not try the config."""
+    def why_not_tried(self) -> str | None:
+        """Why the space would not try the config, or None."""
         if self.considered is None:
             return None
         space = self.considered.space
@@ -175,18 +176,18 @@ class Inspected:
 
     @property
     def roofline(self) -> tuple[float, str]:
-        """Seconds at the GPU's peak rates, each operand moved once, and which peak it is."""
+        """Seconds at the GPU's peak rates, each operand moved once, and which peak bounds them."""
         problem = self.found.plan.problem if self.found.plan else None
         rate = self.gpu.vector_rate
         if isinstance(problem, ConvProblem) and any(binary.tensor_cores for binary in self.binaries):
             rate = self.gpu.matrix_rate * matrix_share(problem.dtype, self.precision)
-        # What lies between two launches need not move.
+        # What one launch leaves to the next need not move.
         moved = problem.bytes if problem and len(self.launches) > 1 else self.found.bytes
         return max((self.flops / rate, "arithmetic"), (moved / self.gpu.bandwidth, "DRAM"))
 
     def predicted(self, compiled: bool) -> tuple[float, str, int] | None:
         """The cost model's seconds, what bounds them, and programs a multiprocessor; with ``compiled`` by the binary's
-        registers and shared memory instead of estimated ones."""
+        registers and shared memory instead of estimates."""
         if self.considered is None:
             return None
         work = self.considered.work(self.config)
@@ -214,7 +215,7 @@ class Inspected:
             "family": plan.family if plan else None,
             "config": dict(self.config),
             "config_source": considered.choice.source if considered else None,
-            "outside_space": self.outside,
+            "outside_space": self.why_not_tried,
             "flops": self.flops,
             "bytes": self.found.bytes,
             "roofline": {"seconds": seconds, "bound": bound},
@@ -269,7 +270,7 @@ def inspect(
 ) -> list[list[Inspected]]:
     """For each of ``configs`` the passes of ``call`` on ``gpu``, or the one called ``direction``.
 
-    A config names some parameters of one pass; the others are the best that is predicted with these. Raises BadUsage.
+    A config names some parameters of one pass; the others become the best predicted ones. Raises BadUsage.
     """
     found = [_passes(call, gpu, family, direction, config) for config in configs]
     launches = [record.launch for passes in found for it, _ in passes for record in it.launches]
@@ -308,25 +309,25 @@ def _passes(
         passes, considered = _called(call, gpu, family, {of: config})
     by_choice = {id(it.choice): it for it in considered}
     served = [index for index in wanted if passes[index].plan is None or passes[index].choice is not None]
-    # With one family alone the passes of others are left out.
+    # If a family is named, the passes that it does not serve are left out.
     if (family is None and len(served) < len(wanted)) or not served:
         it = passes[next(index for index in wanted if index not in served)]
         assert it.plan is not None
         why = "; ".join(f"{name}: {reason}" for name, reason in it.plan.reasons)
         raise BadUsage(f"no kernel serves {it.name}: {why or f'{family} is no family of it'}")
-    # (Indices are found by the forward pass's tile, whose prediction is not theirs.)
+    # Indices take the forward pass's tile, whose prediction is not theirs.
     return [(it, None if it.name == "indices" else by_choice.get(id(it.choice))) for it in (passes[n] for n in served)]
 
 
 def _called(
     call: OperatorCall, gpu: Gpu, family: str | None, configs: dict[int, Config]
 ) -> tuple[list[Pass], list[Considered]]:
-    """The passes of one call, and its tiles in the order they are chosen; ``configs``: what is given of the n-th."""
+    """The passes of one call, and its tiles in the order of their choice; ``configs``: what is given of the n-th."""
     considered: list[Considered] = []
 
     def consider(space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, choice: Choice) -> Choice:
         given = configs.get(len(considered))
-        # A choice of its own, whose identity says which pass it is of.
+        # A copy, whose identity says which pass it is of.
         choice = replace(choice) if given is None else _best(space, work, gpu, given)
         considered.append(Considered(space, work, choice))
         return choice
@@ -351,26 +352,25 @@ def _called(
 
 
 def _best(space: Space, work: Callable[[Config], Work], gpu: Gpu, given: Config) -> Choice:
-    """What is predicted fastest with the given values; where the space tries none such, of all that fit."""
+    """The best predicted config with the given values: of those that the space tries, if there are any, else of all
+    that fit."""
     unknown = [name for name in given if name not in space.ranges]
     if unknown:
         known = "; ".join(f"{name} of {', '.join(map(str, values))}" for name, values in space.ranges.items())
         raise BadUsage(f"no parameter {', '.join(unknown)} in {space.name}, which has {known}")
     for name, value in given.items():
-        why = _untakable(space, name, value)
+        why = _why_not_taken(space, name, value)
         if why is not None:
             raise BadUsage(f"{name}={value}: {why}")
-    everything = list(space.narrowed(only={name: (value,) for name, value in given.items()}).combinations())
-    tried = [config for config in everything if space.valid(config) is None] or everything
-    predictions = [(config, predict(work(config), gpu)) for config in tried]
-    fitting = [(config, prediction) for config, prediction in predictions if prediction is not None]
+    narrowed = space.narrowed(only={name: (value,) for name, value in given.items()})
+    fitting = predictions(list(narrowed) or narrowed.combinations(), work, gpu)
     if not fitting:
         raise BadUsage(f"{_text(given)} does not fit a multiprocessor of the {gpu.name}")
     config, prediction = min(fitting, key=lambda pair: pair[1].seconds)
     return Choice(config, "the command line", prediction.seconds, prediction.bound)
 
 
-def _untakable(space: Space, name: str, value: int) -> str | None:
+def _why_not_taken(space: Space, name: str, value: int) -> str | None:
     """Why no kernel of ``space`` can take this value of a parameter, or None."""
     if value == 0:
         return None if 0 in space.ranges[name] else "not at least 1"

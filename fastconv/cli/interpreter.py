@@ -1,4 +1,4 @@
-"""Whether PyTorch can use a GPU here, found without importing torch; and starting over without one."""
+"""Whether PyTorch can use a GPU here, found without importing torch; starting over with or without the interpreter."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SWITCH = "TRITON_INTERPRET"
 
 
 def gpu_present() -> bool:
-    """True where torch is built for CUDA and the driver reports a device (``CUDA_VISIBLE_DEVICES=`` hides them)."""
+    """Whether torch is built for CUDA and the driver reports a device; ``CUDA_VISIBLE_DEVICES=`` hides devices."""
     return _torch_has_cuda() and _driver_devices() > 0
 
 
 def enter_interpreter() -> None:
     """Without a GPU, replace this process by the same command line with Triton's interpreter on.
 
-    For the console entry alone, before torch is imported: Triton binds its builtins when a kernel is decorated. The
-    variable is its own guard: whoever has set it, to 0 or to 1, is not restarted.
+    Only the console entry calls it, before torch is imported: Triton binds its builtins when a kernel is decorated. A
+    process whose environment has the variable, 0 or 1, is not restarted.
     """
     if SWITCH in os.environ or gpu_present():
         return
@@ -28,7 +28,7 @@ def enter_interpreter() -> None:
 
 
 def leave_interpreter() -> None:
-    """Replace this process by the same command line without Triton's interpreter, where somebody has turned it on."""
+    """Replace this process by the same command line without Triton's interpreter, if the environment turns it on."""
     if SWITCH in os.environ:
         _start_over({name: value for name, value in os.environ.items() if name != SWITCH})
 
@@ -42,7 +42,7 @@ def _torch_has_cuda() -> bool:
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
-    # torch/version.py alone: importing torch takes two seconds and would be too late for the switch.
+    # Only torch/version.py: importing torch takes two seconds and would be too late for the switch.
     version = spec_from_file_location("_torch_version", Path(spec.origin).with_name("version.py"))
     assert version is not None and version.loader is not None
     module = module_from_spec(version)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastconv.autotune.gpus import Gpu, gpu_called
+from fastconv.autotune.gpus import H200, Gpu, gpu_called
 from fastconv.cli.errors import BadUsage
+from fastconv.kernels import dispatch
 
 DTYPES = {
     **dict.fromkeys(("float32", "fp32"), torch.float32),
@@ -14,16 +15,21 @@ DTYPES = {
 }
 
 
-def dtype(name: str) -> torch.dtype:
+def dtype_option(name: str) -> torch.dtype:
     """The dtype called ``name``. Raises BadUsage with the names there are."""
     if name not in DTYPES:
         raise BadUsage(f"--dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def gpu(name: str) -> Gpu:
+def gpu_option(name: str) -> Gpu:
     """The GPU called ``name``, as `gpu_called` has it. Raises BadUsage with the names there are."""
     try:
         return gpu_called(name)
     except ValueError as error:
         raise BadUsage(f"--{error}") from error
+
+
+def gpu_here() -> Gpu:
+    """The GPU of this machine; the H200 if there is none."""
+    return dispatch.target(torch.device("cuda", 0)) if torch.cuda.is_available() else H200

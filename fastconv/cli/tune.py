@@ -1,9 +1,11 @@
-"""``fastconv tune``: finds the fastest tile of each kernel for the problems of a model, on the GPU that is here."""
+"""``fastconv tune``: finds the fastest tile of each kernel for the problems of a model, on this machine's GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,12 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastconv.autotune import Gpu, Measured, SchemaError, Space, Store, Tuned, Untuned
+from fastconv.autotune.known import reload, tables
+from fastconv.autotune.known import store as user_store
+from fastconv.autotune.records import Record, now
+from fastconv.autotune.schema import named
+from fastconv.autotune.table import Table, file_name
+from fastconv.autotune.table import write_table as write_tuned
+from fastconv.autotune.tune import TuningTask
+from fastconv.cli.errors import BadUsage, bad_usage
+
 if TYPE_CHECKING:
     import torch
 
-    from fastconv.autotune import Gpu, Store, Tuned
-    from fastconv.autotune.records import Record
-    from fastconv.autotune.tune import TuningTask
     from fastconv.measuring.process import Worker
     from fastconv.tuning.sharing import Ranks
 
@@ -60,10 +69,7 @@ def tune(
     ends, torchrun stops the others, and starts all again as often as --max-restarts says.) Exit code 1 when a kernel's
     result is wrong; under torchrun it is rank 0's.
     """
-    from fastconv.autotune import SchemaError
-    from fastconv.autotune.known import store as user_store
-    from fastconv.cli import options
-    from fastconv.cli.errors import BadUsage
+    from fastconv.cli.options import dtype_option, gpu_here, gpu_option
 
     sources: dict[str, object] = {"--model": model, "--layers": layers, "--from-log": from_log}
     given = [name for name, value in sources.items() if value]
@@ -80,13 +86,13 @@ def tune(
         raise BadUsage(f"{name} says something of a model or a layer list")
     if size is not None and not model:
         raise BadUsage("--size needs --model")
-    wishes = Wishes(
-        *(model, layers, from_log, batch or 64, size, options.dtype(dtype or "bfloat16"), train),
-        *(_spaces(kernel), _seconds(budget), top_k, again),
+    options = Options(
+        *(model, layers, from_log, batch or 64, size, dtype_option(dtype or "bfloat16"), train),
+        *(_spaces(kernel), _seconds(budget), top_k, again, report, lock, write_table),
     )
     if gpu is not None and not (dry_run or report or lock or write_table):
         raise BadUsage("--gpu measures nothing: add --dry-run, --report, --lock or --write-table")
-    _check_named(wishes)
+    _check_named(options)
     if lock is not None:
         if lock.is_dir():
             raise BadUsage(f"--lock {lock}: a folder, not a file")
@@ -96,25 +102,25 @@ def tune(
     try:
         store = user_store()
         if given and not dry_run and gpu is None:
-            return _measure(wishes, store, report, lock, write_table)
-        target = options.gpu(gpu) if gpu else _here()
-        tasks = collect(wishes, store, target) if given else []
+            return _measure(options, store)
+        target = gpu_option(gpu) if gpu else gpu_here()
+        tasks = collect(options, store, target) if given else []
         if dry_run:
-            from fastconv.autotune.known import tables
-            from fastconv.cli import tuned
+            from fastconv.cli.tune_screen import foretold
+            from fastconv.kernels.tuned import ADAPTER
 
-            known = tables(target, _caller())
-            for line in tuned.foretold(tasks, known, target, wishes.top_k, wishes.budget, wishes.again):
+            known = tables(target, ADAPTER)
+            for line in foretold(tasks, known, target, options.top_k, options.budget, options.again):
                 _screen(True).print(line)
-        _write(tasks, wishes, target, store, report, lock, write_table)
+        _write(tasks, options, target, store)
         return 0
-    except (SchemaError, OSError) as error:  # of a lock file that is in force, of the store
+    except (SchemaError, OSError) as error:  # the store's, or those of a lock file in force
         raise BadUsage(str(error)) from error
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What is to be tuned, and for how long."""
+class Options:
+    """What is to be tuned, for how long, and what is written then."""
 
     model: str | None
     layers: str | None
@@ -127,56 +133,55 @@ class Wishes:
     budget: float
     top_k: int
     again: bool
+    report: bool
+    lock: Path | None
+    table: Path | None  # its folder
 
     @property
     def name(self) -> str:
-        """Of what is tuned, as a lock file has it."""
+        """The name of what is tuned, as a lock file has it."""
         name = self.model or Path(self.layers or "").stem
         size = f" {self.size}px" if self.size else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{name} batch {self.batch}{size} {dtype} {'training' if self.train else 'inference'}"
 
 
-def collect(wishes: Wishes, store: Store, gpu: Gpu) -> list[TuningTask]:
-    """The problems that have a choice. Raises BadUsage where there are none."""
-    from fastconv.autotune import Untuned
+def collect(options: Options, store: Store, gpu: Gpu) -> list[TuningTask]:
+    """The problems that have a choice. Raises BadUsage if there are none."""
     from fastconv.benchmarks import layer_lists, models
-    from fastconv.cli.errors import BadUsage, bad_usage
     from fastconv.measuring import reason
     from fastconv.tuning import problems
 
     left: list[str] = []
-    if wishes.model is not None:
+    if options.model is not None:
         with bad_usage():
-            loaded = models.load(wishes.model, wishes.batch, wishes.size)
+            loaded = models.load(options.model, options.batch, options.size)
         try:
-            tasks = problems.of_model(loaded, wishes.dtype, wishes.train, gpu)
+            tasks = problems.of_model(loaded, options.dtype, options.train, gpu)
         except Exception as error:  # the network's own code: anything
             raise BadUsage(loaded.refusal(error)) from error
-    elif wishes.layers is not None:
+    elif options.layers is not None:
         with bad_usage():
-            calls = layer_lists.find(wishes.layers).calls
+            calls = layer_lists.find(options.layers).calls
         try:
-            tasks = problems.of_layers(calls, wishes.batch, wishes.dtype, wishes.train, gpu)
-        except Exception as error:  # PyTorch's, of what is possible for one image alone
-            raise BadUsage(f"{wishes.layers} does not run on a batch of {wishes.batch}: {reason(error)}") from error
+            tasks = problems.of_layers(calls, options.batch, options.dtype, options.train, gpu)
+        except Exception as error:  # PyTorch's: some lists are possible only for one image
+            raise BadUsage(f"{options.layers} does not run on a batch of {options.batch}: {reason(error)}") from error
     else:
         tasks, left = problems.met([record for record in store.read(("met",)) if isinstance(record, Untuned)], gpu)
-    if wishes.spaces:
-        tasks = [task for task in tasks if task.question.space.name in wishes.spaces]
+    if options.spaces:
+        tasks = [task for task in tasks if task.question.space.name in options.spaces]
     if not tasks:
         why = f" ({left[0]})" if left else ""
-        what = f" of {', '.join(wishes.spaces)}" if wishes.spaces else ""
-        where = "in the log, none" if wishes.from_log else "none"
+        what = f" of {', '.join(options.spaces)}" if options.spaces else ""
+        where = "in the log, none" if options.from_log else "none"
         raise BadUsage(f"of the problems{what} for the {gpu.name} {where} has configs to choose from{why}")
     return tasks
 
 
-def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, write_table: Path | None) -> int:
-    """Tune on the GPU that is here, with the other ranks of the job if there are any; the exit code."""
-    from fastconv.autotune import Measured, Tuned
-    from fastconv.cli import refuse, tuned
-    from fastconv.cli.errors import BadUsage
+def _measure(options: Options, store: Store) -> int:
+    """Tune on this machine's GPU, with the other ranks of the job if there are any; the exit code."""
+    from fastconv.cli import refuse, tune_screen
     from fastconv.measuring.process import Worker, WorkerError
     from fastconv.tuning import sharing
     from fastconv.tuning.run import WAIT, able
@@ -190,20 +195,20 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
             ranks = sharing.join()
             try:
                 measuring = able(ranks, worker)
-                tasks, records = _tune(wishes, store, worker, measuring, started)
+                tasks, records = _tune(options, store, worker, measuring, started)
                 failed = [it for it in records if isinstance(it, Measured) and it.seconds is None and it.config]
                 failures.update(it.status for it in failed)
                 if measuring.leads:
                     found = [it for it in records if isinstance(it, Tuned)]
-                    for line in tuned.found(tasks, found, time.monotonic() - started, failures):
+                    for line in tune_screen.found(tasks, found, time.monotonic() - started, failures):
                         _screen(True).print(line)
-                    _write(tasks, wishes, worker.gpu, store, report, lock, write_table)
+                    _write(tasks, options, worker.gpu, store)
             except WorkerError as error:
                 if len(ranks.members) == 1:
                     raise
                 why_not = str(error)
-            # Another exit code than 0 has torchrun stop what still runs: it is rank 0's, when all are done.
-            left = max(0.0, started + wishes.budget - time.monotonic())
+            # torchrun stops what still runs at an exit code other than 0, so only rank 0 has one, when all are done.
+            left = max(0.0, started + options.budget - time.monotonic())
             why_nots = ranks.exchange("left", why_not, left + 2 * WAIT, leave=True)
             codes = [refuse(f"rank {rank}: {why}") for rank, why in why_nots.items() if why]
             return 1 if failures["wrong"] and ranks.leads else max(codes, default=0)
@@ -212,14 +217,12 @@ def _measure(wishes: Wishes, store: Store, report: bool, lock: Path | None, writ
 
 
 def _tune(
-    wishes: Wishes, store: Store, worker: Worker, ranks: Ranks, started: float
+    options: Options, store: Store, worker: Worker, ranks: Ranks, started: float
 ) -> tuple[list[TuningTask], list[Record]]:
     """(the problems, what was measured and found of them). Raises BadUsage, WorkerError, RunLost."""
-    from contextlib import ExitStack
-
-    from fastconv.autotune.known import reload, tables
-    from fastconv.cli import tuned
+    from fastconv.cli.tune_screen import Watch
     from fastconv.kernels.compile import cores
+    from fastconv.kernels.tuned import ADAPTER
     from fastconv.measuring.compiling import Compiler
     from fastconv.measuring.runner import WorkerRunner
     from fastconv.tuning import sharing
@@ -227,31 +230,29 @@ def _tune(
 
     gpu = worker.gpu
     screen = _screen(ranks.leads)
-    tasks = collect(wishes, store, gpu)
-    known = tables(gpu, _caller())
+    tasks = collect(options, store, gpu)
+    known = tables(gpu, ADAPTER)
     exact = [known.user.exact(task.question.problem, task.question.version) for task in tasks]
-    part = divide(ranks, tasks, [entry for entry in exact if entry is not None], gpu, wishes.again)
-    with ExitStack() as stack:
+    part = divide(ranks, tasks, [entry for entry in exact if entry is not None], gpu, options.again)
+    with contextlib.ExitStack() as stack:
         compiler = stack.enter_context(Compiler(gpu, max(1, cores() // sharing.local_world_size())))
-        compiler.ahead((task.question for task in part.tasks), wishes.top_k)
+        compiler.ahead((task.question for task in part.tasks), options.top_k)
         screen.print(
-            f"{wishes.name if not wishes.from_log else 'What programs met'} on the {gpu.name}: "
+            f"{options.name if not options.from_log else 'What programs met'} on the {gpu.name}: "
             f"{len(tasks)} problems, {len(tasks) - part.left} of them tuned already"
         )
-        watch = stack.enter_context(tuned.Watch(screen, len(part.tasks), started + wishes.budget))
+        watch = stack.enter_context(Watch(screen, len(part.tasks), started + options.budget))
         records = run(
             part,
             lambda question: WorkerRunner(question, worker, compiler.footprints),
             store,
-            max(1.0, started + wishes.budget - time.monotonic()),
+            max(1.0, started + options.budget - time.monotonic()),
             ranks,
             merge=sharing.local_rank() == 0,
-            again=wishes.again,
-            top_k=wishes.top_k,
+            again=options.again,
+            top_k=options.top_k,
             fastconv=written_by(),
-            seeds=lambda question: [
-                entry.config for table in (known.user, known.shipped) for entry in table.seeds(question.problem)
-            ][:2],
+            seeds=lambda question: known.seeds(question.problem),
             tell=watch.tell,
         )
     reload()
@@ -259,8 +260,7 @@ def _tune(
 
 
 def worker_command(device: int) -> list[str]:
-    """What measures on the GPU of this index. Raises BadUsage where there is none."""
-    from fastconv.cli.errors import BadUsage
+    """The command that measures on the GPU of this index. Raises BadUsage without a GPU."""
     from fastconv.cli.interpreter import gpu_present
     from fastconv.measuring.process import COMMAND
 
@@ -269,58 +269,43 @@ def worker_command(device: int) -> list[str]:
     return [*COMMAND, "--device", str(device)]
 
 
-def _write(
-    tasks: Sequence[TuningTask],
-    wishes: Wishes,
-    gpu: Gpu,
-    store: Store,
-    report: bool,
-    lock: Path | None,
-    table: Path | None,
-) -> None:
+def _write(tasks: Sequence[TuningTask], options: Options, gpu: Gpu, store: Store) -> None:
     """What is asked for beside tuning: the report, a lock file, this GPU's table."""
-    from fastconv.autotune.known import tables
-    from fastconv.autotune.table import Table, file_name
-    from fastconv.kernels.tuned import version_of
+    from fastconv.cli.tune_screen import ranked
+    from fastconv.kernels.tuned import ADAPTER, version_of
 
-    if report:
-        from fastconv.cli import tuned
-
-        for line in tuned.ranked(store, gpu):
+    if options.report:
+        for line in ranked(store, gpu):
             _screen(True).print(line)
-    known = tables(gpu, _caller())
+    known = tables(gpu, ADAPTER)
     current = [
         entry
         for entry in Table([*known.shipped.entries, *known.user.entries]).entries
         if entry.version == version_of(entry.problem.space)
     ]
-    if lock is not None:
+    if options.lock is not None:
         wanted = {task.question.problem for task in tasks}
         locked = [entry for entry in current if entry.problem in wanted]
-        _publish(lock, locked, wishes.name)
-        print(f"{lock}: {len(locked)} of {len(wanted)} problems; FASTCONV_LOCK={lock} makes programs use them")
-    if table is not None:
-        path = table / file_name(gpu.name)
+        _publish(options.lock, locked, options.name)
+        told = f"{len(locked)} of {len(wanted)} problems; FASTCONV_LOCK={options.lock} makes programs use them"
+        print(f"{options.lock}: {told}")
+    if options.table is not None:
+        path = options.table / file_name(gpu.name)
         _publish(path, current, None)
         print(f"{path}: {len(current)} problems")
 
 
 def _publish(path: Path, entries: Sequence[Tuned], model: str | None) -> None:
-    from fastconv.autotune.records import now
-    from fastconv.autotune.schema import named
-    from fastconv.autotune.table import write_table
-    from fastconv.cli.errors import BadUsage
-
     if not entries:
         raise BadUsage(f"{path}: nothing of it is tuned yet for this GPU; nothing was written")
     try:
-        write_table(path, entries, written_by(), now(), model and named(model))
+        write_tuned(path, entries, written_by(), now(), model and named(model))
     except OSError as error:
         raise BadUsage(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def written_by() -> str:
-    """The version, with the commit where it is known."""
+    """The version, with the commit if it is known."""
     import fastconv
     from fastconv.benchmarks.report.results import commit
 
@@ -330,8 +315,6 @@ def written_by() -> str:
 
 def _seconds(text: str) -> float:
     """``90s``, ``10m``, ``1.5h``, or seconds. Raises BadUsage."""
-    from fastconv.cli.errors import BadUsage
-
     match = re.fullmatch(r"(-?\d{1,9}(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
         raise BadUsage(f"--budget {text!r}: a time is expected, as 90s, 10m or 1h")
@@ -342,9 +325,7 @@ def _seconds(text: str) -> float:
 
 
 def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The search spaces of these names. Raises BadUsage with those there are."""
-    from fastconv.autotune import Space
-    from fastconv.cli.errors import BadUsage
+    """The names of search spaces. Raises BadUsage with those there are."""
     from fastconv.kernels import tiles
 
     wanted = [name for value in names or () for name in value.split(",")]
@@ -355,24 +336,19 @@ def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def _check_named(wishes: Wishes) -> None:
-    """Raise BadUsage where no model or layer list is called as the user has it: before a GPU is taken."""
+def _check_named(options: Options) -> None:
+    """Raise BadUsage, before a GPU is taken, if no model or layer list has the user's name."""
     from fastconv.benchmarks import layer_lists, models
-    from fastconv.cli.errors import bad_usage
 
     with bad_usage():
-        if wishes.model is not None:
-            models.find(wishes.model)
-        if wishes.layers is not None:
-            layer_lists.find(wishes.layers)
+        if options.model is not None:
+            models.find(options.model)
+        if options.layers is not None:
+            layer_lists.find(options.layers)
 
 
 def _check_writable(folder: Path, name: str, make: bool = False) -> None:
-    """Raise BadUsage, of ``name``, where no file can be made in ``folder``; ``make``: the folder first."""
-    import tempfile
-
-    from fastconv.cli.errors import BadUsage
-
+    """Raise BadUsage, of ``name``, if no file can be made in ``folder``; ``make``: make the folder first."""
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -380,22 +356,6 @@ def _check_writable(folder: Path, name: str, make: bool = False) -> None:
             pass
     except OSError as error:
         raise BadUsage(f"{name}: cannot be written ({error.strerror or error})") from error
-
-
-def _here() -> Gpu:
-    """The GPU of this machine, or where there is none the H200."""
-    import torch
-
-    from fastconv.autotune.gpus import H200
-    from fastconv.kernels import dispatch
-
-    return dispatch.target(torch.device("cuda", 0)) if torch.cuda.is_available() else H200
-
-
-def _caller() -> Any:
-    from fastconv.kernels.tuned import ADAPTER
-
-    return ADAPTER
 
 
 def _screen(speaks: bool) -> Any:

@@ -37,10 +37,7 @@ def measure(question: Question, fastconv: str) -> Tuned | None:
         worker = _workers[device] = Worker([*COMMAND, "--device", str(device)])
         atexit.register(worker.close)
     log.info("tuning %s on the %s", question.problem.describe(), worker.gpu.name)
-    known = tables(question.gpu, ADAPTER)
-    seeds = [
-        entry.config for entry in (*known.user.seeds(question.problem), *known.shipped.seeds(question.problem))[:2]
-    ]
+    seeds = tables(question.gpu, ADAPTER).seeds(question.problem)
     compiling = 0.0
     with Compiler(question.gpu) as compiler:
 

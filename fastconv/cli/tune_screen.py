@@ -22,13 +22,13 @@ from fastconv.benchmarks.report.tables import new_table, tile_text
 from fastconv.kernels.compile import cores
 from fastconv.kernels.tuned import conv_of, pool_of
 
-# For the time that is foretold: of a binary on one core, of a problem's measurements.
+# Guesses for the time that is foretold: a binary on one core, a problem's measurements.
 COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5
 
 
 class Watch:
-    """Progress: the problem at hand with its best so far, how many have ended, how long it takes at most. Without a
-    terminal it is a line for each that has ended."""
+    """Progress: the current problem with its best so far, how many have ended, how long it takes at most. Without a
+    terminal it is a line for each problem that has ended."""
 
     def __init__(self, screen: Console, problems: int, end: float) -> None:
         columns = (
@@ -67,7 +67,7 @@ class Watch:
 def found(
     tasks: Sequence[TuningTask], entries: Sequence[Tuned], seconds: float, failures: Mapping[str, int]
 ) -> list[Any]:
-    """What a run found: where it saves most first. Times are measured, each problem by itself."""
+    """What a run found, the largest savings first. Times are measured, each problem by itself."""
     counts = {task.question.problem: task.count for task in tasks}
     best = {entry.problem: entry for entry in entries if entry.problem in counts}
     gains = {problem: counts[problem] * (it.default_seconds - it.seconds) for problem, it in best.items()}
@@ -85,7 +85,7 @@ def found(
     line = f"{len(best)} problems tuned in {seconds:.0f} s: {len(won)} have another tile than the default"
     if best:
         line += f"; together {(before - sum(gains.values())) * 1e3:.2f} ms where the defaults take {before * 1e3:.2f}"
-        line += f"; PyTorch is faster at {sum(map(_pytorch_faster, best.values()))}"
+        line += f"; PyTorch is faster at {sum(it.pytorch_faster for it in best.values())}"
     lines.append(line)
     tried = dict.fromkeys(RETRIED, "tried again with --again") | {OUT_OF_MEMORY: "tried by the next run"}
     counted: defaultdict[str, list[str]] = defaultdict(list)
@@ -139,13 +139,13 @@ def ranked(store: Store, gpu: Gpu) -> list[Any]:
             str(part.problems),
             *(f"{part.correlation:.2f}", f"{part.top1:.1%}", f"{part.top5:.1%}"),
             *((f"{mean(costs):.1%}", f"{max(costs):.1%}") if costs else ("", "")),
-            f"{sum(map(_pytorch_faster, tuned))} of {len(tuned)}",
+            f"{sum(entry.pytorch_faster for entry in tuned)} of {len(tuned)}",
         )
     return [table]
 
 
 def described(problem: ProblemKey) -> tuple[str, str]:
-    """(kernel, the problem in the words of its operator); of another version's as tables know it."""
+    """(kernel, the problem in the words of its operator, or as tables know it if another version wrote it)."""
     kind = dict(problem.kind)
     try:
         line = (pool_of(problem) if "pool" in kind else conv_of(problem)).describe()
@@ -159,10 +159,6 @@ def _problems(*columns: str) -> rich.table.Table:
     table = new_table("kernel", "problem", "times", *columns)
     table.columns[1].justify = "left"
     return table
-
-
-def _pytorch_faster(entry: Tuned) -> bool:
-    return entry.pytorch is not None and entry.pytorch * (1 + entry.noise) < entry.seconds
 
 
 def _us(seconds: float) -> str:
