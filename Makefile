@@ -6,7 +6,7 @@
 #   OUT=dir ARGS=...   bench, gpu: where results go; bench: further arguments
 #   N=1000             fuzz: how many calls of each kind, and models
 #   STAGE=models       gpu: some stages of tests, operators, blocks, models, tuning
-#   FASTCONV_COMMIT=   gpu: what was measured, where there is no .git to ask
+#   FASTCONV_COMMIT=   gpu: what is measured, if there is no .git to ask
 SHELL = bash
 PYTHON ?= python3
 VENV ?= .venv$(TRITON:%=-triton-%)
@@ -37,7 +37,7 @@ setup:
 
 test: test-fast test-compile test-slow
 
-# of another Triton a sample of what depends on it most
+# another Triton runs a sample of what depends on it most
 test-fast: setup
 	@.ci/stage "fast tests" env TRITON_INTERPRET=1 $(PYTEST) -m "not compile and not slow" \
 		$(if $(TRITON),tests/kernels --sample)
@@ -45,14 +45,14 @@ test-fast: setup
 test-compile: setup
 	@.ci/stage "compile tests" env -u TRITON_INTERPRET $(PYTEST) -m "compile and not slow" $(if $(TRITON),$(COMPILED))
 
-# every tile of the spaces of bulk copies, chosen by a network or not, and more GPUs: for who changes a kernel or a space
+# every tile of the bulk copies' spaces, chosen by a network or not, on more GPUs: for a change of a kernel or a space
 test-tiles: setup
 	@.ci/stage "tiles" env -u TRITON_INTERPRET $(PYTEST) -m "compile and slow"
 
 test-slow: setup
 	@.ci/stage "slow tests" env TRITON_INTERPRET=1 $(PYTEST) -m "slow and not compile"
 
-# random calls of every operator and random models, other ones each time; a failure ends with lines to paste
+# random calls of every operator and random models, new ones each time; a failure ends with lines to paste
 fuzz: setup
 	@FASTCONV_FUZZ=$(N) TRITON_INTERPRET=1 $(PYTEST) tests/fuzz
 

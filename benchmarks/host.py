@@ -120,7 +120,7 @@ def median_us(call: Callable[[], object]) -> float:
 
 
 def measure(name: str, device: torch.device) -> dict[str, float | None]:
-    """Microseconds of each kind of call; None where the family does not serve it."""
+    """Microseconds of each kind of call; None if the family does not serve it."""
     call, leaves = call_of(name, device)
     with override("only_family")(PROBLEMS[name][0]), fastconv.settings(strict=True):
         with torch.no_grad():

@@ -94,7 +94,7 @@ def providers(names: Iterable[str]) -> tuple[Provider, ...]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Operators that are alike: where they come from, who runs them, and what is owed for them."""
+    """Operators that are alike: their layer lists, the providers that run them, and what is owed."""
 
     name: str
     lists: tuple[str, ...]  # layer lists, by name

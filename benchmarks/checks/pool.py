@@ -1,4 +1,4 @@
-"""Pools of every kind and rank: forward, PyTorch's indices where they are asked for, and the input's gradient."""
+"""Pools of every kind and rank: forward, PyTorch's indices if they are asked for, and the input's gradient."""
 
 from __future__ import annotations
 

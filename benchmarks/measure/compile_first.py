@@ -19,7 +19,7 @@ from fastconv.measuring import reason
 
 
 def compile_kernels(calls: Callable[[], object]) -> Part:
-    """Compile what ``calls()`` launches. What fails here fails again, and visibly, where it is called."""
+    """Compile what ``calls()`` launches. What fails here fails again, visibly, when it is called."""
     part: Part = {"id": "compile", "kind": "compile", "title": "Compiling the kernels ahead", "kernels": 0}
     if mend.interpreting():
         return part | {"verdict": "skipped", "reason": "nothing is compiled under the interpreter"}

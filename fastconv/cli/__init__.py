@@ -86,7 +86,7 @@ def refuse(line: str, code: int = 2) -> int:
     return code
 
 
-def _app(arguments: list[str]):  # type: ignore[no-untyped-def]  # typer is absent where the extra is not installed
+def _app(arguments: list[str]):  # type: ignore[no-untyped-def]  # typer comes with an extra
     from importlib import import_module
 
     import typer

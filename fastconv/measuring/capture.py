@@ -27,7 +27,7 @@ class Captured:
         torch.cuda.synchronize()
         try:
             # torch.cuda.graph would give all of the allocator's memory back each time.
-            self.graph.capture_begin(pool=self.pool.id)  # type: ignore[arg-type]  # torch has a name for such a pair
+            self.graph.capture_begin(pool=self.pool.id)  # type: ignore[arg-type]  # torch has a name for the pair
             try:
                 self.result = call()
             except BaseException:

@@ -1,1 +1,1 @@
-"""Tuning many problems: those of a model, a layer list or the log; one run over them, shared by ranks."""
+"""Tuning many problems: a model's, a layer list's or the log's, in one run that ranks may share."""

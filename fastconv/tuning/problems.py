@@ -1,4 +1,4 @@
-"""What a tuning run is about: the problems of a model, of a layer list, or those that programs met untuned."""
+"""The problems of a tuning run: a model's, a layer list's, or those that programs met untuned."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Found = dict[ProblemKey, TuningTask]
 
 @contextlib.contextmanager
 def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
-    """Add to ``found`` what the calls inside the block run, planned for ``gpu`` and each made ``times`` times; tensors
-    may be without data."""
+    """Add to ``found`` the problems of the calls inside the block, planned for ``gpu``, each counted ``times`` times.
+    Tensors need no data."""
 
     def consider(space: Space, features: Any, work: Any, on: Gpu, choice: Choice) -> Choice:
         question = ask(space, features, work, on, ADAPTER)
         before = found.get(question.problem) or TuningTask(question, 0)
         found[question.problem] = replace(before, count=before.count + times)
-        # A problem that PyTorch is faster at is one all the same.
+        # A problem that PyTorch is faster at is tuned too.
         return replace(choice, pytorch_faster=False)
 
     with dispatch.use_target(gpu), considering(consider), decisions():
@@ -67,8 +67,8 @@ def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, tra
 
 
 def met(records: Iterable[Untuned], gpu: Gpu) -> tuple[list[TuningTask], list[str]]:
-    """The problems that this user's programs met on ``gpu`` and no table knew; and why others cannot be measured. Each
-    counts once: it is written down where it is first decided, and how often a program runs it is not known there."""
+    """The problems that this user's programs met on ``gpu`` and no table knew, and why others cannot be measured. Each
+    counts once, because the log does not know how often a program runs it."""
     found: Found = {}
     left: list[str] = []
     for problem in dict.fromkeys(record.problem for record in records if record.of_gpu(gpu)):

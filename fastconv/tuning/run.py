@@ -15,7 +15,7 @@ from fastconv.measuring.process import START, Worker, WorkerError
 from fastconv.tuning.sharing import Ranks
 
 KINDS = ("measured", "tuned")
-WAIT = 120.0  # seconds that ranks wait for others' last paired run, or a compiler of theirs that hangs
+WAIT = 120.0  # seconds that ranks wait for another's last paired run, or its compiler that hangs
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Part:
 
 
 def able(ranks: Ranks, worker: Worker) -> Ranks:
-    """Those that can measure. Raises WorkerError on a rank that cannot, RunLost."""
+    """The ranks that can measure. Raises WorkerError on a rank that cannot, RunLost."""
     why_not = None
     try:
         worker.start()
@@ -41,7 +41,7 @@ def able(ranks: Ranks, worker: Worker) -> Ranks:
 
 
 def divide(ranks: Ranks, tasks: Sequence[TuningTask], earlier: Iterable[Tuned], gpu: Gpu, again: bool = False) -> Part:
-    """Divide among ranks on equal GPUs, by predicted cost, what none has tuned ``earlier``; or all, ``again``.
+    """Divide what no rank has tuned ``earlier``, or with ``again`` all, by predicted cost among ranks on equal GPUs.
 
     Raises RunLost.
     """
@@ -66,10 +66,10 @@ def run(
     again: bool = False,
     **options: Any,
 ) -> list[Record]:
-    """Tune a part in ``budget`` seconds: what all ranks measured and found.
+    """Tune a part in ``budget`` seconds; what all ranks measured and found.
 
-    Each measurement is in ``store`` at once, so another run goes on where this one ends. With ``merge`` what the other
-    ranks found comes there too. ``options`` are those of `session`. Raises RunLost, WorkerError.
+    Each measurement is in ``store`` at once, so another run goes on from this one's end. ``merge``: the other ranks'
+    records come there too. ``options`` are those of `session`. Raises RunLost, WorkerError.
     """
     records: list[Record] = []
     failure = None

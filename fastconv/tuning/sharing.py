@@ -1,4 +1,4 @@
-"""The ranks that torchrun started share one tuning run: they exchange what each says, and all wait for all."""
+"""The ranks that torchrun started share one tuning run: each tells its values, and all wait for all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RENDEZVOUS = timedelta(seconds=120)
 
 
 class RunLost(RuntimeError):
-    """Another rank has ended, or the store that all share."""
+    """Another rank, or the store that all share, is gone."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process (``rank``) among the ranks of a run, by way of torch.distributed's key-value store."""
+    """This process, ``rank``, among the ranks of a run, with torch.distributed's key-value store."""
 
     store: Any = None
     rank: int = 0
@@ -30,8 +30,8 @@ class Ranks:
         return self.rank == self.members[0]
 
     def exchange(self, name: str, value: Any, seconds: float, leave: bool = False) -> dict[int, Any]:
-        """The value (JSON) of each member; waits ``seconds`` for them at most. Who is to ``leave`` and does not lead
-        waits for nobody. Raises RunLost."""
+        """Each member's value, as JSON; waits at most ``seconds`` for them. A member that is to ``leave`` and does not
+        lead waits for nobody. Raises RunLost."""
         if self.members == (self.rank,):
             return {self.rank: value}
         with _store_errors():
