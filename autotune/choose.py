@@ -137,12 +137,7 @@ def install_measurer(measurer: Callable[[Question], Tuned | None] | None) -> Non
 
 
 def _decide(
-    space: Space,
-    features: Hashable,
-    work: Callable[[Config], Work],
-    gpu: Gpu,
-    adapter: Adapter | None,
-    policy: Policy,
+    space: Space, features: Hashable, work: Callable[[Config], Work], gpu: Gpu, adapter: Adapter | None, policy: Policy
 ) -> Choice:
     if adapter is None or policy.tune == "off":
         return by_cost_model(space, work, gpu)

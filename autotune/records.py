@@ -183,8 +183,7 @@ class Tuned(Record):
     default_seconds: Seconds
     # Other good ones, fastest first, in times of earlier rounds.
     also: Annotated[
-        tuple[tuple[Config, float], ...],
-        schema.listing(schema.record({"config": _CONFIG, "seconds": _SECONDS}), 16),
+        tuple[tuple[Config, float], ...], schema.listing(schema.record({"config": _CONFIG, "seconds": _SECONDS}), 16)
     ]
     pytorch: Annotated[float | None, schema.optional(_SECONDS)]  # PyTorch's own op
     noise: Annotated[float, schema.number(0, 1e3)]  # A/A, relative
@@ -233,11 +232,7 @@ def from_json(value: Any, where: str) -> Record:
     if kind == "measured" and (values["status"] == "ok") != (values["seconds"] is not None):
         raise schema.SchemaError(f"{where}.seconds: a time belongs to the status ok and to no other")
     return _KINDS[kind](
-        ProblemKey.of(**value["problem"]),
-        value["gpu"],
-        value["multiprocessors"],
-        Version(**value["version"]),
-        **values,
+        ProblemKey.of(**value["problem"]), value["gpu"], value["multiprocessors"], Version(**value["version"]), **values
     )
 
 

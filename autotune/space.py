@@ -39,10 +39,7 @@ class Space:
         )
 
     def narrowed(
-        self,
-        only: Mapping[str, Iterable[int]] = {},
-        at_least: Mapping[str, int] = {},
-        at_most: Mapping[str, int] = {},
+        self, only: Mapping[str, Iterable[int]] = {}, at_least: Mapping[str, int] = {}, at_most: Mapping[str, int] = {}
     ) -> Space:
         """The space with other values of the parameters named: ``only`` those given, the smallest that is ``at_least``
         the number, all that are ``at_most`` the number (the smallest stays in any case)."""

@@ -23,7 +23,7 @@ from fastconv.kernels.problem import ConvProblem, conv_problem, conv_transpose_p
 FIRST_LAYER_CHANNELS = 4
 TENSORS = ("input", "weight", "bias")
 LARGE = 2**28  # bytes of an input that no cache holds a part of, so that a share of the bandwidth is owed
-MOST_BATCHES = 8  # a network's batch is enlarged at most so for that
+MOST_BATCHES = 8  # the largest factor by which a batch is enlarged for that
 TINY = {"batch": 2, "groups": 8, "width": 32, "size": 4}  # limits of what an interpreter runs; the size is the least
 KEEPING = "forward, training"  # a pass forward that keeps what backward reads
 TOGETHER = "together"  # forward and all gradients, as a training step has them

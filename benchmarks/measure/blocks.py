@@ -53,7 +53,7 @@ BLOCKS = (
     ("mobilenet_v2", "features.16"),
 )
 DRY = (("resnet18", "layer2.0"),)
-ROUND_SECONDS = 1.5  # limit for the rounds of one block, beyond the least number
+ROUND_SECONDS = 1.5  # for the rounds of one block, unless the least number of rounds takes longer
 ROW_SECONDS = 1.2  # guess for a block in one mode without torch.compile, until some have been measured
 COMPILE_SECONDS = {"infer": 8.0, "train": 12.0}  # Inductor's for a block: it does not begin with less left
 COMPILED_PROVIDER = "torch.compile channels_last"

@@ -22,12 +22,7 @@ class Compilation:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         # Its own process group, so that its compiling processes end with it.
         self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
     def __enter__(self) -> Compilation:

@@ -30,7 +30,7 @@ MODES = ("infer", "train")
 YARDSTICK_PROVIDER = "eager channels_last"
 SAMPLE_MS = 20.0  # steps fill a sample to this length, beside which the events' resolution does not matter
 WARM_UP_STEPS = 3
-ROUND_SECONDS = 8.0  # limit for the rounds of one stage, beyond the least number
+ROUND_SECONDS = 8.0  # for the rounds of one stage, unless the least number of rounds takes longer
 COMPILE_SECONDS = {"infer": 15.0, "train": 30.0}  # Inductor's for a network: it does not begin with less left
 DROPPING = ("StochasticDepth", "DropPath")  # torchvision's and timm's, beside torch's own dropout
 

@@ -26,7 +26,7 @@ from fastconv.measuring.accuracy import Tensors, against_yardstick
 from fastconv.measuring.capture import Captured, captured
 from fastconv.measuring.clock import Clock, Sample, Thunk, interleave, spread, synchronize, within
 
-ROUND_SECONDS = 0.3  # limit for the rounds of one row, beyond the least number
+ROUND_SECONDS = 0.3  # for the rounds of one row, unless the least number of rounds takes longer
 COMPILE_SECONDS = 3.0  # Inductor's for one operator: it does not begin with less left
 WARM_UP = 2  # calls after the first, in which cuDNN searches its algorithm
 AGAIN_BYTES = 2**30  # of operands that the second measurement goes through: far more than a cache holds

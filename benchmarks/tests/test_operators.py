@@ -1,7 +1,7 @@
 """The registry under pytest-benchmark, ``pytest benchmarks/``: the most telling case of each entry, each direction.
 
-On a GPU with the GPU's sizes. Without one under ``TRITON_INTERPRET=1`` tiny, once, so that the way there is known to
-work; its times mean nothing. Nothing wrong is timed.
+A GPU gets the networks' sizes. Under ``TRITON_INTERPRET=1`` tiny cases run once, to show that they can be measured;
+their times mean nothing. Nothing wrong is timed.
 """
 
 from __future__ import annotations

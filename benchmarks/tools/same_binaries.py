@@ -1,10 +1,10 @@
 """Whether two commits compile to the same binaries: ``make same-binaries BASE=<commit>``.
 
-What a refactoring of kernels or of the launch path must not change. Each commit is checked out beside this one;
-``fastconv.warmup`` compiles there what five networks launch in inference and in training, into a cache of Triton's of
-its own; every binary in it is disassembled. Two are the same if their instructions are, and their registers, stack and
-shared memory, whatever names, line numbers and places of arguments are. What was found of a commit is kept under
-``out/binaries``. Ten to twenty minutes a commit on two cores.
+A refactoring of kernels or of the launch path must not change them. Each commit is checked out beside this one. There
+``fastconv.warmup`` compiles what five networks launch in inference and in training, into a Triton cache of the commit,
+and every binary is disassembled. Two are the same if their instructions, registers, stack and shared memory are;
+names, line numbers and places of arguments may differ. A commit's binaries are kept under ``out/binaries``. Ten to
+twenty minutes a commit on two cores.
 """
 
 from __future__ import annotations

@@ -285,11 +285,7 @@ def interpreted_run(options: Options, out: Path, screen: Console) -> Results:
         dtypes = [dtype_option(options.dtype)]
     steps = QUICK_STEPS if options.quick else lenet.STEPS
     command = (*COMMAND, "--quick") if options.quick else COMMAND
-    with (
-        Output(out, options, screen) as output,
-        Compilation(command) as compilation,
-        Progress(screen) as progress,
-    ):
+    with Output(out, options, screen) as output, Compilation(command) as compilation, Progress(screen) as progress:
         progress.begin("LeNet-5, plain and converted", steps)
         output.put(lenet.run(steps, progress.tick))
         progress.begin("ResNet-18's blocks", 2 * len(dtypes))

@@ -12,9 +12,7 @@ from fastconv.cli.errors import BadUsage
 WRONG = "[bold red]WRONG[/]"  # in place of a precision's largest error
 
 
-def check(
-    quick: Annotated[bool, typer.Option("--quick", help="The most telling problems alone.")] = False,
-) -> int:
+def check(quick: Annotated[bool, typer.Option("--quick", help="The most telling problems alone.")] = False) -> int:
     """Run every kernel and compare with PyTorch in fp64: forward and every gradient, each precision, telling problems.
 
     On a GPU, or without one on Triton's interpreter. Exit code 1 when a kernel is wrong.

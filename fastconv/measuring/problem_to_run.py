@@ -156,11 +156,7 @@ def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> Proble
         call = conv._prepare_gather(direction, it, gpu, all_operands, True)
         return lambda: execute(call, all_operands)[0]
 
-    depth = {
-        "fprop": per_output,
-        "dgrad": it.out_channels // it.groups * it.taps,
-        "wgrad": it.output_pixels,
-    }[direction]
+    depth = {"fprop": per_output, "dgrad": it.out_channels // it.groups * it.taps, "wgrad": it.output_pixels}[direction]
     return ProblemToRun(problem, operands, ours, partial(_pytorch_convolution, it, direction), depth, None, _even(it))
 
 
