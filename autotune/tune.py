@@ -55,7 +55,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TuningState:
     """A problem's state after a round."""
 
     question: Question
@@ -87,7 +87,7 @@ def tune(
     top_k: int = 16,
     deadline: float = float("inf"),
     clock: Callable[[], float] = time.monotonic,
-    tell: Callable[[Progress], object] = lambda step: None,
+    tell: Callable[[TuningState], object] = lambda state: None,
     fastconv: str = "unknown",
 ) -> Tuned | None:
     """Find the fastest config of one problem in at most ``trials`` measurements and a last paired run.
@@ -110,7 +110,7 @@ class _Tuning:
         seeds: Iterable[Config],
         deadline: float,
         clock: Callable[[], float],
-        tell: Callable[[Progress], object],
+        tell: Callable[[TuningState], object],
     ) -> None:
         self.question, self.runner, self.keep = question, runner, keep
         self.deadline, self.clock, self.report = deadline, clock, tell
@@ -270,7 +270,7 @@ class _Tuning:
             config, seconds, default = entry.config, entry.seconds, entry.default_seconds
         left = self.deadline - self.clock()
         measured, failed = self.search.measured, len(self.failed)
-        self.report(Progress(self.question, measured, failed, config, seconds, default, left, entry is not None))
+        self.report(TuningState(self.question, measured, failed, config, seconds, default, left, entry is not None))
 
 
 def _gain(base: Sequence[float], theirs: Sequence[float]) -> float:

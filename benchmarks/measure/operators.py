@@ -177,7 +177,7 @@ def measure(
                 _measure_race(race, setup, deadline, started + compiling)
                 pace.note(race, time.monotonic() - started)
             for row in race.rows:
-                targets.stand(row, race.entry, limits)
+                targets.complete(row, race.entry, limits)
             part["rows"] = sorted((*part["rows"], *race.rows), key=targets.losses_first)
             part |= {"means": targets.means(part["rows"]), "families": targets.families(part["rows"])}
             part |= targets.verdict(part["rows"])

@@ -125,7 +125,7 @@ def _operators(part: Part) -> list[RenderableType]:
             f"{row.get('family', '')} {tile_text(row.get('tile') or {})}",
             "; ".join(_remarks(row)),
         )
-    return [table, *_standing(part)]
+    return [table, *_summary(part)]
 
 
 def _spread(ms: dict[str, float] | None) -> str:
@@ -160,7 +160,7 @@ def _remarks(row: dict[str, Any]) -> Iterable[str]:
         yield f"{row['unconfirmed']:.2f} of the fastest's, UNCONFIRMED: eager has no time"
 
 
-def _standing(part: Part) -> Iterable[RenderableType]:
+def _summary(part: Part) -> Iterable[RenderableType]:
     """Lines about all rows together."""
     told: dict[tuple[str, str], list[str]] = {}
     for row in part["rows"]:

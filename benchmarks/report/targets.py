@@ -28,7 +28,7 @@ class Ceilings:
         return max(moved / self.bandwidth, flops / self.matrix) * 1e3
 
 
-def stand(row: Row, entry: Entry, ceilings: Ceilings) -> None:
+def complete(row: Row, entry: Entry, ceilings: Ceilings) -> None:
     """Complete a row: speeds over the fastest of PyTorch's, over the rivals and over eager channels_last; rates, shares
     of the ceilings, and what is owed and missed.
 

@@ -352,14 +352,14 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
     def tile(config: Any) -> str:
         return tile_text({name: it for name, it in config.items() if name not in ("SPLITS", "num_warps", "num_stages")})
 
-    spaces = [list(it.considered.standings(it.gpu)) for it, *_ in shown]
-    width = max(10.0, 0.12 * max(len({tile(config) for config, *_ in standings}) for standings in spaces))
+    spaces = [list(it.considered.each_config(it.gpu)) for it, *_ in shown]
+    width = max(10.0, 0.12 * max(len({tile(config) for config, *_ in configs}) for configs in spaces))
     figure = Figure(figsize=(width, 5 * len(shown)), layout="constrained")  # not pyplot: it would look for a display
-    for axes, alike, standings in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, spaces, strict=True):
+    for axes, alike, configs in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, spaces, strict=True):
         it = alike[0]
-        tried = [(tile(config), seconds * 1e6) for config, seconds, _ in standings if seconds is not None]
+        tried = [(tile(config), seconds * 1e6) for config, seconds, _ in configs if seconds is not None]
         order = list(dict.fromkeys(name for name, _ in sorted(tried, key=lambda pair: pair[1])))
-        order += [name for name in dict.fromkeys(tile(config) for config, *_ in standings) if name not in order]
+        order += [name for name in dict.fromkeys(tile(config) for config, *_ in configs) if name not in order]
         axes.plot([order.index(name) for name, _ in tried], [us for _, us in tried], "o", label="predicted")
         for name, marker, taken in zip(names, "sD", alike, strict=False):
             chosen = taken.predicted(False)
@@ -371,7 +371,7 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
         axes.axhline(it.roofline[0] * 1e6, color="gray", linewidth=0.8, label="roofline")
         top = max((us for _, us in tried), default=1.0)
         # A rule says the same of many configs, except for numbers.
-        reasons = [(tile(config), re.sub(r"\d+", "n", why)) for config, _, why in standings if why]
+        reasons = [(tile(config), re.sub(r"\d+", "n", why)) for config, _, why in configs if why]
         for level, why in enumerate(dict.fromkeys(why for _, why in reasons), 1):
             places = sorted({order.index(name) for name, other in reasons if other == why})
             axes.plot(places, [top * 1.25**level] * len(places), "x", label=textwrap.fill(why, 40))

@@ -39,7 +39,7 @@ OPERATORS = (*CONVOLUTIONS, *POOLS)
 # Parameters that count something. Others are sides of tensors, whose lengths are powers of two in Triton, or rows of a
 # filter, of which spaces list odd numbers.
 COUNTS = ("SPLITS", "TAPS", "COLUMNS", "OUTPUTS", "LINES", "PAIRS", "num_stages")
-Progress = Callable[[int, int], None]
+Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Considered:
     work: Callable[[Config], Work]
     choice: Choice
 
-    def standings(self, gpu: Gpu) -> Iterator[tuple[Config, float | None, str | None]]:
+    def each_config(self, gpu: Gpu) -> Iterator[tuple[Config, float | None, str | None]]:
         """Every combination of the space's values, with its predicted seconds or why it is not tried."""
         for config in self.space.combinations():
             why, seconds = self.space.valid(config), None
@@ -266,7 +266,7 @@ def inspect(
     direction: str | None = None,
     configs: Sequence[Config | None] = (None,),
     listings: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> list[list[Inspected]]:
     """For each of ``configs`` the passes of ``call`` on ``gpu``, or the one called ``direction``.
 

@@ -236,7 +236,7 @@ def _tune(
     part = divide(ranks, tasks, [entry for entry in exact if entry is not None], gpu, options.again)
     with contextlib.ExitStack() as stack:
         compiler = stack.enter_context(Compiler(gpu, max(1, cores() // sharing.local_world_size())))
-        compiler.ahead((task.question for task in part.tasks), options.top_k)
+        compiler.compile_ahead((task.question for task in part.tasks), options.top_k)
         screen.print(
             f"{options.name if not options.from_log else 'What programs met'} on the {gpu.name}: "
             f"{len(tasks)} problems, {len(tasks) - part.left} of them tuned already"

@@ -17,7 +17,7 @@ from fastconv.autotune.ranking import fits
 from fastconv.autotune.ranking import summary as means
 from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
 from fastconv.autotune.table import Table, Tables
-from fastconv.autotune.tune import Progress, TuningTask, expected_gain, share_of
+from fastconv.autotune.tune import TuningState, TuningTask, expected_gain, share_of
 from fastconv.benchmarks.report.tables import new_table, tile_text
 from fastconv.kernels.compile import cores
 from fastconv.kernels.tuned import conv_of, pool_of
@@ -48,19 +48,19 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def tell(self, step: Progress) -> None:
+    def tell(self, state: TuningState) -> None:
         left = max(0, round(self._end - time.monotonic()))
-        line = f"{' '.join(described(step.question.problem))}: {step.measured} configs"
-        if step.failed:
-            line += f", {step.failed} failed"
-        if step.best_seconds is not None:
-            line += f", best {_us(step.best_seconds)} us"
-            if step.default_seconds is not None:
-                line += f" of {_us(step.default_seconds)}"
+        line = f"{' '.join(described(state.question.problem))}: {state.measured} configs"
+        if state.failed:
+            line += f", {state.failed} failed"
+        if state.best_seconds is not None:
+            line += f", best {_us(state.best_seconds)} us"
+            if state.default_seconds is not None:
+                line += f" of {_us(state.default_seconds)}"
         at_most = f"at most {left // 60}:{left % 60:02} left,"
-        self._bar.update(self._task, advance=int(step.done), description=line, left=at_most)
-        self._ended += step.done
-        if step.done and not self._screen.is_terminal:
+        self._bar.update(self._task, advance=int(state.done), description=line, left=at_most)
+        self._ended += state.done
+        if state.done and not self._screen.is_terminal:
             self._screen.print(f"{self._ended}/{self._problems} {at_most} {line}", soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ import torch
 from fastconv.measuring import reason
 
 Thunk = Callable[[], object]
-Candidate = TypeVar("Candidate")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Rounds:
 
 
 def interleave(
-    candidates: Mapping[str, Candidate],
-    sample: Callable[[Candidate], Sample],
+    candidates: Mapping[str, T],
+    sample: Callable[[T], Sample],
     *,
     deadline: float,
     least: int = 3,

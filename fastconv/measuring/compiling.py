@@ -15,8 +15,8 @@ from fastconv.kernels.inspect import resources
 from fastconv.kernels.launch import Launch
 from fastconv.measuring.problem_to_run import ProblemToRun, to_run
 
-Found = Footprint | Failed
-Candidates = dict[Hashable, Sequence[Launch]]
+Outcome = Footprint | Failed
+
 
 # One thread plans at a time: the target and the config that a plan is made for are the process's.
 _planning = threading.Lock()
@@ -28,8 +28,8 @@ class Compiler:
     def __init__(self, gpu: Gpu, jobs: int | None = None) -> None:
         self.gpu, self._jobs = gpu, jobs
         self._problems: dict[ProblemKey, ProblemToRun] = {}
-        self._binaries: dict[Any, Found] = {}
-        self._ahead: dict[ProblemKey, Future[list[Found]]] = {}
+        self._binaries: dict[Any, Outcome] = {}
+        self._ahead: dict[ProblemKey, Future[list[Outcome]]] = {}
         self._background, self._asked = (ThreadPoolExecutor(1, name) for name in ("ahead", "asked"))
 
     def __enter__(self) -> Compiler:
@@ -40,24 +40,26 @@ class Compiler:
         for executor in (self._background, self._asked):
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def ahead(self, questions: Iterable[Question], top_k: int) -> None:
+    def compile_ahead(self, questions: Iterable[Question], top_k: int) -> None:
         """Compile each question's ``top_k`` predicted fastest configs, in this order, while others are measured."""
         for question in questions:
             configs = [config for config, _ in question.fitting()[:top_k]]
             self._ahead[question.problem] = self._background.submit(self._compile, question, configs)
 
-    def footprints(self, question: Question, configs: Sequence[Config]) -> list[Found]:
+    def footprints(self, question: Question, configs: Sequence[Config]) -> list[Outcome]:
         """What each config takes, or why it does not compile."""
         coming = self._ahead.pop(question.problem, None)
         if coming is not None and not coming.cancel():
             coming.result()
         return self._asked.submit(self._compile, question, configs).result()
 
-    def _compile(self, question: Question, configs: Sequence[Config]) -> list[Found]:
+    def _compile(self, question: Question, configs: Sequence[Config]) -> list[Outcome]:
         with _planning:
             planned = [self._planned(question.problem, config) for config in configs]
         launches = [it for each in planned if not isinstance(each, Failed) for it in each]
-        missing: Candidates = {it.compile_key: [it] for it in launches if it.compile_key not in self._binaries}
+        missing: dict[Hashable, Sequence[Launch]] = {
+            it.compile_key: [it] for it in launches if it.compile_key not in self._binaries
+        }
         found = resources(missing, self.gpu, self._jobs) if missing else {}
         for key, it in found.items():
             self._binaries[key] = (
@@ -77,7 +79,7 @@ class Compiler:
             return Failed("failed", f"cannot be planned: {error}")
 
 
-def _most(binaries: Sequence[Found]) -> Found:
+def _most(binaries: Sequence[Outcome]) -> Outcome:
     """The largest footprint of a config's launches, or a failure among them."""
     for each in binaries:
         if isinstance(each, Failed):

@@ -24,11 +24,11 @@ from fastconv.kernels.tiles import considering
 from fastconv.kernels.tuned import ADAPTER
 from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 
-Found = dict[ProblemKey, TuningTask]
+Tasks = dict[ProblemKey, TuningTask]
 
 
 @contextlib.contextmanager
-def _asking(gpu: Gpu, found: Found, times: int = 1) -> Iterator[None]:
+def _asking(gpu: Gpu, found: Tasks, times: int = 1) -> Iterator[None]:
     """Add to ``found`` the problems of the calls inside the block, planned for ``gpu``, each counted ``times`` times.
     Tensors need no data."""
 
@@ -47,7 +47,7 @@ def of_model(loaded: LoadedModel, dtype: torch.dtype, train: bool, gpu: Gpu) -> 
     """The problems of one step of a model, converted. Raises what the model raises."""
     model = fastconv.convert(loaded.model, memory_format=loaded.memory_format).to(dtype)
     x = torch.empty(loaded.input_shape, dtype=dtype).to(memory_format=loaded.memory_format)
-    found: Found = {}
+    found: Tasks = {}
     with _asking(gpu, found):
         make_calls(model, (x,), train, False)
     return _choosing(found)
@@ -55,7 +55,7 @@ def of_model(loaded: LoadedModel, dtype: torch.dtype, train: bool, gpu: Gpu) -> 
 
 def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, train: bool, gpu: Gpu) -> list[TuningTask]:
     """The problems of the calls of a layer list, forward and, with ``train``, backward."""
-    found: Found = {}
+    found: Tasks = {}
     for operator, count in calls.items():
         each = operator.with_batch(batch)
         direction = TOGETHER if TOGETHER in each.directions and train else each.directions[0]
@@ -69,7 +69,7 @@ def of_layers(calls: Mapping[Operator, int], batch: int, dtype: torch.dtype, tra
 def met(records: Iterable[Untuned], gpu: Gpu) -> tuple[list[TuningTask], list[str]]:
     """The problems that this user's programs met on ``gpu`` and no table knew, and why others cannot be measured. Each
     counts once, because the log does not know how often a program runs it."""
-    found: Found = {}
+    found: Tasks = {}
     left: list[str] = []
     for problem in dict.fromkeys(record.problem for record in records if record.of_gpu(gpu)):
         try:
@@ -79,6 +79,6 @@ def met(records: Iterable[Untuned], gpu: Gpu) -> tuple[list[TuningTask], list[st
     return _choosing(found), left
 
 
-def _choosing(found: Found) -> list[TuningTask]:
+def _choosing(found: Tasks) -> list[TuningTask]:
     """Those that have more than one config to choose from."""
     return [task for task in found.values() if len(task.question.fitting()) > 1]

@@ -19,7 +19,7 @@ WAIT = 120.0  # seconds that ranks wait for another's last paired run, or its co
 
 
 @dataclass(frozen=True)
-class Part:
+class RankTasks:
     """One rank's part of a run."""
 
     tasks: Sequence[TuningTask]
@@ -40,7 +40,9 @@ def able(ranks: Ranks, worker: Worker) -> Ranks:
     return dataclasses.replace(ranks, members=tuple(rank for rank, able in said.items() if able))
 
 
-def divide(ranks: Ranks, tasks: Sequence[TuningTask], earlier: Iterable[Tuned], gpu: Gpu, again: bool = False) -> Part:
+def divide(
+    ranks: Ranks, tasks: Sequence[TuningTask], earlier: Iterable[Tuned], gpu: Gpu, again: bool = False
+) -> RankTasks:
     """Divide what no rank has tuned ``earlier``, or with ``again`` all, by predicted cost among ranks on equal GPUs.
 
     Raises RunLost.
@@ -52,11 +54,11 @@ def divide(ranks: Ranks, tasks: Sequence[TuningTask], earlier: Iterable[Tuned], 
     left = [task for task in tasks if (task.question.problem, task.question.version) not in ended]
     left.sort(key=lambda task: -share_of(task))
     alike = [rank for rank, (theirs, _) in said.items() if theirs == mine]
-    return Part(left[alike.index(ranks.rank) :: len(alike)], len(left), found)
+    return RankTasks(left[alike.index(ranks.rank) :: len(alike)], len(left), found)
 
 
 def run(
-    part: Part,
+    part: RankTasks,
     runner_of: Callable[[Question], Runner],
     store: Store,
     budget: float,

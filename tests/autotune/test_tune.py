@@ -18,7 +18,7 @@ from fastconv.autotune.tune import (
     PAIRED,
     Failed,
     Footprint,
-    Progress,
+    TuningState,
     TuningTask,
     expected_gain,
     noise_of,
@@ -105,7 +105,7 @@ def test_winner_is_near_the_best() -> None:
 
 def test_every_measurement_is_kept_before_the_next() -> None:
     runner = Runner(new_question())
-    steps: list[Progress] = []
+    steps: list[TuningState] = []
     found, records = kept(runner, tell=steps.append, fastconv="0.1.0")
     assert found is not None and records[-1] is found
     measured = records[:-1]
@@ -289,7 +289,7 @@ def test_session_goes_where_the_time_goes() -> None:
         runner.run = timed  # type: ignore[method-assign]
         return runner
 
-    def tell(step: Progress) -> None:
+    def tell(step: TuningState) -> None:
         allowances.setdefault(step.question.problem, step.left)
 
     records: list[Any] = []

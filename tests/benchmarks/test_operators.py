@@ -336,19 +336,19 @@ def test_what_times_mean_and_what_is_owed() -> None:
     pool, dense = ENTRIES[1], ENTRIES[0]
     row: dict[str, Any] = {"status": "ok", "ours": OURS, "bytes": 3_000_000_000, "flops": 0, "large": True}
     row["providers"] = timed(eager=3.0, fastconv=1.0, fastconv_nchw=1.25, eager_nchw=2.0, compile=0.9)
-    targets.stand(row, pool, LIMITS)
+    targets.complete(row, pool, LIMITS)
     assert (row["speed"], row["gb_per_s"], row["share"], row["tflops"]) == (0.9, 3000.0, 0.75, None)
     assert (row["layout_ms"], row["ceiling"], row["missed"]) == (0.25, 0.75, ["speed", "bandwidth"])
     row |= {"large": False, "flops": 400_000_000_000}
-    targets.stand(row, dense, LIMITS)
+    targets.complete(row, dense, LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"], row["missed"]) == (0.9, 3.0, 3.0, [])
     assert (row["tflops"], row["matrix_share"], row["ceiling"]) == (400.0, 0.5, 0.75)
     # The other way says less: all speeds are less.
     row["again"] = {"speed_over_eager": 1.5}
-    targets.stand(row, dense, LIMITS)
+    targets.complete(row, dense, LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (0.45, 1.5, 1.5)
     row["again"] = {"speed_over_eager": 3.5}
-    targets.stand(row, dense, LIMITS)
+    targets.complete(row, dense, LIMITS)
     assert (row["speed_over_eager"], row["unconfirmed"]) == (3.0, None)
 
 
@@ -356,7 +356,7 @@ def test_what_is_not_confirmed_is_no_win() -> None:
     row = stood(None, {"resnet50": 1}, bytes=3_000_000_000, flops=0, large=False, reason=None, ours=OURS)
     row["providers"] = timed(eager=3.0, fastconv=1.0)
     row["again"] = {"status": "failed", "reason": "OutOfMemoryError: tried to allocate 2 GiB", "copies": 2}
-    targets.stand(row, ENTRIES[1], LIMITS)
+    targets.complete(row, ENTRIES[1], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
     assert (row["unconfirmed"], row["gb_per_s"], row["missed"]) == (3.0, 3000.0, [])
     assert (targets.means([row]), targets.families([row])) == ([], {})
@@ -369,14 +369,14 @@ def test_what_is_not_confirmed_is_no_win() -> None:
 def test_without_eagers_time_no_win_is_believed() -> None:
     row: dict[str, Any] = {"status": "ok", "ours": OURS, "bytes": 10**9, "flops": 0, "large": False}
     row["providers"] = timed(fastconv=1.0, eager_nchw=3.0)
-    targets.stand(row, ENTRIES[3], LIMITS)
+    targets.complete(row, ENTRIES[3], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["speed_over_eager"]) == (None, None, None)
     assert (row["unconfirmed"], row["missed"]) == (3.0, [])
     (remark,) = tables._remarks(row | {"reason": None})
     assert remark == "3.00 of the fastest's, UNCONFIRMED: eager has no time"
     # A loss is: nobody has to doubt it.
     row = row | {"providers": timed(fastconv=1.0, eager_nchw=3.0, compile=0.5), "unconfirmed": None}
-    targets.stand(row, ENTRIES[3], LIMITS)
+    targets.complete(row, ENTRIES[3], LIMITS)
     assert (row["speed"], row["speed_over_rivals"], row["unconfirmed"]) == (0.5, None, None)
 
 

@@ -214,19 +214,19 @@ def test_a_config_is_completed_by_the_best_that_is_predicted() -> None:
     assert (it.choice.config["BLOCK_K"], it.choice.config["num_warps"]) == (32, 4)
     constants = found.launches[0].launch.constants
     assert {constants[name] for name in ("BLOCK_K",)} == {32} and constants["BLOCK_M"] == it.choice.config["BLOCK_M"]
-    same = [(s, c) for c, s, why in it.standings(H200) if s and c["BLOCK_K"] == 32 and c["num_warps"] == 4]
+    same = [(s, c) for c, s, why in it.each_config(H200) if s and c["BLOCK_K"] == 32 and c["num_warps"] == 4]
     assert it.choice.seconds == min(s for s, _ in same)
 
 
-def test_standings_say_of_every_combination_what_is_predicted_or_why_not() -> None:
+def test_every_combination_says_what_is_predicted_or_why_not() -> None:
     _, it = considered()
-    standings = list(it.standings(A100))
+    configs = list(it.each_config(A100))
     combinations = 1
     for values in it.space.ranges.values():
         combinations *= len(values)
-    assert len(standings) == combinations
-    assert all((seconds is None) == (why is not None) for _, seconds, why in standings)
-    assert {why for _, _, why in standings if why} >= {"copies in flight for another step size"}
+    assert len(configs) == combinations
+    assert all((seconds is None) == (why is not None) for _, seconds, why in configs)
+    assert {why for _, _, why in configs if why} >= {"copies in flight for another step size"}
 
 
 def test_values_outside_the_space_are_tried_where_they_fit() -> None:
@@ -277,7 +277,9 @@ def test_a_plot_names_every_tile_and_marks_those_compared(tmp_path: Path) -> Non
     words = re.findall("<!-- (.*) -->", (tmp_path / "space.svg").read_text())
     (_, it), *_ = _passes(call, H200, "pixels", "fprop", None)
     assert it is not None
-    sides = [[config[name] for name in ("BLOCK_N", "BLOCK_C", "PIXELS", "PAIRS")] for config, *_ in it.standings(H200)]
+    sides = [
+        [config[name] for name in ("BLOCK_N", "BLOCK_C", "PIXELS", "PAIRS")] for config, *_ in it.each_config(H200)
+    ]
     tiles = [word for word in words if re.match(r"N\d+ K64 C\d+", word)]
     assert len(tiles) == len(set(tiles)) == len(set(map(tuple, sides)))
     assert {"A", "B", "roofline", "N64 K64 C32 PAIRS3"} <= set(words) and any("K32" in word for word in words)

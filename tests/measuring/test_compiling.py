@@ -33,7 +33,7 @@ def test_registers_and_shared_memory_are_the_compilers() -> None:
     with Compiler(H200) as compiler:
         found = compiler.footprints(question, configs[:2])
         assert all(isinstance(each, Footprint) and 0 < each.registers <= 255 for each in found)
-        compiler.ahead([question], 2)
+        compiler.compile_ahead([question], 2)
         began = time.monotonic()
         assert compiler.footprints(question, configs[:2]) == found
         assert time.monotonic() - began < 5, "each binary once"
@@ -87,7 +87,7 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(compiling, "resources", resources)
     with Compiler(H200) as compiler:
-        compiler.ahead([first, second, third], 2)
+        compiler.compile_ahead([first, second, third], 2)
         assert begun.wait(30)
         # Not begun yet: it is not waited for.
         assert compiler.footprints(third, [third.fitting()[0][0]]) == [Footprint(64, 0, 1024)]

@@ -21,7 +21,7 @@ from fastconv.autotune.choose import Question, by_cost_model
 from fastconv.autotune.gpus import A100, H200
 from fastconv.autotune.tune import TuningTask
 from fastconv.tuning import sharing
-from fastconv.tuning.run import Part, divide
+from fastconv.tuning.run import RankTasks, divide
 from fastconv.tuning.sharing import Ranks, RunLost
 from tests.autotune.making import VERSION, problem, tuned
 from tests.autotune.test_tune import SPACE, work
@@ -62,7 +62,7 @@ def on(name: str, ranks: Ranks) -> Ranks:
 def test_ranks_on_other_gpus_have_problems_of_their_own(ranks: list[Ranks]) -> None:
     tasks = [task(index) for index in range(4)]
 
-    def part(each: Ranks) -> Part:
+    def part(each: Ranks) -> RankTasks:
         return divide(each, tasks, [tuned(tasks[0].question.problem)], A100 if each.rank == 1 else H200)
 
     with ThreadPoolExecutor(3) as threads:
