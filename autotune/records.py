@@ -62,12 +62,12 @@ class ProblemKey:
         return {"space": self.space} | {name: dict(getattr(self, name)) for name in ("kind", "channels", "sizes")}
 
     @cached_property
-    def family(self) -> tuple[Any, ...]:
+    def comparable(self) -> tuple[Any, ...]:
         """Equal for problems that have a distance."""
         return (self.space, self.kind, tuple(n for n, _ in self.channels), tuple(n for n, _ in self.sizes))
 
     def distance(self, other: ProblemKey) -> float:
-        """In doublings, from a problem of the same family; a channel count weighs as much as two sizes."""
+        """In doublings, from a problem that is comparable; a channel count weighs as much as two sizes."""
         return sum(
             weight * abs(log2(1 + a) - log2(1 + b))
             for weight, mine, others in ((2, self.channels, other.channels), (1, self.sizes, other.sizes))
@@ -76,7 +76,7 @@ class ProblemKey:
 
     def same_bucket(self, other: ProblemKey) -> bool:
         return (
-            self.family == other.family
+            self.comparable == other.comparable
             and self.channels == other.channels
             and all(
                 abs(log2(1 + a) - log2(1 + b)) <= BUCKET for (_, a), (_, b) in zip(self.sizes, other.sizes, strict=True)

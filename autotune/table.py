@@ -46,9 +46,9 @@ class Table:
         self._exact: dict[tuple[ProblemKey, Version], Tuned] = {}
         for entry in sorted(entries, key=lambda entry: entry.date):
             self._exact[entry.problem, entry.version] = entry
-        self._families: dict[tuple[Any, ...], list[Tuned]] = {}
+        self._comparable: dict[tuple[Any, ...], list[Tuned]] = {}
         for entry in self._exact.values():
-            self._families.setdefault(entry.problem.family, []).append(entry)
+            self._comparable.setdefault(entry.problem.comparable, []).append(entry)
 
     def __len__(self) -> int:
         return len(self._exact)
@@ -70,8 +70,8 @@ class Table:
 
     def seeds(self, problem: ProblemKey) -> list[Tuned]:
         """What a search may begin with: entries within REACH, stale ones too, nearest first."""
-        family = self._families.get(problem.family, ())
-        near = [(problem.distance(entry.problem), entry) for entry in family]
+        entries = self._comparable.get(problem.comparable, ())
+        near = [(problem.distance(entry.problem), entry) for entry in entries]
         return [entry for distance, entry in sorted(near, key=lambda each: each[0]) if distance <= REACH]
 
 

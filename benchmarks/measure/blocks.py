@@ -77,32 +77,22 @@ class BlockWorkload(Workload):
         self.dz = torch.randn(block.output_shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def step(self, model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
-        """Returns the output (inference), or every gradient."""
+        """Returns the output, in training with every gradient."""
         if self.mode == "infer":
             return super().step(model, x)
-        x, dz = x.detach().requires_grad_(self.needs_dx), self._output_gradient(x)
-        leaves = list(self._leaves(model, x).values())
+        x = x.detach().requires_grad_(self.needs_dx)
+        dz = self.dz.to(x.dtype).contiguous(memory_format=self.loaded.memory_format)
+        leaves = ({"input": x} if self.needs_dx else {}) | dict(model.named_parameters())
 
-        def train() -> Any:
+        def train() -> Tensors:
             (y,) = self.forward(model, x)
-            return torch.autograd.grad(y, leaves, dz)
+            gradients = torch.autograd.grad(y, list(leaves.values()), dz)
+            return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
         return train
 
     def outcome(self, model: nn.Module, x: torch.Tensor) -> Tensors:
-        if self.mode == "infer":
-            return super().outcome(model, x)
-        x, dz = x.detach().requires_grad_(self.needs_dx), self._output_gradient(x)
-        (y,) = self.forward(model, x)
-        leaves = self._leaves(model, x)
-        gradients = torch.autograd.grad(y, list(leaves.values()), dz)
-        return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-    def _leaves(self, model: nn.Module, x: torch.Tensor) -> Tensors:
-        return ({"input": x} if self.needs_dx else {}) | dict(model.named_parameters())
-
-    def _output_gradient(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dz.to(x.dtype).contiguous(memory_format=self.loaded.memory_format)
+        return super().outcome(model, x) if self.mode == "infer" else self.step(model, x)()
 
 
 def load_blocks(names: Sequence[tuple[str, str]], batch: int, size: int | None) -> list[Block]:
