@@ -209,7 +209,7 @@ def _measure_network(loaded: LoadedModel, it: Timing) -> None:
 
 
 def _operators(options: Options, dtype: torch.dtype) -> Callable[[Timing], None]:
-    cases = registry.cases(*_asked(options), dtype)
+    cases = registry.cases(*_entries_and_lists(options), dtype)
     if not cases:
         asked = " and no ".join(entry.name for entry in registry.entries(options.ops))
         raise BadUsage(f"{options.model or ', '.join(options.layers)} calls no {asked} operator")
@@ -228,7 +228,7 @@ def _measure_operators(races: list[operators.Race], it: Timing) -> None:
         it.output.put(part)
 
 
-def _asked(options: Options) -> tuple[list[registry.Entry], Callable[[str], layer_lists.LayerList]]:
+def _entries_and_lists(options: Options) -> tuple[list[registry.Entry], Callable[[str], layer_lists.LayerList]]:
     """The entries, and what finds their lists: the shipped ones, the user's, or the one of the user's network."""
     entries = registry.entries(options.ops)
     if options.model is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,12 +109,12 @@ def inspect(
     configs = [None if text is None else _config(text) for text in compare or (config,)]
     listings = [name for name, wanted in (("sass", sass), ("ptx", ptx), ("ttgir", ttgir)) if wanted]
     arguments = (call, target or gpu_here(), family, direction, configs, listings)
-    with _Bar(json or bool(listings)) as progress:
+    with _bar(json or bool(listings)) as progress:
         found = inspect_operator.inspect(*arguments, progress)
     if plot is not None:
         draw(found, ("A", "B") if compare else ("this one",), plot)
     if json:
-        _print_json({"passes": [it.json() for passes in found for it in passes]})
+        print(dumps({"passes": [it.json() for passes in found for it in passes]}, indent=1))
         return 0
     screen = console()
     if listings:
@@ -221,12 +223,12 @@ def _report(gpu: Any, quick: bool, json: bool) -> int:
     from fastconv.kernels.inspect import GPUS
 
     try:
-        with _Bar(json) as progress:
+        with _bar(json) as progress:
             rows = report(LAYERS[: QUICK if quick else None], [gpu] if gpu else GPUS, progress)
     except RuntimeError as error:
         raise BadUsage(str(error)) from error
     if json:
-        _print_json({"kernels": rows})
+        print(dumps({"kernels": rows}, indent=1))
         return 0
     screen = console()
     for target in dict.fromkeys(row["target"] for row in rows):
@@ -385,33 +387,22 @@ def draw(found: Sequence[Sequence[Any]], names: Sequence[str], path: Path) -> No
         raise BadUsage(f"--plot {path}: {error.strerror}") from error
 
 
-class _Bar:
+@contextlib.contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error's terminal, or nothing if standard output is for a program."""
+    from rich.console import Console
 
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
+    from fastconv.benchmarks.report.console import Progress
 
-        from fastconv.benchmarks.report.console import Progress
+    quiet = quiet or not Console(stderr=True).is_terminal
+    begun = False
 
-        screen = Console(stderr=True)
-        self._bar = Progress(Console(stderr=True, quiet=quiet or not screen.is_terminal))
-        self._begun = False
+    def tick(done: int, everything: int) -> None:
+        nonlocal begun
+        if not begun:
+            bar.begin("compiling", everything)
+            begun = True
+        bar.tick()
 
-    def __enter__(self) -> Any:
-        self._bar.__enter__()
-        return self._tick
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-
-    def _tick(self, done: int, everything: int) -> None:
-        if not self._begun:
-            self._bar.begin("compiling", everything)
-            self._begun = True
-        self._bar.tick()
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    import json
-
-    print(json.dumps(data, indent=1))
+    with Progress(Console(stderr=True, quiet=quiet)) as bar:
+        yield tick

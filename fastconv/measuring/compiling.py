@@ -30,14 +30,14 @@ class Compiler:
         self._problems: dict[ProblemKey, ProblemToRun] = {}
         self._binaries: dict[Any, Outcome] = {}
         self._ahead: dict[ProblemKey, Future[list[Outcome]]] = {}
-        self._background, self._asked = (ThreadPoolExecutor(1, name) for name in ("ahead", "asked"))
+        self._background, self._foreground = (ThreadPoolExecutor(1, name) for name in ("ahead", "asked"))
 
     def __enter__(self) -> Compiler:
         return self
 
     def __exit__(self, *_: object) -> None:
         """What has not begun is left."""
-        for executor in (self._background, self._asked):
+        for executor in (self._background, self._foreground):
             executor.shutdown(wait=True, cancel_futures=True)
 
     def compile_ahead(self, questions: Iterable[Question], top_k: int) -> None:
@@ -51,7 +51,7 @@ class Compiler:
         coming = self._ahead.pop(question.problem, None)
         if coming is not None and not coming.cancel():
             coming.result()
-        return self._asked.submit(self._compile, question, configs).result()
+        return self._foreground.submit(self._compile, question, configs).result()
 
     def _compile(self, question: Question, configs: Sequence[Config]) -> list[Outcome]:
         with _planning:
