@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left: list[pytest.Item] = []
     for item in items:
         function = item.nodeid.partition("[")[0]
-        # (What cases take turns in, by twos, threes or fours, all comes up in these.)
+        # What cases take turns in, by twos, threes or fours, all comes up in two of five.
         (chosen if seen[function] % 5 < 2 else left).append(item)
         seen[function] += 1
     config.hook.pytest_deselected(items=left)

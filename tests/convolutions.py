@@ -31,7 +31,7 @@ class Case:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
-    after: tuple[int, ...] | None = None  # trailing padding, where it is not the leading one
+    after: tuple[int, ...] | None = None  # trailing padding; None: as the leading one
 
     def problem(self, dtype: torch.dtype = torch.float32) -> ConvProblem:
         rank = len(self.size)

@@ -41,7 +41,7 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def noted(self: Any, *arguments: Any, **options: Any) -> None:
         values = [value for it in arguments for value in (it if isinstance(it, tuple) else (it,))]
-        # (A descriptor's tensor is its base.)
+        # A descriptor's tensor is its base.
         tensors = [getattr(value, "base", value) for value in values]
         tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.numel()]
         last = [sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors]

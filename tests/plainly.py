@@ -40,13 +40,13 @@ def fused_calls(note: Note = activation) -> Iterator[list[Any]]:
 
 @contextmanager
 def fused_by_torch(note: Note = activation, float64: bool = False) -> Iterator[list[Any]]:
-    """`fused_calls`, computed as where no kernel serves them, beside torch.nn.functional's convolutions; ``float64``:
-    as if it were served."""
+    """`fused_calls`, composed of PyTorch's operators, beside torch.nn.functional's convolutions; ``float64``: as if
+    kernels served it."""
     fused, served = ours.fused_call.conv_norm_act, ours.fused_call.why_not_served
     within: list[bool] = []
 
     def composed(*args: Any) -> Tensor:
-        within.append(True)  # (What torch.compile follows.)
+        within.append(True)  # torch.compile follows this
         try:
             return fused(*args)
         finally:

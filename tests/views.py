@@ -26,7 +26,7 @@ def strided(t: Tensor) -> Tensor:
 
 
 def offset(t: Tensor) -> Tensor:
-    """Axes turned round, too, where it has several."""
+    """Behind one element, with the axes turned round."""
     return _poison(t, t.numel() + 1)[1:].view(*reversed(t.shape)).permute(*reversed(range(t.dim()))).copy_(t)
 
 

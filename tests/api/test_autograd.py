@@ -1,6 +1,6 @@
 """What autograd is told: what happens between forward and backward, and gradients of gradients through whole models.
 
-Converted models against torch.nn's in fp64, where these run; where these raise, ours raise too.
+Converted models against torch.nn's in fp64, where torch.nn's run; ours raise if those raise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", 
 
 
 class Net(nn.Module):
-    """A stem, a residual block whose batch norm is called alone too, and a block called twice."""
+    """A stem, a residual block whose batch norm is called by itself too, and a block called twice."""
 
     def __init__(self, act: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def compare(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], rt
         reference = theirs[name]
         assert (value is None) == (reference is None), name
         if value is not None and reference is not None:
-            # (In training batch norm takes a bias's gradient away.)
+            # In training batch norm takes a bias's gradient away.
             atol = rtol / 10 * (0.01 + float(reference.detach().abs().max()))
             text = f"{name}: {{}}".format
             torch.testing.assert_close(value.double().cpu(), reference.double(), rtol=rtol, atol=atol, msg=text)
@@ -88,7 +88,7 @@ def train_once(model: Any, x: Tensor) -> None:
 
 
 def train_in_turn(model: Any, x: Tensor) -> None:
-    """The batch norm called alone is PyTorch's: what it writes autograd does not see."""
+    """The batch norm called by itself is PyTorch's, and autograd does not see what it writes."""
     model[0].bn.train()(torch.randn(2, 4, 3, 3, device=DEVICE))
 
 
@@ -239,7 +239,7 @@ def test_an_inner_step_that_is_differentiated(frozen: str, training: bool) -> No
 
 
 class Composed(nn.BatchNorm2d):
-    """Of differentiable parts: PyTorch's own third gradient leaves out that the statistics depend on the input."""
+    """Batch norm of differentiable parts: PyTorch's third gradient forgets that the statistics depend on the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)

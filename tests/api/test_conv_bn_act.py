@@ -55,7 +55,7 @@ class Case:
 
     @property
     def channels(self) -> int:
-        """Of the output."""
+        """The output's."""
         return self.weight[1] * self.conv.get("groups", 1) if self.transposed else self.weight[0]
 
 
@@ -499,7 +499,7 @@ def check_twice(case: Case, training: bool, wanted: tuple[str, ...] | None = Non
     def twice(one: Layer, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         one.leaves["x"].data /= 4  # so that second gradients are no larger than what they are made of
         for name, leaf in one.wanted.items():
-            # (In training batch norm takes the bias away again.)
+            # In training batch norm takes the bias away again.
             leaf.requires_grad_((not wanted or name in wanted) and not (name == "bias" and training))
         z = function(one, training)
         leaves, dz = list(one.wanted.values()), gradient_for(z).requires_grad_()
@@ -576,8 +576,8 @@ def test_one_tensor_as_input_and_residual(training: bool) -> None:
     list(zip(sorted(set(autograd.ACTIVATIONS) - {"hardsigmoid"}), cycle(["before", None, "after"]), strict=False)),
 )
 def test_the_plain_twin_gradchecks(act: str, residual: str | None, training: bool) -> None:
-    """What a gradient of the gradient is composed of, in fp64: first and second order. (PyTorch has no second gradient
-    of hardsigmoid.)"""
+    """The parts of a gradient of the gradient in fp64, first and second order; PyTorch has no second gradient of
+    hardsigmoid."""
     draw = torch.Generator().manual_seed(3)
 
     def leaf(*shape: int) -> Tensor:
@@ -858,7 +858,7 @@ def test_opcheck(name: str, residual: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.fastconv, name.split()[0]).default, operator_arguments(name, residual))
 
 
-# What each of two processes runs on its share of the batch: a rank, where they meet, where operands and results are.
+# Each of two processes runs it on its share of the batch. Arguments: rank, meeting place, folder of all tensors.
 PROCESS = """
 import os
 import sys

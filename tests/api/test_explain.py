@@ -47,7 +47,7 @@ class Call(torch.nn.Module):
 
 
 def check_what_runs(model: torch.nn.Module, run: Run, *inputs: Tensor) -> None:
-    """The launches that ``run`` names are those of a step of ``model``, with these operands."""
+    """``run`` names the launches that a step of ``model`` on ``inputs`` makes, with their operands."""
     with record() as launches:
         z = model(*inputs)
         if z.requires_grad:

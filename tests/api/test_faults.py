@@ -290,7 +290,7 @@ def test_where_partial_sums_find_no_memory_there_are_none(
         assert not warnings()
         crowded.refused = 0
         with launches.record() as records:
-            # (Sums of integers, which have no order.)
+            # Integers sum to the same in any order.
             assert torch.equal(compute(), expected) and torch.equal(stable, expected)
         refused = crowded.refused
         assert refused >= splits > 0 and not any(it.name in FINISHING for it in records)

@@ -24,7 +24,7 @@ class Index:
         return 2
 
 
-# In place of one integer. PyTorch takes the first eight of these.
+# What may stand for one integer. PyTorch takes the first eight.
 INTEGERS: dict[str, Any] = {
     "int": 2,
     "numpy.int64": numpy.int64(2),
@@ -77,7 +77,7 @@ def check(function: str, operands: tuple[Any, ...], arguments: dict[str, Any], w
 
 
 def values(rank: int, single: bool = False) -> dict[str, Any]:
-    # PyTorch itself fails on these where it looks for several, by an assertion of its own.
+    # PyTorch itself takes these for one integer, and fails by an assertion if it expects several.
     lenient = ("an array of one",) if single else ("an index", "an array of one")
     found = {name: value for name, value in INTEGERS.items() if name not in lenient}
     return found if single else found | {name: make(rank) for name, make in SEVERAL.items()}

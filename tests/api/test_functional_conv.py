@@ -362,7 +362,7 @@ def test_autocast() -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         y = ours.conv2d(x, weight, bias)
         z = ours.conv_transpose2d(y, weight)
-        # PyTorch's autocast leaves fp64 alone, and so is it PyTorch's.
+        # Autocast does not change fp64, which PyTorch computes.
         assert ours.conv2d(x.double(), weight.double()).dtype == torch.float64
     assert y.dtype == z.dtype == torch.bfloat16
     assert_equal(y.detach(), theirs.conv2d(*(t.detach().cpu().double() for t in (x, weight, bias))), "autocast")

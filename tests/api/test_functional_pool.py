@@ -60,7 +60,7 @@ each_call = pytest.mark.parametrize("name", CALLS)
 
 
 class NoFallback(TorchDispatchMode):
-    """Raises where one of PyTorch's own pools is called."""
+    """Raises on a call of one of PyTorch's own pools."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "pool" in func.name() and not func.name().startswith("fastconv::"):
@@ -161,7 +161,7 @@ def test_memory_format_is_the_inputs(name: str, last: bool) -> None:
 
 
 def test_only_taps_are_kept() -> None:
-    """One byte an output, not the input nor int64 indices; nothing where no gradient is needed."""
+    """A byte an output is kept, neither the input nor int64 indices; nothing without gradients."""
     tensors: list[Tensor] = []
     x = torch.randn(2, 8, 6, 6, device=DEVICE, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):

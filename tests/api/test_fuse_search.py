@@ -301,7 +301,7 @@ def through(m: Any, x: Any) -> Any:
 
 RELU, PLUS = ("ReLU", None), (None, "after")
 
-# name -> (forward, further children, fused, calls of one step in training, and in eval where they differ)
+# name -> (forward, further children, fused, calls of one step in training, and in eval if others)
 CROSSING: dict[str, tuple[Any, dict[str, Any], list[str], list[Any], list[Any] | None]] = {
     "sequence": (
         added_to,

@@ -335,7 +335,7 @@ def test_what_a_forward_decides_by(
     plain.train(training)
     assert_same(model, plain, images())
     assert calls == [("ReLU", None)]
-    # (A class, a global: once for both.)
+    # A class or a global changes for both at once.
     change(model, monkeypatch)
     if "patch" not in name and "lobal" not in name and name not in ("class attribute", "default"):
         change(plain, monkeypatch)
@@ -625,7 +625,7 @@ def test_what_is_unpacked_is_counted(calls: list[Any]) -> None:
 
 
 def test_what_is_passed_on_the_way_may_change(calls: list[Any]) -> None:
-    """A convolution is called where its batch norm is; in between something begins to write its input."""
+    """A convolution is called at its batch norm's place, and what lies between the two begins to write its input."""
 
     def body(m: Any, x: Any) -> Any:
         y = m.conv1(x)

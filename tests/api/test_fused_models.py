@@ -55,7 +55,7 @@ COUNTS = {
 
 
 def build(name: str) -> nn.Module:
-    """The model without values, where it can be built so."""
+    """The model without values, if it can be built so."""
     models = torchvision().models
     # RegNet computes its widths with tensors.
     with torch.device("cpu" if "regnet_y" in name else "meta"):
@@ -288,7 +288,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 def close(ours: Tensor, theirs: Tensor, what: str, tolerance: float) -> None:
-    """Against the largest of its values: where a batch norm follows, gradients are differences."""
+    """Close, compared with the largest value: gradients before a batch norm are differences."""
     assert ours.shape == theirs.shape
     error, scale = (ours.double() - theirs).abs().max().item(), theirs.abs().max().item()
     assert error <= tolerance * max(scale, 0.01), f"{what}: max error {error:.2e} of {scale:.2e}"
@@ -296,7 +296,7 @@ def close(ours: Tensor, theirs: Tensor, what: str, tolerance: float) -> None:
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
-    # As the rest of a model would: a sum alone has no gradient behind a batch norm.
+    # A plain sum has no gradient behind a batch norm.
     y = model(x * 1)
     y.square().sum().backward()
     assert x.grad is not None

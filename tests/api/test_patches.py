@@ -36,7 +36,7 @@ def layers(*extra: torch.nn.Module) -> torch.nn.Sequential:
     return model.to(DEVICE).eval()
 
 
-# (Without a GPU, and without the interpreter, none of these tests runs.)
+# Tests are collected without a GPU and without the interpreter too, and none runs.
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(
     DEVICE if torch.cuda.is_available() else "cpu"
 )
@@ -85,7 +85,7 @@ def test_a_patch_is_run_and_taken_back(name: str, when: str, monkeypatch: pytest
     owner, attribute, affected = PATCHES[name]
     model = layers()
     plain = copy.deepcopy(model)
-    # Nothing of torch is known from before, as where it is patched before fastconv is imported.
+    # Nothing of torch is known from before, as if it was patched before fastconv was imported.
     monkeypatch.setattr(patches, "_calls", {})
     monkeypatch.setattr(patches, "_beneath", {})
     with torch.no_grad(), monkeypatch.context() as patching:
@@ -109,7 +109,7 @@ def test_a_patch_is_run_and_taken_back(name: str, when: str, monkeypatch: pytest
 
 
 def test_a_patch_of_forward_may_come_to_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a web UI casts weights and calls what it found."""
+    """A web UI casts weights and calls what it found."""
     model = fastconv.convert(torch.nn.Conv2d(3, 4, 3).to(DEVICE))
     expected = model(X)
     monkeypatch.setattr(torch.nn.Conv2d, "forward", plus_one(torch.nn.Conv2d.forward))

@@ -159,7 +159,7 @@ def tune_otherwise() -> int:
         fitting = [it for it in space if predict(work(it), H200) and it != choice.config]
         if not fitting:
             continue
-        # A split reduction where there is one.
+        # A split reduction, if there is one.
         other = max(fitting, key=lambda it: min(it.get("SPLITS", 1), 4))
         problem = ADAPTER.problem(space.name, features)
         others[problem] = other

@@ -53,7 +53,7 @@ class Net(torch.nn.Module):
 
 
 class Chain(torch.nn.Sequential):
-    """Of layers that torch.ao.quantization knows by default."""
+    """Layers that torch.ao.quantization knows by default."""
 
     def __init__(self) -> None:
         super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
@@ -81,7 +81,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "with gradients"])
 def test_traced_by_jit(gradients: bool) -> None:
-    """Of PyTorch's operators: it runs where fastconv is not installed, and for other sizes."""
+    """A trace holds PyTorch's operators: it needs no fastconv, and takes other sizes."""
     model, plain, x = both()
     with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(model, x)

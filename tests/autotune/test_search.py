@@ -82,7 +82,7 @@ def test_outlier_is_corrected_by_a_second_time() -> None:
 
 
 def test_what_is_measured_corrects_what_is_alike() -> None:
-    """The cost model takes narrow tiles for the fastest; two measurements of such say otherwise."""
+    """The cost model takes narrow tiles for the fastest; two measurements of narrow ones say otherwise."""
     search = Search(candidates(lambda config: config["N"] * 1e-7), first())
     search.tell(first(), 9e-5)
     search.tell({"M": 128, "N": 32, "stages": 4}, 9e-5)
@@ -125,7 +125,7 @@ def test_sixteen_measurements_come_within_5_percent_of_the_best(record_property:
 
     problems = []
     for question in questions():
-        # (The space's rules and its configs' work are the same for all simulated GPUs.)
+        # The space's rules and its configs' work are the same for all simulated GPUs.
         configs: Any = tuple(question.space)
         works = {key_of(config): question.work(config) for config in configs}
         problems.append(

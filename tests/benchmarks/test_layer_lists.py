@@ -45,7 +45,7 @@ def test_counts_and_arithmetic_are_the_papers() -> None:
     assert sum(convolutions.values()) == 53
     (first,) = (call for call in convolutions if call.input[1] == 3)
     assert first.first and [call for call in calls if not call.needs_dx] == [first]
-    # Of an image: 4.09 billion.
+    # 4.09 billion an image.
     assert sum(count * call.multiplications for call, count in calls.items()) == pytest.approx(4.09e9, rel=0.01)
     unet = layer_lists.find("unet").calls
     assert sum(count for call, count in unet.items() if call.transposed) == 4

@@ -18,7 +18,7 @@ from fastconv.measuring.clock import CudaClock
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
-NEVER = dict.fromkeys(network.MODES, math.inf)  # torch.compile takes longer than all of these tests
+NEVER = dict.fromkeys(network.MODES, math.inf)  # torch.compile takes longer than all tests of this file
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_each_direction_is_compared_then_timed(name: str, progress: Progress) ->
     speeds = [row["speed"] for row in part["rows"]]
     assert speeds == sorted(speeds)
     assert {mean["network"] for mean in part["means"]} == {"tests.cli.tiny:every_kind", "all"}
-    directions = len(rows) - 1  # but for all together
+    directions = len(rows) - 1  # without all together
     assert sum(sum(counts.values()) for counts in part["families"].values()) == directions
     if name == "pool":
         # What is kept has a byte for each maximum.

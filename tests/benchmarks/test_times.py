@@ -54,7 +54,7 @@ def taking(milliseconds: float) -> Callable[[], torch.Tensor]:
 
 
 def providers(monkeypatch: pytest.MonkeyPatch, *stages: dict[str, Callable[[], Any]], seconds: float = 0.0) -> None:
-    """Time these steps instead, all but the first stage asking for ``seconds`` beforehand."""
+    """Time the steps of ``stages`` instead; all stages except the first ask for ``seconds`` beforehand."""
     built = tuple(
         {name: (lambda step=step: step, seconds if number else 0.0) for name, step in stage.items()}
         for number, stage in enumerate(stages)

@@ -150,7 +150,7 @@ def test_passes_are_those_of_a_call() -> None:
     assert names(indexed) == ["forward", "indices", "backward"]
     assert [it is None for _, it in _passes(indexed, H200, None, None, None)] == [False, True, False]
     norm = Call("lp_pool1d", (2, 8, 9), None, {"norm_type": 3.0, "kernel_size": 2}, torch.bfloat16)
-    # (Its backward computes the norms again.)
+    # Its backward computes the norms again.
     assert names(norm) == ["forward", "forward", "backward"]
     bytes_moved = [tensors * 8 * 13 * 2 for tensors in (2, 2, 4)]
     for (found, it), moved in zip(_passes(norm, H200, None, None, None), bytes_moved, strict=True):

@@ -185,8 +185,7 @@ def test_what_fails_is_told_and_tried_again_where_it_may_be_the_gpus_fault(
         assert counted[key] == 1 + (status in (OUT_OF_MEMORY, *RETRIED)), "nor by another run, where it is final"
 
 
-# A run in a process of its own: its arguments are the plan, with its rank where there are several, then the command
-# line.
+# A run in a process of its own. Arguments: the plan, with the rank if there are several, then the command line.
 PROGRAM = """
 import os, sys
 from tests.cli.test_tune import command, compiling, estimated
@@ -236,7 +235,7 @@ def test_interrupted_runs_lose_nothing_and_go_on(number: int, layers: Path, stor
     assert run(line) == 0
     again = Counter(pretending.asked(plan)[len(before) :])
     assert {entry.problem for entry in tuned_by(store)} == {task.question.problem for task in tasks}
-    # Of a problem whose winner was found before nothing is measured again.
+    # A problem whose winner was found before is not measured again.
     ended = {entry.problem for entry in Store().read(("tuned",))} & {
         r.problem
         for r in Store().read(("measured",))

@@ -33,7 +33,7 @@ def perceptron() -> nn.Module:
 
 
 def volume() -> nn.Module:
-    """Of rank 3, as a video model is."""
+    """A video model."""
     return nn.Sequential(nn.Conv3d(2, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
 
 

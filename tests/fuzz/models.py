@@ -149,7 +149,7 @@ _CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "len(SEEN) % 2": ("", ("g.SEEN.append(0)",)),
 }
 _UNKNOWABLE = 23  # the first of those that no comparison of attributes answers
-# Of a layer; {l}: its name.
+# A layer's; {l}: its name.
 _OF_LAYERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "conv": (
         ("self.{l}.bias is not None", ("{s}.{l}.bias = None",)),
@@ -339,7 +339,7 @@ def _operations(draw: Random, net: Part) -> list[str]:
     return operations
 
 
-# What a module of such a signature can be called with.
+# A module's signature -> what it can be called with.
 _CALLS = {
     "x": ("{v}", "x={v}"),
     "x, other=None": ("{v}", "{v}, {w}", "{v}, other={w}", "{v}, None"),
@@ -353,7 +353,7 @@ _CALLS = {
 
 @dataclass
 class _Writer:
-    """Of one class. ``wild``: it may do what leaves it unfused."""
+    """The source of one class. ``wild``: it may do what leaves it unfused."""
 
     draw: Random
     name: str
@@ -482,7 +482,7 @@ class _Writer:
         return [self.choice(forms).format(v=self._variable())]
 
     def _call(self, depth: int) -> Lines:
-        """Of a part, a helper, or of a method."""
+        """A call of a part, a helper or a method."""
         value, target = self._variable(), self._target(depth)
         if self.parts and not self.chance(15):
             return [f"{target} = {self._called(value)}"]
@@ -702,7 +702,7 @@ class _Writer:
         return self.choice(forms).format(n=name, v=value)
 
     def _name(self, kind: str) -> str:
-        """Of a layer, mostly a new one."""
+        """A call of a layer, mostly a new one."""
         known = self.layers.setdefault(kind, [])
         if not known or not self.chance(15):
             options = _OTHERS[kind]

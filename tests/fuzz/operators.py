@@ -36,7 +36,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """``operands``: by name, the shape and the view of it (tests/views.py); "dy" has a view alone."""
+    """``operands``: by name, the shape and the view of it (tests/views.py); "dy" has only a view."""
 
     function: str
     operands: dict[str, tuple[tuple[int, ...] | None, str]]
@@ -51,7 +51,7 @@ class Case:
 
 
 def check(case: Case) -> None:
-    """Raise AssertionError where a result is not what PyTorch's is."""
+    """Raise AssertionError if a result differs from PyTorch's."""
     setting = torch.backends.cudnn.conv
     before = setting.fp32_precision
     setting.fp32_precision = case.precision
@@ -68,7 +68,7 @@ def _check(case: Case) -> None:
     values = {name: _values(name, shape, case, generator) for name, (shape, _) in case.operands.items() if shape}
     operands = {name: _laid_out(t, case.operands[name][1], dtype, name) for name, t in values.items()}
     # What a view repeats is what the reference is made of.
-    # (Dense: PyTorch's own gradient of a weight may refuse another layout.)
+    # Dense, because PyTorch's gradient of a weight may refuse another layout.
     exact = {name: dense(t.detach().cpu().double()) for name, t in operands.items()}
     magnitudes = {name: t.abs() for name, t in exact.items()}
     found = _results(ours, case, operands, generator)
@@ -93,7 +93,7 @@ def _check(case: Case) -> None:
 
 
 def _assert_near(value: Tensor, reference: Tensor, dtype: torch.dtype, depth: int, what: str) -> None:
-    """Of what is stored in ``dtype`` on its way: a few roundings of the largest, as many more as a sum has terms."""
+    """Within roundings of the largest value to ``dtype`` and to fp32, by the root of how many terms are summed."""
     assert value.shape == reference.shape, what
     scale = 1.0 + (float(reference.abs().max()) if reference.numel() else 0.0)
     bound = (8 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps) * sqrt(depth) * scale
@@ -107,7 +107,7 @@ def _values(name: str, shape: tuple[int, ...], case: Case, generator: torch.Gene
         spread = torch.randn(shape, generator=generator)
         return spread.abs() + 0.5 if name == "running_var" else spread
     if name == "running_var":
-        # With an eps of 1 the roots of these are exact.
+        # With an eps of 1 the roots, of 1 and 4, are exact.
         return torch.tensor([0.0, 3.0])[torch.randint(2, shape, generator=generator)]
     least = 1 if case.function[:2] == "lp" else -3
     return torch.randint(least, 4, shape, generator=generator).float()

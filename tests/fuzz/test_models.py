@@ -25,7 +25,7 @@ NUMBER = int(os.environ.get("FASTCONV_FUZZ", 0))
 FIRST = random.SystemRandom().randrange(10**9) if NUMBER else 0
 
 
-# (how it is computed, how many models, the least share of them with a fused call)
+# How it is computed, how many models.
 @pytest.mark.parametrize(("real", "few"), [(False, 220), (True, 10)], ids=["by torch", "by kernels"])
 def test_models(real: bool, few: int, record_property: Any) -> None:
     def run(case: Case) -> list[str]:
@@ -42,7 +42,7 @@ def test_models(real: bool, few: int, record_property: Any) -> None:
         counts.update(models=1, fused=int(bool(made)), calls=len(made))
     text = "fuzzed models, {}: {models}, {fused} of them with {calls} fused calls"
     record_property("line", text.format("on kernels" if real else "on PyTorch's operators", **counts))
-    # (Of a few, drawn anew each time, there may be none.)
+    # A few models, drawn anew each time, may have no fused call.
     assert NUMBER or counts["fused"] >= 0.4 * counts["models"]
 
 

@@ -97,7 +97,7 @@ def convolutions(draw: Any, fused: bool) -> Case:
         if draw(st.booleans()):
             operands |= {name: ((outputs,), views(draw)) for name in ("bn_weight", "bn_bias")}
         if not training or draw(st.booleans()):
-            # (What is written to may not overlap.)
+            # What is written to may not overlap.
             operands |= {name: ((outputs,), views(draw, not training)) for name in ("running_mean", "running_var")}
         if draw(st.booleans()):
             operands["residual"] = ((n, outputs, *pixels), views(draw))
@@ -144,7 +144,7 @@ def pools(draw: Any) -> Case:
         )
         spans = zip(size, window, it["stride"], pads, dilation, strict=True)
         if not all(_meets(*span) for span in spans):
-            # (Where a window lies in padding alone PyTorch gives its gradient to some other pixel.)
+            # PyTorch gives the gradient of a window that lies in padding to some other pixel.
             dilation = (1,) * rank
         arguments |= {"kernel_size": window, "stride": it["stride"], "ceil_mode": draw(st.booleans())}
         if kind != "lp":

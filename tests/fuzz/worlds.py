@@ -68,7 +68,7 @@ class World:
 
     def do(self, operation: str, seed: int) -> tuple[Exception | None, dict[str, Any]]:
         """What it raised and what can be seen after it."""
-        # The CPU's alone: torch.manual_seed looks for every kind of device.
+        # torch.manual_seed would look for every kind of device.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -105,7 +105,7 @@ class World:
                     p -= 0.05 * p.grad
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Forward alone, which may be followed by anything."""
+        """Forward, which may be followed by anything."""
         self.result = _detached(self.model(*args, **kwargs))
 
     def infer(self, *args: Any, **kwargs: Any) -> None:
@@ -199,7 +199,7 @@ class World:
 
 
 def check(source: str, operations: list[str], real: bool = False) -> None:
-    """Raise Differs where the converted model is not the plain one's equal after one of ``operations``.
+    """Raise Differs if the converted model does not equal the plain one after one of ``operations``.
 
     real: fastconv's kernels run, in float32; otherwise `fused_by_torch` is expected, and numbers are float64.
     """
@@ -214,7 +214,7 @@ def check(source: str, operations: list[str], real: bool = False) -> None:
                 kind = f"{type(expected).__name__} -> {type(got).__name__}"
                 raise Differs(kind, f"{where}: PyTorch raises {expected!r}, converted {got!r}") from got
             if expected is not None:
-                # Of a forward that did not come to its end only what Python sees is the same.
+                # A forward that did not come to its end is the same only in what Python sees.
                 for outcome in (before, after):
                     del outcome["result"], outcome["state"], outcome["rng"]
             found = difference(before, after, 1e-6 if not real else 5e-2 if "autocast" in operation else 2e-3)
@@ -316,7 +316,7 @@ def _detached(value: Any) -> Any:
 
 
 def _sync(plain: nn.Module, converted: nn.Module) -> bool:
-    """Give ``converted`` the values of ``plain``; False where they have other names or shapes."""
+    """Give ``converted`` the values of ``plain``; False if they have other names or shapes."""
     with suppress(Exception), torch.no_grad():
         for (a, x), (b, y) in zip(plain.state_dict().items(), converted.state_dict().items(), strict=True):
             if a != b or is_lazy(x) != is_lazy(y):

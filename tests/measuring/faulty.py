@@ -15,7 +15,7 @@ from fastconv.measuring.worker import Measuring, on_device
 
 @triton.jit
 def harmful_kernel(flag_ptr, address, ENDLESS: tl.constexpr):
-    """Waits for what nobody does, or writes where nothing is."""
+    """Wait for what nobody does, or write to memory that nobody has."""
     if ENDLESS:
         flag = tl.load(flag_ptr, volatile=True)
         while flag == 0:

@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 # Where `fastconv tune --write-table` and `fastconv cache export` are committed to.
 FOLDERS = ROOT / "autotune" / "tables", ROOT / "benchmarks" / "results"
 # Means over problems: of the ranks' correlation at least, of what the model's first choice and the best of its first
-# five take longer than the best measured at most. (Of what a search measures on simulated GPUs, whose rates are up to
-# twice what the model takes them for, these are 0.48, 0.26 and 0.01 at worst.)
+# five take longer than the best measured at most. A search on simulated GPUs, whose rates are
+# up to twice what the model takes them for, gives 0.48, 0.26 and 0.01 at worst.
 CORRELATION, TOP1, TOP5 = 0.4, RESOLUTION, 0.1
 
 
 def committed(folders: Iterable[Path]) -> Iterator[Record]:
-    """Every record of the tables and exported stores in these folders."""
+    """Every record of the tables and exported stores in ``folders``."""
     for folder in folders:
         for path in sorted(folder.rglob("*.json")):
             if '"versions":[' in path.read_text():
@@ -47,7 +47,7 @@ def committed(folders: Iterable[Path]) -> Iterator[Record]:
 
 @cache
 def asked_again(problem: ProblemKey, gpu: Gpu) -> Question | None:
-    """None where this version's kernels have no such problem."""
+    """None if this version's kernels have no such problem."""
     try:
         return to_run(problem, gpu)[1]
     except Unmeasurable:
@@ -73,7 +73,7 @@ def predicted_anew(records: Iterable[Record]) -> Iterator[Measured]:
 
 
 def held(records: Iterable[Record]) -> Summary | None:
-    """The means, None where there is nothing to hold it against. Fails where they are worse than promised."""
+    """The means, which must keep what is promised; None without anything to hold the model against."""
     found = summary(fits(predicted_anew(records)))
     if found is not None:
         assert found.correlation >= CORRELATION and found.top1 <= TOP1 and found.top5 <= TOP5, found
@@ -93,7 +93,7 @@ def test_the_model_ranks_what_was_measured(record_property: Any) -> None:
 
 
 def simulated(worst_first: bool = False) -> list[Tuned | Measured]:
-    """Of half of a network's problems what a table holds, of the others single measurements."""
+    """What a table holds of half of a network's problems, single measurements of the others."""
     timer, records = Timer(H200, 0), list[Tuned | Measured]()
     tasks = problems.of_layers(layer_lists.find("resnet18").calls, 64, torch.bfloat16, True, H200)
     for index, task in enumerate([task for task in tasks if 3 <= len(task.question.fitting()) <= 40][:12]):

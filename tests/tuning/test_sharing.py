@@ -85,7 +85,7 @@ def test_without_torchrun_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> 
     assert (sharing.local_rank(), sharing.local_world_size()) == (0, 1)
 
 
-# A rank, as torchrun starts it, but for its worker and its compiler.
+# A rank as torchrun starts it, with a worker and a compiler that pretend.
 RANK = """
 import sys
 from pathlib import Path
