@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 Config = Mapping[str, int]
+SpaceType = TypeVar("SpaceType", bound="Space")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class Space:
         )
 
     def narrowed(
-        self, only: Mapping[str, Iterable[int]] = {}, at_least: Mapping[str, int] = {}, at_most: Mapping[str, int] = {}
-    ) -> Space:
+        self: SpaceType,
+        only: Mapping[str, Iterable[int]] = {},
+        at_least: Mapping[str, int] = {},
+        at_most: Mapping[str, int] = {},
+    ) -> SpaceType:
         """The space with other values of the parameters named: ``only`` those given, the smallest that is ``at_least``
         the number, all that are ``at_most`` the number (the smallest stays in any case)."""
         ranges = {**self.ranges, **{name: tuple(values) for name, values in only.items()}}

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import fastconv.functional
 from fastconv.arguments import expand
 from fastconv.functional.conv import named_padding
-from fastconv.kernels.problem import ConvProblem, conv_problem, conv_transpose_problem
+from fastconv.kernels.problem.conv import ConvProblem, conv_problem, conv_transpose_problem
 
 FIRST_LAYER_CHANNELS = 4
 TENSORS = ("input", "weight", "bias")

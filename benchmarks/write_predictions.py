@@ -14,7 +14,7 @@ from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import H200
 from fastconv.benchmarks.layer_lists import find
 from fastconv.kernels import dispatch
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.kernels.problem.conv import DIRECTIONS
 
 NETWORK, BATCH, GPU = "resnet50", 256, H200
 OPEN = Path(__file__).parent / "results" / "OPEN.md"

@@ -16,7 +16,7 @@ Act = str | nn.Module | None
 class FusedForm(NamedTuple):
     """An activation as the kernels have it."""
 
-    name: str  # in fastconv.kernels.epilogue.ACTIVATIONS
+    name: str  # in fastconv.kernels.jit.activations.ACTIVATIONS
     a: float = 0.0
     b: float = 0.0
     slope: Tensor | None = None  # PReLU's weight

@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastconv.kernels import dispatch, mend
-from fastconv.kernels.layout import POINTER_TYPES
+from fastconv.kernels import dispatch
+from fastconv.kernels.families.family import why_not_gpu
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.problem.layout import POINTER_TYPES
 
 Ints = int | Sequence[int]
 
-_INTERPRETING = mend.interpreting()
+_INTERPRETING = interpreter.interpreting()
 _is_compiling, _transforms = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 log = logging.getLogger("fastconv")
@@ -75,7 +77,7 @@ def _why_not_gpu(index: int) -> str | None:
     reason = _why_not_build()
     # If there is no GPU, a tensor on one has no data.
     if reason is None and torch.cuda.is_available():
-        reason = dispatch.too_old(dispatch.target(torch.device("cuda", index)))
+        reason = why_not_gpu(dispatch.target(torch.device("cuda", index)))
     if reason is not None:
         log.warning("PyTorch's own ops run on cuda:%d: %s", index, reason)
     return reason

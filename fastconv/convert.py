@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from fastconv.fuse import fuse as fuse_layers
 from fastconv.fuse import unfuse
-from fastconv.kernels.layout import packed_taps
+from fastconv.kernels.problem.layout import packed_taps
 from fastconv.report import OURS, THEIRS, convolutions, pools, why_not_converted
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastconv.autotune import Choice
 from fastconv.kernels.dispatch import Plan
-from fastconv.kernels.launch import Record, decisions, record
+from fastconv.kernels.launch.launch import Record, decisions, record
 
 # What each operator of fastconv's runs, which `fastconv.autograd` fills in. Called directly it runs on tensors without
 # data too, for which PyTorch's dispatcher would call the operator's fake.

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from fastconv.autotune.adapter import MEASURING
 from fastconv.autotune.gpus import gpu_called
 from fastconv.dry_run import make_calls
-from fastconv.kernels import dispatch, launch, mend
-from fastconv.kernels.compile import compile_each, load
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.ahead import compile_each, load
+from fastconv.kernels.launch import interpreter, launch
 from fastconv.settings import settings
 
 log = logging.getLogger("fastconv")
@@ -68,7 +69,7 @@ def warmup(
     graph is captured; else what the model raises.
     """
     named = None if gpu is None else gpu_called(gpu)
-    if mend.interpreting():
+    if interpreter.interpreting():
         return _nothing("kernels are interpreted in this process (TRITON_INTERPRET)")
     if isinstance(model, DistributedDataParallel):
         model = model.module

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from fastconv.autotune import Gpu
-from fastconv.kernels import mend
-from fastconv.kernels.inspect import Compiled
+from fastconv.kernels.compile.sass import Compiled
+from fastconv.kernels.launch import interpreter
 
 # A file's pytestmark.
 COMPILING = [
     pytest.mark.compile,
-    pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile"),
+    pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile"),
 ]
 # Processes of pytest-xdist share the cores.
 JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))

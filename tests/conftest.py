@@ -6,18 +6,19 @@ import os
 import signal
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import hypothesis
 import pytest
 import torch
 
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
-if mend.interpreting():
+if interpreter.interpreting():
     from quick_interpreter import quicken
 
-    mend.apply()
+    interpreter.apply()
     quicken()
 
 # Tests measure no time; a first call that imports or interprets is slow by right.
@@ -52,6 +53,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_report_header() -> str:
     mode = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "numpy")) + f", kernels {mode}"
+
+
+@pytest.fixture
+def set_fp32_precision() -> Iterator[Callable[[str], None]]:
+    """Sets how PyTorch is to make fp32 products of convolutions, "ieee" or "tf32", for the length of a test."""
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    yield lambda precision: setattr(setting, "fp32_precision", precision)
+    setting.fp32_precision = before
 
 
 @pytest.fixture(autouse=True, scope="session")

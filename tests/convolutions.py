@@ -8,13 +8,15 @@ from functools import cache
 
 import torch
 
-from fastconv.kernels import conv, dispatch, mend
-from fastconv.kernels.launch import Record, record
-from fastconv.kernels.layout import strides_like
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import Record, record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
+from fastconv.kernels.problem.layout import strides_like
 from reference import assert_close, assert_equal, exact_limit, integers
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 # What `expected` and `computed` give.
 RESULTS = (*DIRECTIONS, "bias gradient")
 

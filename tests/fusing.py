@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 from plainly import activation
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 
 
 def how(args: tuple[Any, ...]) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
 # How often each kernel was launched under `guarded_memory`.
 guarded: Counter[str] = Counter()
@@ -31,12 +31,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no interpreted load or store leave the operands of its launch, those of bulk copies neither. What is read
     beside them is no result's part and no comparison sees it, but on a GPU it may be nobody's memory."""
-    if not mend.interpreting():
+    if not interpreter.interpreting():
         return
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter as tritons
 
     operands: list[tuple[int, int]] = []
-    launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
+    launch, builder = tritons.GridExecutor.__call__, tritons.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def noted(self: Any, *arguments: Any, **options: Any) -> None:
@@ -63,6 +63,6 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         check(pointers, mask)
         return store(self, pointers, value, mask, *rest, **named)
 
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    monkeypatch.setattr(tritons.GridExecutor, "__call__", noted)
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)

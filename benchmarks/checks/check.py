@@ -12,7 +12,7 @@ import torch
 
 import fastconv
 from fastconv.benchmarks.models import channels_last
-from fastconv.kernels import launch
+from fastconv.kernels.launch import launch
 from fastconv.measuring.accuracy import TF32_EPS, fp32_convolutions, max_error, tolerance
 
 FORWARD = "forward"

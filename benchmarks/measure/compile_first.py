@@ -13,15 +13,16 @@ import torch
 import triton
 
 from fastconv.benchmarks.report.results import Part
-from fastconv.kernels import dispatch, launch, mend
-from fastconv.kernels.compile import compile_each, cores
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.ahead import compile_each, cores
+from fastconv.kernels.launch import interpreter, launch
 from fastconv.measuring import reason
 
 
 def compile_kernels(calls: Callable[[], object]) -> Part:
     """Compile what ``calls()`` launches. What fails here fails again, visibly, when it is called."""
     part: Part = {"id": "compile", "kind": "compile", "title": "Compiling the kernels ahead", "kernels": 0}
-    if mend.interpreting():
+    if interpreter.interpreting():
         return part | {"verdict": "skipped", "reason": "nothing is compiled under the interpreter"}
     stopped = None
     with without_launching() as records:

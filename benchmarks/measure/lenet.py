@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fastconv
 from fastconv.benchmarks.networks import lenet5
 from fastconv.benchmarks.report.results import Part
-from fastconv.kernels import launch
+from fastconv.kernels.launch import launch
 
 SEED = 0
 BATCH = 64

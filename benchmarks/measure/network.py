@@ -19,7 +19,7 @@ import fastconv
 from fastconv.benchmarks.models import LoadedModel
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
-from fastconv.kernels import launch
+from fastconv.kernels.launch import launch
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.measuring.capture import Captured

@@ -20,7 +20,7 @@ from fastconv.benchmarks.measure.directions import DirectionCall, Operands, dire
 from fastconv.benchmarks.models import channels_last
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider
 from fastconv.benchmarks.report.targets import DOUBTED
-from fastconv.kernels import launch
+from fastconv.kernels.launch import launch
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick
 from fastconv.measuring.capture import Captured, captured

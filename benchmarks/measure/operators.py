@@ -27,7 +27,7 @@ from fastconv.benchmarks.report import targets
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels.dispatch import Plan
-from fastconv.kernels.problem import ConvProblem
+from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.measuring import reason
 from fastconv.traffic import Traffic
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 import fastconv
 from fastconv.benchmarks.models import torchvision
 from fastconv.benchmarks.report.results import Part
-from fastconv.kernels import launch
+from fastconv.kernels.launch import launch
 from fastconv.measuring.accuracy import YARDSTICK, Tensors, max_error, norm_error, tolerance
 
 CROP = 224  # side of the photograph, as of ImageNet's images; the stem makes 56x56 pixels of it

@@ -15,15 +15,15 @@ import torch
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.measure import operator_times
 from fastconv.benchmarks.measure.directions import drawn
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 from fastconv.measuring.clock import synchronize
 
-GPU = torch.cuda.is_available() and not mend.interpreting()
+GPU = torch.cuda.is_available() and not interpreter.interpreting()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
 ROUNDS, WARM_UP = (50, 3) if GPU else (1, 0)
 
 pytestmark = pytest.mark.skipif(
-    not (GPU or mend.interpreting()), reason="no GPU that PyTorch can use, and TRITON_INTERPRET is not set"
+    not (GPU or interpreter.interpreting()), reason="no GPU that PyTorch can use, and TRITON_INTERPRET is not set"
 )
 
 

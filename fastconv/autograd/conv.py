@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastconv.autograd.operators import Function, fall_back, operator, tracked
-from fastconv.kernels import conv as conv_ops
-from fastconv.kernels.call import Uncovered
-from fastconv.kernels.layout import is_channels_last, strides_like, weight_format, weight_strides
-from fastconv.kernels.problem import conv_problem
+from fastconv.kernels.launch.launch import Uncovered
+from fastconv.kernels.ops import conv as conv_ops
+from fastconv.kernels.problem.conv import conv_problem
+from fastconv.kernels.problem.layout import is_channels_last, strides_like, weight_format, weight_strides
 
 
 def fprop(

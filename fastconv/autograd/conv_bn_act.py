@@ -32,12 +32,13 @@ from fastconv.autograd.conv import (
     weight_gradient,
 )
 from fastconv.autograd.operators import Function, fall_back, operator, tracked
-from fastconv.kernels import batch_norm
-from fastconv.kernels import conv as conv_ops
-from fastconv.kernels.batch_norm import Activated, as_pixels
-from fastconv.kernels.call import Uncovered
-from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.kernels.layout import is_channels_last, strides_like, weight_format
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.launch.launch import Uncovered
+from fastconv.kernels.ops import batch_norm
+from fastconv.kernels.ops import conv as conv_ops
+from fastconv.kernels.ops.batch_norm import as_pixels
+from fastconv.kernels.problem.layout import is_channels_last, strides_like, weight_format
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? slope, Tensor? residual"
 _CONV = "SymInt[]? output_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastconv.kernels import tuned
-from fastconv.kernels.call import Slower
-from fastconv.kernels.launch import Failed
+from fastconv.kernels.launch.launch import Failed
+from fastconv.kernels.ops.call import Slower
+from fastconv.kernels.tiles import autotuned
 from fastconv.settings import Values, settings
 from fastconv.traffic import implementations
 
@@ -84,7 +84,7 @@ def _user_policy() -> tuple[str, str, str]:
     return _in_force()[1:]
 
 
-tuned.set_user_policy(_user_policy)
+autotuned.set_user_policy(_user_policy)
 
 
 @lru_cache(maxsize=1024)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fastconv.autograd.operators import Function, fall_back, operator, tracked
-from fastconv.kernels import pool as pool_ops
-from fastconv.kernels.call import Uncovered
-from fastconv.kernels.layout import is_channels_last, strides_like
-from fastconv.kernels.problem import output_size
+from fastconv.kernels.launch.launch import Uncovered
+from fastconv.kernels.ops import pool as pool_ops
+from fastconv.kernels.problem.layout import is_channels_last, strides_like
+from fastconv.kernels.problem.windows import output_size
 from fastconv.reference.pool import axes, max_pool_indices
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]

@@ -21,7 +21,7 @@ from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part, Results, read
 from fastconv.cli.errors import BadUsage, bad_usage
 from fastconv.cli.options import dtype_option
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 from fastconv.measuring import reason
 from fastconv.measuring.clock import Clock, CudaClock, HostClock
 
@@ -111,12 +111,12 @@ def choose(options: Options) -> Run:
     """The run for this machine. Raises BadUsage if an option means nothing on it."""
     _check(options)
     if options.dry_run:
-        if not mend.interpreting():
+        if not interpreter.interpreting():
             raise BadUsage("--dry-run needs the interpreter: run it with TRITON_INTERPRET=1")
         return timed_run
-    if torch.cuda.is_available() and not mend.interpreting():
+    if torch.cuda.is_available() and not interpreter.interpreting():
         return timed_run
-    if not mend.interpreting():
+    if not interpreter.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
     timed = {"--ops": options.ops, "--layers": options.layers, "--blocks": options.blocks, "--seconds": options.seconds}
     for option, value in timed.items():

@@ -167,7 +167,8 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
     """Add a file's records: all of it or nothing."""
     import torch
 
-    from fastconv.kernels import dispatch, mend
+    from fastconv.kernels import dispatch
+    from fastconv.kernels.launch import interpreter
 
     try:
         records = _read(path)
@@ -175,7 +176,7 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
         raise BadUsage(str(error)) from error
     if gpu is not None:
         wanted, name = _of(gpu, records), gpu
-    elif torch.cuda.is_available() and not mend.interpreting():
+    elif torch.cuda.is_available() and not interpreter.interpreting():
         here = dispatch.target(torch.device("cuda"))
         wanted, name = lambda record: record.of_gpu(here), f"{here.name} with {here.multiprocessors}"
     else:
@@ -231,7 +232,7 @@ def _clear(store: Store, yes: bool) -> int:
 
 def _versions(records: Sequence[Record]) -> dict[str, Any]:
     """The version that measurements have now, for each space of the records."""
-    from fastconv.kernels.tuned import version_of
+    from fastconv.kernels.dispatch import version_of
 
     return {space: version_of(space) for space in {record.problem.space for record in records}}
 

@@ -20,10 +20,10 @@ def check(quick: Annotated[bool, typer.Option("--quick", help="The most telling 
     import torch
 
     from fastconv.benchmarks.report.console import Progress, console
-    from fastconv.kernels import mend
+    from fastconv.kernels.launch import interpreter
 
-    gpu = torch.cuda.is_available() and not mend.interpreting()
-    if not gpu and not mend.interpreting():
+    gpu = torch.cuda.is_available() and not interpreter.interpreting()
+    if not gpu and not interpreter.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
     device = torch.device("cuda" if gpu else "cpu")
     screen = console()

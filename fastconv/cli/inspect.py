@@ -220,7 +220,7 @@ def _report(gpu: Any, quick: bool, json: bool) -> int:
     """The kernels of ResNet-50's telling layers."""
     from fastconv.benchmarks.report.console import console
     from fastconv.cli.inspect_layers import LAYERS, QUICK, report
-    from fastconv.kernels.inspect import GPUS
+    from fastconv.kernels.compile.sass import GPUS
 
     try:
         with _bar(json) as progress:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from fastconv.autotune import Config, Gpu
-from fastconv.kernels import dispatch, reduce
-from fastconv.kernels.inspect import compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
-from fastconv.kernels.tiles import pass_tile
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.sass import compile_all
+from fastconv.kernels.families import channel_sum
+from fastconv.kernels.families.batch_norm import pass_tile
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 
 
 def _layer(channels: int, size: int, filters: int, filter_size: int, stride: int = 1) -> ConvProblem:
@@ -45,13 +47,13 @@ def launches_of(problem: ConvProblem, bias: bool, gpu: Gpu) -> list[tuple[str, C
     """(direction, config, launch) of every launch that training one layer takes on ``gpu``, with dense operands."""
     found = []
     for direction in DIRECTIONS:
-        plan = dispatch.plan(direction, problem, gpu, dispatch.Layout(bias=bias and direction == "fprop"))
+        plan = dispatch.plan(direction, problem, gpu, Layout(bias=bias and direction == "fprop"))
         found += [(direction, plan.choice.config, launch) for launch in plan.launches if plan.choice is not None]
     if not bias:
         return found
     pixels, channels = problem.output_pixels, problem.out_channels
     config = pass_tile(pixels, channels, problem.dtype.itemsize, 1, True, gpu).config
-    launches = reduce.channel_sum(pixels, channels, channels, problem.dtype, config)
+    launches = channel_sum.channel_sum(pixels, channels, channels, problem.dtype, config)
     return found + [("bias gradient", config, launch) for launch in launches]
 
 

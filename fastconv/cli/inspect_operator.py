@@ -21,11 +21,12 @@ from fastconv.autotune.choose import predictions
 from fastconv.cli.errors import BadUsage
 from fastconv.functional.conv_bn_act import conv_norm_act
 from fastconv.kernels import dispatch
-from fastconv.kernels.inspect import Compiled, compile_all, mix
-from fastconv.kernels.launch import Record
-from fastconv.kernels.layout import packed_taps, strides_like
-from fastconv.kernels.problem import ConvProblem
-from fastconv.kernels.tiles import considering, matrix_share
+from fastconv.kernels.compile.sass import Compiled, compile_all, mix
+from fastconv.kernels.launch.launch import Record
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import packed_taps, strides_like
+from fastconv.kernels.tiles.autotuned import considering
+from fastconv.kernels.tiles.shapes import matrix_share
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import fp32_convolutions
 from fastconv.settings import settings

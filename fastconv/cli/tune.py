@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastconv.autotune import Gpu, Measured, SchemaError, Space, Store, Tuned, Untuned
+from fastconv.autotune import Gpu, Measured, SchemaError, Store, Tuned, Untuned
 from fastconv.autotune.known import reload, tables
 from fastconv.autotune.known import store as user_store
 from fastconv.autotune.records import Record, now
@@ -107,7 +107,7 @@ def tune(
         tasks = collect(options, store, target) if given else []
         if dry_run:
             from fastconv.cli.tune_screen import foretold
-            from fastconv.kernels.tuned import ADAPTER
+            from fastconv.kernels.dispatch import ADAPTER
 
             known = tables(target, ADAPTER)
             for line in foretold(tasks, known, target, options.top_k, options.budget, options.again):
@@ -221,8 +221,8 @@ def _tune(
 ) -> tuple[list[TuningTask], list[Record]]:
     """(the problems, what was measured and found of them). Raises BadUsage, WorkerError, RunLost."""
     from fastconv.cli.tune_screen import Watch
-    from fastconv.kernels.compile import cores
-    from fastconv.kernels.tuned import ADAPTER
+    from fastconv.kernels.compile.ahead import cores
+    from fastconv.kernels.dispatch import ADAPTER
     from fastconv.measuring.compiling import Compiler
     from fastconv.measuring.runner import WorkerRunner
     from fastconv.tuning import sharing
@@ -272,7 +272,7 @@ def worker_command(device: int) -> list[str]:
 def _write(tasks: Sequence[TuningTask], options: Options, gpu: Gpu, store: Store) -> None:
     """What is asked for beside tuning: the report, a lock file, this GPU's table."""
     from fastconv.cli.tune_screen import ranked
-    from fastconv.kernels.tuned import ADAPTER, version_of
+    from fastconv.kernels.dispatch import ADAPTER, version_of
 
     if options.report:
         for line in ranked(store, gpu):
@@ -326,10 +326,10 @@ def _seconds(text: str) -> float:
 
 def _spaces(names: Sequence[str] | None) -> tuple[str, ...]:
     """The names of search spaces. Raises BadUsage with those there are."""
-    from fastconv.kernels import tiles
+    from fastconv.kernels.dispatch import declared_spaces
 
     wanted = [name for value in names or () for name in value.split(",")]
-    known = sorted({each.name for each in vars(tiles).values() if isinstance(each, Space)})
+    known = declared_spaces()
     for name in wanted:
         if name not in known:
             raise BadUsage(f"--kernel {name!r} is not one of {', '.join(known)}")

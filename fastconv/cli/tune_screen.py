@@ -19,8 +19,9 @@ from fastconv.autotune.records import OUT_OF_MEMORY, RETRIED, Measured
 from fastconv.autotune.table import Table, Tables
 from fastconv.autotune.tune import TuningState, TuningTask, expected_gain, share_of
 from fastconv.benchmarks.report.tables import new_table, tile_text
-from fastconv.kernels.compile import cores
-from fastconv.kernels.tuned import conv_of, pool_of
+from fastconv.kernels.compile.ahead import cores
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.pool import PoolProblem
 
 # Guesses for the time that is foretold: a binary on one core, a problem's measurements.
 COMPILE_SECONDS, MEASURE_SECONDS = 4.0, 1.5
@@ -148,7 +149,7 @@ def described(problem: ProblemKey) -> tuple[str, str]:
     """(kernel, the problem in the words of its operator, or as tables know it if another version wrote it)."""
     kind = dict(problem.kind)
     try:
-        line = (pool_of(problem) if "pool" in kind else conv_of(problem)).describe()
+        line = (PoolProblem if "pool" in kind else ConvProblem).from_key(problem).describe()
     except (KeyError, ValueError):
         return problem.space, problem.describe().removeprefix(f"{problem.space} ")
     return problem.space, f"{kind['direction']} {line}" if "direction" in kind else line

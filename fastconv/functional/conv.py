@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastconv.arguments import TENSORS, Ints, autocast_dtype, check_tensors, expand, integer, why_not_served
 from fastconv.autograd.conv import conv, conv_transpose
-from fastconv.kernels.layout import is_channels_last
-from fastconv.kernels.problem import conv_transpose_problem
+from fastconv.kernels.problem.conv import conv_transpose_problem
+from fastconv.kernels.problem.layout import is_channels_last
 
 
 def conv1d(

@@ -20,9 +20,9 @@ from fastconv.functional.conv import (
     conv_transpose3d,
     named_padding,
 )
-from fastconv.kernels.batch_norm import Activated
-from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.kernels.problem import conv_transpose_problem
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.problem.conv import conv_transpose_problem
 
 
 def conv1d_bn_act(

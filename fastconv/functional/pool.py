@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastconv.arguments import Ints, boolean, expand, integer, why_not_served
 from fastconv.autograd.pool import Geometry, average_pool, lp_pool, max_pool
-from fastconv.kernels.pool import ADAPTIVE
-from fastconv.kernels.problem import output_size
+from fastconv.kernels.ops.pool import ADAPTIVE
+from fastconv.kernels.problem.windows import output_size
 
 
 def max_pool1d(

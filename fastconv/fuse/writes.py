@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastconv.activations import activation_of, has_fused_form, is_activation
 from fastconv.fuse.fused import Step
 from fastconv.fuse.stand_ins import class_of, is_librarys, is_sequential, unpacked
-from fastconv.kernels.epilogue import ACTIVATIONS
+from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.nn.fused import ConvBNAct
 from fastconv.nn.fused_call import SUMS
 

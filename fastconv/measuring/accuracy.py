@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastconv.kernels import dispatch
+from fastconv.kernels.families.family import fp32_precision
 
 FP32_EPS = torch.finfo(torch.float32).eps
 TF32_EPS = 2.0**-10  # products of operands rounded to 11 bits
@@ -64,7 +64,7 @@ def against_yardstick(
     }
     typical = statistics.median(error or 0.0 for _, error in errors.values())
     eps = torch.finfo(dtype).eps
-    if eager is None and dispatch.fp32_precision(dtype) == "tf32":
+    if eager is None and fp32_precision(dtype) == "tf32":
         eps = TF32_EPS
     rows = []
     for name, (our_error, eager_error) in errors.items():

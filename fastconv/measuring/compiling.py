@@ -10,9 +10,8 @@ from typing import Any
 from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.autotune.choose import Question
 from fastconv.autotune.tune import Failed, Footprint
-from fastconv.kernels.conv import Uncovered
-from fastconv.kernels.inspect import resources
-from fastconv.kernels.launch import Launch
+from fastconv.kernels.compile.sass import resources
+from fastconv.kernels.launch.launch import Launch, Uncovered
 from fastconv.measuring.problem_to_run import ProblemToRun, to_run
 
 Outcome = Footprint | Failed

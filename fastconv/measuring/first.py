@@ -13,7 +13,8 @@ from fastconv.autotune import Config, Tuned
 from fastconv.autotune.choose import Question
 from fastconv.autotune.known import store, tables
 from fastconv.autotune.tune import Failed, Footprint, TuningTask, session
-from fastconv.kernels.tuned import ADAPTER, live, policy
+from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.tiles.autotuned import live, policy
 from fastconv.measuring.compiling import Compiler
 from fastconv.measuring.process import COMMAND, Worker
 from fastconv.measuring.runner import WorkerRunner

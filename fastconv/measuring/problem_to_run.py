@@ -19,14 +19,17 @@ from torch.nn import functional as F
 
 from fastconv.autotune import Choice, Config, Gpu, ProblemKey, Space, Work
 from fastconv.autotune.choose import Question, ask, fixed
-from fastconv.kernels import conv, dispatch, pool
-from fastconv.kernels.batch_norm import Activated, batch_norm_act_sums
-from fastconv.kernels.call import execute
-from fastconv.kernels.launch import Launch, decisions, record
-from fastconv.kernels.layout import PACKED, packed_taps, strides_like
-from fastconv.kernels.problem import DIRECTIONS, POOL_DIRECTIONS, ConvProblem, PoolProblem
-from fastconv.kernels.tiles import considering
-from fastconv.kernels.tuned import ADAPTER, conv_of, pool_of
+from fastconv.kernels import dispatch
+from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.launch.launch import Launch, Uncovered, decisions, record
+from fastconv.kernels.ops import conv, pool
+from fastconv.kernels.ops.batch_norm import batch_norm_act_sums
+from fastconv.kernels.ops.call import execute
+from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem
+from fastconv.kernels.problem.layout import PACKED, packed_taps, strides_like
+from fastconv.kernels.problem.pool import POOL_DIRECTIONS, PoolProblem
+from fastconv.kernels.tiles.autotuned import considering
 from fastconv.measuring.accuracy import fp32_convolutions
 from fastconv.reference.pool import max_pool_indices
 
@@ -112,7 +115,7 @@ def to_run(problem: ProblemKey, gpu: Gpu) -> tuple[ProblemToRun, Question]:
         candidate = replace(described, family=family)
         try:
             question, _ = candidate.planned(gpu)
-        except (conv.Uncovered, ValueError):
+        except (Uncovered, ValueError):
             continue
         if question is not None:
             return candidate, question
@@ -130,8 +133,8 @@ def _described(problem: ProblemKey) -> tuple[ProblemToRun, Sequence[str | None]]
         raise ValueError(f"no direction {direction!r}")
     families = [family.name for family in dispatch.FAMILIES[direction]]
     if direction in POOL_DIRECTIONS:
-        return _pool(problem, pool_of(problem), direction, bool(kind["channels_last"])), families
-    return _convolution(problem, conv_of(problem), direction), families
+        return _pool(problem, PoolProblem.from_key(problem), direction, bool(kind["channels_last"])), families
+    return _convolution(problem, ConvProblem.from_key(problem), direction), families
 
 
 # Convolutions.

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.autotune.tune import Failed
-from fastconv.kernels.children import end_with_parent
+from fastconv.kernels.compile.workers import end_with_parent
 from fastconv.measuring import reason
 
 PATIENCE = 30.0  # seconds for one answer; before the first a worker draws operands and makes the reference

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.autotune.search import Key, key_of
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import interpreter
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import YARDSTICK, fp32_convolutions, max_error, tolerance
 from fastconv.measuring.capture import Captured
@@ -179,7 +180,7 @@ class _Prepared:
 
 def on_device(index: int) -> tuple[Gpu, Measure]:
     """The GPU of this index, or Triton's interpreter in a process that uses it."""
-    if mend.interpreting():
+    if interpreter.interpreting():
         device = torch.device("cpu")
         return dispatch.target(device), Measuring(dispatch.target(device), device, HostClock())
     if not torch.cuda.is_available():

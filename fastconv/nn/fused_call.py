@@ -20,7 +20,7 @@ from fastconv import functional
 from fastconv.activations import has_fused_form
 from fastconv.arguments import autocast_dtype, why_not_served
 from fastconv.functional.conv_bn_act import conv_norm_act
-from fastconv.kernels.problem import output_size
+from fastconv.kernels.problem.windows import output_size
 from fastconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from fastconv.nn.patches import patched
 

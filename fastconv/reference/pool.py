@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv.kernels import pool as kernels
-from fastconv.kernels.problem import largest_share
+from fastconv.kernels.ops import pool as kernels
+from fastconv.kernels.problem.pool import largest_share
 
 
 def max_pool_indices(taps: Tensor, input_size: Any, geometry: Any) -> Tensor:

@@ -19,9 +19,9 @@ from fastconv.benchmarks.measure.directions import direction_call, fakes
 from fastconv.benchmarks.models import LoadedModel, channels_last
 from fastconv.dry_run import OurOperators, make_calls
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import decisions
-from fastconv.kernels.tiles import considering
-from fastconv.kernels.tuned import ADAPTER
+from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.launch.launch import decisions
+from fastconv.kernels.tiles.autotuned import considering
 from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 
 Tasks = dict[ProblemKey, TuningTask]

@@ -26,15 +26,19 @@ import fastconv.functional as ours
 from convolutions import products_of
 from fastconv import settings
 from fastconv.autograd import conv_bn_act as autograd
-from fastconv.autotune import Choice
-from fastconv.kernels import call, dispatch, mend
-from fastconv.kernels.batch_norm import Activated
-from fastconv.kernels.launch import Record, record
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_gather
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import Record, record
+from fastconv.kernels.ops import call
+from fastconv.kernels.problem import conv
 from reference import integers
+from tests.tiles import take_tile
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 pytestmark = [pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
-if not mend.interpreting():
+if not interpreter.interpreting():
     pytestmark.append(pytest.mark.gpu)
 EPS, MOMENTUM = 1e-3, 0.3
 
@@ -291,9 +295,7 @@ def test_tails_of_the_batch_stay_out_of_the_statistics(batch: int, weight: tuple
 def test_a_mean_far_from_zero(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean 1000, variance 1e-3. A filter that copies keeps the convolution's own roundings out of it."""
     # A tile of a GPU's size: the interpreter adds up a column one by one, and its own tiles are longer.
-    tile = {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_C": 16, "SPLITS": 1, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(dispatch, "gather_tile", lambda *a: Choice(tile, "this test", 0.0, "nothing"))
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_C": 16, "SPLITS": 1})
     draw = torch.Generator().manual_seed(0)
     x = (1000 + torch.randn(20, 8, 5, 5, generator=draw) * 1e-3**0.5).to(DEVICE)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
@@ -730,8 +732,8 @@ def test_what_no_kernel_serves_is_pytorchs(name: str, training: bool) -> None:
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_a_convolution_without_a_kernel(grad: bool, training: bool, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(call, "_calls", {})
-    refusing = dispatch.Family("gather", lambda *a: "not today", dispatch.GATHER.plan)
-    monkeypatch.setattr(dispatch, "FAMILIES", dict.fromkeys(dispatch.DIRECTIONS, (refusing,)))
+    refusing = replace(conv_gather.FAMILY, why_not=lambda *a: "not today")
+    monkeypatch.setattr(dispatch, "FAMILIES", dict.fromkeys(conv.DIRECTIONS, (refusing,)))
     for name in ("residual", "NCHW", "prelu with a residual before", "1d"):
         it = layer(by_name[name], torch.float32, torch.float32, DEVICE)
         exact = layer(by_name[name], torch.float64, torch.float64, "cpu")

@@ -15,11 +15,11 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import fastconv
 from convolutions import products_of
 from fastconv import nn
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 CLASSES = [name for name in nn.__all__ if hasattr(torch.nn, name) and "Conv" in name]
 

@@ -16,12 +16,12 @@ import fastconv
 from fastconv import nn
 from fastconv.autotune.gpus import A100, H200, INTERPRETER
 from fastconv.explain import Moved, Run
-from fastconv.kernels import mend
 from fastconv.kernels.dispatch import use_target
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 # name -> (layer, input, forward's further arguments)
 CALLS: dict[str, tuple[torch.nn.Module, tuple[int, ...], dict[str, Any]]] = {

@@ -24,13 +24,16 @@ from fastconv.autograd import operators
 from fastconv.autotune import cost_model, gpus
 from fastconv.autotune.choose import fixed
 from fastconv.autotune.known import reload, store
-from fastconv.kernels import call as calls
-from fastconv.kernels import dispatch, mend, tiles
-from fastconv.kernels import launch as launches
-from fastconv.kernels.problem import conv_problem
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import family
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch import launch as launches
+from fastconv.kernels.ops import call as calls
+from fastconv.kernels.problem.conv import conv_problem
+from fastconv.kernels.tiles import autotuned
 from reference import integers
 
-interpreted = pytest.mark.skipif(not mend.interpreting(), reason="faults are made in interpreted launches")
+interpreted = pytest.mark.skipif(not interpreter.interpreting(), reason="faults are made in interpreted launches")
 FINISHING = "split_sum_kernel", "pool_combine_kernel"
 T4 = gpus.describe("NVIDIA T4", 75, 40, 64 << 10, 4 << 20, None)
 
@@ -49,11 +52,11 @@ def forgotten() -> Iterator[None]:
     forget()
     yield
     forget()
-    assert not (launches._recorders or tiles._considering or dispatch._forced or dispatch._single)
+    assert not (launches._recorders or autotuned._considering or dispatch._forced or family.only)
     free: list[bool] = []
 
     def launch() -> None:
-        with mend.LOCK:
+        with interpreter.LOCK:
             free.append(True)
 
     thread = threading.Thread(target=launch, daemon=True)
@@ -139,7 +142,7 @@ def test_a_step_that_fails_anywhere_harms_no_state(what: str, monkeypatch: pytes
 @pytest.fixture
 def gpu_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The way of a launch on a GPU, with interpreted kernels at its end."""
-    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launches, "_loaded", set())
@@ -277,7 +280,10 @@ def _in_two(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
 def test_where_partial_sums_find_no_memory_there_are_none(
     compute: Callable[[], Tensor], warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with dispatch.use_target(gpus.A100 if compute is _split_pools else gpus.INTERPRETER), tiles.considering(_in_two):
+    with (
+        dispatch.use_target(gpus.A100 if compute is _split_pools else gpus.INTERPRETER),
+        autotuned.considering(_in_two),
+    ):
         with launches.record() as records:
             expected = compute()
         splits = sum(it.name in FINISHING for it in records)
@@ -308,7 +314,7 @@ def test_no_tile_takes_a_workspace_over_the_limit(monkeypatch: pytest.MonkeyPatc
         moved.append(work(choice.config).extra_bytes)
         return choice
 
-    with tiles.considering(seen):
+    with autotuned.considering(seen):
         for limit in (cost_model.MAX_WORKSPACE, 50 << 20):
             monkeypatch.setattr(cost_model, "MAX_WORKSPACE", limit)
             dispatch.plan("wgrad", problem, gpus.H200)

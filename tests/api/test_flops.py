@@ -10,10 +10,10 @@ import torch.nn.functional as theirs
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv.functional as ours
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 
 def flops(function: Any, x: torch.Tensor, weight: torch.Tensor, **arguments: Any) -> int:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv.functional as ours
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [pytest.mark.gpu] * (not mend.interpreting())
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [pytest.mark.gpu] * (not interpreter.interpreting())
 
 
 class Index:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv.functional as ours
 from fastconv import settings
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 from reference import assert_close, assert_equal, integers
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 # name -> (function, input, weight, arguments)
 CALLS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -293,13 +294,16 @@ def test_empty_batch(function: str) -> None:
 
 def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     from fastconv.autograd import operators
-    from fastconv.kernels import call, dispatch
+    from fastconv.kernels import dispatch
+    from fastconv.kernels.families import conv_gather
+    from fastconv.kernels.ops import call
+    from fastconv.kernels.problem import conv
 
     # Another test of this process may have had the line of the log.
     operators._say_once.cache_clear()
     monkeypatch.setattr(call, "_calls", {})
-    refusing = dispatch.Family("gather", lambda *a: "not today", dispatch.GATHER.plan)
-    monkeypatch.setattr(dispatch, "FAMILIES", dict.fromkeys(dispatch.DIRECTIONS, (refusing,)))
+    refusing = replace(conv_gather.FAMILY, why_not=lambda *a: "not today")
+    monkeypatch.setattr(dispatch, "FAMILIES", dict.fromkeys(conv.DIRECTIONS, (refusing,)))
     for name in ("conv2d", "conv2d uneven same", "conv2d strided, dilated, grouped", "conv_transpose2d", "conv1d"):
         function, operands, arguments = leaves(name)
         with caplog.at_level("INFO", logger="fastconv"):
@@ -313,11 +317,13 @@ def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.
 
 def test_backward_on_another_thread_is_strict_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd runs a GPU's backward on threads that see no context of the user's."""
-    from fastconv.kernels import call, dispatch
+    from fastconv.kernels import dispatch
+    from fastconv.kernels.families import conv_gather
+    from fastconv.kernels.ops import call
 
     monkeypatch.setattr(call, "_calls", {})
-    refusing = dispatch.Family("gather", lambda *a: "not today", dispatch.GATHER.plan)
-    families = {"fprop": (dispatch.GATHER,), "dgrad": (refusing,), "wgrad": (refusing,)}
+    refusing = replace(conv_gather.FAMILY, why_not=lambda *a: "not today")
+    families = {"fprop": (conv_gather.FAMILY,), "dgrad": (refusing,), "wgrad": (refusing,)}
     monkeypatch.setattr(dispatch, "FAMILIES", families)
     x = torch.randn(1, 16, 4, 4, device=DEVICE, requires_grad=True)
     raised: list[Exception] = []

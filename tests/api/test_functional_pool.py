@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastconv.functional as ours
 from fastconv import settings
 from fastconv.autograd import pool as autograd
-from fastconv.kernels import call, dispatch, mend
-from fastconv.kernels.launch import record
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import call
 from reference import assert_close, assert_equal
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 # name -> (function, input, arguments)
 CALLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {

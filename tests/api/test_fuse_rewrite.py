@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv import nn as ours
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 from fusing import (
     BN1,
     BN2,
@@ -36,7 +36,7 @@ from fusing import (
     twice,
 )
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 
 # What happens to the model later

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv.benchmarks.models import torchvision
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 pytestmark = [
     pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
-    *([] if mend.interpreting() else [pytest.mark.gpu]),
+    *([] if interpreter.interpreting() else [pytest.mark.gpu]),
 ]
 
 # name -> (batch norms fused, batch norms, those with an addition)

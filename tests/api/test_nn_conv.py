@@ -14,12 +14,12 @@ from torch import Tensor
 
 from convolutions import products_of
 from fastconv import nn
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 from reference import assert_equal, integers
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 # name -> (class, arguments, input, forward's further arguments)
 LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], dict[str, Any]]] = {

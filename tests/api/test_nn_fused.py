@@ -15,11 +15,11 @@ import fastconv
 from convolutions import products_of
 from fastconv import nn
 from fastconv.activations import NAMED, activation_of
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 # name -> (class, arguments, input, whether there is a residual)
 LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], bool]] = {

@@ -12,11 +12,11 @@ import torch
 
 import fastconv
 from fastconv import functional, nn
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 SHAPES = {"1": (2, 3, 9), "2": (2, 3, 9, 8), "3": (1, 3, 5, 6, 5)}
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv.functional as F
 from fastconv.autograd import operators
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [pytest.mark.gpu] * (not mend.interpreting())
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [pytest.mark.gpu] * (not interpreter.interpreting())
 
 
 class Seen(TorchDispatchMode):

@@ -20,10 +20,13 @@ import fastconv
 import fastconv.functional as F
 from fastconv.autotune import Tuned, known, predict
 from fastconv.autotune.gpus import H200
-from fastconv.kernels import conv, dispatch, mend, tiles
-from fastconv.kernels.launch import record
-from fastconv.kernels.problem import DIRECTIONS
-from fastconv.kernels.tuned import ADAPTER
+from fastconv.kernels import dispatch
+from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import DIRECTIONS
+from fastconv.kernels.tiles import autotuned
 
 # (images, channels, groups, filters, side, filter) that a family serves, each as small as its tiles allow.
 PROBLEMS = {
@@ -146,7 +149,7 @@ def asked() -> Iterator[tuple[Any, ...]]:
         found[space.name, features] = space, features, work, choice
         return choice
 
-    with FakeTensorMode(allow_non_fake_inputs=True), tiles.considering(consider):
+    with FakeTensorMode(allow_non_fake_inputs=True), autotuned.considering(consider):
         for compute, *arguments in CASES.values():
             compute(*arguments)
     yield from found.values()
@@ -182,7 +185,7 @@ def main(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not mend.interpreting(), reason="plans for another GPU: needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(not interpreter.interpreting(), reason="plans for another GPU: needs TRITON_INTERPRET=1")
 def test_every_operator_gives_the_same_bits_in_any_process_and_whatever_is_tuned(tmp_path: Path) -> None:
     children = {}
     for number, mode in enumerate(("plain", "tuned")):

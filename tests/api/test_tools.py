@@ -20,13 +20,13 @@ from torch.optim.swa_utils import AveragedModel
 import fastconv
 from convolutions import products_of
 from fastconv import nn
-from fastconv.kernels import mend
-from fastconv.kernels.launch import record
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
-    *([] if mend.interpreting() else [pytest.mark.gpu]),
+    *([] if interpreter.interpreting() else [pytest.mark.gpu]),
 ]
 
 TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-2

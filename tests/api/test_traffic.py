@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastconv.functional as ours
 from fastconv.autotune.gpus import INTERPRETER
 from fastconv.explain import Moved, explain
-from fastconv.kernels import mend
 from fastconv.kernels.dispatch import use_target
+from fastconv.kernels.launch import interpreter
 from fastconv.traffic import Traffic
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 WIDTH, BATCH, SIZE = 16, 8, 16
 UNIT = BATCH * SIZE * SIZE * WIDTH * 2  # bytes of the narrow activation in bfloat16

@@ -18,12 +18,16 @@ from fastconv import arguments, warmup
 from fastconv.autotune.gpus import A100, H200, gpu_called
 from fastconv.autotune.known import forget
 from fastconv.dry_run import make_calls
-from fastconv.kernels import dispatch, launch, mend, tiles, tuned
-from fastconv.kernels.compile import Compiled
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.ahead import Compiled
+from fastconv.kernels.launch import interpreter, launch
+from fastconv.kernels.tiles import autotuned
 from fastconv.warmup import Warmup
 
-interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
-compiling = pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
+interpreted = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
+compiling = pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
 
 
 class Block(nn.Module):
@@ -122,15 +126,15 @@ def test_it_looks_at_what_the_first_call_will_measure(monkeypatch: pytest.Monkey
     regimes = []
 
     def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
-        regimes.append(tuned.policy().tune)
+        regimes.append(autotuned.policy().tune)
         return choice
 
-    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(sys.modules["fastconv.warmup"], "compile_each", lambda *_: Compiled({}, {}))
     model, x = converted(nn.Conv2d(16, 16, 1)), image(2, 16, 8, 8)
     for tune, expected in (("first", "cached"), ("force", "cached"), ("off", "off")):
         forget()
-        with fastconv.settings(tune=tune), tiles.considering(listen):
+        with fastconv.settings(tune=tune), autotuned.considering(listen):
             assert warmup(model, x, gpu="A100").kernels == 1
         assert regimes.pop() == expected and not regimes
 
@@ -250,7 +254,7 @@ class Kernel:
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(launch, "_loaded", set())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -12,9 +12,11 @@ from convolutions import of_networks
 from fastconv.autotune.choose import Question, ask
 from fastconv.autotune.gpus import H200
 from fastconv.benchmarks import layer_lists
-from fastconv.kernels import dispatch, tiles
-from fastconv.kernels.problem import DIRECTIONS
-from fastconv.kernels.tuned import ADAPTER
+from fastconv.kernels import dispatch
+from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.families import batch_norm
+from fastconv.kernels.problem.conv import DIRECTIONS
+from fastconv.kernels.tiles import autotuned
 from fastconv.tuning import problems
 
 NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
@@ -31,13 +33,13 @@ def questions() -> tuple[Question, ...]:
         found.setdefault(question.problem, question)
         return choice
 
-    with tiles.considering(listen):
+    with autotuned.considering(listen):
         for problem, bias in of_networks(NETWORKS, (BATCH,)):
             for direction in DIRECTIONS:
                 dispatch.plan(direction, problem, H200)
             # Batch norm's are of its gradient, its input and, for the activation between, its output.
             moved = 1 if bias else 3
-            tiles.pass_tile(problem.output_pixels, problem.out_channels, problem.dtype.itemsize, moved, True, H200)
+            batch_norm.pass_tile(problem.output_pixels, problem.out_channels, problem.dtype.itemsize, moved, True, H200)
         for name in NETWORKS:
             pools = {call: count for call, count in layer_lists.find(name).calls.items() if call.pool}
             problems.of_layers(pools, BATCH, torch.bfloat16, True, H200)

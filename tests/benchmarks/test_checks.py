@@ -16,11 +16,14 @@ from fastconv.benchmarks import checks
 from fastconv.benchmarks.checks import conv, conv_bn_act, pool
 from fastconv.benchmarks.checks.check import compare, poisoned_memory
 from fastconv.cli import run
-from fastconv.kernels import epilogue, mend
 from fastconv.kernels.dispatch import Plan
-from fastconv.kernels.launch import decisions
+from fastconv.kernels.jit import activations
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import decisions
 
-pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
 
 CPU = torch.device("cpu")
 
@@ -41,7 +44,7 @@ def test_checks_and_their_cases_have_names_of_their_own() -> None:
 
 def test_every_activation_is_checked() -> None:
     checked = {activation_of(case.act())[0] for case in conv_bn_act.ACTIVATIONS}
-    assert checked == set(epilogue.ACTIVATIONS)
+    assert checked == set(activations.ACTIVATIONS)
     for check in (conv_bn_act.INFERENCE, conv_bn_act.TRAINING):
         assert all(case in check.cases for case in conv_bn_act.ACTIVATIONS)
 

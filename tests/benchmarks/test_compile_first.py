@@ -17,11 +17,14 @@ from fastconv.benchmarks.measure import compile_first, compiler_report, lenet, n
 from fastconv.benchmarks.measure.compiler_report import Compilation
 from fastconv.benchmarks.report import results
 from fastconv.cli import bench_run, run
-from fastconv.kernels import dispatch, mend
-from fastconv.kernels.compile import compile_each
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.ahead import compile_each
+from fastconv.kernels.launch import interpreter
 
 CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
 
 ROW = {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA A100", "spills": 0}
 ROW |= {"registers": 128, "shared_memory": 4096, "occupancy": 2, "tensor_cores": "mma", "load_bytes": {"16": 8}}

@@ -7,11 +7,12 @@ import json
 import pytest
 
 from fastconv.benchmarks import host
-from fastconv.kernels import dispatch, mend
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import interpreter
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
+@pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
 def test_every_kind_of_call_has_a_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "ROUNDS", 1)
     monkeypatch.setattr(host, "CALLS", 2)

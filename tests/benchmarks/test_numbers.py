@@ -14,9 +14,11 @@ import fastconv.functional
 from fastconv.benchmarks import models
 from fastconv.benchmarks.measure import lenet, network, resnet_blocks
 from fastconv.cli import run
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
-pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
 
 CPU = torch.device("cpu")
 CONVERT = fastconv.convert

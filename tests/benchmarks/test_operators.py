@@ -24,10 +24,13 @@ from fastconv.benchmarks.registry import COMPILED, EAGER, EAGER_NCHW, ENTRIES, O
 from fastconv.benchmarks.report import tables, targets
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part, check_part
-from fastconv.kernels import dispatch, launch, mend
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import interpreter, launch
 from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave
 
-pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
 
 CPU = torch.device("cpu")
 SETUP = operator_times.Setup(torch.bfloat16, CPU, HostClock())

@@ -11,8 +11,8 @@ import torch
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.calls import LARGE, Operator
 from fastconv.benchmarks.registry import ENTRIES, TARGET
-from fastconv.kernels.dispatch import single_family
-from fastconv.kernels.problem import conv_problem
+from fastconv.kernels.families.family import single_family
+from fastconv.kernels.problem.conv import conv_problem
 
 
 @cache

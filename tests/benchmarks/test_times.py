@@ -22,11 +22,14 @@ from fastconv.benchmarks.report import results
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.cli import run
-from fastconv.kernels import dispatch, mend
-from fastconv.kernels.problem import conv_problem
+from fastconv.kernels import dispatch
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.problem.conv import conv_problem
 from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave, within
 
-pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
 
 CPU = torch.device("cpu")
 

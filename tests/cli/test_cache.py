@@ -13,7 +13,7 @@ from fastconv.autotune.gpus import A100
 from fastconv.autotune.store import MAX_LINE, MAX_SHARD
 from fastconv.autotune.table import write_table
 from fastconv.cli import run
-from fastconv.kernels.tuned import version_of
+from fastconv.kernels.dispatch import version_of
 from tests.autotune.making import DATE, measured, met, problem, tuned
 
 

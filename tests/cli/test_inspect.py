@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastconv import kernels
 from fastconv.autotune import Choice, Gpu
 from fastconv.autotune.gpus import A100, B200, H200, RTX5090
 from fastconv.cli import inspect_operator, interpreter, run
@@ -24,12 +23,13 @@ from fastconv.cli.errors import BadUsage
 from fastconv.cli.inspect import draw
 from fastconv.cli.inspect_operator import Considered, Fused, Inspected, _best, _passes
 from fastconv.cli.inspect_operator import OperatorCall as Call
-from fastconv.kernels import mend
-from fastconv.kernels.tiles import GATHER
+from fastconv.kernels import families
+from fastconv.kernels.families.conv_gather import GATHER
+from fastconv.kernels.launch.interpreter import interpreting
 from fastconv.traffic import Pass
 
-compiling = pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
-interpreting = pytest.mark.skipif(not mend.interpreting(), reason="what only the interpreter's process refuses")
+compiling = pytest.mark.skipif(interpreting(), reason="one process cannot both interpret and compile")
+interpreted = pytest.mark.skipif(not interpreting(), reason="what only the interpreter's process refuses")
 CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
 # Rows of outputs that no two share: odd ones.
 PIXELS = "inspect conv2d --input 64x64x9x9 --weight 64x64x3x3 --padding 1 --family pixels --gpu h200"
@@ -103,7 +103,7 @@ def test_bad_usage_is_one_line_and_nothing_is_done(
     assert not list(tmp_path.iterdir())
 
 
-@interpreting
+@interpreted
 @pytest.mark.parametrize("line", ["inspect", CONV])
 def test_the_interpreter_is_refused_in_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(line.split()) == 2
@@ -196,7 +196,7 @@ def test_every_kernel_is_of_some_call(gpu: Gpu) -> None:
         for family in ("rows", "row_boxes"):
             passes += [passed for passed, _ in _passes(first, gpu, family, "fprop", None)]
     found = {record.name for passed in passes for record in passed.launches}
-    modules = [import_module(f"fastconv.kernels.{it.name}") for it in pkgutil.iter_modules(kernels.__path__)]
+    modules = [import_module(f"{families.__name__}.{it.name}") for it in pkgutil.iter_modules(families.__path__)]
     everything = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     bulk = ("pixels", "pixels_wgrad", "gemm", "gemm_wgrad", "spatial", "row_boxes")
     assert everything - found == (set() if gpu.bulk else {f"conv_{name}_kernel" for name in bulk})

@@ -28,8 +28,8 @@ from fastconv.autotune.tune import Failed, Footprint, TuningTask, share_of
 from fastconv.benchmarks import layer_lists
 from fastconv.cli import run
 from fastconv.cli import tune as command
-from fastconv.kernels import mend
-from fastconv.kernels.tuned import version_of
+from fastconv.kernels.dispatch import version_of
+from fastconv.kernels.launch import interpreter
 from fastconv.measuring import compiling
 from fastconv.settings import settings
 from fastconv.tuning import problems
@@ -137,7 +137,7 @@ def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
 
 def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend: Any) -> None:
     from fastconv.autotune.choose import choose
-    from fastconv.kernels.tuned import ADAPTER
+    from fastconv.kernels.dispatch import ADAPTER
 
     task = tasks_of(layers)[0]
     second = task.question.fitting()[1][0]
@@ -442,7 +442,7 @@ def test_a_worker_that_does_not_start_is_one_line(
     assert "does not start: RuntimeError: the driver is too old" in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("tune", ["first", "force"])
 def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastconv

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 from plainly import fused_by_torch, fused_calls
 from tests.fuzz.models import Case, case
 from tests.fuzz.shrink import shrink
 from tests.fuzz.worlds import Differs, check
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), *[pytest.mark.gpu] * (not mend.interpreting())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    *[pytest.mark.gpu] * (not interpreter.interpreting()),
+]
 
 NUMBER = int(os.environ.get("FASTCONV_FUZZ", 0))
 FIRST = random.SystemRandom().randrange(10**9) if NUMBER else 0

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 from guards import guarded_memory, poisoned_memory
 from tests.fuzz.operators import EXACT, SMOOTH, Case, check
 from views import KEEPING, VIEWS
 
 __all__ = ["guarded_memory", "poisoned_memory"]
 pytestmark = [pytest.mark.usefixtures("poisoned_memory", "guarded_memory"), pytest.mark.filterwarnings("ignore")]
-pytestmark += [pytest.mark.slow, *[pytest.mark.gpu] * (not mend.interpreting())]
+pytestmark += [pytest.mark.slow, *[pytest.mark.gpu] * (not interpreter.interpreting())]
 
 NUMBER = int(os.environ.get("FASTCONV_FUZZ", 0))
 DTYPES = ("float32", "float32", "float16", "bfloat16")

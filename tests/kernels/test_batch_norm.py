@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastconv.autotune import Choice
-from fastconv.kernels import batch_norm, call, conv, dispatch, mend
-from fastconv.kernels.batch_norm import Activated
-from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.kernels.launch import record
+from fastconv.kernels.families import batch_norm as family
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import batch_norm, call, conv
 from reference import assert_close
+from tests.tiles import take_tile
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = torch.finfo(torch.float32).eps
 
@@ -114,10 +116,7 @@ def test_partials_of_any_size(mean: float, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def name_tile(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
-    config = {"num_warps": 4, "num_stages": 1, **sizes}
-    for module, name in ((dispatch, "gather_tile"), (batch_norm, "pass_tile")):
-        monkeypatch.setattr(module, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, sizes, ("conv_gather", "pass"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -347,7 +346,7 @@ def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[14]], ids=lambda case: case.name)
 def test_wide_offsets_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_norm, "INT32_MAX", 0)
+    monkeypatch.setattr(family, "INT32_MAX", 0)
     monkeypatch.setattr(call, "_calls", {})
     with record() as records:
         check(case, torch.float32, True)

@@ -16,10 +16,9 @@ from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, slowed
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.cli.inspect_layers import LAYERS, launches_of, report
-from fastconv.kernels import dispatch
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import ConvProblem, conv_problem
+from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem, conv_problem
 
 pytestmark = COMPILING
 
@@ -166,8 +165,8 @@ def test_split_reductions_use_the_hardware(gpu: Gpu) -> None:
 
 @each_gpu
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_other_variants_do_not_spill(gpu: Gpu, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: precision if dtype is torch.float32 else "ieee")
+def test_other_variants_do_not_spill(gpu: Gpu, precision: str, set_fp32_precision: Callable[[str], None]) -> None:
+    set_fp32_precision(precision)
     chosen = [(p, True) for p in OTHERS if precision == "tf32" or p.dtype is torch.float32]
     launches = distinct(chosen, gpu)
     if precision == "tf32":

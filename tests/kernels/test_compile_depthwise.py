@@ -14,11 +14,11 @@ from binaries import COMPILING, JOBS, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import PLAIN, Epilogue
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import DIRECTIONS, conv_problem
+from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import DIRECTIONS, conv_problem
 
 pytestmark = COMPILING
 

@@ -5,7 +5,7 @@ ResNeXt-50's grouped layers and the first layers of ResNet-50, EfficientNet-B0 a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ import torch
 from binaries import COMPILING, JOBS, TENSOR_CORES, each, spilled
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import Epilogue
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem, conv_problem
+from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import Epilogue
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 
 pytestmark = COMPILING
 
@@ -145,8 +145,8 @@ def test_groups_share_tensor_cores(gpu: Gpu) -> None:
 
 
 @on_hopper_at_least
-def test_other_groups_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
+def test_other_groups_do_not_spill(gpu: Gpu, set_fp32_precision: Callable[[str], None]) -> None:
+    set_fp32_precision("tf32")
     found = list(planned(GROUPS, gpu, ("plain", "statistics")))
     wrong, _ = complaints(found, gpu, allowed=32)
     assert not any(wrong.values()), listed(found, wrong)
@@ -196,8 +196,8 @@ def test_rows_by_bulk_copies(gpu: Gpu) -> None:
 
 
 @on_hopper_at_least
-def test_other_first_layers_do_not_spill(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "tf32" if dtype is torch.float32 else "ieee")
+def test_other_first_layers_do_not_spill(gpu: Gpu, set_fp32_precision: Callable[[str], None]) -> None:
+    set_fp32_precision("tf32")
     with dispatch.only_family("rows"):
         found = list(planned(ROWS, gpu, ("plain", "statistics")))
     wrong, _ = complaints(found, gpu, allowed=32)

@@ -14,13 +14,14 @@ import torch
 from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
-from fastconv.kernels import batch_norm, dispatch
-from fastconv.kernels.batch_norm import Activated
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import Epilogue
-from fastconv.kernels.inspect import GPUS, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import ConvProblem, conv_transpose_problem
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.sass import GPUS, compile_all
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import Epilogue
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.ops import batch_norm
+from fastconv.kernels.problem.conv import ConvProblem, conv_transpose_problem
 
 pytestmark = COMPILING
 

@@ -15,16 +15,22 @@ from binaries import COMPILING, JOBS, each, needs_networks, slowed
 from convolutions import Case, of_networks
 from fastconv.autotune import Gpu, Space
 from fastconv.kernels import dispatch
-from fastconv.kernels.conv_gather import conv_gather
-from fastconv.kernels.conv_gemm import conv_gemm, conv_gemm_wgrad
-from fastconv.kernels.conv_spatial import conv_spatial
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import PLAIN, Epilogue
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import pointer_type
-from fastconv.kernels.problem import DIRECTIONS
-from fastconv.kernels.tiles import GEMM, GEMM_RESIDENT, GEMM_RESIDENT_SINGLE, GEMM_WGRAD, SPATIAL
+from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.families.conv_gather import conv_gather
+from fastconv.kernels.families.conv_gemm import (
+    GEMM,
+    GEMM_RESIDENT,
+    GEMM_RESIDENT_SINGLE,
+    GEMM_WGRAD,
+    conv_gemm,
+    conv_gemm_wgrad,
+)
+from fastconv.kernels.families.conv_spatial import SPATIAL, conv_spatial
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import DIRECTIONS
+from fastconv.kernels.problem.layout import pointer_type
 
 pytestmark = COMPILING
 

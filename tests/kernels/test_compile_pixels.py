@@ -16,14 +16,13 @@ from binaries import COMPILING, JOBS, each, needs_networks, slowed
 from convolutions import Case, of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.conv_pixels import conv_pixels
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import PLAIN, Epilogue
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import pointer_type
-from fastconv.kernels.problem import ConvProblem
-from fastconv.kernels.tiles import CONV_PIXELS, CONV_PIXELS_FP32, CONV_PIXELS_TCGEN05
+from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.families.conv_pixels import CONV_PIXELS, CONV_PIXELS_FP32, CONV_PIXELS_TCGEN05, conv_pixels
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import pointer_type
 
 pytestmark = COMPILING
 

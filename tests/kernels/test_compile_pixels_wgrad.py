@@ -13,11 +13,10 @@ from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import B200, H200
 from fastconv.kernels import dispatch
-from fastconv.kernels.conv_pixels_wgrad import conv_pixels_wgrad
-from fastconv.kernels.inspect import Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.problem import ConvProblem, conv_problem
-from fastconv.kernels.tiles import PIXELS_WGRAD_PAIR, PIXELS_WGRAD_TILES
+from fastconv.kernels.compile.sass import Compiled, compile_all
+from fastconv.kernels.families.conv_pixels_wgrad import PIXELS_WGRAD_PAIR, PIXELS_WGRAD_TILES, conv_pixels_wgrad
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem, conv_problem
 
 pytestmark = COMPILING
 

@@ -15,12 +15,12 @@ import torch
 from binaries import COMPILING, JOBS, each
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.inspect import GPUS, Compiled, compile_all
-from fastconv.kernels.launch import Launch
-from fastconv.kernels.layout import dense_strides
-from fastconv.kernels.pool_window import pool_gather
-from fastconv.kernels.problem import POOL_DIRECTIONS, PoolProblem, index_type, largest_share
+from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.families.pool_index import pool_gather
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.layout import dense_strides
+from fastconv.kernels.problem.pool import POOL_DIRECTIONS, PoolProblem, index_type, largest_share
 
 pytestmark = COMPILING
 
@@ -97,7 +97,7 @@ def launches(problems: Iterable[PoolProblem], gpu: Gpu, channels_last: bool) -> 
     """Every distinct binary of both directions, and where there are taps of the gather, by the first that has it."""
     found: dict[tuple, tuple[PoolProblem, Launch]] = {}
     for pool in problems:
-        view = pool.lifted if channels_last else pool.lifted.planes
+        view = pool.as_rank3 if channels_last else pool.as_rank3.planes
         made: list[Launch] = []
         for direction, shape in zip(POOL_DIRECTIONS, (view.input_shape, view.output_shape), strict=True):
             if direction == "backward" and pool.kind == "max" and pool.index is None:

@@ -13,13 +13,17 @@ import pytest
 import torch
 
 from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, depths, expected
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.launch import Launch, record
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_gather, conv_gather_wgrad
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import Launch, record
+from fastconv.kernels.ops import call, conv
+from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, exact_limit, integers
+from tests.tiles import take_tile
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -137,11 +141,8 @@ TILES = {
 )
 def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's own tiles swallow small problems whole; here the tile is named."""
-    config = {**tile, "num_warps": 4, "num_stages": 1}
     problem = case.problem()
-    for module, name in ((dispatch, "gather_tile"), (dispatch, "wgrad_tile"), (conv, "pass_tile")):
-        monkeypatch.setattr(module, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, tile, ("conv", "pass"))
     generator = torch.Generator().manual_seed(0)
     limit = exact_limit(problem.dtype, max(depths(problem)))
     operands = [
@@ -242,7 +243,7 @@ def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPa
     operands = [
         integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
     ]
-    for module in (dispatch.conv_gather, dispatch.conv_wgrad):
+    for module in (conv_gather.conv_gather, conv_gather_wgrad.conv_wgrad):
         monkeypatch.setitem(module.__globals__, "wide", lambda *operands: True)
     monkeypatch.setattr(call, "_calls", {})
     values = computed(problem, *operands)

@@ -14,14 +14,18 @@ import torch
 
 from convolutions import DEVICE, Case, check_exact, check_random
 from fastconv import functional
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, conv, conv_depthwise, dispatch, mend
-from fastconv.kernels.launch import record
-from fastconv.kernels.layout import PACKED, packed_taps, weight_format
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import depthwise_schedule
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import DIRECTIONS
+from fastconv.kernels.problem.layout import PACKED, packed_taps, weight_format
 from reference import integers
+from tests.tiles import take_tile
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {"fprop": "conv_depthwise_kernel", "dgrad": "conv_depthwise_kernel", "wgrad": "conv_depthwise_wgrad_kernel"}
 
@@ -86,19 +90,12 @@ TILES = (
 )
 
 
-def name_tile(monkeypatch: pytest.MonkeyPatch, tile: dict[str, int]) -> None:
-    choice = Choice({**tile, "num_warps": 4, "num_stages": 1}, "this test", 0.0, "nothing")
-    for name in ("depthwise_tile", "depthwise_wgrad_tile"):
-        monkeypatch.setattr(dispatch, name, lambda *a: choice)
-    monkeypatch.setattr(call, "_calls", {})
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dtypes, tiles and formats in turn: each meets each."""
     number = CASES.index(case)
     problem = case.problem(DTYPES[number % 3])
-    name_tile(monkeypatch, TILES[number // 3 % 3])
+    take_tile(monkeypatch, TILES[number // 3 % 3])
     records = check_exact(problem, channels_last=number % 2 == 0)
     names = [record.name for record in records]
     assert names[:2] == ["conv_depthwise_kernel"] * 2 and names[2] == "conv_depthwise_wgrad_kernel"
@@ -111,7 +108,7 @@ def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("case", CASES[:29:4], ids=lambda case: case.name)
 def test_random_values_within_rounding(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
-        name_tile(monkeypatch, TILES[0])
+        take_tile(monkeypatch, TILES[0])
     check_random(case.problem(dtype))
 
 
@@ -140,7 +137,7 @@ def test_what_it_does_not_serve(case: Case, direction: str, reason: str) -> None
 @pytest.mark.parametrize(("stride", "outputs"), [(1, 4), (2, 4), (3, 6)])
 def test_no_tap_multiplies_a_zero(stride: int, outputs: int) -> None:
     """In dgrad each output meets its own taps alone: so many neighbours as the stride share all of the filter's."""
-    plan = conv_depthwise.schedule(outputs, 5, stride, 2, 1, True)
+    plan = depthwise_schedule.schedule(outputs, 5, stride, 2, 1, True)
     met = [tap for taps in plan.taps for tap in taps if tap >= 0]
     assert len(met) == 5 * outputs // stride
     # A column is loaded once, a weight too.
@@ -149,7 +146,7 @@ def test_no_tap_multiplies_a_zero(stride: int, outputs: int) -> None:
 
 
 def test_infinity_beside_the_window_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    name_tile(monkeypatch, TILES[0])
+    take_tile(monkeypatch, TILES[0])
     x = torch.zeros(1, 8, 3, 9)
     x[..., 6] = math.inf
     weight = torch.ones(8, 1, 3, 3)
@@ -185,7 +182,7 @@ def test_a_weight_with_its_taps_outermost_is_not_copied(
 
 def test_statistics_leave_out_what_lies_past_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias is what every output past the end of a row, or past the last image, would hold."""
-    name_tile(monkeypatch, TILES[1])
+    take_tile(monkeypatch, TILES[1])
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 24, 5, 9, generator=generator), torch.randn(24, 1, 3, 3, generator=generator)
     bias = torch.full((24,), 7.0)
@@ -206,7 +203,7 @@ def test_statistics_leave_out_what_lies_past_the_row(monkeypatch: pytest.MonkeyP
 )
 def test_fused_layers(act: Any, after: bool, stride: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch norm, activation and residual on groups of neighbours, the last of a row partly past its end."""
-    name_tile(monkeypatch, TILES[0])
+    take_tile(monkeypatch, TILES[0])
     generator = torch.Generator().manual_seed(0)
     # Integers: no sum is rounded, so that no value falls on the other side of a kink.
     x, weight = integers((2, 24, 5, 9), 4, generator), integers((24, 1, 3, 3), 2, generator)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from convolutions import DEVICE, RESULTS, Case, check_random, computed, depths, expected
-from fastconv.autotune import Choice, Gpu, gpus
-from fastconv.kernels import call, conv, conv_gemm, dispatch, mend
-from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.kernels.launch import record
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem
+from fastconv.autotune import Gpu, gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_gemm
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import call, conv
+from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem
 from reference import assert_equal, exact_limit, integers
+from tests.tiles import take_tile
 
-pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
 HALVES = (torch.bfloat16, torch.float16)
 # A program walks many tiles.
 SMALL = replace(gpus.H200, name="a GPU of one multiprocessor", multiprocessors=1)
@@ -82,7 +86,7 @@ def test_each_direction_has_fifty_problems(direction: str) -> None:
 
 
 @pytest.mark.parametrize("c", [20, 64, 136])
-def test_fp32_goes_by_tf32_forward(c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_goes_by_tf32_forward(c: int, set_fp32_precision: Callable[[str], None]) -> None:
     problem = Case("", 2, c, 24, (9, 8), (1, 1)).problem()
     operands = _integers(problem)
     with record() as records:
@@ -90,7 +94,7 @@ def test_fp32_goes_by_tf32_forward(c: int, monkeypatch: pytest.MonkeyPatch) -> N
     for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
         assert_equal(value, reference, f"{name} of {problem.describe()}")
     assert records[0].name == "conv_gemm_kernel" and records[0].launch.constants["PRECISION"] == "tf32"
-    monkeypatch.setattr(dispatch, "fp32_precision", lambda dtype: "ieee")
+    set_fp32_precision("ieee")
     assert ("gemm", "fp32 products outside the tensor cores") in dispatch.plan("fprop", problem, gpus.H200).reasons
 
 
@@ -153,15 +157,9 @@ def test_wgrad_reads_both_where_they_lie() -> None:
 )
 def test_tile_edges(channels: tuple[int, int], splits: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tails of every side, splits that have no step, programs that walk several tiles."""
-    tile = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1}
-    stay = max(channels) < 128
-
-    def named(*arguments: object) -> Choice:
-        return Choice({**tile, "SPLITS": 1 if stay and len(arguments) > 2 else splits}, "this test", 0.0, "nothing")
-
-    monkeypatch.setattr(dispatch, "gemm_tile", named)
-    monkeypatch.setattr(dispatch, "gemm_wgrad_tile", named)
-    monkeypatch.setattr(call, "_calls", {})
+    tile = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_C": 64, "SPLITS": splits}
+    take_tile(monkeypatch, tile)
+    take_tile(monkeypatch, {**tile, "SPLITS": 1}, ("conv_gemm_resident",))
     problem = Case("", 3, *channels, (7, 9), (1, 1)).problem(torch.bfloat16)
     operands = _integers(problem)
     with dispatch.use_target(gpu), record() as records:
@@ -169,6 +167,7 @@ def test_tile_edges(channels: tuple[int, int], splits: int, gpu: Gpu, monkeypatc
     for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
         assert_equal(value, reference, f"{name} of {problem.describe()}")
     launch = next(r.launch for r in records if r.name == "conv_gemm_kernel")
+    stay = max(channels) < 128
     tiles = -(-3 * 7 * 9 // 32) * -(-channels[1] // 32)
     assert launch.constants["RESIDENT"] is stay
     assert launch.grid[0] == (tiles * splits if not stay else tiles if gpu is gpus.H200 else 2)
@@ -249,9 +248,7 @@ def test_epilogue_of_a_long_and_of_a_split_reduction(
     direction: str, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for splits in (1, 2):
-        config = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": splits, "num_warps": 4, "num_stages": 4}
-        monkeypatch.setattr(dispatch, "gemm_tile", lambda *a, c=config: Choice(c, "this test", 0.0, "nothing"))
-        monkeypatch.setattr(call, "_calls", {})
+        take_tile(monkeypatch, {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": splits, "num_stages": 4})
         reference, (y,) = _fused(direction, ("gemm",), "silu", "norm residual", after, 264, 72, gpus.H200)
         torch.testing.assert_close(y.double(), reference, rtol=2e-3, atol=2e-3)
 
@@ -262,8 +259,7 @@ def test_statistics_count_no_row_past_the_last_pixel(
     c: int, splits: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if splits > 1:
-        config = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": splits, "num_warps": 4, "num_stages": 4}
-        monkeypatch.setattr(dispatch, "gemm_tile", lambda *a: Choice(config, "this test", 0.0, "nothing"))
+        take_tile(monkeypatch, {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": splits, "num_stages": 4})
         monkeypatch.setattr(call, "_calls", {})
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, c, 7, 9, generator=generator).half().to(DEVICE).contiguous(memory_format=torch.channels_last)

@@ -13,14 +13,18 @@ import pytest
 import torch
 
 from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, expected
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.conv_gather import packed_groups
-from fastconv.kernels.launch import record
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_gather, conv_gather_wgrad
+from fastconv.kernels.families.conv_gather import packed_groups
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import call, conv
+from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, integers
+from tests.tiles import take_tile
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -119,10 +123,8 @@ TILES = {
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_tile_edges(tile: dict[str, int], channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Case("", 2, 32, 48, (5, 6), (3, 2), (2, 1), (1, 1), groups=8).problem()
-    config = {**tile, "num_warps": 4, "num_stages": 1}
-    for name, named in (("gather_tile", {**config, "SPLITS": 1}), ("wgrad_tile", config)):
-        monkeypatch.setattr(dispatch, name, lambda *a, _named=named: Choice(_named, "this test", 0.0, "nothing"))
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, {**tile, "SPLITS": 1}, ("conv_gather",))
+    take_tile(monkeypatch, tile, ("conv_wgrad",))
     generator = torch.Generator().manual_seed(0)
     operands = [
         integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
@@ -193,7 +195,7 @@ def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPa
     operands = [
         integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
     ]
-    for module in (dispatch.conv_gather, dispatch.conv_wgrad):
+    for module in (conv_gather.conv_gather, conv_gather_wgrad.conv_wgrad):
         monkeypatch.setitem(module.__globals__, "wide", lambda *operands: True)
     monkeypatch.setattr(call, "_calls", {})
     index = DIRECTIONS.index(direction)

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from convolutions import DEVICE, Case, depths, expected, trailing
-from fastconv.autotune import Choice, Config, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.conv_pixels import has_parities, taps_walked
-from fastconv.kernels.launch import record
-from fastconv.kernels.layout import strides_like
-from fastconv.kernels.problem import ConvProblem
+from fastconv.autotune import Config, gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_pixels
+from fastconv.kernels.families.conv_pixels import taps_walked
+from fastconv.kernels.jit.boxes import has_parities
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import strides_like
 from reference import assert_close, assert_equal, exact_limit, integers
+from tests.tiles import take_tile
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.bfloat16, torch.float16)
 # (BLOCK_N, BLOCK_K, BLOCK_C, PIXELS, whether in PAIRS)
 ONE, FOUR, PAIRS = (16, 32, 16, 1, 0), (16, 16, 32, 4, 0), (32, 16, 16, 1, 1)
@@ -79,15 +84,13 @@ CASES = (
 
 def name_tile(monkeypatch: pytest.MonkeyPatch, sides: tuple[int, ...]) -> None:
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_C", "PIXELS", "PAIRS")
-    config: Config = dict(zip(names, sides, strict=True)) | {"num_warps": 4, "num_stages": 1}
+    config: Config = dict(zip(names, sides, strict=True))
 
-    def tile(direction: str, problem: ConvProblem, *_: object) -> Choice:
-        taps = problem.filter_size[-1] if config["PAIRS"] else 0
-        return Choice({**config, "PAIRS": taps}, "this test", 0.0, "nothing")
+    def tile(features: tuple[str, ConvProblem, str]) -> Config:
+        return {**config, "PAIRS": features[1].filter_size[-1] if config["PAIRS"] else 0}
 
-    monkeypatch.setattr(dispatch, "pixels_tile", tile)
-    monkeypatch.setattr(dispatch, "pixels_slower", lambda *a: None)
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, tile, ("conv_pixels",))
+    monkeypatch.setattr(conv_pixels, "why_slower", lambda *a: None)
 
 
 def suits(sides: tuple[int, ...], problem: ConvProblem) -> bool:
@@ -181,7 +184,7 @@ def test_every_tile_at_its_edges(direction: str, sides: tuple[int, ...], monkeyp
         assert_equal(value, reference, f"{direction} of {problem.describe()}")
 
 
-@pytest.mark.skipif(not mend.interpreting(), reason="the interpreter runs one program after the other")
+@pytest.mark.skipif(not interpreter.interpreting(), reason="the interpreter runs one program after the other")
 def test_programs_that_share_what_they_read_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channel tiles of one pixel, then the pixels of a row, rows, and images last."""
     from triton.runtime.interpreter import InterpreterBuilder

@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from convolutions import DEVICE, Case, depths, expected
-from fastconv.autotune import Choice, Config, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs
-from fastconv.kernels.launch import record
-from fastconv.kernels.layout import strides_like
-from fastconv.kernels.problem import ConvProblem
+from fastconv.autotune import Config, gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import strides_like
 from reference import assert_close, assert_equal, exact_limit, integers
+from tests.tiles import take_tile
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -81,14 +84,11 @@ TILES: tuple[Config, ...] = tuple(
 def name_tile(monkeypatch: pytest.MonkeyPatch, tile: Config) -> None:
     """Let wgrad take this tile, of one output a step where a problem's rows do not come in pairs."""
 
-    def tile_of(problem: ConvProblem, gpu: gpus.Gpu) -> Choice:
+    def tile_of(problem: ConvProblem) -> Config:
         columns = tile["COLUMNS"] if pairs_of_outputs(problem, tile["TAPS"]) else 1
-        return Choice(
-            {"PIXELS": 1, **tile, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}, "this test", 0.0, "nothing"
-        )
+        return {"PIXELS": 1, **tile, "COLUMNS": columns}
 
-    monkeypatch.setattr(dispatch, "pixels_wgrad_tile", tile_of)
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, tile_of, ("conv_pixels_wgrad",))
 
 
 def drawn(problem: ConvProblem) -> tuple[torch.Tensor, torch.Tensor]:

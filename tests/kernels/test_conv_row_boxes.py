@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from convolutions import DEVICE, Case, depths, expected, trailing
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.conv_row_boxes import box_form
-from fastconv.kernels.conv_rows import Rows
-from fastconv.kernels.launch import record
-from fastconv.kernels.problem import ConvProblem
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families.row_form import Rows, box_form
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import ConvProblem
 from reference import assert_equal, exact_limit, integers
+from tests.tiles import take_tile
 
-pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
 
 STEM = Case("ResNet's", 32, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3))
 EVEN = (
@@ -70,10 +72,8 @@ ANYWHERE = tuple(
 
 @pytest.fixture
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    if mend.interpreting():
-        tile = {"BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-        monkeypatch.setattr(dispatch, "row_boxes_tile", lambda *a: Choice(tile, "this test", 0.0, "nothing"))
-        monkeypatch.setattr(call, "_calls", {})
+    if interpreter.interpreting():
+        take_tile(monkeypatch, {"BLOCK_N": 16, "BLOCK_K": 16}, ("conv_row_boxes",))
 
 
 def operands_of(problem: ConvProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ def test_small_problems_are_of_every_kind() -> None:
 
 
 @pytest.mark.usefixtures("small_tile")
-@pytest.mark.parametrize("case", EVEN if mend.interpreting() else EVEN + ANYWHERE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVEN if interpreter.interpreting() else EVEN + ANYWHERE, ids=lambda case: case.name)
 def test_exact_on_integers(case: Case, record_property: Callable[..., None]) -> None:
     problem = case.problem(torch.bfloat16)
     y = check_fprop(case, problem, record_property)

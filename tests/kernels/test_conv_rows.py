@@ -12,14 +12,18 @@ import pytest
 import torch
 
 from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, expected
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.conv_rows import Rows, row_form
-from fastconv.kernels.launch import record
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_rows
+from fastconv.kernels.families.row_form import Rows, row_form
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import call, conv
+from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, integers
+from tests.tiles import take_tile
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -107,19 +111,12 @@ def test_what_it_does_not_serve(case: Case, reason: str) -> None:
         assert ("rows", reason) in dispatch.plan(direction, case.problem(torch.bfloat16), gpus.H200).reasons
 
 
-def name_tile(monkeypatch: pytest.MonkeyPatch, **tile: int) -> None:
-    config = {**tile, "num_warps": 4, "num_stages": 1}
-    for name in ("rows_tile", "rows_wgrad_tile"):
-        monkeypatch.setattr(dispatch, name, lambda *a: Choice(config, "this test", 0.0, "nothing"))
-    monkeypatch.setattr(call, "_calls", {})
-
-
 @pytest.mark.parametrize("splits", [1, 3, 40])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("channels", [3, 4])
 def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tails of runs, channels, rows of a step, and of splits that have no step."""
-    name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=32, BLOCK_C=64, SPLITS=splits)
+    take_tile(monkeypatch, {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_C": 64, "SPLITS": splits})
     problem = Case("", 2, channels, 40, (9, 14), (5, 3), (2, 2), (2, 1)).problem(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     operands = [
@@ -201,7 +198,7 @@ def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPa
     operands = [
         integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
     ]
-    monkeypatch.setitem(dispatch.conv_rows.__globals__, "wide", lambda *operands: True)
+    monkeypatch.setitem(conv_rows.conv_rows.__globals__, "wide", lambda *operands: True)
     monkeypatch.setattr(call, "_calls", {})
     index = DIRECTIONS.index(direction)
     assert_equal(computed(problem, *operands)[index], expected(problem, *operands)[index], direction)

@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from convolutions import DEVICE, Case, depths, expected, trailing
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, conv, dispatch, mend
-from fastconv.kernels.epilogue import ACTIVATIONS
-from fastconv.kernels.launch import record
-from fastconv.kernels.layout import strides_like
-from fastconv.kernels.problem import ConvProblem
+from fastconv.autotune import Config, gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_spatial
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import strides_like
 from reference import assert_close, assert_equal, exact_limit, integers
+from tests.tiles import take_tile
 
-pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
 HALVES = (torch.bfloat16, torch.float16)
 BOTH = ("fprop", "dgrad")
 
@@ -84,14 +88,13 @@ def _computed(
 def name_tile(monkeypatch: pytest.MonkeyPatch, rows: int, block_m: int, block_k: int = 32, splits: int = 1) -> None:
     """Of strided rows a copy takes one."""
 
-    def chosen(direction: str, problem: ConvProblem, *rest: object) -> Choice:
-        one = direction == "fprop" and problem.lifted.stride[1] > 1
-        config = {"ROWS": 1 if one else rows, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": 64, "SPLITS": splits}
-        return Choice({**config, "num_warps": 4, "num_stages": 1}, "this test", 0.0, "nothing")
+    def chosen(features: tuple[str, ConvProblem, str]) -> Config:
+        direction, problem, _ = features
+        one = direction == "fprop" and problem.as_rank3.stride[1] > 1
+        return {"ROWS": 1 if one else rows, "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": 64, "SPLITS": splits}
 
-    monkeypatch.setattr(dispatch, "spatial_tile", chosen)
-    monkeypatch.setattr(dispatch, "predicted_faster", lambda *a: True)
-    monkeypatch.setattr(call, "_calls", {})
+    take_tile(monkeypatch, chosen, ("conv_spatial",))
+    monkeypatch.setattr(conv_spatial, "predicted", lambda candidates: 0.0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -278,7 +281,7 @@ def test_wide_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     name_tile(monkeypatch, 4, 16)
     problem = Case("", 2, 16, 24, (5, 4), (3, 3), (1, 2), (1, 1)).problem(torch.bfloat16)
     operands = _operands(problem)
-    monkeypatch.setitem(dispatch.conv_spatial.__globals__, "wide", lambda *operands: True)
+    monkeypatch.setitem(conv_spatial.conv_spatial.__globals__, "wide", lambda *operands: True)
     with dispatch.only_family("spatial"):
         values = _computed(problem, *operands)
     for name, value, reference in zip(BOTH, values, expected(problem, *operands), strict=False):

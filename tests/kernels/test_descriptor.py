@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from convolutions import DEVICE
-from fastconv.kernels import descriptor, mend
-from fastconv.kernels.descriptor import Descriptor, aligned
-from fastconv.kernels.launch import Launch, run
+from fastconv.kernels.launch import descriptor, interpreter
+from fastconv.kernels.launch.descriptor import Descriptor, aligned
+from fastconv.kernels.launch.launch import Launch, run
 
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def test_the_type_names_the_box_alone() -> None:
 
 
 def test_descriptors_are_kept_by_address_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(descriptor, "MAX_DESCRIPTORS", 2)
     monkeypatch.setattr(descriptor, "_descriptors", OrderedDict())
     view = Descriptor(torch.float32, (4, 4), (8, 1), (4, 4), 4)

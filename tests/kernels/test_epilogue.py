@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from fastconv.activations import activation_of, has_fused_form
-from fastconv.kernels import mend
-from fastconv.kernels.epilogue import ACTIVATIONS
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.launch import interpreter
 
-if mend.interpreting():
-    mend.apply()
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+if interpreter.interpreting():
+    interpreter.apply()
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -72,7 +72,7 @@ def computed(case: Case, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     act = ACTIVATIONS[case.act]
     block = 1 << 16
     grid = (triton.cdiv(x.numel(), block),)
-    with mend.LOCK:
+    with interpreter.LOCK:
         both_kernel[grid](x, y, derivative, x.numel(), case.a, case.b, act.forward, act.derivative, block)
     return y.cpu(), derivative.cpu()
 

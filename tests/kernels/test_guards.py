@@ -10,15 +10,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from convolutions import DEVICE, Case, expected, trailing
 from fastconv.autotune import gpus
-from fastconv.kernels import batch_norm, conv, dispatch, mend, pool
-from fastconv.kernels.batch_norm import Activated
+from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import FAMILIES
-from fastconv.kernels.launch import record
-from fastconv.kernels.problem import DIRECTIONS
+from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import batch_norm, conv, pool
+from fastconv.kernels.problem.conv import DIRECTIONS
 from guards import guarded
 from reference import assert_equal
 
-pytestmark = pytest.mark.skipif(not mend.interpreting(), reason="guards memory in the interpreter")
+pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="guards memory in the interpreter")
 
 # A problem that each family serves, of odd sizes.
 PROBLEMS = {

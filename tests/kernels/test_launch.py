@@ -12,17 +12,18 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fastconv.autotune.gpus import H200
-from fastconv.kernels import dispatch, mend
-from fastconv.kernels import launch as launches
-from fastconv.kernels.compile import _Driver
-from fastconv.kernels.launch import Launch, run
-from fastconv.kernels.problem import conv_problem
+from fastconv.kernels import dispatch
+from fastconv.kernels.compile.ahead import _Driver
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch import launch as launches
+from fastconv.kernels.launch.launch import Launch, run
+from fastconv.kernels.problem.conv import conv_problem
 
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU pass for the current GPU."""
-    monkeypatch.setattr(mend, "interpreting", lambda: False)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launches, "_loaded", set())
@@ -92,7 +93,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(mend.interpreting(), reason="one process cannot both interpret and compile")
+@pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
 def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
 

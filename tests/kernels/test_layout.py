@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._prims_common import suggest_memory_format
 
-from fastconv.kernels.layout import (
+from fastconv.kernels.problem.layout import (
     contiguous_channels,
     dense_copy,
     is_channels_last,
+    load_width,
+    needs_int64,
     pixel_strides,
     strides_like,
-    vector,
-    wide,
 )
 
 SHAPES = st.lists(st.integers(1, 4), min_size=3, max_size=5).map(tuple)
@@ -64,12 +64,12 @@ def test_axes_of_size_one_have_no_stride() -> None:
 
 
 def test_vector_is_sixteen_bytes_or_nothing() -> None:
-    assert vector(torch.bfloat16, 24, 48, 0) == 8
-    assert vector(torch.bfloat16, 24, 44) == 1
-    assert vector(torch.float32, 12, 36) == 4
-    assert vector(torch.float32, 3, 36) == 1
+    assert load_width(torch.bfloat16, 24, 48, 0) == 8
+    assert load_width(torch.bfloat16, 24, 44) == 1
+    assert load_width(torch.float32, 12, 36) == 4
+    assert load_width(torch.float32, 3, 36) == 1
 
 
 def test_wide_counts_the_last_element() -> None:
-    assert not wide(((2, 64, 1, 4096, 4096), (2**30, 2**30, 2**18, 64)))
-    assert wide(((2, 65, 1, 4096, 4096), (2**30, 2**30, 2**18, 64)))
+    assert not needs_int64(((2, 64, 1, 4096, 4096), (2**30, 2**30, 2**18, 64)))
+    assert needs_int64(((2, 65, 1, 4096, 4096), (2**30, 2**30, 2**18, 64)))

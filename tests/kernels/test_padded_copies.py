@@ -12,15 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convolutions import DEVICE, Case, depths, expected, trailing
 from fastconv.autotune import gpus
-from fastconv.kernels import conv, dispatch, mend
-from fastconv.kernels.dispatch import Layout
-from fastconv.kernels.epilogue import Epilogue
-from fastconv.kernels.launch import record
-from fastconv.kernels.layout import strides_like
-from fastconv.kernels.problem import DIRECTIONS, ConvProblem
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import conv_pixels
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import Epilogue
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import conv
+from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem
+from fastconv.kernels.problem.layout import strides_like
 from reference import assert_equal, exact_limit, integers
 
-pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not mend.interpreting())]
+pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
 
 SERVED = {"gemm": DIRECTIONS, "pixels": DIRECTIONS, "spatial": DIRECTIONS[:2]}
 CASES = (
@@ -140,7 +143,7 @@ def test_what_is_copied_is_known_of_the_plan() -> None:
     assert dispatch.plan("wgrad", problem, gpus.H200, Layout(source=wide)).layout == Layout(source=wide, other=roomy)
     assert dispatch.plan("fprop", HEAD.problem(torch.bfloat16), gpus.H200).layout == Layout()
     copied = {
-        layout: dispatch._with_room(dispatch.PIXELS, "fprop", problem, layout)[1]
+        layout: dispatch._with_room(conv_pixels.FAMILY, "fprop", problem, layout)[1]
         for layout in (Layout(), Layout(copied=("source", "other")), Layout(epilogue=Epilogue(residual="*bf16")))
     }
     image, weight = 2 * 2 * 64 * 100 * 28 * 28, 2 * 2 * 100 * 100 * 9

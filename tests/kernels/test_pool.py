@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastconv.autotune import Choice, gpus
-from fastconv.kernels import call, dispatch, mend, pool, pool_gradient, pool_window
-from fastconv.kernels.launch import record
-from fastconv.kernels.layout import is_channels_last, strides_like
-from fastconv.kernels.problem import PoolProblem, index_type, largest_share
+from fastconv.autotune import gpus
+from fastconv.kernels import dispatch
+from fastconv.kernels.families import pool_gradient, pool_window
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import record
+from fastconv.kernels.ops import call, pool
+from fastconv.kernels.problem.layout import is_channels_last, strides_like
+from fastconv.kernels.problem.pool import PoolProblem, index_type, largest_share
 from reference import assert_close, assert_equal
+from tests.tiles import take_tile
 
-DEVICE = "cpu" if mend.interpreting() else "cuda"
-pytestmark = [] if mend.interpreting() else [pytest.mark.gpu]
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Ints = tuple[int, ...]
 
@@ -322,12 +326,8 @@ def test_norms_of_zeros_negative_sums_and_nan_are_pytorchs(norm: float, last: bo
 
 
 def named_tile(monkeypatch: pytest.MonkeyPatch, **config: int) -> None:
-    """What `pool_tile` answers, whatever it is asked."""
-    choice = Choice(
-        {"LINES": 1, "LANES": 1, "SPLITS": 1, "num_warps": 4, "num_stages": 1, **config}, "this test", 0.0, ""
-    )
-    monkeypatch.setattr(dispatch, "pool_tile", lambda *a: choice)
-    monkeypatch.setattr(call, "_calls", {})
+    """Every pool's tile."""
+    take_tile(monkeypatch, {"LINES": 1, "LANES": 1, "SPLITS": 1, **config}, ("pool",))
 
 
 @pytest.mark.parametrize("lines", [1, 2, 4])
@@ -458,7 +458,7 @@ def test_what_has_no_such_strides_is_copied() -> None:
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
 def test_wide_offsets_give_the_same(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pool_window, pool_gradient):
-        monkeypatch.setattr(module, "wide", lambda *operands: True)
+        monkeypatch.setattr(module, "needs_int64", lambda *operands: True)
     monkeypatch.setattr(call, "_calls", {})
     for case in (CASES[13], CASES[24], CASES[29]):
         x = awkward((case.n, case.c, *case.size))

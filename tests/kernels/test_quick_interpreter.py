@@ -12,9 +12,9 @@ import pytest
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from fastconv.kernels import mend
+from fastconv.kernels.launch import interpreter
 
-if not mend.interpreting():
+if not interpreter.interpreting():
     pytest.skip("tests of Triton's interpreter need TRITON_INTERPRET=1", allow_module_level=True)
 
 # No kernel has such tiles, so that their first call is the first.

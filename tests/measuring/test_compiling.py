@@ -13,7 +13,7 @@ import torch
 from fastconv.autotune.gpus import H200
 from fastconv.autotune.records import Measured, Record
 from fastconv.autotune.tune import Failed, Footprint, tune
-from fastconv.kernels.conv import Uncovered
+from fastconv.kernels.launch.launch import Uncovered
 from fastconv.measuring import compiling, problem_to_run
 from fastconv.measuring.compiling import Compiler
 from fastconv.measuring.process import Worker
@@ -40,7 +40,7 @@ def test_registers_and_shared_memory_are_the_compilers() -> None:
 
 
 def of(registers: int, spills: int = 0) -> Any:
-    from fastconv.kernels.inspect import Footprint
+    from fastconv.kernels.compile.sass import Footprint
 
     return Footprint(registers, spills, 1024)
 

@@ -15,9 +15,9 @@ from fastconv.autotune import ProblemKey, Store, choose, known
 from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
 from fastconv.autotune.tune import TuningTask
 from fastconv.dry_run import OurOperators
-from fastconv.kernels import mend
-from fastconv.kernels import pool as kernels
-from fastconv.kernels.tuned import ADAPTER
+from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.ops import pool as kernels
 from fastconv.measuring import worker
 from fastconv.measuring.clock import HostClock
 from fastconv.measuring.problem_to_run import Unmeasurable, to_run
@@ -25,7 +25,9 @@ from fastconv.measuring.process import Refused
 from fastconv.tuning import problems
 from tests.autotune.making import tuned
 
-interpreted = pytest.mark.skipif(not mend.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(
+    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
+)
 
 
 def conv(function: str, x: tuple[int, ...], w: tuple[int, ...], **arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from fastconv.autotune.records import Record
 from fastconv.autotune.store import read_lines
 from fastconv.autotune.table import read_table, write_table
 from fastconv.benchmarks import layer_lists
-from fastconv.kernels.tuned import version_of
+from fastconv.kernels.dispatch import version_of
 from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 from fastconv.tuning import problems
 from tests.autotune.making import DATE, tuned

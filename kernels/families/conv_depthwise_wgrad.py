@@ -1,0 +1,270 @@
+"""The weight's gradient of a depthwise convolution: see `conv_depthwise`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.kernels.families.conv_depthwise import DEPTHWISE, why_not_depthwise
+from fastconv.kernels.families.depthwise_schedule import WGRAD_ROW, blocks, row_schedule, strips
+from fastconv.kernels.families.family import Family, Layout
+from fastconv.kernels.families.splits import split_sum, split_sum_kernel
+from fastconv.kernels.jit.walk import in_elements
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "W", "O", "P", "Q", "K", "T", "R", "S", "dw_stride_tap", "dw_stride_k", "strip", "splits",
+        "x_stride_n", "x_stride_d", "x_stride_h", "x_stride_w",
+        "dy_stride_n", "dy_stride_d", "dy_stride_h", "dy_stride_w",
+        "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "dilation_w",
+    ]
+)  # fmt: skip
+def conv_depthwise_wgrad_kernel(
+    x_ptr,  # [N, D, H, W, K / MULTIPLIER]
+    dy_ptr,  # [N, O, P, Q, K]
+    dw_ptr,  # [splits, T, R, S, K], or its taps innermost
+    N, D, H, W,
+    O, P, Q,
+    K,  # in units of VEC
+    T, R, S,
+    dw_stride_tap, dw_stride_k,
+    strip,
+    splits,
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC
+    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w,
+    stride_d, stride_h,
+    padding_d, padding_h,
+    dilation_d, dilation_h, dilation_w,
+    VEC: tl.constexpr,
+    RANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    COLUMNS: tl.constexpr,  # as the next two: see Schedule
+    ADVANCE: tl.constexpr,
+    MET: tl.constexpr,
+    ROW: tl.constexpr,  # taps of a row that a program takes
+    ROWS: tl.constexpr,  # rows of the filter that a program takes
+    OUTPUTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # groups of OUTPUTS neighbours
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Some taps of some channels, summed over one share of the pixels in their order."""
+    K *= VEC
+    x_stride_n, x_stride_d, x_stride_h, x_stride_w = in_elements(
+        x_stride_n, x_stride_d, x_stride_h, x_stride_w, VEC, WIDE
+    )
+    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w = in_elements(
+        dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w, VEC, WIDE
+    )
+    # Channel tiles fastest, then parts of the filter, which read the same pixels.
+    pid = tl.program_id(0)
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    k = pid % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = k < K
+    pid = pid // k_tiles
+    parts = tl.cdiv(S, ROW)
+    first_s = pid % parts * ROW
+    pid = pid // parts
+    blocks_r = tl.cdiv(T * R, ROWS)
+    first_r = pid % blocks_r * ROWS
+    split = pid // blocks_r
+    groups = tl.cdiv(Q, OUTPUTS)
+    images = N
+    if RANK == 3:
+        images = N * O
+    # In strips, some of whose groups may lie past the end of the row.
+    tiles = tl.cdiv(images * P * tl.cdiv(groups, strip) * strip, BLOCK_M)
+    share = tl.cdiv(tiles, splits)
+    x_tile = x_ptr + (k // MULTIPLIER)[None, :]
+    dy_tile = dy_ptr + k[None, :]
+
+    acc = ()
+    for _ in tl.static_range(ROWS * ROW):
+        acc = acc + (tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32),)
+    for step in range(split * share, tl.minimum(split * share + share, tiles)):
+        group, p, n = blocks(step * BLOCK_M + tl.arange(0, BLOCK_M), strip, groups, P)
+        mask_m = n < images
+        o = 0
+        if RANK == 3:
+            o = n % O
+            n = n // O
+        q = group * OUTPUTS
+        dy_row = n * dy_stride_n + p * dy_stride_h + q * dy_stride_w
+        if RANK == 3:
+            dy_row += o * dy_stride_d
+        dys = ()
+        for output in tl.static_range(OUTPUTS):
+            mask = (mask_m & (q + output < Q))[:, None] & mask_k[None, :]
+            dy = tl.load(dy_tile + (dy_row + output * dy_stride_w)[:, None], mask=mask, other=0.0)
+            dys = dys + (dy.to(tl.float32),)
+        x_w = group * ADVANCE + first_s * dilation_w
+        for row in tl.static_range(ROWS):
+            t = (first_r + row) // R
+            r = (first_r + row) % R
+            h = p * stride_h - padding_h + r * dilation_h
+            mask_row = mask_m & (h >= 0) & (h < H)
+            x_row = n * x_stride_n + h * x_stride_h + x_w * x_stride_w
+            if RANK == 3:
+                d = o * stride_d - padding_d + t * dilation_d
+                mask_row = mask_row & (d >= 0) & (d < D)
+                x_row += d * x_stride_d
+            for column in tl.static_range(len(COLUMNS)):
+                w = x_w + COLUMNS[column]
+                mask = mask_row & (w >= 0) & (w < W)
+                x = tl.load(
+                    x_tile + (x_row + COLUMNS[column] * x_stride_w)[:, None],
+                    mask=mask[:, None] & mask_k[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+                # A tuple cannot be assigned to: all sums anew.
+                updated = ()
+                for tap in tl.static_range(ROWS * ROW):
+                    if tap // ROW == row and MET[column][tap % ROW] >= 0:
+                        updated = updated + (acc[tap] + x * dys[MET[column][tap % ROW]],)
+                    else:
+                        updated = updated + (acc[tap],)
+                acc = updated
+
+    out = dw_ptr + split.to(tl.int64) * (T * R * S * K)
+    for row in tl.static_range(ROWS):
+        for tap in tl.static_range(ROW):
+            s = first_s + tap
+            index = (first_r + row) * S + s
+            offs = index * dw_stride_tap + k * dw_stride_k
+            total = tl.sum(acc[row * ROW + tap], axis=0)
+            # The last part of the filter may reach past it.
+            channels = tl.where((first_r + row < T * R) & (s < S), K, 0)
+            tl.store(out + offs, total.to(dw_ptr.dtype.element_ty), mask=k < channels)
+
+
+def conv_depthwise_wgrad(
+    problem: ConvProblem,
+    config: Config,
+    x_strides: Strides | None = None,
+    dy_strides: Strides | None = None,
+    packed: bool = False,
+) -> tuple[Launch, ...]:
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
+
+    Strides in elements, channels_last-dense unless given; dw is [taps, K] where ``packed``, else [K, taps].
+    """
+    lifted = problem.as_rank3
+    _, _, *x_size = lifted.input_shape
+    _, k, *dy_size = lifted.output_shape
+    x_strides = x_strides or dense_strides(lifted.input_shape)
+    dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    multiplier = problem.out_channels // problem.in_channels
+    vec = load_width(problem.dtype, k, *x_strides, *dy_strides) if multiplier == 1 else 1
+    outputs = config["OUTPUTS"]
+    plan = row_schedule("wgrad", problem, outputs)
+    strip, _ = strips(dy_size[2], outputs)
+    splits = config["SPLITS"]
+    element = pointer_type(problem.dtype)
+    first = Launch(
+        kernel=conv_depthwise_wgrad_kernel,
+        grid=(triton.cdiv(k, config["BLOCK_K"]) * filter_parts(problem, config) * splits, 1, 1),
+        pointers=(element, element, element if splits == 1 else "*fp32"),
+        scalars=(
+            problem.batch,
+            *x_size,
+            *dy_size,
+            k // vec,
+            *lifted.filter_size,
+            *((k, 1) if packed or splits > 1 else (1, problem.taps)),
+            strip,
+            splits,
+            *(stride // vec for stride in x_strides),
+            *(stride // vec for stride in dy_strides),
+            *lifted.stride[:2],
+            *lifted.padding[:2],
+            *lifted.dilation,
+        ),
+        constants={
+            "VEC": vec,
+            "RANK": max(problem.rank, 2),
+            "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
+            "MULTIPLIER": multiplier,
+            "COLUMNS": plan.columns,
+            "ADVANCE": plan.advance,
+            "MET": plan.outputs,
+            "ROW": len(plan.outputs[0]),
+            "ROWS": config["ROWS"],
+            "OUTPUTS": outputs,
+            "BLOCK_M": config["BLOCK_M"],
+            "BLOCK_K": config["BLOCK_K"],
+        },
+        num_warps=config["num_warps"],
+        num_stages=1,
+    )
+    if splits == 1:
+        return (first,)
+    return first, split_sum(splits, 1, problem.taps, k, problem.dtype, packed)
+
+
+def filter_parts(problem: ConvProblem, config: Config) -> int:
+    """Programs that share the pixels of one channel tile, each with some taps of the filter."""
+    return triton.cdiv(problem.filter_size[-1], WGRAD_ROW) * triton.cdiv(prod(problem.filter_size[:-1]), config["ROWS"])
+
+
+DEPTHWISE_WGRAD = TileSpace(
+    "conv_depthwise_wgrad",
+    {**DEPTHWISE.ranges, "OUTPUTS": (4,), "ROWS": (3, 1), "SPLITS": tuple(2**i for i in range(11))},
+    kernels=(conv_depthwise_wgrad_kernel, split_sum_kernel),
+    interpreted={**INTERPRETED_STENCIL, "OUTPUTS": (1,), "ROWS": (1, 3), "SPLITS": (1, 2)},
+)
+# With eight channels the sums of longer rows would not fit, and each pixel come from L2 for every row of a filter.
+DEPTHWISE_WGRAD_LONG = replace(
+    DEPTHWISE_WGRAD,
+    name="conv_depthwise_wgrad_long",
+    ranges={**DEPTHWISE_WGRAD.ranges, "ROWS": (5, 3, 1), "BLOCK_M": (16,)},
+)
+
+
+def _candidates(problem: ConvProblem, gpu: Gpu) -> Candidates:
+    lifted = problem.as_rank3
+    _, k, *sizes = lifted.output_shape
+
+    def work(config: Config) -> Work:
+        m, n, rows, outputs, splits = (config[name] for name in ("BLOCK_M", "BLOCK_K", "ROWS", "OUTPUTS", "SPLITS"))
+        plan = row_schedule("wgrad", problem, outputs)
+        columns, taps = len(plan.columns), len(plan.outputs[0])
+        strip, groups = strips(sizes[2], outputs)
+        tiles = cdiv(problem.batch * sizes[0] * sizes[1] * groups, m)
+        covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * plan.advance + columns)
+        per_thread = m * n // (32 * config["num_warps"])
+        single = 0 if load_width(problem.dtype, k) > 1 and k == problem.in_channels else 12 * per_thread
+        return Work(
+            programs=cdiv(k, n) * filter_parts(problem, config) * splits,
+            steps=cdiv(tiles, splits),
+            step_flops=2 * m * n * rows * taps * outputs + 4 * m * n * (columns * rows + outputs),
+            step_elements=(columns * rows + outputs) * m * n,
+            step_bytes=(covered + m * outputs) * n * problem.dtype.itemsize,
+            dram_bytes=problem.bytes,
+            shared_memory=0,
+            registers=int(32 + per_thread * rows * taps + 8 * (outputs + rows) + 1.5 * columns) + single,
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=0.0,
+            extra_bytes=2 * splits * problem.taps * k * 4 if splits > 1 else 0,
+        )
+
+    space = DEPTHWISE_WGRAD if problem.filter_size[-1] <= 3 else DEPTHWISE_WGRAD_LONG
+    return Candidates(space, problem, work, gpu)
+
+
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    choice = choose(_candidates(problem, gpu))
+    return choice, conv_depthwise_wgrad(problem, choice.config, layout.source, layout.other, layout.packed)
+
+
+FAMILY = Family("depthwise", why_not_depthwise, _plan)

@@ -1,0 +1,303 @@
+"""Convolution of few input channels by the rows of its filter, as bulk copies: fprop.
+
+The product is `conv_rows`'s, the tile `conv_pixels`'s: BLOCK_N images of COLUMNS neighbouring outputs, which share runs
+of RUN elements. One copy brings them for each row of the filter. Rows outside the image are not walked, and a copy
+reads 0 for what a run has outside its row, which is the padding: nothing is masked and no address worked out. Bytes: x,
+w and y once each; rows of x again from L2.
+
+A run begins where its window does, which is seldom a multiple of 16 bytes. CUDA asks alignment of a view's start and
+strides and none of a box's place; the interpreter refuses such a box.
+
+Elements of a run beside an output's own window meet zero weights. If one of them is infinite the sum is a NaN, and a
+tile that holds any is computed again, each output from its own window.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.kernels.families.conv_gather import gather_candidates
+from fastconv.kernels.families.conv_rows import rows_candidates
+from fastconv.kernels.families.family import Family, Layout, single_family, why_not_bulk_copies
+from fastconv.kernels.families.row_form import Rows, box_form, conv_rows_pack_kernel, pack_rows, row_form, rows_of
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.jit.boxes import apply_epilogue_to_pixels, pixel_view
+from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
+from fastconv.kernels.jit.walk import taps_in_image
+from fastconv.kernels.launch.descriptor import ALIGNMENT, Descriptor, bulk
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import Strides, dense_strides, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates, choose, predicted
+from fastconv.kernels.tiles.shapes import TileSpace, cdiv
+
+
+@triton.jit
+def _own_windows(
+    x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R, window, distance,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums of a NaN's tile, one element of a run after another, each for the outputs whose window it is in.
+
+    (Products by tensor cores with masked operands make ptxas wait for every wgmma, the first walk's too.)
+    """
+    acc = ()  # type: tuple[tl.tensor, ...]
+    for _column in tl.static_range(COLUMNS):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
+    for step in range(steps):
+        r = step % taps_h
+        t = step // taps_h
+        if RANK == 3:
+            box = x.load([d + t * hop_d, h + r * hop_h, n, first])
+        else:
+            box = x.load([h + r * hop_h, n, first])
+        x_step = tl.reshape(box, (BLOCK_N, RUN))
+        row = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * RUN
+        for e in range(RUN):
+            here = (tl.arange(0, RUN) == e)[None, :]
+            x_one = tl.sum(tl.where(here, x_step, 0.0).to(tl.float32), axis=1)
+            sums = ()  # type: tuple[tl.tensor, ...]
+            for column in tl.static_range(COLUMNS):
+                w_step = w.load([column * K + k, row])
+                w_one = tl.sum(tl.where(here, w_step, 0.0).to(tl.float32), axis=1)
+                own = (e >= column * distance) & (e < column * distance + window)
+                sums = sums + (acc[column] + tl.where(own, x_one[:, None] * w_one[None, :], 0.0),)
+            acc = sums
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "O", "P", "Q", "K", "T", "R", "hop", "begin", "window",
+        "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "eps", "a", "b",
+    ]
+)  # fmt: skip
+def conv_row_boxes_kernel(
+    x,  # [D, H, N, W * C], without D in rank 2
+    w,  # [COLUMNS * K, rows * RUN]
+    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
+    slope_ptr,  # of PReLU
+    residual,  # as y
+    y,  # [O, P, Q, N, K], without O in rank 2
+    tile_count_ptr,  # [tiles of BLOCK_N images of one pixel]
+    tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
+    N, D, H, O, P, Q, K, T, R,
+    hop,  # elements between two runs
+    begin,  # of the first run in its row
+    window,  # elements that a row of the filter meets
+    stride_d, stride_h,
+    padding_d, padding_h,
+    dilation_d, dilation_h,
+    eps,  # of batch norm
+    a, b,  # of the activation
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
+    RUN: tl.constexpr,
+    EXACT: tl.constexpr,  # a run is one window
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # As `conv_pixels`: channel tiles fastest, then the outputs of a row, images last.
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    k = tl.program_id(0) % k_tiles * BLOCK_K
+    tile = tl.program_id(0) // k_tiles
+    runs = tl.cdiv(Q, COLUMNS)
+    run = tile % runs
+    n = tile // runs
+    p = n % P
+    n = n // P
+    o = 0
+    d, hop_d, tap_d, skip_d, taps_d = 0, 0, 0, 0, 1
+    if RANK == 3:
+        o = n % O
+        n = n // O
+        d, hop_d, tap_d, skip_d, taps_d = taps_in_image(o, D, O, T, stride_d, padding_d, dilation_d, 1, 0, False, 1)
+    n *= BLOCK_N
+    h, hop_h, tap_h, skip_h, taps_h = taps_in_image(p, H, P, R, stride_h, padding_h, dilation_h, 1, 0, False, 1)
+    first = begin + run * hop
+    steps = taps_d * taps_h
+    acc = ()  # type: tuple[tl.tensor, ...]
+    for _column in tl.static_range(COLUMNS):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        r, t = 0, 0
+        for _ in range(steps):
+            if RANK == 3:
+                box = x.load([d + t * hop_d, h + r * hop_h, n, first])
+            else:
+                box = x.load([h + r * hop_h, n, first])
+            x_step = tl.reshape(box, (BLOCK_N, RUN))
+            row = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * RUN
+            sums = ()  # type: tuple[tl.tensor, ...]
+            for column in tl.static_range(COLUMNS):
+                sums = sums + (tl.dot(x_step, w.load([column * K + k, row]).T, acc[column]),)
+            acc = sums
+            r += 1
+            if RANK == 3:
+                carry = r >= taps_h
+                r = tl.where(carry, 0, r)
+                t = tl.where(carry, t + 1, t)
+    if not EXACT:
+        nans = 0
+        for column in tl.static_range(COLUMNS):
+            nans += tl.max((acc[column] != acc[column]).to(tl.int32))
+        if nans > 0:
+            acc = _own_windows(
+                x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R,
+                window, hop // COLUMNS, RANK, COLUMNS, RUN, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+    mask_n = n + tl.arange(0, BLOCK_N) < N
+    tile = ((n // BLOCK_N * O + o) * P + p) * runs * COLUMNS
+    for i in tl.static_range(COLUMNS):
+        q = run * COLUMNS + i
+        # The second output of a row's last run may be none.
+        apply_epilogue_to_pixels(
+            acc[i], o, p, q, n, k, mask_n & (q < Q), tile + q, 0, K,
+            bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
+            tile_count_ptr, tile_mean_ptr, tile_m2_ptr, eps, a, b,
+            ACT, RESIDUAL_AFTER, RANK, False, 1, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+def conv_row_boxes(
+    problem: ConvProblem,
+    form: Rows,
+    config: Config,
+    x_strides: Strides | None = None,
+    y_strides: Strides | None = None,
+    bias: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Launch, Launch]:
+    """The launches of fprop: weight -> its rows, then as `conv_pixels`'s, with these for it.
+
+    ``form`` is `box_form`'s for these strides.
+    """
+    lifted, dtype = problem.as_rank3, problem.dtype
+    n, c, *size = lifted.input_shape
+    _, k, *outputs = lifted.output_shape
+    rows, run, columns = rows_of(problem), form.run, form.columns
+    block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
+    window, distance = lifted.filter_size[-1] * c, lifted.stride[-1] * c
+    element = pointer_type(dtype)
+    stride_n, *steps, _ = x_strides or dense_strides(lifted.input_shape)
+    outer = 3 - max(problem.rank, 2)
+    axes = list(zip((*size[outer:2], n), (*steps[outer:], stride_n), strict=True))
+    x = Descriptor(
+        dtype,
+        (*(count for count, _ in axes), size[2] * c),
+        # (An axis of size one may have any stride.)
+        (*(step if count > 1 else ALIGNMENT for count, step in axes), 1),
+        (*(1,) * (2 - outer), block_n, run),
+    )
+    w = Descriptor(dtype, (columns * k, rows * run), (rows * run, 1), (block_k, run))
+    y = pixel_view(problem, lifted.output_shape, y_strides or dense_strides(lifted.output_shape), block_n, block_k)
+    pixels = triton.cdiv(n, block_n) * outputs[0] * outputs[1] * triton.cdiv(outputs[2], columns)
+    product = Launch(
+        kernel=conv_row_boxes_kernel,
+        grid=(pixels * triton.cdiv(k, block_k), 1, 1),
+        pointers=(
+            *(x, w, element if bias else None, *epilogue.pointers[:-1]),
+            *(y if epilogue.residual else None, y, *("*fp32" if epilogue.statistics else None,) * 3),
+        ),
+        scalars=(
+            *(n, *size[:2], *outputs, k, *lifted.filter_size[:2]),
+            *(columns * distance, -lifted.padding[-1] * c, window),
+            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2]),
+            *epilogue.scalars,
+        ),
+        constants={
+            "RANK": max(problem.rank, 2),
+            "COLUMNS": columns,
+            "RUN": run,
+            "EXACT": columns == 1 and window == run,
+            "ACT": ACTIVATIONS[epilogue.act].forward,
+            "RESIDUAL_AFTER": epilogue.residual_after,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        tiles=pixels * columns,
+    )
+    return pack_rows(problem, form, rows), product
+
+
+ROW_BOXES = TileSpace(
+    "conv_row_boxes",
+    {"BLOCK_N": (128, 64), "BLOCK_K": (64, 32), "num_warps": (8, 4), "num_stages": (4,)},
+    lambda config: None if config["BLOCK_N"] == 16 * config["num_warps"] else "other warps than its sides ask for",
+    kernels=(conv_row_boxes_kernel, conv_rows_pack_kernel),
+)
+
+
+def _candidates(problem: ConvProblem, form: Rows, gpu: Gpu) -> Candidates:
+    element = problem.dtype.itemsize
+    *lines, outputs = problem.output_size
+    runs = prod(lines) * cdiv(outputs, form.columns)
+
+    def work(config: Config) -> Work:
+        n, k = config["BLOCK_N"], form.columns * config["BLOCK_K"]
+        return Work(
+            programs=runs * cdiv(problem.batch, n) * cdiv(problem.out_channels, config["BLOCK_K"]),
+            steps=rows_of(problem),
+            step_flops=2 * n * k * form.run,
+            step_elements=(n + k) * form.run,
+            step_bytes=(n + k) * form.run * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (n + k) * form.run * element,
+            # (As the walk of a NaN's tile has.)
+            registers=96 + n * k // (32 * config["num_warps"]),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=1.0,
+        )
+
+    return Candidates(ROW_BOXES, (problem, form), work, gpu)
+
+
+def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    form = box_form(problem, layout.source)
+    if isinstance(form, str):
+        return form
+    if problem.dtype is torch.float32:
+        return "float32, in which it is untried"
+    if problem.batch < 16:
+        return f"{problem.batch} images leave most of a box empty"
+    if not bulk(problem.dtype, problem.as_rank3.output_shape, layout.other):
+        return "a result whose pixels do not lie at multiples of 16 bytes"
+    unfit = why_not_bulk_copies(problem, gpu, layout)
+    # Asked for by name it is to be measured, whatever is predicted.
+    if unfit is not None or single_family() == "row_boxes":
+        return unfit
+    rows = row_form(problem, layout.source)
+    if isinstance(rows, str):
+        other, name = gather_candidates(direction, problem, "ieee", gpu), "a gather"
+    else:
+        other, name = rows_candidates(problem, rows, "ieee", gpu), "rows"
+    ratio = predicted(_candidates(problem, form, gpu)) / predicted(other)
+    return None if ratio <= 1 else f"predicted to take {ratio:.1f} times as long as {name}"
+
+
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    form = box_form(problem, layout.source)
+    assert isinstance(form, Rows)
+    choice = choose(_candidates(problem, form, gpu))
+    source, other, bias, epilogue = layout.source, layout.other, layout.bias, layout.epilogue
+    return choice, conv_row_boxes(problem, form, choice.config, source, other, bias, epilogue)
+
+
+FAMILY = Family("row_boxes", _why_not, _plan)

@@ -1,0 +1,326 @@
+"""Convolution of few input channels, a network's first layer: a filter's row is one run of the image.
+
+In channels_last memory the S * C elements that a row of the filter meets are neighbours. With e counting them,
+
+    y[n, p, q, k] = sum over rows r, elements e of x[n, p * stride - padding + r * dilation, start(q) + e] * w[k, r, e],
+
+a product whose reduction runs over (row, element), RUN elements a row, a power of two. COLUMNS neighbouring outputs
+share one run: their weights lie in it side by side, each moved on by its distance, and are columns of one tile. So
+every run begins at a multiple of VEC elements, VEC as large as the strides allow, and x is copied asynchronously where
+single channels would be read by two bytes each: for 7x7 stride 2 on three channels 4 loads of 8 bytes where a gather of
+(tap, channel) pairs has 32 of 2. Bytes: x, w and y once each, rows of x again from L1 and L2.
+
+Elements of the run beside an output's own window meet zero weights; where one of them is infinite the sum is a NaN, and
+a tile that holds any is computed again, one element of the run after another. wgrad stores no such product.
+
+The idea of packing rows: cuDNN's and CUTLASS's "few channels" kernels.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune.cost_model import MAX_WORKSPACE
+from fastconv.kernels.families.family import Family, Layout, fp32_precision, why_not_groups
+from fastconv.kernels.families.row_form import (
+    Rows,
+    conv_rows_pack_kernel,
+    pack_rows,
+    row_form,
+    row_scalars,
+    row_taps,
+    rows_of,
+)
+from fastconv.kernels.jit.activations import ACTIVATIONS
+from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
+from fastconv.kernels.jit.walk import in_elements, unravel
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, matrix_share, single_registers
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "row_length", "O", "P", "Q", "K", "T", "R", "window", "shift", "distance",
+        "x_stride_n", "x_stride_d", "x_stride_h", "hop", "begin",
+        "y_stride_n", "y_stride_d", "y_stride_h", "y_stride_w",
+        "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "eps", "a", "b",
+    ]
+)  # fmt: skip
+def conv_rows_kernel(
+    x_ptr,  # [N, D, H, row_length]
+    w_ptr,  # [COLUMNS, K, rows of whole steps, RUN]
+    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
+    slope_ptr,  # of PReLU
+    residual_ptr,  # as y
+    y_ptr,  # [N, O, P, Q, K]
+    tile_count_ptr,  # [tiles]
+    tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
+    N, D, H,
+    row_length,  # W * C, in units of VEC
+    O, P, Q,
+    K,  # in units of VEC_K
+    T, R,
+    window,  # elements that a row meets
+    shift,  # of the first output's window in the run
+    distance,  # between two outputs' windows
+    x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, as the next two
+    hop,  # between two runs
+    begin,  # of the first run in its row
+    y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC_K
+    stride_d, stride_h,
+    padding_d, padding_h,
+    dilation_d, dilation_h,
+    eps,  # of batch norm
+    a, b,  # of the activation
+    VEC: tl.constexpr,
+    VEC_K: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
+    RUN: tl.constexpr,
+    USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
+    EXACT: tl.constexpr,  # every one of them is in every output's window
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACT: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,
+    PART_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # runs
+    BLOCK_K: tl.constexpr,  # output channels
+    BLOCK_C: tl.constexpr,  # elements of a step, whole rows
+):  # fmt: skip
+    row_length *= VEC
+    K *= VEC_K
+    x_stride_n, x_stride_d, x_stride_h, hop = in_elements(x_stride_n, x_stride_d, x_stride_h, hop, VEC, WIDE)
+    y_stride_n, y_stride_d, y_stride_h, y_stride_w = in_elements(
+        y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC_K, WIDE
+    )
+    ROWS: tl.constexpr = BLOCK_C // RUN
+    COLUMN_K: tl.constexpr = COLUMNS * BLOCK_K
+
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    pid_k = tl.program_id(0) % k_tiles
+    tile = tl.program_id(0) // k_tiles
+
+    runs = tl.cdiv(Q, COLUMNS)
+    n, o, p, q = unravel(tile * BLOCK_M + tl.arange(0, BLOCK_M), O, P, runs, RANK)
+    mask_m = n < N
+    first = begin * VEC + q * hop
+    x_h = p * stride_h - padding_h
+    x_row = n * x_stride_n + x_h * x_stride_h + first
+    x_d = o * stride_d - padding_d
+    if RANK == 3:
+        x_row += x_d * x_stride_d
+
+    offs_e = tl.arange(0, BLOCK_C) % RUN
+    step_row = tl.arange(0, BLOCK_C) // RUN
+    place = first[:, None] + offs_e[None, :]
+    mask_x = mask_m[:, None] & (offs_e < USED)[None, :] & (place >= 0) & (place < row_length)
+    x_tile = x_ptr + x_row[:, None] + offs_e[None, :]
+
+    offs_j = tl.arange(0, COLUMN_K)
+    column = offs_j // BLOCK_K
+    offs_k = pid_k * BLOCK_K + offs_j % BLOCK_K
+    rows = T * R
+    steps = tl.cdiv(rows, ROWS)
+    w_row = (column * K + offs_k) * (steps * BLOCK_C)
+    mask_w = offs_k < K
+    w_tile = w_ptr + w_row[None, :] + tl.arange(0, BLOCK_C)[:, None]
+
+    acc = tl.zeros((BLOCK_M, COLUMN_K), dtype=tl.float32)
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        for step in range(steps):
+            row = step * ROWS + step_row
+            mask_r = row < rows
+            r = row
+            if RANK == 3:
+                r = row % R
+                t = row // R * dilation_d
+                d = x_d[:, None] + t[None, :]
+                mask_d = (d >= 0) & (d < D)
+            r *= dilation_h
+            h = x_h[:, None] + r[None, :]
+            mask = mask_x & mask_r[None, :] & (h >= 0) & (h < H)
+            delta = r * x_stride_h
+            if RANK == 3:
+                mask = mask & mask_d
+                delta += t * x_stride_d
+            x_step = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
+            w_step = tl.load(w_tile + step * BLOCK_C, mask=mask_w[None, :], other=0.0)
+            acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+
+    if not EXACT:  # noqa: SIM102 (the outer one is the compiler's)
+        # Infinity times the zeros beside an output's window: then without them, one element after another.
+        if tl.max((acc != acc).to(tl.int32)) > 0:
+            acc = tl.zeros((BLOCK_M, COLUMN_K), dtype=tl.float32)
+            for i in range(rows * USED):
+                e = i % USED
+                row = i // USED
+                own = e - shift - column * distance
+                own = mask_w & (own >= 0) & (own < window)
+                h = x_h + row % R * dilation_h
+                mask = mask_m & (h >= 0) & (h < H) & (first + e >= 0) & (first + e < row_length)
+                delta = row % R * dilation_h * x_stride_h + e
+                if RANK == 3:
+                    d = x_d + row // R * dilation_d
+                    mask = mask & (d >= 0) & (d < D)
+                    delta += row // R * dilation_d * x_stride_d
+                x_one = tl.load(x_ptr + x_row + delta, mask=mask, other=0.0).to(tl.float32)
+                w_one = tl.load(w_ptr + w_row + row * RUN + e, mask=own, other=0.0).to(tl.float32)
+                acc += tl.where(own[None, :], x_one[:, None] * w_one[None, :], 0.0)
+
+    # A run's outputs are neighbours: rows of the tile that is stored.
+    acc = tl.reshape(acc, (BLOCK_M * COLUMNS, BLOCK_K))
+    m = tl.arange(0, BLOCK_M * COLUMNS)
+    n, o, p, q = unravel(tile * BLOCK_M + m // COLUMNS, O, P, runs, RANK)
+    q = q * COLUMNS + m % COLUMNS
+    mask_m = (n < N) & (q < Q)
+    y_row = n * y_stride_n + p * y_stride_h + q * y_stride_w
+    if RANK == 3:
+        y_row += o * y_stride_d
+    if tile_count_ptr is not None:
+        tl.store(tile_count_ptr + tile, tl.sum(mask_m.to(tl.float32), axis=0))
+    apply_epilogue(
+        acc, pid_k * BLOCK_K, mask_m, y_row, tile, 0, K,
+        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
+        eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M * COLUMNS, BLOCK_K, PART_K,
+    )  # fmt: skip
+
+
+def conv_rows(
+    problem: ConvProblem,
+    form: Rows,
+    config: Config,
+    precision: str,
+    x_strides: Strides | None = None,
+    y_strides: Strides | None = None,
+    bias: bool = False,
+    epilogue: Epilogue = PLAIN,
+) -> tuple[Launch, Launch]:
+    """The launches of fprop: weight -> its rows, then as `conv_gather`'s, with these for it.
+
+    ``form`` is `row_form`'s for these strides, here and below.
+    """
+    lifted = problem.as_rank3
+    x_strides = x_strides or dense_strides(lifted.input_shape)
+    y_strides = y_strides or dense_strides(lifted.output_shape)
+    k, element = problem.out_channels, pointer_type(problem.dtype)
+    vec_k = load_width(problem.dtype, k, *y_strides)
+    tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
+    used = triton.cdiv(form.used, form.vec) * form.vec
+    window = problem.filter_size[-1] * problem.in_channels
+    runs = problem.output_pixels // problem.output_size[-1] * triton.cdiv(problem.output_size[-1], form.columns)
+    steps = triton.cdiv(rows_of(problem) * form.run, tile["BLOCK_C"])
+    tiles = triton.cdiv(runs, tile["BLOCK_M"])
+    product = Launch(
+        kernel=conv_rows_kernel,
+        grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]), 1, 1),
+        pointers=(
+            *(element, element, element if bias else None, *epilogue.pointers),
+            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
+        ),
+        scalars=(
+            *row_scalars(problem, form, x_strides, vec_k),
+            *(stride // vec_k for stride in y_strides),
+            *row_taps(lifted),
+            *epilogue.scalars,
+        ),
+        constants={
+            "VEC": form.vec,
+            "VEC_K": vec_k,
+            "RANK": max(problem.rank, 2),
+            "COLUMNS": form.columns,
+            "RUN": form.run,
+            "USED": used,
+            "EXACT": form.columns == 1 and used == window,
+            "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, y_strides)),
+            "PRECISION": precision,
+            "ACT": ACTIVATIONS[epilogue.act].forward,
+            "RESIDUAL_AFTER": epilogue.residual_after,
+            # A run's outputs together are as many rows; with half of the columns no compiler spills any.
+            "PART_K": min(tile["BLOCK_K"], PART_K // (2 * form.columns)),
+            **tile,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        tiles=tiles,
+    )
+    return pack_rows(problem, form, steps * tile["BLOCK_C"] // form.run), product
+
+
+# As many runs as threads: then a NaN's tile is walked in few registers.
+ROWS = TileSpace(
+    "conv_rows",
+    {"BLOCK_M": (256, 128), "BLOCK_K": (32, 16), "BLOCK_C": (32, 64), "num_warps": (8, 4), "num_stages": (4, 3)},
+    lambda config: (
+        None
+        if config["BLOCK_M"] == 32 * config["num_warps"]
+        and config["num_stages"] == (3 if config["BLOCK_C"] > 32 else 4)
+        else "other warps or copies in flight than its sides ask for"
+    ),
+    kernels=(conv_rows_kernel, conv_rows_pack_kernel),
+    interpreted={**INTERPRETED_PRODUCT, "BLOCK_M": (16, 64, 256, 1024, 4096), "BLOCK_K": (16, 64)},
+)
+
+
+def rows_candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Candidates:
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
+
+    def work(config: Config) -> Work:
+        m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
+        columns = form.columns * n
+        threads = 32 * warps
+        registers = 40 + m * columns // threads + 5 * m * depth // (form.vec * threads)
+        if single_registers(problem, problem.out_channels):
+            registers += 3 * m * columns // threads
+        if gpu.arch < 90:
+            registers += (m + 2 * columns) * depth // 256
+        return Work(
+            programs=cdiv(runs, m) * cdiv(problem.out_channels, n),
+            steps=cdiv(rows_of(problem) * form.run, depth),
+            step_flops=2 * m * columns * depth,
+            step_elements=(m + columns) * depth,
+            # Of a run its neighbour's part comes from L1.
+            step_bytes=(m * depth // 2 + columns * depth) * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + columns) * depth * element,
+            registers=registers,
+            warps=warps,
+            stages=config["num_stages"],
+            matrix_share=share,
+        )
+
+    return Candidates(ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)})
+
+
+def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    """Why plain loads of rows do not serve a convolution, or None."""
+    form = row_form(problem, layout.source)
+    if isinstance(form, str):
+        return form
+    if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
+        return "fp32 products outside the tensor cores"
+    if direction == "wgrad" and 4 * form.columns * prod(problem.weight_shape) > MAX_WORKSPACE:
+        return "a weight whose gradient, of each column of outputs, is more than a workspace holds"
+    return why_not_groups(problem)
+
+
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    form = row_form(problem, source)
+    assert isinstance(form, Rows)
+    choice = choose(rows_candidates(problem, form, precision, gpu))
+    return choice, conv_rows(problem, form, choice.config, precision, source, other, layout.bias, layout.epilogue)
+
+
+FAMILY = Family("rows", why_not_rows, _plan)

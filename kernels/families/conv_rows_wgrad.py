@@ -1,0 +1,237 @@
+"""The weight's gradient of few input channels, by the rows of the filter: see `conv_rows`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.kernels.families.conv_gather_wgrad import WGRAD
+from fastconv.kernels.families.conv_rows import why_not_rows
+from fastconv.kernels.families.family import Family, Layout, fp32_precision
+from fastconv.kernels.families.row_form import Rows, row_form, row_scalars, row_taps, rows_of
+from fastconv.kernels.families.splits import split_sum, split_sum_kernel
+from fastconv.kernels.jit.walk import advance, in_elements, unravel
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import Strides, dense_strides, linear_stride, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.tiles.shapes import cdiv, matrix_registers, matrix_share, single_registers
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "D", "H", "row_length", "O", "P", "Q", "K", "T", "R", "window", "shift", "distance",
+        "x_stride_n", "x_stride_d", "x_stride_h", "hop", "begin", "dy_stride",
+        "stride_d", "stride_h", "padding_d", "padding_h", "dilation_d", "dilation_h", "splits",
+    ]
+)  # fmt: skip
+def conv_rows_wgrad_kernel(
+    x_ptr,  # [N, D, H, row_length]
+    dy_ptr,  # [N, O, P, Q, K]
+    dw_ptr,  # [splits, COLUMNS, K, T, R, window]
+    N, D, H,
+    row_length,  # W * C, in units of VEC
+    O, P, Q,
+    K,  # in units of VEC_K
+    T, R,
+    window,  # elements that a row meets
+    shift,  # of the first output's window in the run
+    distance,  # between two outputs' windows
+    x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, as the next two
+    hop,  # between two runs
+    begin,  # of the first run in its row
+    dy_stride,  # of its pixels, which lie at even distances, in units of VEC_K
+    stride_d, stride_h,
+    padding_d, padding_h,
+    dilation_d, dilation_h,
+    splits,
+    VEC: tl.constexpr,
+    VEC_K: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+    USED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # (column, output channel) pairs
+    BLOCK_C: tl.constexpr,  # (row, element) pairs, whole rows
+    BLOCK_M: tl.constexpr,  # runs of a step
+):  # fmt: skip
+    row_length *= VEC
+    K *= VEC_K
+    x_stride_n, x_stride_d, x_stride_h, hop = in_elements(x_stride_n, x_stride_d, x_stride_h, hop, VEC, WIDE)
+    dy_stride *= VEC_K
+    if WIDE:
+        dy_stride = dy_stride.to(tl.int64)
+    PART: tl.constexpr = BLOCK_K // COLUMNS
+
+    # Tiles of one split are neighbours: they read the same pixels.
+    rows = T * R
+    k_tiles = tl.cdiv(K, PART)
+    c_tiles = tl.cdiv(rows * RUN, BLOCK_C)
+    pid = tl.program_id(0)
+    pid_k = pid % k_tiles
+    pid_c = pid // k_tiles % c_tiles
+    split = pid // k_tiles // c_tiles
+
+    offs_j = tl.arange(0, BLOCK_K)
+    column = offs_j // PART
+    offs_k = pid_k * PART + offs_j % PART
+    mask_k = offs_k < K
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_e = offs_c % RUN
+    row = pid_c * (BLOCK_C // RUN) + offs_c // RUN
+    mask_c = (row < rows) & (offs_e < USED)
+    tap_h = row % R * dilation_h - padding_h
+    x_column = offs_e + tap_h * x_stride_h
+    if RANK == 3:
+        tap_d = row // R * dilation_d - padding_d
+        x_column += tap_d * x_stride_d
+    x_tile = x_ptr + x_column[None, :]
+    dy_tile = dy_ptr + (column * dy_stride + offs_k)[:, None]
+
+    runs_q = tl.cdiv(Q, COLUMNS)
+    runs = N * P * runs_q
+    if RANK == 3:
+        runs *= O
+    steps = tl.cdiv(runs, BLOCK_M)
+    share = tl.cdiv(steps, splits)
+    begun = split * share
+    steps = tl.minimum(steps - begun, share)
+    n, o, p, q = unravel(begun * BLOCK_M + tl.arange(0, BLOCK_M), O, P, runs_q, RANK)
+    n_step, o_step, p_step, q_step = unravel(BLOCK_M, O, P, runs_q, RANK)
+
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
+    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    if steps > 0:
+        for _ in range(steps):
+            mask_m = n < N
+            x_h = p * stride_h
+            first = begin * VEC + q * hop
+            x_row = n * x_stride_n + x_h * x_stride_h + first
+            pixel = n * P + p
+            if RANK == 3:
+                x_d = o * stride_d
+                x_row += x_d * x_stride_d
+                pixel = (n * O + o) * P + p
+            pixel = pixel * Q + q * COLUMNS
+            place = first[:, None] + offs_e[None, :]
+            h = x_h[:, None] + tap_h[None, :]
+            mask = mask_m[:, None] & mask_c[None, :] & (h >= 0) & (h < H) & (place >= 0) & (place < row_length)
+            if RANK == 3:
+                d = x_d[:, None] + tap_d[None, :]
+                mask = mask & (d >= 0) & (d < D)
+            x_step = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
+            mask_y = mask_k[:, None] & mask_m[None, :]
+            if COLUMNS > 1:
+                mask_y = mask_y & (column[:, None] + (q * COLUMNS)[None, :] < Q)
+            dy_step = tl.load(dy_tile + (pixel * dy_stride)[None, :], mask=mask_y, other=0.0)
+            acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
+            n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, runs_q, RANK)
+
+    # Each column's own window of the run, as a split of its own.
+    own = offs_e[None, :] - (shift + column * distance)[:, None]
+    mask = mask_k[:, None] & (row < rows)[None, :] & (own >= 0) & (own < window)
+    out = dw_ptr + split.to(tl.int64) * (COLUMNS * K * rows * window)
+    out += ((column * K + offs_k) * (rows * window))[:, None] + (row * window)[None, :]
+    tl.store(out + own, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_rows_wgrad(
+    problem: ConvProblem,
+    form: Rows,
+    config: Config,
+    precision: str,
+    x_strides: Strides | None = None,
+    dy_strides: Strides | None = None,
+    channels_last: bool = True,
+) -> tuple[Launch, ...]:
+    """The launches of wgrad, as `conv_wgrad`'s, but the workspace holds each split's gradient of every column."""
+    lifted = problem.as_rank3
+    x_strides = x_strides or dense_strides(lifted.input_shape)
+    dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    dy_stride = linear_stride(lifted.output_shape, dy_strides)
+    assert dy_stride is not None, "the launcher copies such a dy"
+    c, k = problem.in_channels, problem.out_channels
+    vec_k = load_width(problem.dtype, k, dy_stride)
+    tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
+    splits = config["SPLITS"]
+    partials = splits * form.columns
+    direct = partials == 1 and (channels_last or c == 1)
+    element = pointer_type(problem.dtype)
+    tiles = triton.cdiv(k, tile["BLOCK_K"] // form.columns) * triton.cdiv(rows_of(problem) * form.run, tile["BLOCK_C"])
+    product = Launch(
+        kernel=conv_rows_wgrad_kernel,
+        grid=(tiles * splits, 1, 1),
+        pointers=(element, element, element if direct else "*fp32"),
+        scalars=(*row_scalars(problem, form, x_strides, vec_k), dy_stride // vec_k, *row_taps(lifted), splits),
+        constants={
+            "VEC": form.vec,
+            "VEC_K": vec_k,
+            "RANK": max(problem.rank, 2),
+            "COLUMNS": form.columns,
+            "RUN": form.run,
+            "USED": triton.cdiv(form.used, form.vec) * form.vec,
+            "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
+            "PRECISION": precision,
+            **tile,
+        },
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    if direct:
+        return (product,)
+    return product, split_sum(partials, k, problem.taps, c, problem.dtype, channels_last)
+
+
+ROWS_WGRAD = replace(
+    WGRAD,
+    name="conv_rows_wgrad",
+    ranges={**WGRAD.ranges, "BLOCK_M": (32,)},
+    kernels=(conv_rows_wgrad_kernel, split_sum_kernel),
+)
+
+
+def _candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Candidates:
+    element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
+    runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
+    rows, columns = form.columns * problem.out_channels, rows_of(problem) * form.run
+    single = 8 / form.vec, single_registers(problem, problem.out_channels), 0
+
+    def work(config: Config) -> Work:
+        m, n, depth, splits = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["SPLITS"]
+        partials = splits * form.columns
+        return Work(
+            programs=cdiv(rows, m) * cdiv(columns, n) * splits,
+            steps=cdiv(cdiv(runs, depth), splits),
+            step_flops=2 * m * n * depth,
+            step_elements=(m + n) * depth,
+            step_bytes=(m + n) * depth * element,
+            dram_bytes=problem.bytes,
+            shared_memory=config["num_stages"] * (m + n) * depth * element,
+            registers=matrix_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", single, share == 0, gpu),
+            warps=config["num_warps"],
+            stages=config["num_stages"],
+            matrix_share=share,
+            extra_bytes=2 * partials * prod(problem.weight_shape) * 4 if partials > 1 else 0,
+        )
+
+    # All rows of a filter in one program where registers and shared memory allow, so that dy is read once.
+    most = 128 if 4 * (128 + 128) * 32 * element <= gpu.shared_memory else 64
+    width = {"BLOCK_K": min(most, rows), "BLOCK_C": min(most, columns)}
+    return Candidates(ROWS_WGRAD, (problem, form, precision), work, gpu, width)
+
+
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    form = row_form(problem, source)
+    assert isinstance(form, Rows)
+    choice = choose(_candidates(problem, form, precision, gpu))
+    return choice, conv_rows_wgrad(problem, form, choice.config, precision, source, other, layout.channels_last)
+
+
+FAMILY = Family("rows", why_not_rows, _plan)

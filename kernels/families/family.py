@@ -1,0 +1,111 @@
+"""What a kernel family is, and the reasons against a call that several families share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastconv.autotune import Choice, Gpu
+from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
+from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.layout import INT32_MAX, POINTER_TYPES, Strides
+from fastconv.kernels.tiles.autotuned import Candidates
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tensors of a call add to its problem. Pixel strides in elements, None: dense channels_last."""
+
+    source: Strides | None = None  # of x (fprop, wgrad) or dy (dgrad)
+    other: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
+    bias: bool = False
+    epilogue: Epilogue = PLAIN
+    channels_last: bool = True  # of dw; of a pool's tensors, else source holds the strides of planes
+    packed: bool = False  # dw is [taps, K]
+    aligned: bool = True  # every operand starts where a bulk copy may
+    copied: tuple[str, ...] = ()  # "source", "other": what is copied whichever family serves
+
+
+DENSE = Layout()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to serve some directions; each function takes (direction, problem, GPU, layout) and touches no tensor."""
+
+    name: str
+    why_not: Callable[[str, Any, Gpu, Layout], str | None]  # the reason against a call, or None
+    plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
+    by_bulk_copy: tuple[str, ...] = ()  # a layout's fields whose operands bulk copies move
+    # Of (direction, problem, precision, GPU), where operands move by bulk copies: what its tile is chosen from.
+    candidates: Callable[[str, Any, str, Gpu], Candidates] | None = None
+
+
+_single: list[str] = []
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """Let no other family serve a call inside the block, on any thread."""
+    _single.append(name)
+    try:
+        yield
+    finally:
+        _single.pop()
+
+
+def single_family() -> str | None:
+    """The one family that may serve a call; None: any."""
+    return _single[-1] if _single else None
+
+
+def fp32_precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are made: "tf32" only for float32, as PyTorch's convolutions are set."""
+    if dtype is not torch.float32:
+        return "ieee"
+    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def why_not_gpu(gpu: Gpu) -> str | None:
+    """Why no kernel runs on a GPU, or None."""
+    if gpu.interpreted or gpu.arch >= 80:
+        return None
+    return f"the {gpu.name}'s compute capability {gpu.arch / 10:.1f} is below 8.0"
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype in POINTER_TYPES else f"{dtype} is not one of float32, float16, bfloat16"
+
+
+def why_not_sizes(problem: ConvProblem) -> str | None:
+    """Why no convolution kernel can number a problem's pixels and weights, or None."""
+    # Pixels are numbered in 32 bits, with room for the last tile.
+    if max(problem.input_pixels, problem.output_pixels) > INT32_MAX - 2**16:
+        return "more than 2^31 pixels"
+    if problem.out_channels * (problem.in_channels // problem.groups) * problem.taps > INT32_MAX:
+        return "a weight of more than 2^31 elements"
+    return why_not_dtype(problem.dtype)
+
+
+def why_not_groups(problem: ConvProblem) -> str | None:
+    """`why_not_sizes` of kernels whose grid has a second axis of groups."""
+    if problem.groups > 65535:
+        return f"{problem.groups} groups are more than a grid's second axis holds"
+    return why_not_sizes(problem)
+
+
+def why_not_bulk_copies(problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
+    """Why bulk copies cannot bring a problem's operands to the tensor cores, or None."""
+    if not gpu.bulk:
+        return "no tensor cores that read what bulk copies bring"
+    if not layout.aligned:
+        return "an operand that does not begin at a multiple of 16 bytes"
+    if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
+        return "fp32 products outside the tensor cores"
+    return why_not_sizes(problem)

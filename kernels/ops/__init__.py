@@ -1,0 +1,1 @@
+"""Operators on tensors: check, plan, allocate, launch."""

@@ -1,0 +1,197 @@
+"""From tensors to launches: what is decided for a call once, kept, and carried out.
+
+A call met before costs one dictionary hit: what was decided for it is kept under everything that decides it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from fastconv.autotune import Choice, Config, Gpu, Space, Work
+from fastconv.autotune.choose import by_cost_model
+from fastconv.autotune.known import join, on_change
+from fastconv.kernels import dispatch
+from fastconv.kernels.families.family import fp32_precision, single_family, why_not_gpu
+from fastconv.kernels.launch.descriptor import ALIGNMENT, start_of
+from fastconv.kernels.launch.launch import Launch, Uncovered, deciding, run
+from fastconv.kernels.tiles.autotuned import ADAPTER, considering, policy
+
+Sizes = tuple[int, ...]
+Operands = tuple[torch.Tensor | None, ...]
+Result = TypeVar("Result")
+log = logging.getLogger("fastconv")
+
+
+class Slower(Uncovered):
+    """One would serve it, but PyTorch's own op was measured faster."""
+
+
+class NoRoom(torch.OutOfMemoryError):
+    """No memory is left for partial sums."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared call: which operands are copied first, what is launched, how the result lies."""
+
+    copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
+    launches: tuple[Launch, ...]  # none: the result is empty or all zeros
+    shape: Sizes
+    strides: Sizes  # as the kernel writes it
+
+    @cached_property
+    def copied(self) -> bool:
+        return any(self.copies)
+
+    def laid_out(self, operands: Operands) -> Operands:
+        """The operands as the launches read them."""
+        if not self.copied:
+            return operands
+        return tuple(
+            t if t is None or strides is None else t.new_empty_strided(t.shape, strides).copy_(t)
+            for t, strides in zip(operands, self.copies, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Call(Prepared):
+    """One that `execute` carries out."""
+
+    returned: Sizes | None = None  # strides of the copy that is returned; None: as written
+    workspace: int = 0  # fp32 elements between a first and a second launch
+    partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
+    packed: int = 0  # elements of the second operand as the first launch lays it out for the second
+
+
+# Of a call that PyTorch's own op serves: the exception that says so, and its message.
+_calls: dict[tuple[Any, ...], Any] = {}
+# A program that never meets the same sizes twice must not keep them all.
+MAX_CALLS = 8192
+
+
+# Nor may one outlive the tables that its tiles came from.
+on_change(_calls.clear)
+
+
+def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
+    """What ``prepare(gpu, operands, *arguments)`` returns, or the Uncovered that it raises: prepared at most once for
+    what decides it."""
+    first = operands[0]
+    assert first is not None
+    gpu = dispatch.target(first.device)
+    if deciding():
+        return prepare(gpu, operands, *arguments)
+    precision = fp32_precision(first.dtype)
+    start = start_of(first)
+    kinds = tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, start(t) % ALIGNMENT == 0) for t in operands]
+    )
+    key = (prepare, gpu.name, single_family(), policy(), precision, kinds, arguments)
+    call = _calls.get(key)
+    if call is None:
+        join(ADAPTER)
+        if len(_calls) >= MAX_CALLS:
+            _calls.clear()
+        try:
+            old = why_not_gpu(gpu)
+            if old is not None:
+                raise Uncovered(old)
+            call = prepare(gpu, operands, *arguments)
+        except Uncovered as refusal:
+            # (An exception that is kept would keep the operands, by its traceback.)
+            call = type(refusal), str(refusal)
+        _calls[key] = call
+    if isinstance(call, tuple) and isinstance(call[0], type):
+        refusal_type, reason = call
+        raise refusal_type(reason)
+    return call
+
+
+def carried_out(
+    prepare: Callable[..., Any],
+    operands: Operands,
+    arguments: tuple[Any, ...],
+    carry_out: Callable[[Any, Operands], Result],
+) -> Result:
+    """``carry_out`` of what is `prepared`; where no memory is left for partial sums, of the same without any, which is
+    slower and from then on takes its place. (Its order of summation is another, so not where one is to be kept.)"""
+    call = prepared(prepare, operands, arguments)
+    try:
+        return carry_out(call, operands)
+    except NoRoom:
+        if policy().stable:
+            raise
+    _say_no_room()
+    return carry_out(_unsplit(call, prepare, operands, arguments), operands)
+
+
+def workspace(like: torch.Tensor, shape: int | Sizes, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory for partial sums, of at most MAX_WORKSPACE bytes, as tiles are chosen. Raises NoRoom."""
+    try:
+        return like.new_empty(shape, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise NoRoom(str(error)) from None
+
+
+@cache
+def _say_no_room() -> None:
+    log.warning("no memory is left for partial sums: what finds none is called without from then on, which is slower")
+
+
+def _unsplit(call: Any, prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
+    """What is prepared of tiles that split no reduction, kept in the place of ``call``."""
+    thread = threading.get_ident()
+
+    def whole(space: Space, features: Any, work: Callable[[Config], Work], gpu: Gpu, choice: Choice) -> Choice:
+        if threading.get_ident() != thread or choice.config.get("SPLITS", 1) == 1:
+            return choice
+        return by_cost_model(space.narrowed(only={"SPLITS": (1,)}), work, gpu)
+
+    assert operands[0] is not None
+    with considering(whole):
+        found = prepare(dispatch.target(operands[0].device), operands, *arguments)
+    for key in [key for key, kept in list(_calls.items()) if kept is call]:
+        _calls[key] = found
+    return found
+
+
+def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
+    """Allocate, copy, launch: the result, and of ``call.partials`` the counts, means and squares."""
+    first = operands[0]
+    assert first is not None
+    out = first.new_empty_strided(call.shape, call.strides)
+    if not call.launches:
+        return (out.zero_(),)
+    operands = call.laid_out(operands)
+    launch = call.launches[-1]
+    partials: tuple[torch.Tensor, ...] = ()
+    if call.packed:
+        packed = first.new_empty(call.packed)
+        run(call.launches[0], operands[1], packed)
+        operands = (operands[0], packed, *operands[2:])
+    if call.workspace:
+        partial = workspace(first, call.workspace)
+        before = call.launches[0]
+        # An epilogue's operands are the second launch's.
+        taken = sum(pointer is not None for pointer in before.pointers) - 1
+        given = iter((*operands[:taken], partial))
+        run(before, *(None if pointer is None else next(given) for pointer in before.pointers))
+        operands = (partial, *operands[taken:])
+    if len(launch.pointers) == len(operands) + 1:
+        run(launch, *operands, out)
+    elif call.partials is None:
+        run(launch, *operands, out, None, None, None)
+    else:
+        shapes = call.partials[:1], call.partials, call.partials
+        partials = tuple(first.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        run(launch, *operands, out, *partials)
+    if call.returned is not None:
+        out = out.new_empty_strided(call.shape, call.returned).copy_(out)
+    return out, *partials

@@ -1,0 +1,376 @@
+"""Convolution on tensors, each direction: check, plan, allocate, launch. No autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv.autotune import Config, Gpu
+from fastconv.kernels import dispatch
+from fastconv.kernels.dispatch import Plan
+from fastconv.kernels.families import channel_sum as family
+from fastconv.kernels.families.batch_norm import pass_tile
+from fastconv.kernels.families.family import Layout
+from fastconv.kernels.jit.epilogue import Epilogue, check_operands
+from fastconv.kernels.launch.descriptor import aligned, pitched
+from fastconv.kernels.launch.launch import Uncovered
+from fastconv.kernels.ops.batch_norm import combine_statistics
+from fastconv.kernels.ops.call import Call, Operands, Sizes, Slower, carried_out, execute
+from fastconv.kernels.problem.conv import ConvProblem, check_arguments, conv_problem
+from fastconv.kernels.problem.layout import (
+    PACKED,
+    contiguous_channels,
+    dense_copy,
+    even_pixels,
+    is_channels_last,
+    laid_out,
+    linear_stride,
+    packed_taps,
+    pixel_strides,
+    pointer_type,
+    strides_like,
+    weight_format,
+    weight_strides,
+)
+
+# The epilogue's operands: batch norm's mean, variance, weight and bias, PReLU's slope, the residual.
+NO_EPILOGUE = (None,) * 6
+
+
+def conv_fprop(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """``conv(x, weight, bias)``; ``padding`` holds the leading sides, then the trailing ones.
+
+    Channels_last where x or weight is, else contiguous. Raises RuntimeError where the arguments do not fit together,
+    Uncovered where no kernel serves them.
+    """
+    operands = (x, weight, bias, *NO_EPILOGUE)
+    return carried_out(_prepare_fprop, operands, (stride, padding, dilation, groups), execute)[0]
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor | None, ...],
+    slope: Tensor | None,
+    residual: Tensor | None,
+    output_size: Sizes | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    eps: float,
+    act: str,
+    a: float,
+    b: float,
+    residual_after: bool,
+) -> Tensor:
+    """``act(normalise(conv(x, weight, bias)) + residual)`` in one launch, or with the residual after the activation.
+
+    ``output_size``: of the transposed convolution, which has it, and leading sides alone in ``padding``. ``norm``:
+    batch norm's mean, variance, weight and bias [K], each or all None; ``slope`` [K]: PReLU's; residual: as the
+    result. Formats and errors as `conv_fprop`.
+    """
+    operands = (x, weight, bias, *norm, slope, residual)
+    how = act, eps, a, b, residual_after
+    return _carried_out(operands, output_size, (stride, padding, dilation, groups), how)[0]
+
+
+def conv_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Sizes | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, variance): the convolution as in `conv_act`, always channels_last, and the statistics [K] of its fp32
+    result.
+
+    Those of an empty batch are 0.
+    """
+    operands = (x, weight, bias, *NO_EPILOGUE)
+    how = "identity", 0.0, 0.0, 0.0, False, True
+    y, *partials = _carried_out(operands, output_size, (stride, padding, dilation, groups), how)
+    if not partials:
+        mean, var = (y.new_zeros(y.shape[1], dtype=torch.float32) for _ in range(2))
+        return y, mean, var
+    return y, *combine_statistics(*partials)
+
+
+def _carried_out(
+    operands: Operands, output_size: Sizes | None, arguments: tuple[Any, ...], how: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    if output_size is None:
+        return carried_out(_prepare_fprop, operands, (*arguments, *how), execute)
+    return carried_out(_prepare_dgrad, operands, (output_size, *arguments, None, *how), execute)
+
+
+def _prepare_fprop(
+    gpu: Gpu, operands: Operands, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, *how: Any
+) -> Call:
+    x, weight, bias, *_ = operands
+    assert x is not None and weight is not None
+    check_same_kind(x, weight, bias)
+    bias_shape = None if bias is None else bias.shape
+    problem = conv_problem(x.shape, weight.shape, bias_shape, stride, padding, dilation, groups, x.dtype)
+    return _prepare_gather("fprop", problem, gpu, operands, None, *how)
+
+
+def conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """The input's gradient [N, C, *input_size] from the output's, plus ``bias`` [C]: also the transposed convolution.
+
+    ``padding`` is the leading sides'. Raises RuntimeError where the arguments do not fit together, Uncovered where no
+    kernel serves them.
+    """
+    operands = (dy, weight, bias, *NO_EPILOGUE)
+    arguments = (input_size, stride, padding, dilation, groups, channels_last)
+    return carried_out(_prepare_dgrad, operands, arguments, execute)[0]
+
+
+def _prepare_dgrad(
+    gpu: Gpu,
+    operands: Operands,
+    input_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    channels_last: bool | None,
+    *how: Any,
+) -> Call:
+    dy, weight, bias, *_ = operands
+    assert dy is not None and weight is not None
+    check_same_kind(dy, weight, bias)
+    check_arguments(weight.shape, None if bias is None else bias.shape, 1, stride, padding, dilation, groups)
+    input_shape = (weight.shape[1] * groups, *input_size)
+    problem = _gradient_problem(dy, input_shape, weight.shape, stride, padding, dilation, groups)
+    return _prepare_gather("dgrad", problem, gpu, operands, channels_last, *how)
+
+
+def _prepare_gather(
+    direction: str,
+    problem: ConvProblem,
+    gpu: Gpu,
+    operands: Operands,
+    channels_last: bool | None,
+    act: str = "identity",
+    eps: float = 0.0,
+    a: float = 0.0,
+    b: float = 0.0,
+    residual_after: bool = False,
+    statistics: bool = False,
+) -> Call:
+    """``channels_last``: the result's format; None: as one of the operands is, or where statistics are taken."""
+    source, weight, bias, *fused, residual = operands
+    assert source is not None and weight is not None
+    shape = problem.input_shape if direction == "dgrad" else problem.output_shape
+    check_operands(source, shape, fused, residual)
+    mean, var, gamma, beta, slope, added = (None if t is None else pointer_type(t.dtype) for t in (*fused, residual))
+    epilogue = Epilogue(mean, var, gamma, beta, slope, added, residual_after, statistics, act, eps, a, b)
+    if channels_last is None:
+        channels_last = statistics or any(is_channels_last(t.shape, t.stride()) for t in (source, weight))
+    # Where pixels or channels are single, both formats are the same memory and the kernel writes either.
+    direct = channels_last or shape[1] == 1 or all(size == 1 for size in shape[2:])
+    strides = strides_like(shape, channels_last or not direct)
+    copies: list[Sizes | None] = [contiguous_channels(source.shape, source.stride()), None]
+    copies += [None if t is None else dense_copy(t.shape, t.stride()) for t in (bias, *fused)]
+    copies.append(None)
+    if residual is not None and residual.stride() != strides:
+        copies[-1] = strides
+    returned = None if direct else strides_like(shape, False)
+    if not problem.batch:
+        return Call(tuple(copies), (), shape, strides, returned)
+    layout = Layout(
+        source=pixel_strides(source.shape, copies[0] or source.stride()),
+        other=pixel_strides(shape, strides),
+        bias=bias is not None,
+        epilogue=epilogue,
+        aligned=_aligned(operands, copies),
+        copied=_copied(copies[0], returned),
+    )
+    plan, config = _plan(direction, problem, gpu, layout)
+    launches = plan.launches
+    if plan.family == "depthwise":
+        copies[1] = None if weight_format(weight.shape, weight.stride()) == PACKED else packed_taps(weight.shape)
+    else:
+        # Bulk copies step from tap to tap by 16 bytes too.
+        wanted = pitched(weight.shape, weight.dtype) if launches[0].described else strides_like(weight.shape, True)
+        copies[1] = None if laid_out(weight.shape, weight.stride(), wanted) else wanted
+    if plan.layout.source != layout.source:
+        copies[0] = pitched(source.shape, source.dtype)
+    if plan.layout.other != layout.other:
+        strides, returned = pitched(shape, source.dtype), returned or strides
+        copies[-1] = None if residual is None else strides
+    partials = (launches[-1].tiles, shape[1]) if statistics else None
+    if plan.family in ("rows", "row_boxes"):
+        packed = int(launches[0].scalars[-1])
+        return Call(tuple(copies), launches, shape, strides, returned, partials=partials, packed=packed)
+    workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
+    return Call(tuple(copies), launches, shape, strides, returned, workspace, partials)
+
+
+def conv_wgrad(
+    x: Tensor,
+    dy: Tensor,
+    filter_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    format: int,
+) -> Tensor:
+    """The weight's gradient [K, C/groups, *filter_size], of a `weight_format`; ``padding`` is the leading sides'.
+
+    Raises Uncovered where no kernel serves the call.
+    """
+    arguments = (filter_size, stride, padding, dilation, groups, format)
+    return carried_out(_prepare_wgrad, (x, dy), arguments, execute)[0]
+
+
+def _prepare_wgrad(
+    gpu: Gpu,
+    operands: Operands,
+    filter_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    format: int,
+) -> Call:
+    x, dy = operands
+    assert x is not None and dy is not None
+    check_same_kind(x, dy)
+    shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
+    if x.shape[0] != dy.shape[0] or x.shape[1] % groups or dy.shape[1] % groups:
+        raise RuntimeError(
+            f"the weight's gradient takes as many images from both, and channels in {groups} groups, but got the input "
+            f"{list(x.shape)} and the output's gradient {list(dy.shape)}"
+        )
+    problem = _gradient_problem(dy, tuple(x.shape[1:]), shape, stride, padding, dilation, groups)
+    strides = weight_strides(shape, format)
+    copies = [contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride())]
+    if not problem.batch:
+        return Call(tuple(copies), (), shape, strides)
+    layout = Layout(
+        source=pixel_strides(x.shape, copies[0] or x.stride()),
+        other=pixel_strides(dy.shape, copies[1] or dy.stride()),
+        channels_last=format == 1,
+        packed=format == PACKED,
+        aligned=_aligned(operands, copies),
+        copied=_copied(*copies),
+    )
+    plan, config = _plan("wgrad", problem, gpu, layout)
+    launches = plan.launches
+    if plan.layout.source != layout.source:
+        copies[0] = pitched(x.shape, x.dtype)
+    if plan.layout.other != layout.other:
+        copies[1] = pitched(dy.shape, dy.dtype)
+    # Where neighbouring outputs share a run, the gradients of each lie apart.
+    columns = launches[0].constants["COLUMNS"] if plan.family == "rows" else 1
+    workspace = config["SPLITS"] * columns * prod(shape) if len(launches) > 1 else 0
+    if format == PACKED and plan.family != "depthwise":
+        return Call(tuple(copies), launches, shape, strides_like(shape, False), strides, workspace=workspace)
+    return Call(tuple(copies), launches, shape, strides, workspace=workspace)
+
+
+def channel_sum(x: Tensor) -> Tensor:
+    """The sum of [N, K, spatial] over all axes but the second, added in fp32: the bias's gradient [K]."""
+    return carried_out(_prepare_channel_sum, (x,), (), execute)[0]
+
+
+def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
+    (x,) = operands
+    assert x is not None
+    k = x.shape[1]
+    copies = (even_pixels(x.shape, x.stride()),)
+    if not x.numel():
+        return Call(copies, (), (k,), (1,))
+    pixels = x.numel() // k
+    stride = linear_stride(x.shape, pixel_strides(x.shape, copies[0] or x.stride()))
+    assert stride is not None
+    choice = pass_tile(pixels, k, x.element_size(), 1, True, gpu)
+    launches = family.channel_sum(pixels, k, stride, x.dtype, choice.config)
+    return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
+
+
+def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Plan, Config]:
+    plan = dispatch.plan(direction, problem, gpu, layout)
+    if plan.choice is None:
+        refusal = Slower if plan.slower else Uncovered
+        raise refusal("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
+    return plan, plan.choice.config
+
+
+def _copied(source: Sizes | None, other: Sizes | None) -> tuple[str, ...]:
+    return tuple(name for name, copy in (("source", source), ("other", other)) if copy is not None)
+
+
+def _aligned(operands: Operands, copies: Sequence[Sizes | None]) -> bool:
+    """Whether bulk copies may read all operands; what is copied first is."""
+    return all(t is None or copy is not None or aligned(t) for t, copy in zip(operands, copies, strict=True))
+
+
+def _gradient_problem(
+    dy: Tensor,
+    input_shape: Sizes,
+    weight_shape: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+) -> ConvProblem:
+    """The convolution whose output's gradient is ``dy``; ``input_shape`` is [C, spatial]."""
+    if dy.shape[1] != weight_shape[0]:
+        raise RuntimeError(
+            f"expected the output's gradient {list(dy.shape)} to have {weight_shape[0]} channels, as the weight "
+            f"{list(weight_shape)} has"
+        )
+    return ConvProblem(
+        batch=dy.shape[0],
+        in_channels=input_shape[0],
+        out_channels=weight_shape[0],
+        groups=groups,
+        input_size=tuple(input_shape[1:]),
+        filter_size=tuple(weight_shape[2:]),
+        output_size=tuple(dy.shape[2:]),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        dtype=dy.dtype,
+    )
+
+
+def check_same_kind(x: Tensor, *others: Tensor | None) -> None:
+    """Raise RuntimeError, as torch does, where dtypes or devices are mixed."""
+    for other in others:
+        if other is None:
+            continue
+        if other.dtype != x.dtype:
+            raise RuntimeError(
+                f"Input type ({x.dtype}) and weight or bias type ({other.dtype}) should be the same "
+                f"(input {list(x.shape)}, weight or bias {list(other.shape)})"
+            )
+        if other.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found input {list(x.shape)} on {x.device} and "
+                f"weight or bias {list(other.shape)} on {other.device}"
+            )

@@ -1,0 +1,151 @@
+"""Memory layout, decided once: what PyTorch would return, and what a kernel needs to know of a tensor's strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+
+# Of one operand's batch, depth, height and width, in elements; channels are contiguous.
+Strides = tuple[int, int, int, int]
+INT32_MAX = 2**31 - 1
+PACKED = 2
+POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+INDEX_TYPES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
+
+
+def pointer_type(dtype: torch.dtype) -> str:
+    """Triton's name for a pointer to ``dtype``."""
+    return POINTER_TYPES[dtype]
+
+
+def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether PyTorch takes a tensor [N, C, spatial] for channels_last; a rank-1 one is judged as [N, C, 1, L].
+
+    The rule of ``c10/core/MemoryFormat.h``, ambiguous cases (C=1, a single pixel) included: they are not channels_last.
+    """
+    if len(shape) == 4:
+        # As below, without the loop: it is asked of every operand of every call.
+        (n, c, h, w), (step_n, step_c, step_h, step_w) = shape, strides
+        if not (n and c and h and w) or step_c <= 0 or h * step_h == step_c:
+            return False
+        return step_n >= h * step_h and step_h >= w * step_w and step_w >= c * step_c
+    if len(shape) == 3:
+        shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
+    if strides[1] == 0:
+        return False
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(shape[axis], 1)
+    return True
+
+
+def strides_like(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """The strides of a dense tensor [N, C, spatial] in either memory format."""
+    order = (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1)
+    strides = [0] * len(shape)
+    step = 1
+    for axis in order:
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
+
+
+def dense_strides(shape: Sequence[int]) -> Strides:
+    """Pixel strides of a dense channels_last operand of shape [N, C, D, H, W]."""
+    n, _, d, h, w = strides_like(shape, True)
+    return n, d, h, w
+
+
+def pixel_strides(shape: Sequence[int], strides: Sequence[int]) -> Strides:
+    """Pixel strides of [N, C, spatial] of rank 1 to 3; an axis of size one has stride 0."""
+    n, _, *spatial = (0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    d, h, w = (0,) * (3 - len(spatial)) + tuple(spatial)
+    return n, d, h, w
+
+
+def contiguous_channels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """None where neighbouring channels are neighbours in memory, else the strides of a channels_last copy."""
+    return None if shape[1] == 1 or strides[1] == 1 else strides_like(shape, True)
+
+
+def dense_copy(shape: Sequence[int], strides: Sequence[int], channels_last: bool = False) -> tuple[int, ...] | None:
+    """None where a tensor lies in this memory format without gaps, else the strides of a copy that does. Of a vector
+    the format is the same."""
+    dense = strides_like(shape, channels_last)
+    return None if laid_out(shape, strides, dense) else dense
+
+
+def laid_out(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor's elements lie as with the strides ``wanted``."""
+    return all(size == 1 or have == want for size, have, want in zip(shape, strides, wanted, strict=True))
+
+
+def packed_taps(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a depthwise weight [K, 1, filter] whose taps are outermost: 16 bytes hold eight channels of one.
+
+    To PyTorch they are dense strides like any, so that a parameter may have them.
+    """
+    strides = [1]
+    for size in (shape[0], *reversed(shape[2:])):
+        strides.append(strides[-1] * size)
+    return 1, *reversed(strides[1:])
+
+
+def weight_format(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """PACKED where a depthwise weight's taps are outermost, else whether PyTorch takes it for channels_last."""
+    if is_channels_last(shape, strides):
+        return 1
+    many = shape[1] == 1 and shape[0] > 1 and max(shape[2:]) > 1
+    return PACKED if many and laid_out(shape, strides, packed_taps(shape)) else 0
+
+
+def weight_strides(shape: Sequence[int], format: int) -> tuple[int, ...]:
+    """The strides of a weight, or of its gradient, of a `weight_format`."""
+    return packed_taps(shape) if format == PACKED else strides_like(shape, bool(format))
+
+
+def linear_stride(shape: Sequence[int], strides: Strides) -> int | None:
+    """The one distance between neighbouring pixels of [N, C, spatial], across rows and images; None: there is none."""
+    sizes = (shape[0], *(1,) * (5 - len(shape)), *shape[2:])
+    step, count = 0, 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if count == 1:
+            step = stride
+        elif stride != step * count:
+            return None
+        count *= size
+    return step
+
+
+def even_pixels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """None where channels are contiguous and all pixels lie at even distances, else the strides of such a copy."""
+    copy = contiguous_channels(shape, strides)
+    if copy is None and linear_stride(shape, pixel_strides(shape, strides)) is None:
+        copy = strides_like(shape, True)
+    return copy
+
+
+def load_width(dtype: torch.dtype, channels: int, *strides: int) -> int:
+    """The elements of a 16-byte load where channels and strides are multiples of it, else 1: two binaries, no more."""
+    width = 16 // dtype.itemsize
+    return width if all(value % width == 0 for value in (channels, *strides)) else 1
+
+
+def common_width(dtype: torch.dtype, *lengths: int) -> int:
+    """The elements, a power of two and 16 bytes at most, that all lengths are multiples of."""
+    return gcd(16 // dtype.itemsize, *lengths)
+
+
+def needs_int64(*operands: tuple[Sequence[int], Strides]) -> bool:
+    """Whether an operand ([N, C, D, H, W], pixel strides) reaches past 2^31 elements and needs 64-bit offsets."""
+    return any(
+        sum((size - 1) * stride for size, stride in zip((shape[0], *shape[2:]), strides, strict=True)) + shape[1] - 1
+        > INT32_MAX
+        for shape, strides in operands
+    )

@@ -1,0 +1,177 @@
+"""What kernels tell the autotuner: a problem as tables spell it, the code it is measured under, what the user set."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import triton
+import triton.language as tl
+
+from fastconv.autotune import Adapter, Choice, Config, Gpu, Policy, ProblemKey, Space, Version, Work
+from fastconv.autotune import choose as ask
+from fastconv.autotune.adapter import MEASURING, TUNE
+from fastconv.autotune.choose import by_cost_model
+from fastconv.autotune.tune import PROCEDURE
+from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.launch import decided, deciding
+from fastconv.kernels.problem.windows import KeyParts
+from fastconv.kernels.tiles import ranks
+from fastconv.kernels.tiles.shapes import TileSpace, kernels_of
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A part of what a tile is chosen by that says itself how tables spell it."""
+
+    @property
+    def key_parts(self) -> KeyParts: ...
+
+
+def problem_of(space: str, features: Any) -> ProblemKey:
+    """The problem that a tile is chosen by, as tables know it."""
+    kind: dict[str, int | str] = {}
+    channels: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    if space.startswith("pass"):
+        sizes["pixels"], channels["C"], kind["element"], kind["moved"] = features
+        return ProblemKey.of(space, kind, channels, sizes)
+    for each in (features,) if isinstance(features, Keyed) else features:
+        if isinstance(each, Keyed):
+            parts = each.key_parts
+            kind, channels, sizes = kind | parts.kind, channels | parts.channels, sizes | parts.sizes
+        elif isinstance(each, bool):
+            kind["channels_last"] = int(each)
+        elif isinstance(each, int):
+            kind["pack"] = each
+        elif each in ("ieee", "tf32"):
+            kind["precision"] = each
+        elif isinstance(each, str):
+            kind["direction"] = each
+        else:
+            raise TypeError(f"the space {space!r}: no table knows what {each!r} is")
+    return ProblemKey.of(space, kind, channels, sizes)
+
+
+@cache
+def version_of(space: str) -> Version:
+    """The code that a problem of this space would be measured under."""
+    # Every launch has products and sums fused.
+    return Version(triton.__version__, source_hash(kernels_of(space)), True, PROCEDURE)
+
+
+@cache
+def source_hash(kernels: tuple[Any, ...]) -> str:
+    """Of all code that is compiled for these kernels: neither a comment nor a launcher makes measurements stale."""
+    text = "\n".join(f"{name} {code}" for name, code in sorted(compiled_code(kernels).items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def compiled_code(kernels: Iterable[Any]) -> dict[str, str]:
+    """Name -> the code of each kernel and of each jit function and constant that it names, or they do in turn."""
+    found: dict[str, str] = {}
+    waiting = [(kernel.fn.__name__, kernel) for kernel in kernels]
+    while waiting:
+        name, it = waiting.pop()
+        if name in found:
+            continue
+        if isinstance(it, tl.constexpr):
+            found[name] = repr(it.value)
+        elif hasattr(it, "fn"):
+            code = ast.parse(inspect.getsource(it.fn)).body[0]
+            assert isinstance(code, ast.FunctionDef)
+            if ast.get_docstring(code) is not None and len(code.body) > 1:
+                del code.body[0]
+            found[name] = ast.unparse(code)
+            named = sorted({each.id for each in ast.walk(code) if isinstance(each, ast.Name)})
+            waiting += [(each, it.fn.__globals__[each]) for each in named if each in it.fn.__globals__]
+    return found
+
+
+# Who tells what the user set: (prefer, tune, numerics) for the thread that asks.
+_user_policy: list[Callable[[], tuple[str, str, str]]] = []
+
+
+def set_user_policy(policy: Callable[[], tuple[str, str, str]]) -> None:
+    """Let ``policy()`` tell what the user set, for the thread that asks: settings are not the kernels'."""
+    _user_policy[:] = [policy]
+
+
+def policy() -> Policy:
+    """What choices are made by, for the thread that asks."""
+    prefer, tune, numerics = _user_policy[0]() if _user_policy else ("fastest", "cached", "fast")
+    if tune in MEASURING:
+        # Ranks that measured by their own clock would disagree; what is captured must be known.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        tune = "cached" if capturing else ranks.may_measure(tune)
+    return _POLICIES[prefer, tune, numerics, torch.are_deterministic_algorithms_enabled()]
+
+
+_POLICIES = {
+    (prefer, tune, numerics, ordered): Policy(tune, ordered or numerics == "stable", prefer == "fastest")
+    for prefer, tune, numerics, ordered in product(("fastest", "triton"), TUNE, ("fast", "stable"), (False, True))
+}
+
+
+def live(gpu: Gpu) -> bool:
+    """Whether this process runs on ``gpu`` and is not only asked what it would do."""
+    if interpreter.interpreting() or deciding() or not torch.cuda.is_available():
+        return False
+    return gpu.name == torch.cuda.get_device_name()
+
+
+ADAPTER = Adapter(problem_of, version_of, policy, live, ranks.agree, ranks.joined)
+
+
+class Candidates(NamedTuple):
+    """What the tile of a problem is chosen from."""
+
+    space: TileSpace
+    features: Hashable  # what identifies the problem
+    work: Callable[[Config], Work]  # what a config makes of it
+    gpu: Gpu
+    at_least: Mapping[str, int] = {}  # what a parameter must cover, and does with its smallest value that can
+
+    @property
+    def narrowed(self) -> TileSpace:
+        space = self.space.for_interpreter if self.gpu.interpreted else self.space
+        return space.narrowed(at_least=self.at_least)
+
+
+# Given a space, the problem's features, what its configs make of it, the GPU and what was chosen: what is taken.
+Consider = Callable[[Space, Hashable, Callable[[Config], Work], Gpu, Choice], Choice]
+_considering: list[Consider] = []
+
+
+@contextlib.contextmanager
+def considering(consider: Consider) -> Iterator[None]:
+    """Let ``consider`` have the last word on every tile inside the block, on any thread: to see them all, to try one.
+
+    Calls that are kept stay as they are: collect `decisions` inside.
+    """
+    _considering.append(consider)
+    try:
+        yield
+    finally:
+        _considering.remove(consider)
+
+
+def choose(candidates: Candidates) -> Choice:
+    """The candidate that tables, the cost model or who is `considering` takes."""
+    space, features, work, gpu = candidates.narrowed, *candidates[1:4]
+    choice = ask(space, features, work, gpu, ADAPTER)
+    for consider in _considering:
+        choice = consider(space, features, work, gpu, choice)
+    return decided(choice)
+
+
+def predicted(candidates: Candidates) -> float:
+    """Seconds by the cost model, whatever was measured: families are compared the same way on every machine."""
+    return by_cost_model(candidates.narrowed, candidates.work, candidates.gpu).seconds
