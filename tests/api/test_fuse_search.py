@@ -9,7 +9,7 @@ import copy
 import operator
 import pickle
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -70,160 +70,118 @@ def shortcut_in_place(m: Any, x: Any) -> Any:
     return m.conv2(x)
 
 
-OTHER = {"bn2": "not called by the module that holds it"}
+RELU, PLAIN, PLUS = ("ReLU", None), (None, None), (None, "after")
+RELU_OF_SUM, SILU_OF_SUM = ("ReLU", "before"), ("SiLU", "before")
+NOT_CALLED = "not called by the module that holds it"
 
-# name -> (forward, further children, fused, unfused, the fused calls)
-FOUND: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str], list[Any]]] = {
-    "residual block": (
-        plain_block,
-        {},
-        [f"{BN1} + relu", f"{BN2} + residual + relu"],
-        {},
-        [("ReLU", None), ("ReLU", "before")],
+
+class Found(NamedTuple):
+    body: Any
+    fused: list[str]
+    calls: list[Any]  # of a step in training
+    children: dict[str, Any] | None = None  # further ones
+    in_eval: list[Any] | None = None  # other calls
+    bn1: str | None = None  # why it is not fused
+    bn2: str | None = NOT_CALLED
+
+    def block(self) -> Block:
+        return Block(self.body, **copy.deepcopy(self.children or {}))
+
+
+FOUND = {
+    "residual block": Found(plain_block, [f"{BN1} + relu", f"{BN2} + residual + relu"], [RELU, RELU_OF_SUM], bn2=None),
+    "no activation": Found(no_activation, [BN1], [PLAIN]),
+    "function": Found(lambda m, x: F.relu(m.bn1(m.conv1(x)), inplace=True), [f"{BN1} + relu"], [RELU]),
+    "method": Found(lambda m, x: m.bn1(m.conv1(x)).relu_(), [f"{BN1} + relu"], [RELU]),
+    "torch's function": Found(lambda m, x: torch.tanh(m.bn1(m.conv1(x))), [f"{BN1} + tanh"], [("Tanh", None)]),
+    "function of two": Found(
+        lambda m, x: F.leaky_relu(m.bn1(m.conv1(x)), 0.3), [f"{BN1} + leaky_relu"], [("LeakyReLU", None)]
     ),
-    "no activation": (no_activation, {}, [BN1], OTHER, [(None, None)]),
-    "function": (lambda m, x: F.relu(m.bn1(m.conv1(x)), inplace=True), {}, [f"{BN1} + relu"], OTHER, [("ReLU", None)]),
-    "method": (lambda m, x: m.bn1(m.conv1(x)).relu_(), {}, [f"{BN1} + relu"], OTHER, [("ReLU", None)]),
-    "torch's function": (lambda m, x: torch.tanh(m.bn1(m.conv1(x))), {}, [f"{BN1} + tanh"], OTHER, [("Tanh", None)]),
-    "function of two": (
-        lambda m, x: F.leaky_relu(m.bn1(m.conv1(x)), 0.3),
-        {},
-        [f"{BN1} + leaky_relu"],
-        OTHER,
-        [("LeakyReLU", None)],
+    "prelu": Found(lambda m, x: m.act(m.bn1(m.conv1(x))), [f"{BN1} + act"], [("PReLU", None)], {"act": nn.PReLU(4)}),
+    "no fused form": Found(lambda m, x: m.act(m.bn1(m.conv1(x))), [BN1], [PLAIN], {"act": nn.GLU(1)}),
+    "after the activation": Found(
+        lambda m, x: x + m.relu(m.bn1(m.conv1(x))), [f"{BN1} + relu + residual"], [("ReLU", "after")]
     ),
-    "prelu": (lambda m, x: m.act(m.bn1(m.conv1(x))), {"act": nn.PReLU(4)}, [f"{BN1} + act"], OTHER, [("PReLU", None)]),
-    "no fused form": (lambda m, x: m.act(m.bn1(m.conv1(x))), {"act": nn.GLU(1)}, [BN1], OTHER, [(None, None)]),
-    "after the activation": (
-        lambda m, x: x + m.relu(m.bn1(m.conv1(x))),
-        {},
-        [f"{BN1} + relu + residual"],
-        OTHER,
-        [("ReLU", "after")],
+    "torch.add": Found(lambda m, x: torch.add(m.bn1(m.conv1(x)), x), [f"{BN1} + residual"], [PLUS]),
+    "add_": Found(lambda m, x: m.bn1(m.conv1(x)).add_(x), [f"{BN1} + residual"], [PLUS]),
+    "alpha": Found(lambda m, x: torch.add(m.bn1(m.conv1(x)), x, alpha=2), [BN1], [PLAIN]),
+    "number": Found(lambda m, x: m.bn1(m.conv1(x)) + 3, [BN1], [PLAIN]),
+    "itself": Found(lambda m, x: operator.add(*[m.bn1(m.conv1(x))] * 2), [BN1], [PLAIN]),
+    "broadcast": Found(
+        lambda m, x: m.relu(m.bn1(m.conv1(x)) + x.mean((2, 3), keepdim=True)), [f"{BN1} + residual + relu"], [PLAIN]
     ),
-    "torch.add": (lambda m, x: torch.add(m.bn1(m.conv1(x)), x), {}, [f"{BN1} + residual"], OTHER, [(None, "after")]),
-    "add_": (lambda m, x: m.bn1(m.conv1(x)).add_(x), {}, [f"{BN1} + residual"], OTHER, [(None, "after")]),
-    "alpha": (lambda m, x: torch.add(m.bn1(m.conv1(x)), x, alpha=2), {}, [BN1], OTHER, [(None, None)]),
-    "number": (lambda m, x: m.bn1(m.conv1(x)) + 3, {}, [BN1], OTHER, [(None, None)]),
-    "itself": (lambda m, x: operator.add(*[m.bn1(m.conv1(x))] * 2), {}, [BN1], OTHER, [(None, None)]),
-    "broadcast": (
-        lambda m, x: m.relu(m.bn1(m.conv1(x)) + x.mean((2, 3), keepdim=True)),
-        {},
-        [f"{BN1} + residual + relu"],
-        OTHER,
-        [(None, None)],
+    "promoted": Found(lambda m, x: m.relu(m.bn1(m.conv1(x)) + x.double()), [f"{BN1} + residual + relu"], [PLAIN]),
+    "meeting": Found(meet, [BN1, f"{BN2} + residual + relu"], [PLAIN, RELU_OF_SUM], bn2=None),
+    "meeting, swapped": Found(meet_swapped, [f"{BN1} + residual + relu", BN2], [PLAIN, RELU_OF_SUM], bn2=None),
+    "sum of the shortcut in place": Found(changed_in_place, [BN1], [PLAIN]),
+    "twice": Found(twice, [f"{BN1} + silu"], [("SiLU", None), RELU]),
+    "dropout": Found(
+        lambda m, x: F.relu(m.drop(m.bn1(m.conv1(x)))), [f"{BN1} + relu"], [RELU], {"drop": nn.Dropout(0.0)}
     ),
-    "promoted": (
-        lambda m, x: m.relu(m.bn1(m.conv1(x)) + x.double()),
-        {},
-        [f"{BN1} + residual + relu"],
-        OTHER,
-        [(None, None)],
-    ),
-    "meeting": (meet, {}, [BN1, f"{BN2} + residual + relu"], {}, [(None, None), ("ReLU", "before")]),
-    "meeting, swapped": (meet_swapped, {}, [f"{BN1} + residual + relu", BN2], {}, [(None, None), ("ReLU", "before")]),
-    "sum of the shortcut in place": (changed_in_place, {}, [BN1], OTHER, [(None, None)]),
-    "twice": (twice, {}, [f"{BN1} + silu"], OTHER, [("SiLU", None), ("ReLU", None)]),
-    "dropout": (
-        lambda m, x: F.relu(m.drop(m.bn1(m.conv1(x)))),
-        {"drop": nn.Dropout(0.0)},
-        [f"{BN1} + relu"],
-        OTHER,
-        [("ReLU", None)],
-    ),
-    "identity": (
+    "identity": Found(
         lambda m, x: m.skip(m.relu(m.skip(m.bn1(m.skip(m.conv1(x)))))),
+        [f"{BN1} + relu"],
+        [RELU],
         {"skip": nn.Identity()},
-        [f"{BN1} + relu"],
-        OTHER,
-        [("ReLU", None)],
     ),
-    "mode": (
+    "mode": Found(
         lambda m, x: F.dropout(m.relu(m.bn1(m.conv1(x))), 0.5 if m.training else 0.0, m.training),
-        {},
         [f"{BN1} + relu"],
-        OTHER,
-        [("ReLU", None)],
+        [RELU],
     ),
-    "loop": (
-        loop,
-        lists(),
-        ["convs.0 + norms.0 + gelu", "convs.1 + norms.1 + gelu"],
-        {"bn1": OTHER["bn2"], **OTHER},
-        [("GELU", None)] * 2,
+    "loop": Found(
+        loop, ["convs.0 + norms.0 + gelu", "convs.1 + norms.1 + gelu"], [("GELU", None)] * 2, lists(), bn1=NOT_CALLED
     ),
-    "asks the type": (by_type, {}, [f"{BN1} + relu"], OTHER, [("ReLU", None)]),
-    "two readers": (
-        lambda m, x: m.bn1(y := m.conv1(x)) + y.sigmoid(),
-        {},
-        [],
-        {"bn1": "the result of conv1 also goes to sigmoid", **OTHER},
-        [],
+    "asks the type": Found(by_type, [f"{BN1} + relu"], [RELU]),
+    "two readers": Found(
+        lambda m, x: m.bn1(y := m.conv1(x)) + y.sigmoid(), [], [], bn1="the result of conv1 also goes to sigmoid"
     ),
-    "returned as well": (
-        lambda m, x: torch.stack([m.bn1(y := m.conv1(x)), y]),
-        {},
-        [],
-        {"bn1": "the result of conv1 also goes to stack", **OTHER},
-        [],
+    "returned as well": Found(
+        lambda m, x: torch.stack([m.bn1(y := m.conv1(x)), y]), [], [], bn1="the result of conv1 also goes to stack"
     ),
-    "read behind the norm": (lambda m, x: F.relu(y := m.bn1(m.conv1(x))) * y, {}, [BN1], OTHER, [(None, None)]),
-    "its size is read": (
-        lambda m, x: m.bn1(y := m.conv1(x)).reshape(y.shape),
-        {},
-        [],
-        {"bn1": "the result of conv1 also goes to getattr", **OTHER},
-        [],
+    "read behind the norm": Found(lambda m, x: F.relu(y := m.bn1(m.conv1(x))) * y, [BN1], [PLAIN]),
+    "its size is read": Found(
+        lambda m, x: m.bn1(y := m.conv1(x)).reshape(y.shape), [], [], bn1="the result of conv1 also goes to getattr"
     ),
-    "activation in between": (
-        lambda m, x: m.bn1(m.relu(m.conv1(x))),
-        {},
-        [],
-        {"bn1": "not behind a convolution but relu, a ReLU", **OTHER},
-        [],
+    "activation in between": Found(
+        lambda m, x: m.bn1(m.relu(m.conv1(x))), [], [], bn1="not behind a convolution but relu, a ReLU"
     ),
-    "norm first": (
-        lambda m, x: m.conv1(m.bn1(x)),
-        {},
-        [],
-        {"bn1": "not behind a convolution but the argument x", **OTHER},
-        [],
-    ),
-    "transposed": (
+    "norm first": Found(lambda m, x: m.conv1(m.bn1(x)), [], [], bn1="not behind a convolution but the argument x"),
+    "transposed": Found(
         lambda m, x: m.bn1(m.up(x)),
-        {"up": nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1)},
         ["up + bn1"],
-        OTHER,
-        [(None, None)],
+        [PLAIN],
+        {"up": nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1)},
     ),
-    "transposed to a size": (
+    "transposed to a size": Found(
         lambda m, x: m.bn1(m.up(x, x.shape)),
+        [],
+        [],
         {"up": nn.ConvTranspose2d(4, 4, 3, padding=1)},
-        [],
-        {"bn1": "up is called with more than its input", **OTHER},
-        [],
+        bn1="up is called with more than its input",
     ),
-    "other in eval": (in_training_only, {}, [], {"bn1": "called otherwise in training than in eval", **OTHER}, []),
-    "group norm": (lambda m, x: m.gn(m.conv1(x)), {"gn": nn.GroupNorm(2, 4)}, [], {"bn1": OTHER["bn2"], **OTHER}, []),
+    "other in eval": Found(in_training_only, [], [], bn1="called otherwise in training than in eval"),
+    "group norm": Found(lambda m, x: m.gn(m.conv1(x)), [], [], {"gn": nn.GroupNorm(2, 4)}, bn1=NOT_CALLED),
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name: str, calls: list[Any]) -> None:
-    body, children, fused, unfused, expected = FOUND[name]
-    model, plain = pair(Block(body, **copy.deepcopy(children)))
+    it = FOUND[name]
+    model, plain = pair(it.block())
     report = fastconv.report(model)
-    assert (report.fused, dict(report.unfused)) == (fused, unfused)
+    assert report.fused == it.fused
+    assert dict(report.unfused) == {norm: why for norm, why in (("bn1", it.bn1), ("bn2", it.bn2)) if why}
     for training in (True, False):
         plain.train(training)
         calls.clear()
         assert_same(model, plain, images())
-        assert calls == expected
+        assert calls == it.calls
 
 
 def test_what_ends_a_fused_layer_is_named() -> None:
-    body, children, *_ = FOUND["no fused form"]
-    report = fastconv.report(fastconv.convert(Block(body, **copy.deepcopy(children))))
+    it = FOUND["no fused form"]
+    report = fastconv.report(fastconv.convert(it.block()))
     assert report.norms[0].reason == "act has no fused form"
     assert " ".join(str(report).splitlines()[1].split()) == "conv1 + bn1 Conv2d fastconv act has no fused form"
 
@@ -299,115 +257,84 @@ def through(m: Any, x: Any) -> Any:
     return m.g(m.f(x)) + x
 
 
-RELU, PLUS = ("ReLU", None), (None, "after")
-
-# name -> (forward, further children, fused, calls of one step in training, and in eval if others)
-CROSSING: dict[str, tuple[Any, dict[str, Any], list[str], list[Any], list[Any] | None]] = {
-    "sequence": (
-        added_to,
-        {"f": sequence(*sequence(), nn.ReLU())},
-        ["f.0 + 1 + 2", "f.3 + 4 + residual"],
-        [RELU, PLUS],
-        None,
+CROSSING = {
+    "sequence": Found(
+        added_to, ["f.0 + 1 + 2", "f.3 + 4 + residual"], [RELU, PLUS], {"f": sequence(*sequence(), nn.ReLU())}
     ),
-    "nested sequences": (
+    "nested sequences": Found(
         act_of_sum,
-        {"f": nn.Sequential(nn.Sequential(*sequence(), nn.ReLU(True)), nn.Sequential(sequence()))},
         ["f.0.0 + 1 + 2", "f.1.0.0 + 1 + residual + relu"],
-        [RELU, ("ReLU", "before")],
-        None,
+        [RELU, RELU_OF_SUM],
+        {"f": nn.Sequential(nn.Sequential(*sequence(), nn.ReLU(True)), nn.Sequential(sequence()))},
     ),
-    "forward of its own": (act_of_sum, {"f": Unit()}, ["f.conv + bn + residual + relu"], [("ReLU", "before")], None),
-    "after an activation": (
-        added_to,
-        {"f": Unit(nn.SiLU())},
-        ["f.conv + bn + act + residual"],
-        [("SiLU", "after")],
-        None,
+    "forward of its own": Found(act_of_sum, ["f.conv + bn + residual + relu"], [RELU_OF_SUM], {"f": Unit()}),
+    "after an activation": Found(
+        added_to, ["f.conv + bn + act + residual"], [("SiLU", "after")], {"f": Unit(nn.SiLU())}
     ),
-    "a second activation": (
+    "a second activation": Found(
+        act_of_sum, ["f.conv + bn + act + residual"], [("SiLU", "after")], {"f": Unit(nn.SiLU())}
+    ),
+    "layer of ours": Found(
         act_of_sum,
-        {"f": Unit(nn.SiLU())},
-        ["f.conv + bn + act + residual"],
-        [("SiLU", "after")],
-        None,
-    ),
-    "layer of ours": (
-        act_of_sum,
-        {"f": ours.ConvBNAct2d(4, 4, 3, padding=1, act=None)},
         ["f.conv + bn + residual + relu"],
-        [("ReLU", "before")],
-        None,
+        [RELU_OF_SUM],
+        {"f": ours.ConvBNAct2d(4, 4, 3, padding=1, act=None)},
     ),
-    "activation alone": (lambda m, x: F.gelu(m.f(x)), {"f": sequence()}, ["f.0 + 1 + gelu"], [("GELU", None)], None),
-    "a sum of its own": (added_to, {"f": Block(added_to, f=sequence())}, ["f.f.0 + 1 + residual"], [PLUS], None),
-    "writes its input first": (added_to, {"f": sequence(nn.ReLU(True))}, ["f.1 + 2 + residual"], [PLUS], None),
-    "norm outside": (
+    "activation alone": Found(lambda m, x: F.gelu(m.f(x)), ["f.0 + 1 + gelu"], [("GELU", None)], {"f": sequence()}),
+    "a sum of its own": Found(added_to, ["f.f.0 + 1 + residual"], [PLUS], {"f": Block(added_to, f=sequence())}),
+    "writes its input first": Found(added_to, ["f.1 + 2 + residual"], [PLUS], {"f": sequence(nn.ReLU(True))}),
+    "norm outside": Found(
         norm_of_child,
-        {"f": nn.Sequential(*sequence(), nn.ReLU(), sequence(bn=False))},
         ["f.0 + 1 + 2", "f.3.0 + bn1 + relu"],
         [RELU, RELU],
-        None,
+        {"f": nn.Sequential(*sequence(), nn.ReLU(), sequence(bn=False))},
     ),
-    "identity as shortcut": (
-        sum_of_both,
-        {"f": Unit(), "g": nn.Identity()},
-        ["f.conv + bn + residual + silu"],
-        [("SiLU", "before")],
-        None,
+    "identity as shortcut": Found(
+        sum_of_both, ["f.conv + bn + residual + silu"], [SILU_OF_SUM], {"f": Unit(), "g": nn.Identity()}
     ),
-    "both fused layers": (
+    "both fused layers": Found(
         both_children,
-        {"f": sequence(), "g": sequence()},
         ["f.0 + 1 + residual + silu", "g.0 + 1"],
-        [(None, None), ("SiLU", "before")],
-        None,
+        [PLAIN, SILU_OF_SUM],
+        {"f": sequence(), "g": sequence()},
     ),
-    "both fused layers, one unknown": (
-        both_children,
-        {"f": Unit(), "g": Unit()},
-        ["f.conv + bn", "g.conv + bn"],
-        [(None, None)] * 2,
-        None,
+    "both fused layers, one unknown": Found(
+        both_children, ["f.conv + bn", "g.conv + bn"], [PLAIN] * 2, {"f": Unit(), "g": Unit()}
     ),
-    "sum of both": (
-        sum_of_both,
-        {"f": Unit(), "g": Unit()},
-        ["f.conv + bn", "g.conv + bn + residual + silu"],
-        [(None, None), ("SiLU", "before")],
-        None,
+    "sum of both": Found(
+        sum_of_both, ["f.conv + bn", "g.conv + bn + residual + silu"], [PLAIN, SILU_OF_SUM], {"f": Unit(), "g": Unit()}
     ),
-    "stochastic depth": (through, {"f": sequence(), "g": Depth(0.5)}, ["f.0 + 1"], [(None, None)], [PLUS]),
-    "stochastic depth of 0": (through, {"f": sequence(), "g": Depth(0.0)}, ["f.0 + 1 + residual"], [PLUS], None),
-    "dropout": (through, {"f": sequence(nn.Dropout2d()), "g": nn.Dropout2d()}, ["f.1 + 2"], [(None, None)], [PLUS]),
-    "read twice": (lambda m, x: (y := m.f(x)) * y, {"f": sequence()}, ["f.0 + 1"], [(None, None)], None),
-    "by name": (lambda m, x: m.relu(input=m.bn1(input=m.conv1(input=x))), {}, [f"{BN1} + relu"], [RELU], None),
+    "stochastic depth": Found(through, ["f.0 + 1"], [PLAIN], {"f": sequence(), "g": Depth(0.5)}, in_eval=[PLUS]),
+    "stochastic depth of 0": Found(through, ["f.0 + 1 + residual"], [PLUS], {"f": sequence(), "g": Depth(0.0)}),
+    "dropout": Found(
+        through, ["f.1 + 2"], [PLAIN], {"f": sequence(nn.Dropout2d()), "g": nn.Dropout2d()}, in_eval=[PLUS]
+    ),
+    "read twice": Found(lambda m, x: (y := m.f(x)) * y, ["f.0 + 1"], [PLAIN], {"f": sequence()}),
+    "by name": Found(lambda m, x: m.relu(input=m.bn1(input=m.conv1(input=x))), [f"{BN1} + relu"], [RELU]),
 }
 
 
 @pytest.mark.parametrize("name", CROSSING)
 def test_crossing(name: str, calls: list[Any]) -> None:
-    body, children, fused, in_training, in_eval = CROSSING[name]
-    model, plain = pair(Block(body, **copy.deepcopy(children)))
-    assert sorted(fastconv.report(model).fused) == fused
-    for training, expected in ((True, in_training), (False, in_eval or in_training)):
+    it = CROSSING[name]
+    model, plain = pair(it.block())
+    assert sorted(fastconv.report(model).fused) == it.fused
+    for training, expected in ((True, it.calls), (False, it.in_eval or it.calls)):
         plain.train(training)
         calls.clear()
         assert_same(model, plain, images())
         assert calls == expected
     twins = [copy.deepcopy(model)]
-    if body.__name__ != "<lambda>" and not isinstance(children.get("g"), Depth):
+    if it.body.__name__ != "<lambda>" and not isinstance((it.children or {}).get("g"), Depth):
         twins.append(pickle.loads(pickle.dumps(model)))
     for twin in twins:
         calls.clear()
         assert_same(twin, plain, images())
-        assert calls == (in_eval or in_training)
+        assert calls == (it.in_eval or it.calls)
     assert {type(m).__dict__.get("_fastconv_names") for m in fastconv.revert(model).modules()} == {None}
 
 
-ADDED = [(None, None), ("ReLU", "before")]
-
-ALONE = [(None, None)] * 2
+ADDED, APART = [PLAIN, RELU_OF_SUM], [PLAIN] * 2
 
 
 @pytest.mark.parametrize("where", ["f", "f.1"])
@@ -424,7 +351,7 @@ def test_hooks_on_what_a_fused_layer_crosses(kind: str, where: str, calls: list[
     assert report.fused == ["f.0.0 + 1", "f.1.0 + 1"]
     assert report.norms[-1].reason == "a hook on its Sequential"
     assert_same(model, plain, images())
-    assert calls == ALONE and len(seen) == 2
+    assert calls == APART and len(seen) == 2
     for a, b in zip(*seen, strict=True):
         assert torch.equal(a, b)
     for handle in handles:
@@ -454,18 +381,18 @@ def test_other_calls_of_what_a_fused_layer_crosses_are_seen(calls: list[Any]) ->
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: m.f.append(nn.Sigmoid()), ALONE),
-        (lambda m: m.f[1].append(nn.Sigmoid()), ALONE[:1]),
-        (lambda m: m.f[1].append(nn.ReLU(inplace=True)), ALONE[:1]),
-        (lambda m: m.f.pop(1), ALONE[:1]),
-        (lambda m: m.f.__setitem__(1, nn.Identity()), ALONE[:1]),
-        (lambda m: m.f[1].__setitem__(1, nn.Sigmoid()), ALONE[:1]),
-        (lambda m: m.f[1].add_module("0", nn.Identity()), ALONE[:1]),
+        (lambda m: m.f.append(nn.Sigmoid()), APART),
+        (lambda m: m.f[1].append(nn.Sigmoid()), APART[:1]),
+        (lambda m: m.f[1].append(nn.ReLU(inplace=True)), APART[:1]),
+        (lambda m: m.f.pop(1), APART[:1]),
+        (lambda m: m.f.__setitem__(1, nn.Identity()), APART[:1]),
+        (lambda m: m.f[1].__setitem__(1, nn.Sigmoid()), APART[:1]),
+        (lambda m: m.f[1].add_module("0", nn.Identity()), APART[:1]),
         (lambda m: m.__setattr__("f", sequence().to(DEVICE)), []),
-        (lambda m: m.__setattr__("relu", nn.SiLU()), [(None, None), ("SiLU", "before")]),
-        (lambda m: m.add_module("relu", nn.SiLU()), [(None, None), ("SiLU", "before")]),
-        (lambda m: m.add_module("relu", nn.Softsign()), [(None, None), (None, "after")]),
-        (lambda m: m.f[1][1].register_forward_hook(lambda *_: None), ALONE[:1]),
+        (lambda m: m.__setattr__("relu", nn.SiLU()), [PLAIN, SILU_OF_SUM]),
+        (lambda m: m.add_module("relu", nn.SiLU()), [PLAIN, SILU_OF_SUM]),
+        (lambda m: m.add_module("relu", nn.Softsign()), [PLAIN, PLUS]),
+        (lambda m: m.f[1][1].register_forward_hook(lambda *_: None), APART[:1]),
         (lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m), ADDED),
     ],
 )
@@ -491,11 +418,11 @@ def test_a_call_of_its_own_is_not_crossed(calls: list[Any]) -> None:
 
     model, plain = pair(Block(added_to, f=Twice(*sequence())))
     assert_same(model, plain, images())
-    assert calls == [(None, None)]
+    assert calls == [PLAIN]
 
 
 def test_hooks_see_what_is_called_by_name(calls: list[Any]) -> None:
-    model, plain = pair(Block(CROSSING["by name"][0]))
+    model, plain = pair(Block(CROSSING["by name"].body))
     seen: list[Any] = []
     for m in (model, plain):
         m.bn1.register_forward_hook(lambda _, args, kwargs, y: seen.append((len(args), *kwargs)), with_kwargs=True)
@@ -573,7 +500,7 @@ def test_a_function_is_not_the_module_of_its_name(calls: list[Any], monkeypatch:
     model, plain = pair(Block(lambda m, x: F.relu(m.bn1(m.conv1(x))) * F.relu(m.conv2(x))))
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 0)
     assert_same(model, plain, images())
-    assert calls == [("ReLU", None)]
+    assert calls == [RELU]
     names: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: names.append(type(m).__name__))
     with handle:
