@@ -143,7 +143,7 @@ def _with_room(family: Family, direction: str, problem: ConvProblem, layout: Lay
     def odd(shape: tuple[int, ...]) -> bool:
         return shape[1] * dtype.itemsize % ALIGNMENT > 0
 
-    strides, moved = {"source": layout.source, "other": layout.other}, {}
+    strides, moved = {"source": layout.source_strides, "other": layout.other_strides}, {}
     for name, shape in zip(strides, shapes, strict=True):
         if name in family.by_bulk_copy and odd(shape) and not bulk(dtype, shape, strides[name]):
             strides[name], moved[name] = pixel_strides(shape, pitched(shape, dtype)), prod(shape)
@@ -151,8 +151,8 @@ def _with_room(family: Family, direction: str, problem: ConvProblem, layout: Lay
         moved["weight"] = prod(problem.weight_shape)
     if "other" in moved and layout.epilogue.residual:
         moved["residual"] = moved["other"]
-    copied = [2 * dtype.itemsize * count for name, count in moved.items() if name not in layout.copied]
-    return replace(layout, source=strides["source"], other=strides["other"]), copied
+    copied = [2 * dtype.itemsize * count for name, count in moved.items() if name not in layout.precopied]
+    return replace(layout, source_strides=strides["source"], other_strides=strides["other"]), copied
 
 
 def _copies_slower(family: Family, direction: str, problem: ConvProblem, gpu: Gpu, copied: Sequence[int]) -> str | None:

@@ -404,7 +404,7 @@ def why_not_depthwise(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     choice = choose(_candidates(direction, problem, gpu))
-    source, other, bias, epilogue = layout.source, layout.other, layout.bias, layout.epilogue
+    source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
     return choice, (conv_depthwise(direction, problem, choice.config, source, other, bias, epilogue),)
 
 

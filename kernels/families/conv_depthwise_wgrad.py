@@ -264,7 +264,9 @@ def _candidates(problem: ConvProblem, gpu: Gpu) -> Candidates:
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     choice = choose(_candidates(problem, gpu))
-    return choice, conv_depthwise_wgrad(problem, choice.config, layout.source, layout.other, layout.packed)
+    return choice, conv_depthwise_wgrad(
+        problem, choice.config, layout.source_strides, layout.other_strides, layout.taps_outermost
+    )
 
 
 FAMILY = Family("depthwise", why_not_depthwise, _plan)

@@ -550,7 +550,7 @@ def _plan_grouped(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout
 def _plan_packed(
     direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout, pack: int
 ) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
     choice = choose(gather_candidates(direction, problem, precision, gpu, pack))
     bias, epilogue = layout.bias, layout.epilogue
     return choice, conv_gather(direction, problem, choice.config, precision, source, other, bias, epilogue, pack)

@@ -340,7 +340,7 @@ def _plan_grouped(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout
 
 
 def _plan_packed(problem: ConvProblem, gpu: Gpu, layout: Layout, pack: int) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
     choice = choose(wgrad_candidates(problem, precision, gpu, pack))
     return choice, conv_wgrad(problem, choice.config, precision, source, other, layout.channels_last, pack)
 

@@ -446,19 +446,19 @@ def why_not_flat(direction: str, problem: ConvProblem, source: Strides | None, o
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    unfit = why_not_flat(direction, problem, layout.source, layout.other)
+    unfit = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
     return unfit or why_not_bulk_copies(problem, gpu, layout)
 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     precision, bias, epilogue = fp32_precision(problem.dtype), layout.bias, layout.epilogue
     choice = choose(_candidates(direction, problem, precision, gpu))
-    return choice, conv_gemm(direction, problem, choice.config, precision, gpu, layout.source, bias, epilogue)
+    return choice, conv_gemm(direction, problem, choice.config, precision, gpu, layout.source_strides, bias, epilogue)
 
 
 def _plan_wgrad(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     choice = choose(_wgrad_candidates(direction, problem, fp32_precision(problem.dtype), gpu))
-    return choice, conv_gemm_wgrad(problem, choice.config, layout.source, layout.other)
+    return choice, conv_gemm_wgrad(problem, choice.config, layout.source_strides, layout.other_strides)
 
 
 FAMILY = Family("gemm", _why_not, _plan, ("source",), _candidates)

@@ -503,7 +503,9 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     if problem.batch < 16:
         return f"{problem.batch} images leave most of a box empty"
     shapes = problem.as_rank3.input_shape, problem.as_rank3.output_shape
-    views = zip(shapes[:: -1 if direction == "dgrad" else 1], (layout.source, layout.other), strict=True)
+    views = zip(
+        shapes[:: -1 if direction == "dgrad" else 1], (layout.source_strides, layout.other_strides), strict=True
+    )
     if not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
     precision = fp32_precision(problem.dtype)
@@ -523,7 +525,7 @@ def why_slower(pixels: Candidates, gather: Candidates) -> str | None:
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     precision = fp32_precision(problem.dtype)
     choice = choose(pixels_candidates(direction, problem, precision, gpu))
-    source, other, bias, epilogue = layout.source, layout.other, layout.bias, layout.epilogue
+    source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
     return choice, (conv_pixels(direction, problem, choice.config, precision, source, other, bias, epilogue),)
 
 

@@ -413,8 +413,8 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
         return f"groups of {c} to {k} channels leave most of a tile empty"
     if problem.batch < 16 and not few_images(problem):
         return f"{problem.batch} images leave most of a step empty"
-    views = (problem.as_rank3.input_shape, layout.source), (problem.as_rank3.output_shape, layout.other)
-    if not layout.aligned or not all(bulk(problem.dtype, *view) for view in views):
+    views = (problem.as_rank3.input_shape, layout.source_strides), (problem.as_rank3.output_shape, layout.other_strides)
+    if not layout.starts_aligned or not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
     unfit = why_not_groups(problem)
     # Asked for by name it is to be measured, whatever is predicted.
@@ -426,7 +426,9 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     choice = choose(_candidates(direction, problem, fp32_precision(problem.dtype), gpu))
-    return choice, conv_pixels_wgrad(problem, choice.config, layout.source, layout.other, layout.channels_last)
+    return choice, conv_pixels_wgrad(
+        problem, choice.config, layout.source_strides, layout.other_strides, layout.channels_last
+    )
 
 
 FAMILY = Family("pixels", _why_not, _plan, ("source", "other"), _candidates)

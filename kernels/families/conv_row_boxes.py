@@ -270,20 +270,20 @@ def _candidates(problem: ConvProblem, form: Rows, gpu: Gpu) -> Candidates:
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    form = box_form(problem, layout.source)
+    form = box_form(problem, layout.source_strides)
     if isinstance(form, str):
         return form
     if problem.dtype is torch.float32:
         return "float32, in which it is untried"
     if problem.batch < 16:
         return f"{problem.batch} images leave most of a box empty"
-    if not bulk(problem.dtype, problem.as_rank3.output_shape, layout.other):
+    if not bulk(problem.dtype, problem.as_rank3.output_shape, layout.other_strides):
         return "a result whose pixels do not lie at multiples of 16 bytes"
     unfit = why_not_bulk_copies(problem, gpu, layout)
     # Asked for by name it is to be measured, whatever is predicted.
     if unfit is not None or single_family() == "row_boxes":
         return unfit
-    rows = row_form(problem, layout.source)
+    rows = row_form(problem, layout.source_strides)
     if isinstance(rows, str):
         other, name = gather_candidates(direction, problem, "ieee", gpu), "a gather"
     else:
@@ -293,10 +293,10 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    form = box_form(problem, layout.source)
+    form = box_form(problem, layout.source_strides)
     assert isinstance(form, Rows)
     choice = choose(_candidates(problem, form, gpu))
-    source, other, bias, epilogue = layout.source, layout.other, layout.bias, layout.epilogue
+    source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
     return choice, conv_row_boxes(problem, form, choice.config, source, other, bias, epilogue)
 
 

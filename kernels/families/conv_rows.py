@@ -305,7 +305,7 @@ def rows_candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) 
 
 def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     """Why plain loads of rows do not serve a convolution, or None."""
-    form = row_form(problem, layout.source)
+    form = row_form(problem, layout.source_strides)
     if isinstance(form, str):
         return form
     if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
@@ -316,7 +316,7 @@ def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout)
 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
     form = row_form(problem, source)
     assert isinstance(form, Rows)
     choice = choose(rows_candidates(problem, form, precision, gpu))

@@ -227,7 +227,7 @@ def _candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> C
 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source, layout.other
+    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
     form = row_form(problem, source)
     assert isinstance(form, Rows)
     choice = choose(_candidates(problem, form, precision, gpu))

@@ -373,7 +373,7 @@ def why_not_rectangles(direction: str, problem: ConvProblem, x_strides: Strides 
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    unfit = why_not_rectangles(direction, problem, layout.source) or why_not_bulk_copies(problem, gpu, layout)
+    unfit = why_not_rectangles(direction, problem, layout.source_strides) or why_not_bulk_copies(problem, gpu, layout)
     # Asked for by name it is to be measured, whatever is predicted.
     if unfit is not None or single_family() == "spatial":
         return unfit
@@ -389,7 +389,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     precision, bias, epilogue = fp32_precision(problem.dtype), layout.bias, layout.epilogue
     choice = choose(_candidates(direction, problem, precision, gpu))
-    return choice, conv_spatial(direction, problem, choice.config, precision, layout.source, bias, epilogue)
+    return choice, conv_spatial(direction, problem, choice.config, precision, layout.source_strides, bias, epilogue)
 
 
 FAMILY = Family("spatial", _why_not, _plan, ("source",), _candidates)

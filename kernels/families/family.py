@@ -21,14 +21,14 @@ from fastconv.kernels.tiles.autotuned import Candidates
 class Layout:
     """What the tensors of a call add to its problem. Pixel strides in elements, None: dense channels_last."""
 
-    source: Strides | None = None  # of x (fprop, wgrad) or dy (dgrad)
-    other: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
+    source_strides: Strides | None = None  # of x (fprop, wgrad) or dy (dgrad)
+    other_strides: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
     bias: bool = False
     epilogue: Epilogue = PLAIN
-    channels_last: bool = True  # of dw; of a pool's tensors, else source holds the strides of planes
-    packed: bool = False  # dw is [taps, K]
-    aligned: bool = True  # every operand starts where a bulk copy may
-    copied: tuple[str, ...] = ()  # "source", "other": what is copied whichever family serves
+    channels_last: bool = True  # dw is; a pool's tensors are, else source_strides are those of (image, channel) planes
+    taps_outermost: bool = False  # dw is [taps, K]
+    starts_aligned: bool = True  # every operand starts where a bulk copy may
+    precopied: tuple[str, ...] = ()  # "source", "other": the launcher copies these whichever family serves
 
 
 DENSE = Layout()
@@ -104,7 +104,7 @@ def why_not_bulk_copies(problem: ConvProblem, gpu: Gpu, layout: Layout) -> str |
     """Why bulk copies cannot bring a problem's operands to the tensor cores, or None."""
     if not gpu.bulk:
         return "no tensor cores that read what bulk copies bring"
-    if not layout.aligned:
+    if not layout.starts_aligned:
         return "an operand that does not begin at a multiple of 16 bytes"
     if problem.dtype is torch.float32 and fp32_precision(problem.dtype) == "ieee":
         return "fp32 products outside the tensor cores"

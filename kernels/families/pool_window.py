@@ -503,7 +503,7 @@ def why_not_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout)
 
 def plane_strides(problem: PoolProblem, size: tuple[int, ...], layout: Layout) -> Strides:
     """The pixel strides of an operand [N, C, *size] of a pool."""
-    return layout.source or dense_strides((problem.batch, problem.channels, *(1,) * (3 - problem.rank), *size))
+    return layout.source_strides or dense_strides((problem.batch, problem.channels, *(1,) * (3 - problem.rank), *size))
 
 
 def _plan(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:

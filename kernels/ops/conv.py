@@ -200,12 +200,12 @@ def _prepare_gather(
     if not problem.batch:
         return Call(tuple(copies), (), shape, strides, returned)
     layout = Layout(
-        source=pixel_strides(source.shape, copies[0] or source.stride()),
-        other=pixel_strides(shape, strides),
+        source_strides=pixel_strides(source.shape, copies[0] or source.stride()),
+        other_strides=pixel_strides(shape, strides),
         bias=bias is not None,
         epilogue=epilogue,
-        aligned=_aligned(operands, copies),
-        copied=_copied(copies[0], returned),
+        starts_aligned=_aligned(operands, copies),
+        precopied=_copied(copies[0], returned),
     )
     plan, config = _plan(direction, problem, gpu, layout)
     launches = plan.launches
@@ -215,9 +215,9 @@ def _prepare_gather(
         # Bulk copies step from tap to tap by 16 bytes too.
         wanted = pitched(weight.shape, weight.dtype) if launches[0].described else strides_like(weight.shape, True)
         copies[1] = None if laid_out(weight.shape, weight.stride(), wanted) else wanted
-    if plan.layout.source != layout.source:
+    if plan.layout.source_strides != layout.source_strides:
         copies[0] = pitched(source.shape, source.dtype)
-    if plan.layout.other != layout.other:
+    if plan.layout.other_strides != layout.other_strides:
         strides, returned = pitched(shape, source.dtype), returned or strides
         copies[-1] = None if residual is None else strides
     partials = (launches[-1].tiles, shape[1]) if statistics else None
@@ -271,18 +271,18 @@ def _prepare_wgrad(
     if not problem.batch:
         return Call(tuple(copies), (), shape, strides)
     layout = Layout(
-        source=pixel_strides(x.shape, copies[0] or x.stride()),
-        other=pixel_strides(dy.shape, copies[1] or dy.stride()),
+        source_strides=pixel_strides(x.shape, copies[0] or x.stride()),
+        other_strides=pixel_strides(dy.shape, copies[1] or dy.stride()),
         channels_last=format == 1,
-        packed=format == PACKED,
-        aligned=_aligned(operands, copies),
-        copied=_copied(*copies),
+        taps_outermost=format == PACKED,
+        starts_aligned=_aligned(operands, copies),
+        precopied=_copied(*copies),
     )
     plan, config = _plan("wgrad", problem, gpu, layout)
     launches = plan.launches
-    if plan.layout.source != layout.source:
+    if plan.layout.source_strides != layout.source_strides:
         copies[0] = pitched(x.shape, x.dtype)
-    if plan.layout.other != layout.other:
+    if plan.layout.other_strides != layout.other_strides:
         copies[1] = pitched(dy.shape, dy.dtype)
     # Where neighbouring outputs share a run, the gradients of each lie apart.
     columns = launches[0].constants["COLUMNS"] if plan.family == "rows" else 1

@@ -249,7 +249,7 @@ def _check(t: Tensor | None, shape: Sequence[int], dtypes: Container[torch.dtype
 def _plan(
     direction: str, problem: PoolProblem, gpu: Gpu, source: Strides, channels_last: bool
 ) -> tuple[Launch, ...]:  # fmt: skip
-    plan = dispatch.plan(direction, problem, gpu, Layout(source=source, channels_last=channels_last))
+    plan = dispatch.plan(direction, problem, gpu, Layout(source_strides=source, channels_last=channels_last))
     if plan.choice is None:
         raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
     return plan.launches

@@ -48,7 +48,7 @@ def test_networks_layers(gpu: Gpu) -> None:
     for problem in dict.fromkeys(problem for problem, _ in of_networks(NETWORKS, BATCHES) if problem.groups > 1):
         for direction in DIRECTIONS:
             for name, epilogue in EPILOGUES.items() if direction == "fprop" else (("", PLAIN),):
-                plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=epilogue, packed=True))
+                plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=epilogue, taps_outermost=True))
                 assert plan.family == "depthwise"
                 for launch in plan.launches[:1]:
                     found.setdefault(launch.compile_key, (f"{direction} {name} of {problem.describe()}", launch))

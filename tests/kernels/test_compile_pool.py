@@ -102,12 +102,12 @@ def launches(problems: Iterable[PoolProblem], gpu: Gpu, channels_last: bool) -> 
         for direction, shape in zip(POOL_DIRECTIONS, (view.input_shape, view.output_shape), strict=True):
             if direction == "backward" and pool.kind == "max" and pool.index is None:
                 continue
-            layout = Layout(source=dense_strides(shape), channels_last=channels_last)
+            layout = Layout(source_strides=dense_strides(shape), channels_last=channels_last)
             plan = dispatch.plan(direction, pool, gpu, layout)
             assert plan.choice is not None
             made += plan.launches
             if direction == "forward" and pool.index is not None:
-                for strides in (layout.source, None):
+                for strides in (layout.source_strides, None):
                     made.append(pool_gather(pool, plan.choice.config, channels_last, strides))
         for launch in made:
             found.setdefault(launch.compile_key, (pool, launch))

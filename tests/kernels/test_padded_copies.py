@@ -137,14 +137,16 @@ def test_what_is_copied_is_known_of_the_plan() -> None:
     problem = Case("", 64, 100, 100, (28, 28), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
     roomy = (28 * 28 * 104, 0, 28 * 104, 104)
     plan = dispatch.plan("fprop", problem, gpus.H200)
-    assert (plan.layout.source, plan.layout.other) == (roomy, roomy)
-    assert dispatch.plan("fprop", problem, gpus.H200, Layout(source=roomy)).layout.source is roomy
+    assert (plan.layout.source_strides, plan.layout.other_strides) == (roomy, roomy)
+    assert dispatch.plan("fprop", problem, gpus.H200, Layout(source_strides=roomy)).layout.source_strides is roomy
     wide = (28 * 28 * 160, 0, 28 * 160, 160)
-    assert dispatch.plan("wgrad", problem, gpus.H200, Layout(source=wide)).layout == Layout(source=wide, other=roomy)
+    assert dispatch.plan("wgrad", problem, gpus.H200, Layout(source_strides=wide)).layout == Layout(
+        source_strides=wide, other_strides=roomy
+    )
     assert dispatch.plan("fprop", HEAD.problem(torch.bfloat16), gpus.H200).layout == Layout()
     copied = {
         layout: dispatch._with_room(conv_pixels.FAMILY, "fprop", problem, layout)[1]
-        for layout in (Layout(), Layout(copied=("source", "other")), Layout(epilogue=Epilogue(residual="*bf16")))
+        for layout in (Layout(), Layout(precopied=("source", "other")), Layout(epilogue=Epilogue(residual="*bf16")))
     }
     image, weight = 2 * 2 * 64 * 100 * 28 * 28, 2 * 2 * 100 * 100 * 9
     assert list(copied.values()) == [[image, image, weight], [weight], [image, image, weight, image]]
