@@ -458,4 +458,4 @@ def _composed_gradients(ctx, dz, gamma, beta, slope, mean, var, y, z, residual):
 def _derivative_at(z: Tensor, how: Activated) -> Tensor:
     """The derivative of an activation, constant around its result ``z``."""
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(ACTIVATIONS[how.act].torch(z, *batch_norm._bounds(how, z)).sum(), z)[0]
+    return torch.autograd.grad(ACTIVATIONS[how.act].torch(z, *batch_norm.act_bounds(how, z)).sum(), z)[0]

@@ -153,10 +153,10 @@ def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> Proble
         if direction == "wgrad":
             format = PACKED if depthwise else 1
             arguments = it.filter_size, it.stride, it.padding, it.dilation, it.groups, format
-            call = conv._prepare_wgrad(gpu, tensors, *arguments)
+            call = conv.prepare_wgrad(gpu, tensors, *arguments)
             return lambda: execute(call, tensors)[0]
         all_operands = (*tensors, None, *conv.NO_EPILOGUE)
-        call = conv._prepare_gather(direction, it, gpu, all_operands, True)
+        call = conv.prepare_fprop_or_dgrad(direction, it, gpu, all_operands, True)
         return lambda: execute(call, all_operands)[0]
 
     depth = {"fprop": per_output, "dgrad": it.out_channels // it.groups * it.taps, "wgrad": it.output_pixels}[direction]

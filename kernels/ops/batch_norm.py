@@ -97,7 +97,7 @@ def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> Prepared:
     _check(y, operands)
     over, k = _pass(y), y.shape[1]
     config = _tile(over, sum(t is not None for t in (*operands[:3], operands[-1])), gpu, split=True)
-    launches = family.batch_norm_act_sums(over, how, _types(operands), _bounds(how, operands[2]), config)
+    launches = family.batch_norm_act_sums(over, how, _types(operands), act_bounds(how, operands[2]), config)
     return _prepared(operands, launches, (3, k), (k, 1))
 
 
@@ -136,7 +136,7 @@ def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated
             f"expected sums of shape {[3, k]}, as dz {list(dz.shape)} has channels, but got {list(sums.shape)}"
         )
     moved = sum(t is not None for t in (*operands[:3], operands[-2])) + 1 + need_residual
-    over, bounds = _pass(dz), _bounds(how, operands[2])
+    over, bounds = _pass(dz), act_bounds(how, operands[2])
     config = _tile(over, moved, gpu)
     launch = family.batch_norm_act_gradient(over, how, _types(operands), bounds, share, need_residual, config)
     return _prepared(operands, (launch,), dz.shape, strides_like(dz.shape, True))
@@ -165,7 +165,7 @@ def _types(operands: Operands) -> Types:
     return tuple(None if t is None else pointer_type(t.dtype) for t in operands)
 
 
-def _bounds(how: Activated, z: Tensor | None) -> tuple[float, float]:
+def act_bounds(how: Activated, z: Tensor | None) -> tuple[float, float]:
     """The activation's two numbers; of a derivative taken from z rounded as z was when it was clamped to them."""
     if z is None:
         return how.a, how.b

@@ -122,7 +122,7 @@ def _prepare_fprop(
     check_same_kind(x, weight, bias)
     bias_shape = None if bias is None else bias.shape
     problem = conv_problem(x.shape, weight.shape, bias_shape, stride, padding, dilation, groups, x.dtype)
-    return _prepare_gather("fprop", problem, gpu, operands, None, *how)
+    return prepare_fprop_or_dgrad("fprop", problem, gpu, operands, None, *how)
 
 
 def conv_dgrad(
@@ -163,10 +163,10 @@ def _prepare_dgrad(
     check_arguments(weight.shape, None if bias is None else bias.shape, 1, stride, padding, dilation, groups)
     input_shape = (weight.shape[1] * groups, *input_size)
     problem = _gradient_problem(dy, input_shape, weight.shape, stride, padding, dilation, groups)
-    return _prepare_gather("dgrad", problem, gpu, operands, channels_last, *how)
+    return prepare_fprop_or_dgrad("dgrad", problem, gpu, operands, channels_last, *how)
 
 
-def _prepare_gather(
+def prepare_fprop_or_dgrad(
     direction: str,
     problem: ConvProblem,
     gpu: Gpu,
@@ -243,10 +243,10 @@ def conv_wgrad(
     Raises Uncovered where no kernel serves the call.
     """
     arguments = (filter_size, stride, padding, dilation, groups, format)
-    return carried_out(_prepare_wgrad, (x, dy), arguments, execute)[0]
+    return carried_out(prepare_wgrad, (x, dy), arguments, execute)[0]
 
 
-def _prepare_wgrad(
+def prepare_wgrad(
     gpu: Gpu,
     operands: Operands,
     filter_size: Sizes,

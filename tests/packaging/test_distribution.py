@@ -94,8 +94,8 @@ def test_wheel_imports_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     """Unpacked beside nothing else: the package comes from the wheel, its two inner parts are real folders."""
     wheel.extractall(tmp_path)
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import fastconv, fastconv.kernels as k; print(k.__file__)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from fastconv.kernels import families as f; print(f.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd="/", text=True, capture_output=True, timeout=60
     )
-    assert run.stdout.strip() == str(tmp_path / "fastconv/kernels/__init__.py"), run.stderr
+    assert run.stdout.strip() == str(tmp_path / "fastconv/kernels/families/__init__.py"), run.stderr
