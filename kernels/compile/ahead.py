@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -106,6 +107,7 @@ def compile_each(
     distinct = {(launch.compile_key, gpu.arch): (launch, gpu.arch) for launch, gpu in wanted}
     compiled: Compiled[Result] = Compiled({}, {})
     keys = list(distinct)
+    triton_key()  # a hash of the whole compiler, which takes half a second: the processes inherit it
     # Calls are inherited, because Triton's functions do not pickle.
     calls = [partial(_compile_one, *each, make) for each in distinct.values()]
     with closing(results_of(calls, jobs or cores(), LIMIT)) as results:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from math import prod
+from struct import unpack_from
 from typing import Any
 
 import triton
@@ -23,6 +26,7 @@ import triton
 from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import A100, B200, H200
 from fastconv.kernels.compile.ahead import Binary, compile_each
+from fastconv.kernels.compile.ahead import Compiled as Binaries
 from fastconv.kernels.launch.launch import Launch
 
 GPUS = (A100, H200, B200)
@@ -139,7 +143,7 @@ def resources(
 ) -> dict[Hashable, Footprint | str]:
     """Of each candidate's launches what they take, or one line that says why they do not compile. In parallel."""
     launches = [launch for each in candidates.values() for launch in each]
-    compiled = compile_each(((launch, gpu) for launch in launches), _read, jobs)
+    compiled = _compiled(((launch, gpu) for launch in launches), jobs)
     found: dict[Hashable, Footprint | str] = {}
     for name, each in candidates.items():
         keys = [(launch.compile_key, gpu.arch) for launch in each]
@@ -164,45 +168,90 @@ def compile_all(
     ``jobs`` processes (one a core unless given); ``progress(done, all)`` after each. Raises RuntimeError that names the
     launch where one does not compile, or under TRITON_INTERPRET.
     """
-    compiled = compile_each(wanted, partial(_read, listings=listings), jobs, progress)
+    compiled = _compiled(wanted, jobs, progress, listings)
     for failure in compiled.failures.values():
         raise RuntimeError(failure)
     return compiled.results
 
 
-def _read(binary: Binary, listings: Sequence[str] = ()) -> Compiled:
+def _compiled(
+    wanted: Iterable[tuple[Launch, Gpu]],
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    listings: Sequence[str] = (),
+) -> Binaries[Compiled]:
+    made = compile_each(wanted, partial(_facts, listings=listings), jobs, progress)
+    found: Binaries[Compiled] = Binaries({}, made.failures)
+    for arch in sorted({arch for _, arch in made.results}):
+        keys = [key for key in made.results if key[1] == arch]
+        for key, code in zip(keys, _disassembled([made.results[key][1] for key in keys], arch), strict=True):
+            found.results[key] = Compiled(**made.results[key][0], **_read(code))
+    return found
+
+
+def _facts(binary: Binary, listings: Sequence[str]) -> tuple[dict[str, Any], bytes]:
+    """What of `Compiled` the compiler says, and the machine code, which says the rest."""
     asm, metadata = binary.kernel.asm, binary.kernel.metadata
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = _said_by("cuobjdump", "-res-usage", *["-sass"] * ("sass" in listings), file.name)
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    code = parse(text)
+    copies, copy_bytes = in_flight(asm["ttgir"])
+    facts = {
+        "arch": binary.arch,
+        "warps": metadata.num_warps,
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared_memory": metadata.shared,
+        "tensor_columns": getattr(metadata, "tmem_size", None) or 0,
+        "copies": copies,
+        "copy_bytes": copy_bytes,
+        "listings": {name: text if name == "sass" else asm[name] for name in listings},
+    }
+    return facts, _code(asm["cubin"])
+
+
+def _said_by(tool: str, *arguments: str) -> str:
+    command = [getattr(triton.knobs.nvidia, tool).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions of an ELF file: its sections whose names begin with ``.text.``."""
+    (table,), (size, count, names) = unpack_from("<Q", cubin, 40), unpack_from("<HHH", cubin, 58)
+    sections = [unpack_from("<IIQQQQ", cubin, table + index * size) for index in range(count)]
+    names = sections[names][4]
+    found = [it for it in sections if cubin.startswith(b".text.", names + it[0])]
+    return b"".join(cubin[start : start + length] for *_, start, length in found)
+
+
+def _disassembled(codes: Sequence[bytes], arch: int) -> Iterator[Code]:
+    """Each binary's instructions, by one process for all of them: nvdisasm takes half a second to begin."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        code = parse(_said_by("nvdisasm", "-b", f"SM{arch}{'a' * (arch >= 90)}", file.name))
+    ends = [bisect_left(code, (end,)) for end in accumulate(map(len, codes), initial=0)]
+    return (code[start:end] for start, end in pairwise(ends))
+
+
+def _read(code: Code) -> dict[str, Any]:
+    """What of `Compiled` the instructions say."""
     opcodes = Counter(opcode for _, opcode, _ in code)
     whole = Counter(opcode.split(".")[0] for _, opcode, _ in code)
     cores = next((name for name, form in TENSOR_CORES.items() if any(re.fullmatch(form, op) for op in whole)), None)
     loop = None if cores is None else step_of(code, TENSOR_CORES[cores])
-    copies, copy_bytes = in_flight(asm["ttgir"])
-    return Compiled(
-        arch=binary.arch,
-        warps=metadata.num_warps,
-        registers=usage["REG"],
-        stack=usage["STACK"] + usage["LOCAL"],
-        spills=whole["LDL"] + whole["STL"],
-        shared_memory=metadata.shared,
-        tensor_columns=getattr(metadata, "tmem_size", None) or 0,
-        opcodes=opcodes,
-        tensor_cores=cores,
-        serialised=cores == "wgmma" and serialised(code),
-        step=None if loop is None else len(loop),
-        operands=first_operands(code),
-        waits=wgmma_waits(loop or code) if cores == "wgmma" else (),
-        step_opcodes=Counter(opcode for _, opcode, _ in loop or ()),
-        copies=copies,
-        copy_bytes=copy_bytes,
-        listings={name: text if name == "sass" else asm[name] for name in listings},
-    )
+    return {
+        "spills": whole["LDL"] + whole["STL"],
+        "opcodes": opcodes,
+        "tensor_cores": cores,
+        "serialised": cores == "wgmma" and serialised(code),
+        "step": None if loop is None else len(loop),
+        "operands": first_operands(code),
+        "waits": wgmma_waits(loop or code) if cores == "wgmma" else (),
+        "step_opcodes": Counter(opcode for _, opcode, _ in loop or ()),
+    }
 
 
 def parse(sass: str) -> Code:
