@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from fastconv.fuse import fuse as fuse_layers
 from fastconv.fuse import unfuse
-from fastconv.kernels.problem.layout import packed_taps
+from fastconv.kernels.problem.layout import taps_outermost
 from fastconv.report import OURS, THEIRS, convolutions, pools, why_not_converted
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -70,7 +70,7 @@ def convert(
         if _FORMATS[memory_format] not in (None, weight.dim()):
             continue
         if memory_format is not torch.contiguous_format and weight.shape[1] == 1 != layer.groups:
-            weight.data = weight.data.new_empty_strided(weight.shape, packed_taps(weight.shape)).copy_(weight.data)
+            weight.data = weight.data.new_empty_strided(weight.shape, taps_outermost(weight.shape)).copy_(weight.data)
         else:
             weight.data = weight.data.contiguous(memory_format=memory_format)
     if fuse:

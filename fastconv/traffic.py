@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastconv.autotune import Choice
 from fastconv.kernels.dispatch import Plan
-from fastconv.kernels.launch.launch import Record, decisions, record
+from fastconv.kernels.launch.launch import LaunchRecord, decisions, record
 
 # What each operator of fastconv's runs, which `fastconv.autograd` fills in. Called directly it runs on tensors without
 # data too, for which PyTorch's dispatcher would call the operator's fake.
@@ -52,7 +52,7 @@ class Pass:
     operator: str  # "conv_fprop"
     plan: Plan | None  # of a convolution or a pool
     choice: Choice | None  # the tile; None: PyTorch's own operators do it
-    launches: tuple[Record, ...]
+    launches: tuple[LaunchRecord, ...]
     operators: Counter[str]  # PyTorch's: copies to another memory format, or the whole call if no kernel serves it
 
     @property
@@ -77,7 +77,7 @@ class Traffic(TorchDispatchMode):
         self.passes: list[Pass] = []
         self.operators: Counter[str] = Counter()
         self._recording = record()
-        self._records: list[Record] = []
+        self._records: list[LaunchRecord] = []
 
     def __enter__(self) -> Traffic:
         self._records = self._recording.__enter__()

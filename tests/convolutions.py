@@ -10,7 +10,7 @@ import torch
 
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import interpreter
-from fastconv.kernels.launch.launch import Record, record
+from fastconv.kernels.launch.launch import LaunchRecord, record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 from fastconv.kernels.problem.layout import strides_like
@@ -102,7 +102,7 @@ def depths(problem: ConvProblem) -> tuple[int, int, int, int]:
 _FAMILIES = ("conv_rows", "conv_depthwise", "conv_pixels", "conv_gemm", "conv_spatial")
 
 
-def products_of(records: Iterable[Record]) -> list[str]:
+def products_of(records: Iterable[LaunchRecord]) -> list[str]:
     """The kernels launched, a convolution's by the gather's name whichever family served it, its weight's packing left
     out."""
     names = [record.name for record in records if record.name != "conv_rows_pack_kernel"]
@@ -111,7 +111,7 @@ def products_of(records: Iterable[Record]) -> list[str]:
     return names
 
 
-def check_exact(problem: ConvProblem, channels_last: bool) -> list[Record]:
+def check_exact(problem: ConvProblem, channels_last: bool) -> list[LaunchRecord]:
     """All four on integers, bit for bit; the launches that they took."""
     limit = exact_limit(problem.dtype, max(depths(problem)))
     generator = torch.Generator().manual_seed(0)

@@ -44,7 +44,7 @@ def compile_kernels(calls: Callable[[], object]) -> Part:
 
 
 @contextlib.contextmanager
-def without_launching() -> Iterator[list[launch.Record]]:
+def without_launching() -> Iterator[list[launch.LaunchRecord]]:
     """Launches inside, on any thread, are recorded and not made: results are what their memory held before."""
     # Operators take `launch.run` by name, so Triton's own launch is replaced.
     with launch.record() as records, mock.patch.object(triton.JITFunction, "run", lambda *_, **__: None):

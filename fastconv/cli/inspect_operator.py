@@ -22,9 +22,9 @@ from fastconv.cli.errors import BadUsage
 from fastconv.functional.conv_bn_act import conv_norm_act
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.sass import Compiled, compile_all, mix
-from fastconv.kernels.launch.launch import Record
+from fastconv.kernels.launch.launch import LaunchRecord
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import packed_taps, strides_like
+from fastconv.kernels.problem.layout import strides_like, taps_outermost
 from fastconv.kernels.tiles.autotuned import considering
 from fastconv.kernels.tiles.shapes import matrix_share
 from fastconv.measuring import reason
@@ -113,7 +113,7 @@ class OperatorCall:
     def _tensor(self, shape: tuple[int, ...]) -> Tensor:
         strides = strides_like(shape, self.channels_last)
         if shape is self.weight and self.channels_last and shape[1] == 1 and shape[0] > 1:
-            strides = packed_taps(shape)  # as convert lays out depthwise weights
+            strides = taps_outermost(shape)  # as convert lays out depthwise weights
         t = torch.empty_strided(shape, strides, dtype=self.dtype)
         return t.requires_grad_(self.gradients)
 
@@ -150,7 +150,7 @@ class Inspected:
     precision: str  # the products' of an fp32 convolution
 
     @property
-    def launches(self) -> tuple[Record, ...]:
+    def launches(self) -> tuple[LaunchRecord, ...]:
         return self.found.launches
 
     @property
@@ -227,7 +227,7 @@ class Inspected:
         }
 
 
-def _launch(record: Record, binary: Compiled, gpu: Gpu) -> dict[str, Any]:
+def _launch(record: LaunchRecord, binary: Compiled, gpu: Gpu) -> dict[str, Any]:
     programs, limit = binary.occupancy(gpu)
     it = record.launch
     return {

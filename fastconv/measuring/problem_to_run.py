@@ -27,7 +27,7 @@ from fastconv.kernels.ops import conv, pool
 from fastconv.kernels.ops.batch_norm import batch_norm_act_sums
 from fastconv.kernels.ops.call import execute
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem
-from fastconv.kernels.problem.layout import PACKED, packed_taps, strides_like
+from fastconv.kernels.problem.layout import TAPS_OUTERMOST, strides_like, taps_outermost
 from fastconv.kernels.problem.pool import POOL_DIRECTIONS, PoolProblem
 from fastconv.kernels.tiles.autotuned import considering
 from fastconv.measuring.accuracy import fp32_convolutions
@@ -144,14 +144,14 @@ def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> Proble
     depthwise = it.groups > 1 and it.in_channels == it.groups
     x = Operand(it.input_shape, strides_like(it.input_shape, True), it.dtype)
     y = Operand(it.output_shape, strides_like(it.output_shape, True), it.dtype)
-    strides = packed_taps(it.weight_shape) if depthwise else strides_like(it.weight_shape, True)
+    strides = taps_outermost(it.weight_shape) if depthwise else strides_like(it.weight_shape, True)
     per_output = math.prod(it.weight_shape[1:])
     w = Operand(it.weight_shape, strides, it.dtype, per_output**-0.5)
     operands = {"fprop": (x, w), "dgrad": (y, w), "wgrad": (x, y)}[direction]
 
     def ours(tensors: Operands, gpu: Gpu) -> Computation:
         if direction == "wgrad":
-            format = PACKED if depthwise else 1
+            format = TAPS_OUTERMOST if depthwise else 1
             arguments = it.filter_size, it.stride, it.padding, it.dilation, it.groups, format
             call = conv.prepare_wgrad(gpu, tensors, *arguments)
             return lambda: execute(call, tensors)[0]

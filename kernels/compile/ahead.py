@@ -41,7 +41,7 @@ class Binary(NamedTuple):
     cached: bool  # found in Triton's cache
 
 
-class Compiled(NamedTuple, Generic[Result]):
+class Binaries(NamedTuple, Generic[Result]):
     """Of each distinct binary what was made of it, or why it does not compile: one line that names the launch."""
 
     results: dict[Key, Result]
@@ -95,7 +95,7 @@ def compile_each(
     make: Callable[[Binary], Result],
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Compiled[Result]:
+) -> Binaries[Result]:
     """``make(binary)`` of each distinct binary, compiled once: by (launch.compile_key, gpu.arch).
 
     In ``jobs`` processes (one a core unless given) that touch no GPU; ``progress(done, all)`` after each. A compiler
@@ -105,7 +105,7 @@ def compile_each(
     if interpreter.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
     distinct = {(launch.compile_key, gpu.arch): (launch, gpu.arch) for launch, gpu in wanted}
-    compiled: Compiled[Result] = Compiled({}, {})
+    compiled: Binaries[Result] = Binaries({}, {})
     keys = list(distinct)
     triton_key()  # a hash of the whole compiler, which takes half a second: the processes inherit it
     # Calls are inherited, because Triton's functions do not pickle.

@@ -10,7 +10,7 @@ Which column of x meets which output under which tap depends on filter, stride, 
 laid out in advance (`Schedule`) and unrolled; in dgrad with a stride no tap is met that would multiply a zero. Along
 the other axes taps are a loop, as in ``conv_gather``, whose phases dgrad shares.
 
-The weight is read as [taps, K]: from a parameter that has these strides (`layout.packed_taps`) as it is.
+The weight is read as [taps, K]: from a parameter that has these strides (`layout.taps_outermost`) as it is.
 """
 
 from __future__ import annotations

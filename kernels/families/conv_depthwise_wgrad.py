@@ -152,11 +152,11 @@ def conv_depthwise_wgrad(
     config: Config,
     x_strides: Strides | None = None,
     dy_strides: Strides | None = None,
-    packed: bool = False,
+    taps_outermost: bool = False,
 ) -> tuple[Launch, ...]:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
-    Strides in elements, channels_last-dense unless given; dw is [taps, K] where ``packed``, else [K, taps].
+    Strides in elements, channels_last-dense unless given; dw is [taps, K] where ``taps_outermost``, else [K, taps].
     """
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape
@@ -180,7 +180,7 @@ def conv_depthwise_wgrad(
             *dy_size,
             k // vec,
             *lifted.filter_size,
-            *((k, 1) if packed or splits > 1 else (1, problem.taps)),
+            *((k, 1) if taps_outermost or splits > 1 else (1, problem.taps)),
             strip,
             splits,
             *(stride // vec for stride in x_strides),
@@ -208,7 +208,7 @@ def conv_depthwise_wgrad(
     )
     if splits == 1:
         return (first,)
-    return first, split_sum(splits, 1, problem.taps, k, problem.dtype, packed)
+    return first, split_sum(splits, 1, problem.taps, k, problem.dtype, taps_outermost)
 
 
 def filter_parts(problem: ConvProblem, config: Config) -> int:

@@ -36,11 +36,11 @@ from fastconv.kernels.tiles.shapes import (
     INTERPRETED_PRODUCT,
     TileSpace,
     cdiv,
+    element_registers,
     is_dense,
     matrix_registers,
     matrix_share,
     matrix_tile,
-    single_registers,
 )
 
 
@@ -486,18 +486,18 @@ def gather_candidates(direction: str, problem: ConvProblem, precision: str, gpu:
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     # (Tap, channel) pairs have coordinates of their own as well.
     pairs = taps_share_step(problem.taps, c, pack)
-    source = (8 if problem.rank == 3 else 5) if pairs else single_registers(problem, c)
-    result = 6 if single_registers(problem, k) else 0
-    weight: float = single_registers(problem, k) if direction == "dgrad" else source
+    source = (8 if problem.rank == 3 else 5) if pairs else element_registers(problem, c)
+    result = 6 if element_registers(problem, k) else 0
+    weight: float = element_registers(problem, k) if direction == "dgrad" else source
     if pack > 1:
         source, weight = min(source, 4), _packed(problem)
-    single = source, weight, result
+    by_element = source, weight, result
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
         splits = config["SPLITS"]
         steps = cdiv(problem.taps * c, depth) if pairs else problem.taps * cdiv(c, depth)
-        registers = matrix_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", single, share == 0, gpu)
+        registers = matrix_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", by_element, share == 0, gpu)
         if pairs and share == 0 and n > 32:
             registers += 256  # as Triton 3.9 compiles it
         if pack > 1:

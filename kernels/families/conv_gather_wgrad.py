@@ -28,11 +28,11 @@ from fastconv.kernels.tiles.shapes import (
     INTERPRETED_PRODUCT,
     TileSpace,
     cdiv,
+    element_registers,
     is_dense,
     matrix_registers,
     matrix_share,
     matrix_tile,
-    single_registers,
 )
 
 
@@ -299,8 +299,8 @@ def wgrad_candidates(problem: ConvProblem, precision: str, gpu: Gpu, pack: int =
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     pairs = taps_share_tile(problem.taps, c, pack)
     # A pair has coordinates of its own, or a run of them has where channels are read by 16 bytes.
-    source = single_registers(problem, c) if not pairs else 8 if load_width(problem.dtype, c) == 1 else 2
-    single = source, single_registers(problem, k), 0
+    source = element_registers(problem, c) if not pairs else 8 if load_width(problem.dtype, c) == 1 else 2
+    by_element = source, element_registers(problem, k), 0
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
@@ -316,7 +316,7 @@ def wgrad_candidates(problem: ConvProblem, precision: str, gpu: Gpu, pack: int =
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=matrix_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", single, share == 0, gpu),
+            registers=matrix_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", by_element, share == 0, gpu),
             warps=warps,
             stages=config["num_stages"],
             matrix_share=share,

@@ -43,7 +43,7 @@ from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, choose
-from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, matrix_share, single_registers
+from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, element_registers, matrix_share
 
 
 @triton.jit(
@@ -281,7 +281,7 @@ def rows_candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) 
         columns = form.columns * n
         threads = 32 * warps
         registers = 40 + m * columns // threads + 5 * m * depth // (form.vec * threads)
-        if single_registers(problem, problem.out_channels):
+        if element_registers(problem, problem.out_channels):
             registers += 3 * m * columns // threads
         if gpu.arch < 90:
             registers += (m + 2 * columns) * depth // 256

@@ -19,7 +19,7 @@ from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import Strides, dense_strides, linear_stride, load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, choose
-from fastconv.kernels.tiles.shapes import cdiv, matrix_registers, matrix_share, single_registers
+from fastconv.kernels.tiles.shapes import cdiv, element_registers, matrix_registers, matrix_share
 
 
 @triton.jit(
@@ -200,7 +200,7 @@ def _candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> C
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
     rows, columns = form.columns * problem.out_channels, rows_of(problem) * form.run
-    single = 8 / form.vec, single_registers(problem, problem.out_channels), 0
+    by_element = 8 / form.vec, element_registers(problem, problem.out_channels), 0
 
     def work(config: Config) -> Work:
         m, n, depth, splits = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["SPLITS"]
@@ -213,7 +213,7 @@ def _candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> C
             step_bytes=(m + n) * depth * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + n) * depth * element,
-            registers=matrix_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", single, share == 0, gpu),
+            registers=matrix_registers(config, "BLOCK_C", "BLOCK_K", "BLOCK_M", by_element, share == 0, gpu),
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=share,

@@ -75,7 +75,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Record:
+class LaunchRecord:
     """A launch as it happened: its operands' shapes, dtypes and the bytes they occupy (None where absent)."""
 
     launch: Launch
@@ -89,13 +89,13 @@ class Record:
 
 
 # Not a context variable: autograd runs backward on threads of its own.
-_recorders: list[list[Record]] = []
+_recorders: list[list[LaunchRecord]] = []
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Record]]:
+def record() -> Iterator[list[LaunchRecord]]:
     """Collect every launch made inside the block, on any thread, in the order they were made."""
-    records: list[Record] = []
+    records: list[LaunchRecord] = []
     _recorders.append(records)
     try:
         yield records
@@ -211,7 +211,7 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
     """
     for records in _recorders:
         records.append(
-            Record(
+            LaunchRecord(
                 launch,
                 tuple(None if t is None else tuple(t.shape) for t in tensors),
                 tuple(None if t is None else t.dtype for t in tensors),

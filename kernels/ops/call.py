@@ -61,13 +61,13 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Call(Prepared):
+class PreparedConv(Prepared):
     """One that `execute` carries out."""
 
     returned: Sizes | None = None  # strides of the copy that is returned; None: as written
     workspace: int = 0  # fp32 elements between a first and a second launch
     partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
-    packed: int = 0  # elements of the second operand as the first launch lays it out for the second
+    row_weight: int = 0  # elements of the weight as the first launch lays it out for the second
 
 
 # Of a call that PyTorch's own op serves: the exception that says so, and its message.
@@ -162,7 +162,7 @@ def _unsplit(call: Any, prepare: Callable[..., Any], operands: Operands, argumen
     return found
 
 
-def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
+def execute(call: PreparedConv, operands: Operands) -> tuple[torch.Tensor, ...]:
     """Allocate, copy, launch: the result, and of ``call.partials`` the counts, means and squares."""
     first = operands[0]
     assert first is not None
@@ -172,10 +172,10 @@ def execute(call: Call, operands: Operands) -> tuple[torch.Tensor, ...]:
     operands = call.laid_out(operands)
     launch = call.launches[-1]
     partials: tuple[torch.Tensor, ...] = ()
-    if call.packed:
-        packed = first.new_empty(call.packed)
-        run(call.launches[0], operands[1], packed)
-        operands = (operands[0], packed, *operands[2:])
+    if call.row_weight:
+        row_weight = first.new_empty(call.row_weight)
+        run(call.launches[0], operands[1], row_weight)
+        operands = (operands[0], row_weight, *operands[2:])
     if call.workspace:
         partial = workspace(first, call.workspace)
         before = call.launches[0]

@@ -19,20 +19,20 @@ from fastconv.kernels.jit.epilogue import Epilogue, check_operands
 from fastconv.kernels.launch.descriptor import aligned, pitched
 from fastconv.kernels.launch.launch import Uncovered
 from fastconv.kernels.ops.batch_norm import combine_statistics
-from fastconv.kernels.ops.call import Call, Operands, Sizes, Slower, carried_out, execute
+from fastconv.kernels.ops.call import Operands, PreparedConv, Sizes, Slower, carried_out, execute
 from fastconv.kernels.problem.conv import ConvProblem, check_arguments, conv_problem
 from fastconv.kernels.problem.layout import (
-    PACKED,
+    TAPS_OUTERMOST,
     contiguous_channels,
     dense_copy,
     even_pixels,
     is_channels_last,
     laid_out,
     linear_stride,
-    packed_taps,
     pixel_strides,
     pointer_type,
     strides_like,
+    taps_outermost,
     weight_format,
     weight_strides,
 )
@@ -116,7 +116,7 @@ def _carried_out(
 
 def _prepare_fprop(
     gpu: Gpu, operands: Operands, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, *how: Any
-) -> Call:
+) -> PreparedConv:
     x, weight, bias, *_ = operands
     assert x is not None and weight is not None
     check_same_kind(x, weight, bias)
@@ -156,7 +156,7 @@ def _prepare_dgrad(
     groups: int,
     channels_last: bool | None,
     *how: Any,
-) -> Call:
+) -> PreparedConv:
     dy, weight, bias, *_ = operands
     assert dy is not None and weight is not None
     check_same_kind(dy, weight, bias)
@@ -178,7 +178,7 @@ def prepare_fprop_or_dgrad(
     b: float = 0.0,
     residual_after: bool = False,
     statistics: bool = False,
-) -> Call:
+) -> PreparedConv:
     """``channels_last``: the result's format; None: as one of the operands is, or where statistics are taken."""
     source, weight, bias, *fused, residual = operands
     assert source is not None and weight is not None
@@ -198,7 +198,7 @@ def prepare_fprop_or_dgrad(
         copies[-1] = strides
     returned = None if direct else strides_like(shape, False)
     if not problem.batch:
-        return Call(tuple(copies), (), shape, strides, returned)
+        return PreparedConv(tuple(copies), (), shape, strides, returned)
     layout = Layout(
         source_strides=pixel_strides(source.shape, copies[0] or source.stride()),
         other_strides=pixel_strides(shape, strides),
@@ -210,7 +210,9 @@ def prepare_fprop_or_dgrad(
     plan, config = _plan(direction, problem, gpu, layout)
     launches = plan.launches
     if plan.family == "depthwise":
-        copies[1] = None if weight_format(weight.shape, weight.stride()) == PACKED else packed_taps(weight.shape)
+        copies[1] = (
+            None if weight_format(weight.shape, weight.stride()) == TAPS_OUTERMOST else taps_outermost(weight.shape)
+        )
     else:
         # Bulk copies step from tap to tap by 16 bytes too.
         wanted = pitched(weight.shape, weight.dtype) if launches[0].described else strides_like(weight.shape, True)
@@ -222,10 +224,10 @@ def prepare_fprop_or_dgrad(
         copies[-1] = None if residual is None else strides
     partials = (launches[-1].tiles, shape[1]) if statistics else None
     if plan.family in ("rows", "row_boxes"):
-        packed = int(launches[0].scalars[-1])
-        return Call(tuple(copies), launches, shape, strides, returned, partials=partials, packed=packed)
+        row_weight = int(launches[0].scalars[-1])
+        return PreparedConv(tuple(copies), launches, shape, strides, returned, partials=partials, row_weight=row_weight)
     workspace = config["SPLITS"] * prod(shape) if len(launches) > 1 else 0
-    return Call(tuple(copies), launches, shape, strides, returned, workspace, partials)
+    return PreparedConv(tuple(copies), launches, shape, strides, returned, workspace, partials)
 
 
 def conv_wgrad(
@@ -255,7 +257,7 @@ def prepare_wgrad(
     dilation: Sizes,
     groups: int,
     format: int,
-) -> Call:
+) -> PreparedConv:
     x, dy = operands
     assert x is not None and dy is not None
     check_same_kind(x, dy)
@@ -269,12 +271,12 @@ def prepare_wgrad(
     strides = weight_strides(shape, format)
     copies = [contiguous_channels(x.shape, x.stride()), even_pixels(dy.shape, dy.stride())]
     if not problem.batch:
-        return Call(tuple(copies), (), shape, strides)
+        return PreparedConv(tuple(copies), (), shape, strides)
     layout = Layout(
         source_strides=pixel_strides(x.shape, copies[0] or x.stride()),
         other_strides=pixel_strides(dy.shape, copies[1] or dy.stride()),
         channels_last=format == 1,
-        taps_outermost=format == PACKED,
+        taps_outermost=format == TAPS_OUTERMOST,
         starts_aligned=_aligned(operands, copies),
         precopied=_copied(*copies),
     )
@@ -287,9 +289,9 @@ def prepare_wgrad(
     # Where neighbouring outputs share a run, the gradients of each lie apart.
     columns = launches[0].constants["COLUMNS"] if plan.family == "rows" else 1
     workspace = config["SPLITS"] * columns * prod(shape) if len(launches) > 1 else 0
-    if format == PACKED and plan.family != "depthwise":
-        return Call(tuple(copies), launches, shape, strides_like(shape, False), strides, workspace=workspace)
-    return Call(tuple(copies), launches, shape, strides, workspace=workspace)
+    if format == TAPS_OUTERMOST and plan.family != "depthwise":
+        return PreparedConv(tuple(copies), launches, shape, strides_like(shape, False), strides, workspace=workspace)
+    return PreparedConv(tuple(copies), launches, shape, strides, workspace=workspace)
 
 
 def channel_sum(x: Tensor) -> Tensor:
@@ -297,19 +299,19 @@ def channel_sum(x: Tensor) -> Tensor:
     return carried_out(_prepare_channel_sum, (x,), (), execute)[0]
 
 
-def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> Call:
+def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> PreparedConv:
     (x,) = operands
     assert x is not None
     k = x.shape[1]
     copies = (even_pixels(x.shape, x.stride()),)
     if not x.numel():
-        return Call(copies, (), (k,), (1,))
+        return PreparedConv(copies, (), (k,), (1,))
     pixels = x.numel() // k
     stride = linear_stride(x.shape, pixel_strides(x.shape, copies[0] or x.stride()))
     assert stride is not None
     choice = pass_tile(pixels, k, x.element_size(), 1, True, gpu)
     launches = family.channel_sum(pixels, k, stride, x.dtype, choice.config)
-    return Call(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
+    return PreparedConv(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Plan, Config]:

@@ -10,7 +10,7 @@ import torch
 # Of one operand's batch, depth, height and width, in elements; channels are contiguous.
 Strides = tuple[int, int, int, int]
 INT32_MAX = 2**31 - 1
-PACKED = 2
+TAPS_OUTERMOST = 2
 POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 INDEX_TYPES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
 
@@ -84,7 +84,7 @@ def laid_out(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]
     return all(size == 1 or have == want for size, have, want in zip(shape, strides, wanted, strict=True))
 
 
-def packed_taps(shape: Sequence[int]) -> tuple[int, ...]:
+def taps_outermost(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a depthwise weight [K, 1, filter] whose taps are outermost: 16 bytes hold eight channels of one.
 
     To PyTorch they are dense strides like any, so that a parameter may have them.
@@ -96,16 +96,16 @@ def packed_taps(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def weight_format(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """PACKED where a depthwise weight's taps are outermost, else whether PyTorch takes it for channels_last."""
+    """TAPS_OUTERMOST where a depthwise weight's taps are outermost, else whether PyTorch takes it for channels_last."""
     if is_channels_last(shape, strides):
         return 1
     many = shape[1] == 1 and shape[0] > 1 and max(shape[2:]) > 1
-    return PACKED if many and laid_out(shape, strides, packed_taps(shape)) else 0
+    return TAPS_OUTERMOST if many and laid_out(shape, strides, taps_outermost(shape)) else 0
 
 
 def weight_strides(shape: Sequence[int], format: int) -> tuple[int, ...]:
     """The strides of a weight, or of its gradient, of a `weight_format`."""
-    return packed_taps(shape) if format == PACKED else strides_like(shape, bool(format))
+    return taps_outermost(shape) if format == TAPS_OUTERMOST else strides_like(shape, bool(format))
 
 
 def linear_stride(shape: Sequence[int], strides: Strides) -> int | None:

@@ -96,21 +96,21 @@ def matrix_registers(
     rows: str,
     columns: str,
     depth: str,
-    single: tuple[float, float, float],
+    by_element: tuple[float, float, float],
     fma: bool,
     gpu: Gpu,
 ) -> int:
     """Registers a thread of a tile rows x columns, fitted to what ptxas reports; rows are the gathered side.
 
-    The accumulator; the addresses and coordinates of 16-byte loads; operands where the tensor cores read registers.
-    ``single``: registers for each element of the rows', columns' or result's operand that goes element by element (see
-    `single_registers`), else 0. ``fma``: no tensor cores.
+    Counts the accumulator, the addresses and coordinates of 16-byte loads, and operands that tensor cores read from
+    registers. ``by_element``: `element_registers` of the rows', the columns' and the result's operand. ``fma``: no
+    tensor cores.
     """
     threads = 32 * config["num_warps"]
     m, n, k = config[rows], config[columns], config[depth]
     registers = 36 + m * n // threads
-    registers += int(single[2] * m * n / threads)
-    for side, wide, each in ((m, 6, single[0]), (n, 3, single[1])):
+    registers += int(by_element[2] * m * n / threads)
+    for side, wide, each in ((m, 6, by_element[0]), (n, 3, by_element[1])):
         registers += int((each or wide / 8) * side * k / threads)
     if fma:
         # Above 16 accumulators a thread or 32 of depth one or the other version of the compiler spills.
@@ -120,7 +120,7 @@ def matrix_registers(
     return registers
 
 
-def single_registers(problem: ConvProblem, channels: int) -> int:
+def element_registers(problem: ConvProblem, channels: int) -> int:
     """Registers for an element of runs of so many channels, 0 where they are read by 16 bytes.
 
     Else each has an address of its own and, under 4 bytes, waits in a register, since no asynchronous copy is so small.
@@ -131,7 +131,7 @@ def single_registers(problem: ConvProblem, channels: int) -> int:
 def is_dense(problem: ConvProblem, share: float, pack: int) -> bool:
     """Whether tiles are one group's, on tensor cores, and loaded by 16 bytes."""
     widths = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    return pack == 1 and share > 0 and not any(single_registers(problem, width) for width in widths)
+    return pack == 1 and share > 0 and not any(element_registers(problem, width) for width in widths)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -30,7 +30,7 @@ from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_gather
 from fastconv.kernels.families.batch_norm import Activated
 from fastconv.kernels.launch import interpreter
-from fastconv.kernels.launch.launch import Record, record
+from fastconv.kernels.launch.launch import LaunchRecord, record
 from fastconv.kernels.ops import call
 from fastconv.kernels.problem import conv
 from reference import integers
@@ -228,7 +228,7 @@ def close(value: Tensor, reference: Tensor, dtype: torch.dtype, what: str) -> No
 
 def check(
     case: Case, training: bool, dtype: torch.dtype = torch.float32, **changes: Any
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[list[LaunchRecord], list[LaunchRecord]]:
     """Outputs, all gradients and running statistics; returns the launches of forward and of backward."""
     it = layer(case, dtype, torch.float32, DEVICE)
     exact = layer(case, torch.float64, torch.float64, "cpu")

@@ -19,7 +19,7 @@ from fastconv.autotune.gpus import A100, H200, gpu_called
 from fastconv.autotune.known import forget
 from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch
-from fastconv.kernels.compile.ahead import Compiled
+from fastconv.kernels.compile.ahead import Binaries
 from fastconv.kernels.launch import interpreter, launch
 from fastconv.kernels.tiles import autotuned
 from fastconv.warmup import Warmup
@@ -66,7 +66,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def keys(records: list[launch.Record]) -> set[Any]:
+def keys(records: list[launch.LaunchRecord]) -> set[Any]:
     return {record.launch.compile_key for record in records}
 
 
@@ -130,7 +130,7 @@ def test_it_looks_at_what_the_first_call_will_measure(monkeypatch: pytest.Monkey
         return choice
 
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
-    monkeypatch.setattr(sys.modules["fastconv.warmup"], "compile_each", lambda *_: Compiled({}, {}))
+    monkeypatch.setattr(sys.modules["fastconv.warmup"], "compile_each", lambda *_: Binaries({}, {}))
     model, x = converted(nn.Conv2d(16, 16, 1)), image(2, 16, 8, 8)
     for tune, expected in (("first", "cached"), ("force", "cached"), ("off", "off")):
         forget()

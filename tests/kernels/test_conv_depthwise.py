@@ -21,7 +21,7 @@ from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS
-from fastconv.kernels.problem.layout import PACKED, packed_taps, weight_format
+from fastconv.kernels.problem.layout import TAPS_OUTERMOST, taps_outermost, weight_format
 from reference import integers
 from tests.tiles import take_tile
 
@@ -160,14 +160,18 @@ def test_a_weight_with_its_taps_outermost_is_not_copied(
     rank: int, multiplier: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.randn(6 * multiplier, 1, *(3, 2, 2)[:rank]).to(DEVICE)
-    packed = weight.new_empty_strided(weight.shape, packed_taps(weight.shape)).copy_(weight)
-    assert weight_format(packed.shape, packed.stride()) == PACKED != weight_format(weight.shape, weight.stride())
+    outermost = weight.new_empty_strided(weight.shape, taps_outermost(weight.shape)).copy_(weight)
+    assert (
+        weight_format(outermost.shape, outermost.stride())
+        == TAPS_OUTERMOST
+        != weight_format(weight.shape, weight.stride())
+    )
     x = torch.randn(2, 6, *(5, 4, 3)[:rank]).to(DEVICE).requires_grad_()
     x = x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
     found = []
     copies: list[Any] = []
     copy = torch.Tensor.copy_
-    for w in (weight, packed):
+    for w in (weight, outermost):
         w.requires_grad_()
         monkeypatch.setattr(torch.Tensor, "copy_", lambda *a: copies.append(a) or copy(*a))
         y = getattr(functional, f"conv{rank}d")(x, w, groups=6)
