@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastconv.functional
 from fastconv.arguments import expand
-from fastconv.functional.conv import named_padding
+from fastconv.functional.conv import padding_sides
 from fastconv.kernels.problem.conv import ConvProblem, conv_problem, conv_transpose_problem
 
 FIRST_LAYER_CHANNELS = 4
@@ -76,10 +76,7 @@ class Operator:
         if self.transposed:
             sides["padding"] = expand("padding", padding, rank)
             return conv_transpose_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
-        if isinstance(padding, str):
-            sides["padding"] = named_padding(padding, weight[2:], sides["stride"], sides["dilation"])
-        else:
-            sides["padding"] = expand("padding", padding, rank) * 2
+        sides["padding"] = padding_sides(padding, weight[2:], sides["stride"], sides["dilation"])
         return conv_problem(self.input, weight, bias, groups=groups, dtype=dtype, **sides)
 
     @property

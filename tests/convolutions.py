@@ -14,6 +14,7 @@ from fastconv.kernels.launch.launch import LaunchRecord, record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 from fastconv.kernels.problem.layout import strides_like
+from fastconv.reference.conv import both_sides, pad_argument
 from reference import assert_close, assert_equal, exact_limit, integers
 
 DEVICE = "cpu" if interpreter.interpreting() else "cuda"
@@ -52,21 +53,14 @@ class Case:
 
 def trailing(problem: ConvProblem) -> tuple[int, ...]:
     """The trailing padding, negative where pixels are left over, that gives exactly the problem's output."""
-    return tuple(
-        (p - 1) * s + d * (r - 1) + 1 - h - before
-        for p, s, d, r, h, before in zip(
-            *(problem.output_size, problem.stride, problem.dilation, problem.filter_size, problem.input_size),
-            problem.padding,
-            strict=True,
-        )
-    )
+    sizes = problem.input_size, problem.output_size, problem.filter_size
+    return both_sides(sizes, problem.stride, problem.padding, problem.dilation)[problem.rank :]
 
 
 def expected(problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """fprop, dgrad, wgrad and the bias's gradient by PyTorch, in the operands' dtype (fp64)."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    before, after = problem.padding, trailing(problem)
-    sides = [side for axis in reversed(range(problem.rank)) for side in (before[axis], after[axis])]
+    sides = pad_argument(problem.padding + trailing(problem))
     function = (torch.conv1d, torch.conv2d, torch.conv3d)[problem.rank - 1]
     padded = torch.nn.functional.pad(x, sides)
     y = function(padded, weight, None, problem.stride, 0, problem.dilation, problem.groups)

@@ -7,6 +7,7 @@ order exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,51 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastconv.autograd.operators import Function, fall_back, operator, tracked
-from fastconv.kernels.launch.launch import Uncovered
+from fastconv.autograd.operators import Function, call_kernel, operator, tracked
 from fastconv.kernels.ops import conv as conv_ops
 from fastconv.kernels.problem.conv import conv_problem
 from fastconv.kernels.problem.layout import is_channels_last, strides_like, weight_format, weight_strides
+from fastconv.reference import conv as conv_reference
+from fastconv.reference.conv import both_sides
+
+_call = partial(call_kernel, conv_ops, conv_reference)
+
+# The operators' implementations; their schemas, below, hold the types.
 
 
-def fprop(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    try:
-        return conv_ops.conv_fprop(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
-    except Uncovered as reason:
-        fall_back("conv_fprop", reason)
-    rank = len(stride)
-    if padding[:rank] != padding[rank:]:
-        x, padding = torch.nn.functional.pad(x, _pad_argument(padding)), [0] * rank
-    return torch.convolution(
-        x, weight, bias, stride, padding[:rank], dilation, transposed=False, output_padding=[0] * rank, groups=groups
-    )
-
-
-def _pad_argument(padding: Sequence[int]) -> list[int]:
-    """Leading sides, then trailing ones, in the order of torch.nn.functional.pad: last axis first."""
-    rank = len(padding) // 2
-    return [side for axis in reversed(range(rank)) for side in (padding[axis], padding[axis + rank])]
-
-
-def both_sides(
-    sizes: tuple[Sequence[int], ...], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...]:
-    """Leading sides, then the trailing ones, maybe negative, with which fprop maps x to dy: ``sizes`` are x's, dy's and
-    the filter's."""
-    x_size, dy_size, filter_size = sizes
-    after = [
-        (p - 1) * s + d * (r - 1) + 1 - h - before
-        for before, h, p, r, s, d in zip(padding, x_size, dy_size, filter_size, stride, dilation, strict=True)
-    ]
-    return (*padding, *after)
+def fprop(x, weight, bias, stride, padding, dilation, groups):
+    return _call("conv_fprop", x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def fprop_fake(x, weight, bias, stride, padding, dilation, groups):
@@ -70,33 +40,9 @@ def fprop_fake(x, weight, bias, stride, padding, dilation, groups):
     return x.new_empty_strided(problem.output_shape, strides_like(problem.output_shape, channels_last))
 
 
-def dgrad(
-    dy: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    channels_last: bool,
-) -> Tensor:
-    try:
-        return conv_ops.conv_dgrad(
-            dy, weight, bias, tuple(input_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
-        )
-    except Uncovered as reason:
-        fall_back("conv_dgrad", reason)
-    # PyTorch's backward knows only equal padding on both sides: it gets the padded input, whose gradient is cropped.
-    shape = (dy.shape[0], weight.shape[1] * groups, *input_size)
-    sides = _pad_argument(both_sides((input_size, dy.shape[2:], weight.shape[2:]), stride, padding, dilation))
-    x = torch.nn.functional.pad(dy.new_empty(shape), sides)
-    dx = torch.nn.functional.pad(
-        _pytorch_backward(dy, x, weight, stride, dilation, groups, 0), [-side for side in sides]
-    )
-    if bias is not None:
-        dx += bias.view(-1, *(1,) * len(input_size))
-    return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
+def dgrad(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
+    arguments = tuple(input_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
+    return _call("conv_dgrad", dy, weight, bias, *arguments)
 
 
 def dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
@@ -105,37 +51,9 @@ def dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, 
     return dy.new_empty_strided(shape, strides_like(shape, channels_last))
 
 
-def _wgrad(
-    x: Tensor,
-    dy: Tensor,
-    filter_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    format: int,
-) -> Tensor:
-    try:
-        return conv_ops.conv_wgrad(
-            x, dy, tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, format
-        )
-    except Uncovered as reason:
-        fall_back("conv_wgrad", reason)
-    shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
-    x = torch.nn.functional.pad(
-        x, _pad_argument(both_sides((x.shape[2:], dy.shape[2:], filter_size), stride, padding, dilation))
-    )
-    dw = _pytorch_backward(dy, x, x.new_empty(shape), stride, dilation, groups, 1)
-    return dw.new_empty_strided(shape, weight_strides(shape, format)).copy_(dw)
-
-
-def _pytorch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int, wanted: int
-) -> Tensor:
-    """PyTorch's gradient of the input (``wanted`` 0) or the weight (1) of a convolution without padding."""
-    rank, mask = len(stride), [wanted == 0, wanted == 1, False]
-    arguments = stride, [0] * rank, dilation, False, [0] * rank, groups, mask
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, *arguments)[wanted]
+def _wgrad(x, dy, filter_size, stride, padding, dilation, groups, format):
+    arguments = tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, format
+    return _call("conv_wgrad", x, dy, *arguments)
 
 
 def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
@@ -143,12 +61,8 @@ def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
     return x.new_empty_strided(shape, weight_strides(shape, format))
 
 
-def _channel_sum(x: Tensor) -> Tensor:
-    try:
-        return conv_ops.channel_sum(x)
-    except Uncovered as reason:
-        fall_back("channel_sum", reason)
-    return x.sum([0, *range(2, x.dim())], dtype=torch.float32).to(x.dtype)
+def _channel_sum(x):
+    return _call("channel_sum", x)
 
 
 def _channel_sum_fake(x):

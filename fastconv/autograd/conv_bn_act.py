@@ -22,7 +22,6 @@ from torch.utils.flop_counter import register_flop_formula
 from fastconv.autograd.conv import (
     any_channels_last,
     bias_gradient,
-    both_sides,
     conv,
     conv_transpose,
     dgrad,
@@ -39,6 +38,9 @@ from fastconv.kernels.ops import batch_norm
 from fastconv.kernels.ops import conv as conv_ops
 from fastconv.kernels.ops.batch_norm import as_pixels
 from fastconv.kernels.problem.layout import is_channels_last, strides_like, weight_format
+from fastconv.reference import in_format
+from fastconv.reference.conv import both_sides
+from fastconv.reference.conv_bn_act import all_but_channels, normalise_and_activate
 
 _NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? slope, Tensor? residual"
 _CONV = "SymInt[]? output_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
@@ -73,9 +75,8 @@ def _conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
     except Uncovered as reason:
         fall_back("conv_act", reason)
     y = _plain(x, weight, bias, *rest[:5])
-    channels_last = is_channels_last(y.shape, y.stride())
     z = normalise_and_activate(y, norm, slope, residual, Activated(*how))
-    return z.new_empty_strided(z.shape, strides_like(z.shape, channels_last)).copy_(z)
+    return in_format(z, is_channels_last(y.shape, y.stride()))
 
 
 def _conv_act_fake(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
@@ -88,7 +89,7 @@ def _conv_statistics(x, weight, bias, *arguments):
     except Uncovered as reason:
         fall_back("conv_statistics", reason)
     y = as_pixels(_plain(x, weight, bias, *arguments))
-    var, mean = torch.var_mean(y.float(), _all_but_channels(y), correction=0)
+    var, mean = torch.var_mean(y.float(), all_but_channels(y), correction=0)
     return y, mean, var
 
 
@@ -101,7 +102,7 @@ def _conv_statistics_fake(x, weight, bias, *arguments):
 def _batch_norm_act(y, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after, channels_last):
     how = Activated(eps, act, a, b, residual_after)
     z = batch_norm.batch_norm_act(y, (mean, var, gamma, beta), slope, residual, how)
-    return z if channels_last else z.new_empty_strided(z.shape, strides_like(z.shape, False)).copy_(z)
+    return z if channels_last else in_format(z, False)
 
 
 def _batch_norm_act_fake(y, mean, var, gamma, beta, slope, residual, eps, act, a, b, residual_after, channels_last):
@@ -161,44 +162,6 @@ def _fused_flops(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape:
     y = out_shape if isinstance(out_shape[0], int) else out_shape[0]
     transposed = rest[-5 - 5 * isinstance(rest[-1], bool)] is not None
     return 2 * prod(x if transposed else y) * prod(weight[1:])
-
-
-def _all_but_channels(y: Tensor) -> list[int]:
-    return [0, *range(2, y.dim())]
-
-
-def normalise_and_activate(
-    y: Tensor,
-    norm: Sequence[Tensor | None],
-    slope: Tensor | None,
-    residual: Tensor | None,
-    how: Activated,
-    training: bool = False,
-) -> Tensor:
-    """The kernels' epilogue in plain PyTorch, differentiable to any order; in fp32 for narrower types.
-
-    In training the statistics are those of y, not ``norm``'s.
-    """
-
-    def by_channel(t: Tensor) -> Tensor:
-        return t.to(x.dtype).view(-1, *(1,) * (y.dim() - 2))
-
-    x = y if y.dtype == torch.float64 else y.float()
-    mean, var, gamma, beta = norm
-    if training:
-        var, mean = torch.var_mean(x, _all_but_channels(x), correction=0)
-    if mean is not None and var is not None:
-        x = (x - by_channel(mean)) * torch.rsqrt(by_channel(var) + how.eps)
-    if gamma is not None:
-        x = x * by_channel(gamma)
-    if beta is not None:
-        x = x + by_channel(beta)
-    if residual is not None and not how.residual_after:
-        x = x + residual.to(x.dtype)
-    x = ACTIVATIONS[how.act].torch(x, how.a if slope is None else slope.to(x.dtype), how.b)
-    if residual is not None and how.residual_after:
-        x = x + residual.to(x.dtype)
-    return x.to(y.dtype)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Tensor:

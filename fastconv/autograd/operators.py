@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastconv.kernels.launch.launch import Failed
+from fastconv.kernels.launch.launch import Failed, Uncovered
 from fastconv.kernels.ops.call import Slower
 from fastconv.kernels.tiles import autotuned
 from fastconv.settings import Values, settings
@@ -108,6 +109,15 @@ def fall_back(name: str, reason: Exception) -> None:
     if isinstance(reason, Failed):
         _warn_once(reason.why)
     _say_once(name, str(reason))
+
+
+def call_kernel(kernels: ModuleType, reference: ModuleType, name: str, *args: Any) -> Any:
+    """What the function of this name gives in ``kernels``, or in ``reference`` if no kernel serves the call."""
+    try:
+        return getattr(kernels, name)(*args)
+    except Uncovered as reason:
+        fall_back(name, reason)
+    return getattr(reference, name)(*args)
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:

@@ -11,20 +11,20 @@ are made inside the operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastconv.autograd.operators import Function, fall_back, operator, tracked
-from fastconv.kernels.launch.launch import Uncovered
+from fastconv.autograd.operators import Function, call_kernel, operator, tracked
 from fastconv.kernels.ops import pool as pool_ops
 from fastconv.kernels.problem.layout import is_channels_last, strides_like
-from fastconv.kernels.problem.windows import output_size
-from fastconv.reference.pool import axes, max_pool_indices
+from fastconv.reference import pool as pool_reference
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+_call = partial(call_kernel, pool_ops, pool_reference)
 _GEOMETRY = "SymInt[] window, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 
@@ -32,201 +32,64 @@ def _tuples(*values: Sequence[int]) -> Any:
     return tuple(tuple(value) for value in values)
 
 
-def _max_pool(
-    x: Tensor, output_size: list[int], window: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], indexed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+# The operators' implementations and fakes; their schemas, below, hold the types.
+
+
+def _max_pool(x, output_size, window, stride, padding, dilation, indexed):
     size, geometry = tuple(output_size), _tuples(window, stride, padding, dilation)
     index = pool_ops.tap_type(tuple(x.shape[2:]), size, geometry[0]) if indexed else None
-    try:
-        found = pool_ops.max_pool(x, size, geometry, index)
-    except Uncovered as reason:
-        fall_back("max_pool", reason)
-        found = _pytorch_max_pool(x, size, geometry, index)
+    found = _call("max_pool", x, size, geometry, index)
     return found[0], found[1] if indexed else x.new_empty(0, dtype=torch.uint8)
 
 
 def _max_pool_fake(x, output_size, window, stride, padding, dilation, indexed):
-    shape = (*x.shape[:2], *output_size)
-    strides = strides_like(shape, is_channels_last(x.shape, x.stride()))
-    y = x.new_empty_strided(shape, strides)
-    if not indexed:
-        return y, x.new_empty(0, dtype=torch.uint8)
-    return y, x.new_empty_strided(shape, strides, dtype=pool_ops.tap_type(x.shape[2:], output_size, window))
+    taps = x.new_empty(0, dtype=torch.uint8)
+    if indexed:
+        taps = _output_fake(x, output_size, dtype=pool_ops.tap_type(x.shape[2:], output_size, window))
+    return _output_fake(x, output_size), taps
 
 
-def _max_pool_backward(
-    dy: Tensor, taps: Tensor, input_size: list[int], window: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], channels_last: bool,
-) -> Tensor:  # fmt: skip
-    size, geometry = tuple(input_size), _tuples(window, stride, padding, dilation)
-    try:
-        return pool_ops.max_pool_backward(dy, taps, size, geometry, channels_last)
-    except Uncovered as reason:
-        fall_back("max_pool_backward", reason)
-    indices = max_pool_indices(taps, size, geometry)
-    shape = (*dy.shape[:2], *size)
-    dx = dy.new_zeros(shape).flatten(2).scatter_add_(2, indices.flatten(2), dy.flatten(2)).view(shape)
-    return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
-
-
-def _backward_fake(dy, input_size, channels_last):
-    shape = (*dy.shape[:2], *input_size)
-    return dy.new_empty_strided(shape, strides_like(shape, channels_last))
-
-
-def _max_pool_gather(
-    taps: Tensor, x: Tensor, window: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], channels_last: bool,
-) -> Tensor:  # fmt: skip
-    geometry = _tuples(window, stride, padding, dilation)
-    try:
-        return pool_ops.max_pool_gather(taps, x, geometry, channels_last)
-    except Uncovered as reason:
-        fall_back("max_pool_gather", reason)
-    indices = max_pool_indices(taps, tuple(x.shape[2:]), geometry)
-    y = x.flatten(2).gather(2, indices.flatten(2)).view(taps.shape)
-    return y.new_empty_strided(y.shape, strides_like(y.shape, channels_last)).copy_(y)
-
-
-def _max_pool_indices(
-    taps: Tensor, input_size: list[int], window: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], channels_last: bool,
-) -> Tensor:  # fmt: skip
-    size, geometry = tuple(input_size), _tuples(window, stride, padding, dilation)
-    try:
-        return pool_ops.max_pool_indices(taps, size, geometry, channels_last)
-    except Uncovered as reason:
-        fall_back("max_pool_indices", reason)
-    indices = max_pool_indices(taps, size, geometry)
-    return indices.new_empty_strided(taps.shape, strides_like(taps.shape, channels_last)).copy_(indices)
-
-
-def _average_pool(
-    x: Tensor, output_size: list[int], window: list[int], stride: list[int], padding: list[int],
-    include_padding: bool, divisor: int,
-) -> Tensor:  # fmt: skip
-    size, geometry = tuple(output_size), _tuples(window, stride, padding, [1] * len(window))
-    try:
-        return pool_ops.average_pool(x, size, geometry, include_padding, divisor)
-    except Uncovered as reason:
-        fall_back("average_pool", reason)
-    y = _pytorch_average_pool(x, size, geometry, include_padding, divisor)
-    return y.new_empty_strided(y.shape, strides_like(y.shape, is_channels_last(x.shape, x.stride()))).copy_(y)
-
-
-def _average_pool_fake(x, output_size, window, stride, padding, include_padding, divisor):
-    shape = (*x.shape[:2], *output_size)
-    return x.new_empty_strided(shape, strides_like(shape, is_channels_last(x.shape, x.stride())))
-
-
-def _average_pool_backward(
-    dy: Tensor, input_size: list[int], window: list[int], stride: list[int], padding: list[int],
-    include_padding: bool, divisor: int, channels_last: bool,
-) -> Tensor:  # fmt: skip
-    size, geometry = tuple(input_size), _tuples(window, stride, padding, [1] * len(window))
-    try:
-        return pool_ops.average_pool_backward(dy, size, geometry, channels_last, include_padding, divisor)
-    except Uncovered as reason:
-        fall_back("average_pool_backward", reason)
-    shape = (*dy.shape[:2], *size)
-    dx = _pytorch_average_pool_backward(dy, size, geometry, include_padding, divisor)
-    return dx.new_empty_strided(shape, strides_like(shape, channels_last)).copy_(dx)
-
-
-def _lp_pool(
-    x: Tensor, output_size: list[int], window: list[int], stride: list[int], norm: float
-) -> Tensor:  # fmt: skip
-    size = tuple(output_size)
-    try:
-        return pool_ops.lp_pool(x, size, _lp_geometry(window, stride), norm)
-    except Uncovered as reason:
-        fall_back("lp_pool", reason)
-    y = _pytorch_lp_pool(x, size, window, stride, norm)
-    return y.new_empty_strided(y.shape, strides_like(y.shape, is_channels_last(x.shape, x.stride()))).copy_(y)
-
-
-def _lp_pool_fake(x, output_size, window, stride, norm):
-    return _average_pool_fake(x, output_size, window, stride, (), True, 0)
-
-
-def _lp_pool_backward(
-    dy: Tensor, y: Tensor, x: Tensor, window: list[int], stride: list[int], norm: float, channels_last: bool
-) -> Tensor:
-    try:
-        return pool_ops.lp_pool_backward(dy, y, x, _lp_geometry(window, stride), channels_last, norm)
-    except Uncovered as reason:
-        fall_back("lp_pool_backward", reason)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (dx,) = torch.autograd.grad(_pytorch_lp_pool(x, tuple(dy.shape[2:]), window, stride, norm), x, dy)
-    return dx.new_empty_strided(x.shape, strides_like(x.shape, channels_last)).copy_(dx)
-
-
-def _lp_geometry(window: Sequence[int], stride: Sequence[int]) -> Any:
-    return _tuples(window, stride, [0] * len(window), [1] * len(window))
-
-
-def _pytorch_lp_pool(x: Tensor, size: Any, window: Sequence[int], stride: Sequence[int], norm: float) -> Tensor:
-    ceil = _is_ceiled(tuple(x.shape[2:]), size, _lp_geometry(window, stride))
-    rank = len(size)
-    # PyTorch's lp_pool1d takes no tuples.
-    arguments = (window[0], stride[0]) if rank == 1 else (window, stride)
-    return getattr(torch.nn.functional, f"lp_pool{rank}d")(x, norm, *arguments, ceil)
-
-
-def _pytorch_max_pool(x: Tensor, size: Any, geometry: Any, index: torch.dtype | None) -> tuple[Tensor, ...]:
-    """`pool_ops.max_pool` by PyTorch's operators."""
-    rank = len(size)
-    if geometry == pool_ops.ADAPTIVE:
-        y, indices = getattr(torch.nn.functional, f"adaptive_max_pool{rank}d")(x, size, return_indices=True)
-    else:
-        ceil = _is_ceiled(tuple(x.shape[2:]), size, geometry)
-        function = getattr(torch.nn.functional, f"max_pool{rank}d")
-        y, indices = function(x, *geometry, ceil_mode=ceil, return_indices=True)
-    taps, scale = torch.zeros_like(indices), 1
-    for h, start, window, dilation in axes(tuple(x.shape[2:]), size, geometry, x.device):
-        taps += (indices % h - start) // dilation * scale
-        indices, scale = indices // h, scale * window
-    strides = strides_like(y.shape, is_channels_last(x.shape, x.stride()))
-    found = (y,) if index is None else (y, taps.to(index))
-    return tuple(t.new_empty_strided(t.shape, strides).copy_(t) for t in found)
-
-
-def _is_ceiled(input_size: Any, size: Any, geometry: Any) -> bool:
-    """Whether only ceil_mode gives this output size."""
-    return any(
-        p != output_size(h, r, stride, 2 * padding, dilation)
-        for h, p, r, stride, padding, dilation in zip(input_size, size, *geometry, strict=True)
+def _max_pool_backward(dy, taps, input_size, window, stride, padding, dilation, channels_last):
+    return _call(
+        "max_pool_backward", dy, taps, tuple(input_size), _tuples(window, stride, padding, dilation), channels_last
     )
 
 
-def _as_plane(geometry: Any) -> Any:
-    """A line's geometry as that of a plane one pixel high."""
-    return tuple((value, *values) for value, values in zip((1, 1, 0, 1), geometry, strict=True))
+def _max_pool_gather(taps, x, window, stride, padding, dilation, channels_last):
+    return _call("max_pool_gather", taps, x, _tuples(window, stride, padding, dilation), channels_last)
 
 
-def _pytorch_average_pool(x: Tensor, size: Any, geometry: Any, include_padding: bool, divisor: int) -> Tensor:
-    if geometry == pool_ops.ADAPTIVE:
-        return getattr(torch.nn.functional, f"adaptive_avg_pool{len(size)}d")(x, size)
-    if len(size) == 1:
-        y = _pytorch_average_pool(x.unsqueeze(2), (1, *size), _as_plane(geometry), include_padding, divisor)
-        return y.squeeze(2)
-    ceil = _is_ceiled(tuple(x.shape[2:]), size, geometry)
-    function = getattr(torch.nn.functional, f"avg_pool{len(size)}d")
-    return function(x, *geometry[:3], ceil, include_padding, divisor or None)
+def _max_pool_indices(taps, input_size, window, stride, padding, dilation, channels_last):
+    return _call("max_pool_indices", taps, tuple(input_size), _tuples(window, stride, padding, dilation), channels_last)
 
 
-def _pytorch_average_pool_backward(dy: Tensor, size: Any, geometry: Any, include_padding: bool, divisor: int) -> Tensor:
-    x = dy.new_empty((*dy.shape[:2], *size))
-    if len(size) == 1:
-        arguments = geometry if geometry == pool_ops.ADAPTIVE else _as_plane(geometry), include_padding, divisor
-        return _pytorch_average_pool_backward(dy.unsqueeze(2), (1, *size), *arguments).squeeze(2)
-    if geometry == pool_ops.ADAPTIVE:
-        return getattr(torch.ops.aten, f"_adaptive_avg_pool{len(size)}d_backward")(dy, x)
-    ceil = _is_ceiled(size, tuple(dy.shape[2:]), geometry)
-    function = getattr(torch.ops.aten, f"avg_pool{len(size)}d_backward")
-    return function(dy, x, *geometry[:3], ceil, include_padding, divisor or None)
+def _average_pool(x, output_size, window, stride, padding, include_padding, divisor):
+    geometry = _tuples(window, stride, padding, [1] * len(window))
+    return _call("average_pool", x, tuple(output_size), geometry, include_padding, divisor)
+
+
+def _average_pool_backward(dy, input_size, window, stride, padding, include_padding, divisor, channels_last):
+    geometry = _tuples(window, stride, padding, [1] * len(window))
+    return _call("average_pool_backward", dy, tuple(input_size), geometry, channels_last, include_padding, divisor)
+
+
+def _lp_pool(x, output_size, window, stride, norm):
+    return _call("lp_pool", x, tuple(output_size), _tuples(window, stride, [0] * len(window), [1] * len(window)), norm)
+
+
+def _lp_pool_backward(dy, y, x, window, stride, norm, channels_last):
+    return _call(
+        "lp_pool_backward", dy, y, x, _tuples(window, stride, [0] * len(window), [1] * len(window)), channels_last, norm
+    )
+
+
+def _fake(like, size, channels_last, dtype=None):
+    shape = (*like.shape[:2], *size)
+    return like.new_empty_strided(shape, strides_like(shape, channels_last), dtype=dtype)
+
+
+def _output_fake(x, output_size, *_, dtype=None):
+    return _fake(x, output_size, is_channels_last(x.shape, x.stride()), dtype)
 
 
 max_pool_op = operator(
@@ -237,48 +100,40 @@ max_pool_op = operator(
 max_pool_backward_op = operator(
     f"max_pool_backward(Tensor dy, Tensor taps, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
     _max_pool_backward,
-    lambda dy, taps, input_size, window, stride, padding, dilation, channels_last: _backward_fake(
-        dy, input_size, channels_last
-    ),
+    lambda dy, taps, input_size, *others: _fake(dy, input_size, others[-1]),
 )
 max_pool_gather_op = operator(
     f"max_pool_gather(Tensor taps, Tensor x, {_GEOMETRY}, bool channels_last) -> Tensor",
     _max_pool_gather,
-    lambda taps, x, window, stride, padding, dilation, channels_last: x.new_empty_strided(
-        taps.shape, strides_like(taps.shape, channels_last)
-    ),
+    lambda taps, x, *others: _fake(x, taps.shape[2:], others[-1]),
 )
 max_pool_indices_op = operator(
     f"max_pool_indices(Tensor taps, SymInt[] input_size, {_GEOMETRY}, bool channels_last) -> Tensor",
     _max_pool_indices,
-    lambda taps, input_size, window, stride, padding, dilation, channels_last: taps.new_empty_strided(
-        taps.shape, strides_like(taps.shape, channels_last), dtype=torch.int64
-    ),
+    lambda taps, input_size, *others: _fake(taps, taps.shape[2:], others[-1], torch.int64),
 )
 average_pool_op = operator(
     "average_pool(Tensor x, SymInt[] output_size, SymInt[] window, SymInt[] stride, SymInt[] padding, "
     "bool include_padding, SymInt divisor) -> Tensor",
     _average_pool,
-    _average_pool_fake,
+    _output_fake,
 )
 average_pool_backward_op = operator(
     "average_pool_backward(Tensor dy, SymInt[] input_size, SymInt[] window, SymInt[] stride, SymInt[] padding, "
     "bool include_padding, SymInt divisor, bool channels_last) -> Tensor",
     _average_pool_backward,
-    lambda dy, input_size, window, stride, padding, include_padding, divisor, channels_last: _backward_fake(
-        dy, input_size, channels_last
-    ),
+    lambda dy, input_size, *others: _fake(dy, input_size, others[-1]),
 )
 lp_pool_op = operator(
     "lp_pool(Tensor x, SymInt[] output_size, SymInt[] window, SymInt[] stride, float norm) -> Tensor",
     _lp_pool,
-    _lp_pool_fake,
+    _output_fake,
 )
 lp_pool_backward_op = operator(
     "lp_pool_backward(Tensor dy, Tensor y, Tensor x, SymInt[] window, SymInt[] stride, float norm, "
     "bool channels_last) -> Tensor",
     _lp_pool_backward,
-    lambda dy, y, x, window, stride, norm, channels_last: _backward_fake(dy, x.shape[2:], channels_last),
+    lambda dy, y, x, *others: _fake(dy, x.shape[2:], others[-1]),
 )
 
 

@@ -116,10 +116,7 @@ def _conv(rank: int, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, 
     if x.dim() != rank + 2 or weight.dim() != rank + 2:
         check_ranks(ours.__name__, rank, x, weight)
     stride, dilation = expand("stride", stride, rank), expand("dilation", dilation, rank)
-    if isinstance(padding, str):
-        padding = named_padding(padding, weight.shape[2:], stride, dilation)
-    else:
-        padding = expand("padding", padding, rank) * 2
+    padding = padding_sides(padding, weight.shape[2:], stride, dilation)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dim() == rank + 1:
@@ -163,10 +160,12 @@ def check_ranks(name: str, rank: int, x: Tensor, weight: Tensor) -> None:
         raise RuntimeError(f"Expected {rank + 2}D weight for {name}, but got weight of size: {list(weight.shape)}")
 
 
-def named_padding(
-    padding: str, filter_size: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
+def padding_sides(
+    padding: Any, filter_size: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Both sides of 'valid' or 'same'; if 'same' is uneven, the trailing side has the extra pixel, as in torch."""
+    """The leading sides, then the trailing ones; 'same', if uneven, has the extra pixel at the end, as in torch."""
+    if not isinstance(padding, str):
+        return expand("padding", padding, len(stride)) * 2
     if padding == "valid":
         return (0,) * (2 * len(stride))
     if padding != "same":

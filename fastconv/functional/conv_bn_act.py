@@ -18,7 +18,7 @@ from fastconv.functional.conv import (
     conv_transpose1d,
     conv_transpose2d,
     conv_transpose3d,
-    named_padding,
+    padding_sides,
 )
 from fastconv.kernels.families.batch_norm import Activated
 from fastconv.kernels.jit.activations import ACTIVATIONS
@@ -279,10 +279,8 @@ def conv_norm_act(
             x.shape, weight.shape, bias_shape, stride, padding, output_padding, dilation, groups, x.dtype
         )
         channels, output_size = problem.in_channels, problem.input_size
-    elif isinstance(padding, str):
-        padding = named_padding(padding, weight.shape[2:], stride, dilation)
     else:
-        padding = expand("padding", padding, rank) * 2
+        padding = padding_sides(padding, weight.shape[2:], stride, dilation)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)

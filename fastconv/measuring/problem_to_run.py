@@ -29,9 +29,11 @@ from fastconv.kernels.ops.call import execute
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem
 from fastconv.kernels.problem.layout import TAPS_OUTERMOST, strides_like, taps_outermost
 from fastconv.kernels.problem.pool import POOL_DIRECTIONS, PoolProblem
+from fastconv.kernels.problem.windows import output_size
 from fastconv.kernels.tiles.autotuned import considering
 from fastconv.measuring.accuracy import fp32_convolutions
-from fastconv.reference.pool import max_pool_indices
+from fastconv.reference.conv import both_sides, pad_argument
+from fastconv.reference.pool import is_ceiled, max_pool_indices
 
 Computation = Callable[[], Tensor]
 Operands = tuple[Tensor, ...]
@@ -165,19 +167,16 @@ def _convolution(problem: ProblemKey, it: ConvProblem, direction: str) -> Proble
 
 def _even(it: ConvProblem) -> bool:
     """Whether PyTorch has it as one convolution, padded alike on both sides."""
-    return all(pad >= 0 for pad in it.padding) and it.output_size == tuple(
-        (h + 2 * pad - d * (r - 1) - 1) // s + 1
-        for h, pad, d, r, s in zip(it.input_size, it.padding, it.dilation, it.filter_size, it.stride, strict=True)
-    )
+    twice = [2 * pad for pad in it.padding]
+    sizes = map(output_size, it.input_size, it.filter_size, it.stride, twice, it.dilation)
+    return min(it.padding) >= 0 and it.output_size == tuple(sizes)
 
 
 def _pytorch_convolution(it: ConvProblem, direction: str, tensors: Operands) -> Computation:
     padding, sides = it.padding, [0] * 2 * it.rank
     if not _even(it):
-        # ``after``: what each axis lacks at its end, or has too much. F.pad names the last axis first.
-        extents = zip(it.output_size, it.stride, it.dilation, it.filter_size, it.input_size, it.padding, strict=True)
-        after = [(p - 1) * s + d * (r - 1) + 1 - h - pad for p, s, d, r, h, pad in extents]
-        sides = [side for axis in reversed(range(it.rank)) for side in (it.padding[axis], after[axis])]
+        sizes = it.input_size, it.output_size, it.filter_size
+        sides = pad_argument(both_sides(sizes, it.stride, it.padding, it.dilation))
         padding = (0,) * it.rank
     arguments = it.stride, padding, it.dilation, False, (0,) * it.rank, it.groups
 
@@ -236,7 +235,7 @@ def _pool(problem: ProblemKey, it: PoolProblem, direction: str, channels_last: b
 
     def at_taps(tensors: Operands) -> Tensor:
         x = tensors[0].flatten(2)
-        indices = max_pool_indices(forward(*tensors)[1], it.input_size, geometry)
+        indices = max_pool_indices(forward(*tensors)[1], it.input_size, geometry, channels_last)
         inside = (indices >= 0) & (indices < x.shape[2])
         found = x.gather(2, indices.where(inside, 0).flatten(2)).view(indices.shape)
         return found.where(inside, math.nan)
@@ -254,9 +253,8 @@ def _pytorch_pool(it: PoolProblem, direction: str, tensors: Operands) -> Computa
     function = getattr(F, f"{'adaptive_' if it.adaptive else ''}{names[it.kind]}_pool{it.rank}d")
     arguments: dict[str, Any] = {"output_size": it.output_size}
     if not it.adaptive:
-        sizes = zip(it.input_size, it.padding, it.dilation, it.window, it.stride, strict=True)
-        floors = tuple((h + 2 * pad - d * (r - 1) - 1) // s + 1 for h, pad, d, r, s in sizes)
-        arguments = {"kernel_size": it.window, "stride": it.stride, "ceil_mode": floors != it.output_size}
+        ceiled = is_ceiled(it.input_size, it.output_size, (it.window, it.stride, it.padding, it.dilation))
+        arguments = {"kernel_size": it.window, "stride": it.stride, "ceil_mode": ceiled}
         if it.kind != "lp":
             arguments["padding"] = it.padding
         if it.kind == "max":

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 import fastconv.functional as ours
 from convolutions import products_of
 from fastconv import settings
-from fastconv.autograd import conv_bn_act as autograd
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_gather
 from fastconv.kernels.families.batch_norm import Activated
+from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import LaunchRecord, record
 from fastconv.kernels.ops import call
+from fastconv.kernels.ops.batch_norm import as_pixels
 from fastconv.kernels.problem import conv
+from fastconv.reference.conv_bn_act import normalise_and_activate
 from reference import integers
 from tests.tiles import take_tile
 
@@ -161,7 +163,7 @@ def layer(case: Case, dtype: torch.dtype, norm_dtype: torch.dtype, device: str) 
     leaves = {name: t.to(dtype) for name, t in leaves.items()}
     if case.channels_last:
         for name in set(leaves) - {"bias"}:
-            leaves[name] = autograd.as_pixels(leaves[name])
+            leaves[name] = as_pixels(leaves[name])
     gamma, beta = torch.rand(2, k, generator=draw, dtype=torch.float64).float() + 0.5
     if case.affine:
         leaves |= {"gamma": gamma.to(norm_dtype), "beta": (beta - 1).to(norm_dtype)}
@@ -575,7 +577,7 @@ def test_one_tensor_as_input_and_residual(training: bool) -> None:
 @each_mode
 @pytest.mark.parametrize(
     ("act", "residual"),
-    list(zip(sorted(set(autograd.ACTIVATIONS) - {"hardsigmoid"}), cycle(["before", None, "after"]), strict=False)),
+    list(zip(sorted(set(ACTIVATIONS) - {"hardsigmoid"}), cycle(["before", None, "after"]), strict=False)),
 )
 def test_the_plain_twin_gradchecks(act: str, residual: str | None, training: bool) -> None:
     """The parts of a gradient of the gradient in fp64, first and second order; PyTorch has no second gradient of
@@ -593,14 +595,14 @@ def test_the_plain_twin_gradchecks(act: str, residual: str | None, training: boo
     how = Activated(EPS, act, a, b, residual == "after")
 
     def twin(y, gamma, beta, slope, added):
-        return autograd.normalise_and_activate(y, (mean, var, gamma, beta), slope, added, how, training)
+        return normalise_and_activate(y, (mean, var, gamma, beta), slope, added, how, training)
 
     leaves = (y, gamma, beta, slope if act == "prelu" else None, added)
     assert torch.autograd.gradcheck(twin, leaves)
     assert torch.autograd.gradgradcheck(twin, leaves)
     u = theirs.batch_norm(y, mean, var, gamma, beta, training, 0.0, EPS)
     z = u + added if residual == "before" else u
-    z = autograd.ACTIVATIONS[act].torch(z, slope if act == "prelu" else a, b)
+    z = ACTIVATIONS[act].torch(z, slope if act == "prelu" else a, b)
     torch.testing.assert_close(twin(*leaves), z + added if residual == "after" else z)
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv.functional as ours
 from fastconv import settings
-from fastconv.autograd import pool as autograd
+from fastconv.autograd.pool import max_pool_op
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
@@ -394,7 +394,7 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     x = torch.randn(2, 3, 6, 5, device=DEVICE)
     last = x.contiguous(memory_format=torch.channels_last)
     geometry, shares = ([3, 2], [2, 1], [1, 0], [1, 1]), ([], [], [], [])
-    y, taps = autograd.max_pool_op(last, [3, 4], *geometry, True)
+    y, taps = max_pool_op(last, [3, 4], *geometry, True)
     average = ([3, 2], [2, 1], [1, 0], False, 0)
     return [
         ("max_pool", (x, [3, 4], *geometry, True)),
