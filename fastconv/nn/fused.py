@@ -17,9 +17,9 @@ MakeNorm = Callable[[int], torch.nn.Module]
 
 
 class ConvBNAct(torch.nn.Module):
-    """Children ``conv``, ``bn`` and ``act`` (None: none), which may be hooked, replaced and loaded as any.
+    """Children ``conv``, ``bn`` and ``act``, which may be hooked, replaced and loaded like any others.
 
-    The arguments of torch.nn's convolution, but no bias unless asked for, since batch norm subtracts the mean.
+    It takes the arguments of torch.nn's convolution, without a bias by default, since batch norm subtracts the mean.
     ``norm``: makes the batch norm for a number of channels, None: torch.nn's of the same rank; ``act``: a name, a
     module or None. Raises ValueError on another name, else what the modules raise.
     """
@@ -65,7 +65,7 @@ def _continued(layer: Any, args: tuple[Any, ...], steps: Steps) -> Any:
     return run_fused(args[0], layer.conv, layer.steps(*args[1:]), steps)
 
 
-# On the function: a subclass with a forward of its own does not have it.
+# Set on the function, so that a subclass with a forward of its own does not have it.
 ConvBNAct.forward.continued = _continued  # type: ignore[attr-defined]
 
 

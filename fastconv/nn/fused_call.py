@@ -1,8 +1,8 @@
 """Convolution + batch norm + activation (+ residual) as one call of modules that stay what they are.
 
-``run_fused`` looks at its modules at each call: what they are, whether something hooks into them, train or eval. What
-it cannot fuse it runs as they are, so that a fused layer found once is never wrong later. If its result is a module's
-result, the fused layer continues in the module that calls that one: ``run_continued``.
+``run_fused`` looks at its modules at each call: what they are, whether something hooks into them, train or eval.
+Modules that it cannot fuse run as they are, so that a fused layer found once is never wrong later. If its result is a
+module's result, the fused layer continues in the module that calls that one: ``run_continued``.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def steps_fusible(conv: Any, steps: Steps) -> tuple[int, str | None]:
 
 
 def does(kind: str) -> set[str]:
-    """What a step of this kind does, that a fused layer does once: "norm", "act", "+"."""
+    """Which of "norm", "act" and "+", each done once by a fused layer, a step of this kind does."""
     return {"+"} if kind in SUMS else {kind} - {"skip"}
 
 
@@ -164,7 +164,7 @@ def stands_for_function(act: Any) -> bool:
 
 
 def why_not_bypassed(module: torch.nn.Module | None) -> str | None:
-    """Why ``module`` must be called: what of the user's would else not run, or not see the value."""
+    """Why ``module`` must be called: something of the user's would otherwise not run, or not see the value."""
     if module is None:
         return "a None in its place"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -73,7 +73,7 @@ def compare_states(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @each_mode
-def test_a_batch_norm_alone_and_in_two_chains(training: bool) -> None:
+def test_a_batch_norm_on_its_own_and_in_two_fused_layers(training: bool) -> None:
     ours, theirs, x = pair(training)
     with record() as launches:
         ours(x.to(DEVICE)).square().sum().backward()
@@ -111,15 +111,15 @@ def swap(model: Any, x: Tensor) -> None:
 def test_running_statistics_that_change_before_backward(happens: Any, training: bool) -> None:
     """Gradients are those of the forward. PyTorch's raise, or take the new statistics."""
     torch.manual_seed(0)
-    layers = fastconv.nn.ConvBNAct2d(3, 4, 3, act="silu"), fastconv.nn.ConvBNAct2d(4, 4, 1, act=None)
-    chain = nn.Sequential(*layers).to(DEVICE).train(training)
+    first, second = fastconv.nn.ConvBNAct2d(3, 4, 3, act="silu"), fastconv.nn.ConvBNAct2d(4, 4, 1, act=None)
+    layers = nn.Sequential(first, second).to(DEVICE).train(training)
     x = torch.randn(2, 3, 5, 5, device=DEVICE, requires_grad=True)
-    leaves = [x, *chain.parameters()]
+    leaves = [x, *layers.parameters()]
     values = []
     for change in (False, True):
-        z = chain(x)
+        z = layers(x)
         if change:
-            happens(chain, x)
+            happens(layers, x)
         values.append(torch.autograd.grad(z.square().sum(), leaves))
     assert all(map(torch.equal, *values))
 
@@ -148,10 +148,10 @@ def test_checkpoint(reentrant: bool, training: bool) -> None:
     """Running statistics follow the batch twice, as PyTorch's do."""
     ours, theirs, x = pair(training)
     for model, operand in ((ours, x.to(DEVICE)), (theirs, x.double())):
-        chain = nn.Sequential(model.stem, model.stem_bn, model.act)
+        layers = nn.Sequential(model.stem, model.stem_bn, model.act)
         if model is ours:
-            chain = fastconv.convert(fastconv.revert(chain))
-        checkpoint(chain, operand.requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+            layers = fastconv.convert(fastconv.revert(layers))
+        checkpoint(layers, operand.requires_grad_(), use_reentrant=reentrant).square().sum().backward()
     compare_states(ours, theirs)
     assert ours.stem_bn.num_batches_tracked == 2 * training
 

@@ -116,7 +116,7 @@ FORMS: dict[str, tuple[torch.nn.Module, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_how_a_chain_is_computed(name: str) -> None:
+def test_how_a_fused_layer_is_computed(name: str) -> None:
     model, form, passes = FORMS[name]
     model.to(DEVICE)
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
@@ -130,7 +130,7 @@ def test_how_a_chain_is_computed(name: str) -> None:
     check_what_runs(model, run, x)
 
 
-def test_a_chain_in_each_of_its_calls() -> None:
+def test_a_fused_layer_in_each_of_its_calls() -> None:
     class Block(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -155,15 +155,15 @@ def test_a_chain_in_each_of_its_calls() -> None:
 
 
 def test_a_plain_model_is_explained_as_convert_would_make_it() -> None:
-    def chain() -> torch.nn.Module:
+    def plain() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).to(DEVICE)
 
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
-    model = chain()
+    model = plain()
     assert fastconv.explain(model, x).fused == ["0 + 1 + 2"]
     assert type(model) is torch.nn.Sequential and type(model[0]) is torch.nn.Conv2d
-    assert fastconv.explain(fastconv.convert(chain()), x).fused == ["0 + 1 + 2"]
-    assert fastconv.explain(fastconv.convert(chain(), fuse=False), x).unfused == [("1", "not converted")]
+    assert fastconv.explain(fastconv.convert(plain()), x).fused == ["0 + 1 + 2"]
+    assert fastconv.explain(fastconv.convert(plain(), fuse=False), x).unfused == [("1", "not converted")]
 
 
 def test_autocast_around_a_batch_norm_in_fp32() -> None:
@@ -202,9 +202,9 @@ def test_hooks_are_called_once_and_checkpoints_are_seen_through() -> None:
     x = torch.randn(2, 3, 6, 6, device=DEVICE, requires_grad=True)
     plain = fastconv.explain(model, x).moved
     model[1].register_forward_hook(lambda *_: seen.append("conv"))
-    model[0].conv.register_forward_pre_hook(lambda *_: seen.append("chain"))
+    model[0].conv.register_forward_pre_hook(lambda *_: seen.append("fused layer"))
     fastconv.explain(model, x)
-    assert seen == ["chain", "conv"]
+    assert seen == ["fused layer", "conv"]
 
     class Checkpointed(torch.nn.Module):
         def __init__(self) -> None:

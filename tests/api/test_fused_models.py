@@ -1,4 +1,4 @@
-"""Real models' chains: how many are found, and a block of each kind trained on the kernels against fp64."""
+"""Real models' fused layers: how many are found, and a block of each kind trained on the kernels against fp64."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_how_many_are_fused(name: str) -> None:
     model = fastconv.convert(build(name)).eval()
     report = fastconv.report(model)
     assert (len(report.fused), len(report.norms)) == (fused, norms)
-    assert sum("residual" in chain for chain in report.fused) == sums
+    assert sum("residual" in layer for layer in report.fused) == sums
     assert report.summary.endswith(f"{fused} of {norms} batch norms fused into them")
     assert len(report.fused) + len(report.unfused) == norms
     assert fastconv.report(fastconv.revert(model)).fused == []
     assert {type(m).__dict__.get("_fastconv_names") for m in model.modules()} == {None}
 
 
-def test_names_of_a_resnets_chains() -> None:
+def test_names_of_a_resnets_fused_layers() -> None:
     model = fastconv.convert(build("resnet50"))
     fused = fastconv.report(model).fused
     assert fused[:5] == [
@@ -279,7 +279,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
                 module.bias.uniform_(-0.5, 0.5)
     model = fastconv.convert(copy.deepcopy(plain), memory_format=torch.channels_last)
     report = fastconv.report(model)
-    with_sum = [chain for chain in fastconv.report(model.eval()).fused if "residual" in chain]
+    with_sum = [layer for layer in fastconv.report(model.eval()).fused if "residual" in layer]
     assert (len(report.fused), len(report.norms), len(with_sum)) == (fused, norms, sums), report
     model.train()
     size = {"S3D": (3, 5, 5), "R(2+1)D": (3, 4, 4), "DCGAN": (4, 4), "1-d": (12,)}.get(name, (6, 6))

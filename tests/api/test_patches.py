@@ -184,7 +184,7 @@ def test_a_patch_of_a_function_that_a_forward_calls(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("attribute", ["forward", "__call__"])
-def test_a_child_whose_chain_goes_on_in_its_caller(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_whose_fused_layer_continues_in_its_caller(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Caller(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -52,7 +52,7 @@ class Net(torch.nn.Module):
         return self.head(self.mean(self.up(self.pool(self.act(self.bn(self.conv(x)))))))
 
 
-class Chain(torch.nn.Sequential):
+class Layers(torch.nn.Sequential):
     """Layers that torch.ao.quantization knows by default."""
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ def prepare_qat_graph(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("step", [prepare, prepare_qat, prepare_graph, prepare_qat_graph])
 def test_quantisation_wants_plain_layers(step: Callable[..., Any]) -> None:
-    model, plain, _ = both(Chain, "cpu")
+    model, plain, _ = both(Layers, "cpu")
     with pytest.raises(RuntimeError, match=rf"^torch\.ao\.quantization {SAYS}"):
         step(copy.deepcopy(model))
     fastconv.revert(model)
@@ -178,7 +178,7 @@ def test_transposed_layers_are_not_passed_over_either() -> None:
 
 
 def test_fusing_for_quantisation_stops() -> None:
-    model, _, _ = both(Chain, "cpu")
+    model, _, _ = both(Layers, "cpu")
     with pytest.raises((AssertionError, NotImplementedError), match=r"fastconv\.nn\.conv\.Conv2d"):
         quantization.fuse_modules(model, [["0", "1", "2"]])
     fused = quantization.fuse_modules(fastconv.revert(model), [["0", "1", "2"]])
@@ -198,7 +198,7 @@ def test_other_layers_can_be_quantised() -> None:
 
 @pytest.mark.parametrize("step", [prepare, prepare_graph])
 def test_a_prepared_model_stays_plain(step: Callable[..., Any]) -> None:
-    _, plain, _ = both(Chain, "cpu")
+    _, plain, _ = both(Layers, "cpu")
     prepared = step(plain)
     kinds = [type(layer) for layer in prepared.modules()]
     report = fastconv.report(fastconv.convert(prepared))

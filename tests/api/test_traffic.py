@@ -121,7 +121,7 @@ def test_explain_counts_the_same() -> None:
     def in_units(moved: Moved) -> tuple[float, float]:
         return (moved.forward - of_weights) / UNIT, (moved.backward - 2 * of_weights) / UNIT
 
-    # The join of the shortcut's gradient is missing: it belongs to neither chain.
+    # The join of the shortcut's gradient is missing: it belongs to neither fused layer.
     assert in_units(found.moved) == pytest.approx((28, 66), abs=0.3)
     assert in_units(found.pytorch_moved) == pytest.approx((54, 72), abs=0.3)
     assert found.moved.total <= 0.8 * found.pytorch_moved.total

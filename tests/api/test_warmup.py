@@ -31,7 +31,7 @@ compiling = pytest.mark.skipif(interpreter.interpreting(), reason="one process c
 
 
 class Block(nn.Module):
-    """A first layer, a residual chain, a depthwise and a strided convolution, a pool: most families."""
+    """A first layer, a residual block, a depthwise and a strided convolution, a pool: most families."""
 
     def __init__(self) -> None:
         super().__init__()
