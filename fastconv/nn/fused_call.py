@@ -20,7 +20,7 @@ from fastconv import functional
 from fastconv.activations import has_fused_form
 from fastconv.arguments import autocast_dtype, why_not_served
 from fastconv.functional.conv_bn_act import conv_norm_act
-from fastconv.kernels.problem.windows import output_size
+from fastconv.kernels.problem.windows import least_input_size, output_size
 from fastconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from fastconv.nn.patches import patched
 
@@ -246,7 +246,7 @@ def _adds_as_it_is(x: Tensor, residual: Any, conv: Any, dtype: torch.dtype) -> b
     for axis, (size, added, filter_size, stride, dilation) in enumerate(sizes):
         padding = 0 if isinstance(conv.padding, str) else 2 * conv.padding[axis]
         if conv.transposed:
-            size = (size - 1) * stride + dilation * (filter_size - 1) - padding + conv.output_padding[axis] + 1
+            size = least_input_size(size, filter_size, stride, padding, dilation) + conv.output_padding[axis]
         elif conv.padding != "same":
             size = output_size(size, filter_size, stride, padding, dilation)
         if added != size:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastconv.kernels.problem.layout import weight_strides
+from fastconv.kernels.problem.windows import least_input_size
 from fastconv.reference import in_format
 
 
@@ -18,7 +19,7 @@ def both_sides(
     """The leading padding, then the trailing one, maybe negative, with which a convolution's output has exactly its
     size; ``sizes`` are the input's, the output's and the filter's."""
     after = [
-        (p - 1) * s + d * (r - 1) + 1 - h - before
+        least_input_size(p, r, s, before, d) - h
         for before, h, p, r, s, d in zip(padding, *sizes, stride, dilation, strict=True)
     ]
     return (*padding, *after)

@@ -21,6 +21,7 @@ from fastconv.kernels.problem.windows import (
     dtype_name,
     joined_by_x,
     largest_divisor,
+    least_input_size,
     non_defaults,
     output_size,
     window_fields,
@@ -229,7 +230,7 @@ def conv_transpose_problem(
             f"weight {list(weight_shape)}"
         )
     sizes = tuple(
-        (p - 1) * s - 2 * pad + d * (r - 1) + extra + 1
+        least_input_size(p, r, s, 2 * pad, d) + extra
         for p, s, pad, d, r, extra in zip(
             input_shape[2:], stride, padding, dilation, weight_shape[2:], output_padding, strict=True
         )

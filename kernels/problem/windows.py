@@ -16,6 +16,12 @@ def output_size(size: int, filter_size: int, stride: int, padding: int, dilation
     return (size + padding - dilation * (filter_size - 1) - 1) // stride + 1
 
 
+def least_input_size(size: int, filter_size: int, stride: int, padding: int, dilation: int) -> int:
+    """The smallest input with ``size`` outputs along one axis: a transposed convolution's output without further
+    padding."""
+    return (size - 1) * stride + dilation * (filter_size - 1) + 1 - padding
+
+
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.int32, torch.int64)
