@@ -194,10 +194,7 @@ def _is_unhooked(module: torch.nn.Module) -> bool:
 # The size bounds the kinds of blocks in a program, not its models.
 @lru_cache(maxsize=1024)
 def _fused_class(
-    original: Any,
-    names: tuple[str, ...],
-    sources: tuple[tuple[tuple[bool, Kinds], _Source], ...],
-    found: _Found,
+    original: Any, names: tuple[str, ...], sources: tuple[tuple[tuple[bool, Kinds], _Source], ...], found: _Found
 ) -> Any:
     """The subclass of ``original`` whose forward is the one of ``sources`` that applies, else ``original``'s."""
     compiled = {source: (source.guards.compile(), source.compile(), source.continues) for _, source in sources}
