@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -54,18 +55,15 @@ def _hashable(output_size, stride, padding, dilation, groups):
     return None if output_size is None else tuple(output_size), tuple(stride), tuple(padding), tuple(dilation), groups
 
 
-def _plain(x, weight, bias, output_size, stride, padding, dilation, groups):
+def _either(forward, transposed, x, weight, bias, output_size, stride, padding, dilation, groups):
+    """The convolution, or the transposed one if there is an output size."""
     if output_size is None:
-        return fprop(x, weight, bias, stride, padding, dilation, groups)
+        return forward(x, weight, bias, stride, padding, dilation, groups)
     channels_last = any_channels_last(x, weight)
-    return dgrad(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+    return transposed(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
 
 
-def _plain_fake(x, weight, bias, output_size, stride, padding, dilation, groups):
-    if output_size is None:
-        return fprop_fake(x, weight, bias, stride, padding, dilation, groups)
-    channels_last = any_channels_last(x, weight)
-    return dgrad_fake(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
+_plain, _plain_fake = partial(_either, fprop, dgrad), partial(_either, fprop_fake, dgrad_fake)
 
 
 def _conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *rest):
@@ -164,14 +162,6 @@ def _fused_flops(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape:
     return 2 * prod(x if transposed else y) * prod(weight[1:])
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Tensor:
-    output_size, stride, padding, dilation, groups = arguments
-    if output_size is None:
-        return conv(x, weight, bias, stride, padding, dilation, groups)
-    channels_last = any_channels_last(x, weight)
-    return conv_transpose(x, weight, bias, output_size, stride, padding, dilation, groups, channels_last)
-
-
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -252,24 +242,8 @@ class ConvBNAct(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        weight,
-        bias,
-        gamma,
-        beta,
-        slope,
-        residual,
-        mean,
-        var,
-        batches,
-        momentum,
-        arguments,
-        training,
-        how,
-        group,
-    ):
+    def forward(ctx, x, weight, bias, gamma, beta, slope, residual, *others):
+        mean, var, batches, momentum, arguments, training, how, group = others
         need_x, need_weight, _, need_gamma = ctx.needs_input_grad[:4]
         active = how.act != "identity"
         before, after = (residual is not None and how.residual_after == is_after for is_after in (False, True))
@@ -286,7 +260,7 @@ class ConvBNAct(Function):
             # Copies: a write to the running statistics before backward changes no gradient.
             mean, var = mean.clone(), var.clone()
             # With constant statistics the layer is one kernel, if its backward needs no y.
-            y = _conv(x, weight, bias, arguments) if needs_y else None
+            y = _either(conv, conv_transpose, x, weight, bias, *arguments) if needs_y else None
         if y is None:
             z = conv_act(x, weight, bias, mean, var, gamma, beta, slope, residual, *arguments, *astuple(how))
         else:
