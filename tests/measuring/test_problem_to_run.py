@@ -17,7 +17,7 @@ from fastconv.autotune.tune import TuningTask
 from fastconv.dry_run import OurOperators
 from fastconv.kernels.dispatch import ADAPTER
 from fastconv.kernels.launch import interpreter
-from fastconv.kernels.ops import pool as kernels
+from fastconv.kernels.ops import pool as pool_ops
 from fastconv.measuring import worker
 from fastconv.measuring.clock import HostClock
 from fastconv.measuring.problem_to_run import Unmeasurable, to_run
@@ -203,7 +203,7 @@ def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.Monke
     """Taps that lie beside their windows' maxima, whose values are right."""
     question = asked_by(CALLS[name], torch.float32, INTERPRETER)[0].question
     assert dict(question.problem.kind)["direction"] == "forward"
-    right = kernels.max_pool
+    right = pool_ops.max_pool
 
     def off(harm: Any, *given: Any) -> Any:
         y, taps = right(*given)
@@ -212,7 +212,7 @@ def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.Monke
 
     harms: list[Any] = [lambda taps: 1 - taps.clamp(max=1), lambda taps: torch.full_like(taps, 255)]
     for harm in harms:
-        monkeypatch.setattr(kernels, "max_pool", partial(off, harm))
+        monkeypatch.setattr(pool_ops, "max_pool", partial(off, harm))
         run = worker.Measuring(INTERPRETER, torch.device("cpu"), HostClock())
         with pytest.raises(Refused, match="at what it keeps, the largest error") as refused:
             run(question.problem, question.choice.config)
