@@ -56,7 +56,7 @@ class Options:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return ("infer", "train") if self.train is None else ("train",) if self.train else ("infer",)
+        return network.MODES if self.train is None else ("train",) if self.train else ("infer",)
 
     @property
     def operators(self) -> bool:
