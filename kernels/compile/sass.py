@@ -25,8 +25,7 @@ import triton
 
 from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import A100, B200, H200
-from fastconv.kernels.compile.ahead import Binary, compile_each
-from fastconv.kernels.compile.ahead import Compiled as Binaries
+from fastconv.kernels.compile.ahead import Binaries, Binary, compile_each
 from fastconv.kernels.launch.launch import Launch
 
 GPUS = (A100, H200, B200)
