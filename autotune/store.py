@@ -106,7 +106,7 @@ class Store:
         """The records of ``kinds``, in the order of their shards. Unreadable lines cost a shard one warning."""
         records: list[Record] = []
         for path, data in self._shards(self._warn):
-            problems: list[str] = []
+            damage: list[str] = []
             newer: NewerSchema | None = None
             for where, line in _lines(path.name, data):
                 if _other_kind(line, kinds):
@@ -116,18 +116,18 @@ class Store:
                 except NewerSchema as error:
                     newer = newer or error
                 except SchemaError as error:
-                    problems.append(str(error))
+                    damage.append(str(error))
                 else:
                     if record.kind in kinds:
                         records.append(record)
             if newer is not None:
                 self._warn(f"{self.folder}: {newer}; such lines are left out")
-            if problems:
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                self._warn(f"{self.folder}: a damaged line is left out{more}: {problems[0]}")
+            if damage:
+                more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+                self._warn(f"{self.folder}: a damaged line is left out{more}: {damage[0]}")
         return records
 
-    def problems(self) -> list[str]:
+    def damage(self) -> list[str]:
         """A line for everything in the store that cannot be read."""
         found: list[str] = []
         for path, data in self._shards(found.append):

@@ -151,16 +151,16 @@ def check(work: Workload) -> Part:
         return part | {"verdict": "failed", "reason": reason(error)}
     rows = against_yardstick(ours, eager, exact, work.dtype)
     wrong = [row["tensor"] for row in rows if not row["right"]]
-    problems = []
+    reasons = []
     if not records:
-        problems.append("no kernel of fastconv ran")
+        reasons.append("no kernel of fastconv ran")
     if ours.keys() != exact.keys():
-        problems.append(f"gradients differ in number: {len(ours)} against {len(exact)}")
+        reasons.append(f"gradients differ in number: {len(ours)} against {len(exact)}")
     if wrong:
-        problems.append(f"{len(wrong)} of {len(rows)} tensors are too far off: {', '.join(wrong[:3])}")
+        reasons.append(f"{len(wrong)} of {len(rows)} tensors are too far off: {', '.join(wrong[:3])}")
     return part | {
-        "verdict": "wrong" if problems else "right",
-        "reason": "; ".join(problems) or None,
+        "verdict": "wrong" if reasons else "right",
+        "reason": "; ".join(reasons) or None,
         "rows": rows,
         "launches": dict(Counter(record.name for record in records)),
         "converted": fastconv.report(model).summary,

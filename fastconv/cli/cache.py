@@ -150,7 +150,7 @@ def _verify(store: Store, argument: str | None) -> int:
         else:
             print(f"{argument}: {count} records, all sound")
     else:
-        found = store.problems()
+        found = store.damage()
         for path in sorted(FOLDER.glob("*.json")):
             try:
                 read_table(path)

@@ -103,7 +103,7 @@ def test_what_is_appended_is_read(store: Store) -> None:
     assert len(shards(store)) == 1
     assert Store(store.folder).read() == records
     assert Store(store.folder).read(("tuned",)) == [records[1]]
-    assert Store(store.folder).problems() == []
+    assert Store(store.folder).damage() == []
 
 
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_torn_line_costs_itself_and_one_warning(
         for _ in range(2):
             assert [record.problem for record in reader.read(kinds)] == [problem(N=0), problem(N=1)]
     assert len(caplog.records) == 1 and "line 3" in caplog.text
-    assert len(reader.problems()) == 1
+    assert len(reader.damage()) == 1
 
 
 def test_corrupt_shard_costs_its_damaged_lines(store: Store, caplog: pytest.LogCaptureFixture) -> None:
