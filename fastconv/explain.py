@@ -29,7 +29,7 @@ from fastconv.nn.fused_call import Steps, call_fused, steps_fused, watchers
 from fastconv.nn.patches import patched
 from fastconv.report import Layer, Report, convolutions, is_converted, kind, pools, table, why_not_converted
 from fastconv.settings import settings
-from fastconv.traffic import Pass, Traffic
+from fastconv.traffic import OperatorPass, Traffic
 
 log = logging.getLogger("fastconv")
 COLUMNS = ("", "pass", "family", "kernel", "tile", "tile from", "MB", "predicted", "no other family, since")
@@ -60,7 +60,7 @@ class Counted:
     backward: Traffic
 
     @property
-    def passes(self) -> tuple[Pass, ...]:
+    def passes(self) -> tuple[OperatorPass, ...]:
         return (*self.forward.passes, *self.backward.passes)
 
     @property
@@ -165,7 +165,7 @@ def explain(model: Module, *inputs: Any) -> Explanation:
     with settings(strict=False):
         watch = _run_without_data(model, inputs, mode)
         if watch is None:
-            watch = _Watch(copied(model), mode)
+            watch = _WatchedModel(copied(model), mode)
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 watch.run(inputs)
     fused = []
@@ -178,7 +178,7 @@ def explain(model: Module, *inputs: Any) -> Explanation:
     return Explanation(layers, tuple(fused), watch.gpu, pools=pooling)
 
 
-def _explained(name: str, layer: Module, watch: _Watch) -> ExplainedLayer:
+def _explained(name: str, layer: Module, watch: _WatchedModel) -> ExplainedLayer:
     runs = tuple(watch.runs.get(name, {}).values())
     reason = why_not_converted(layer)
     if runs and all(run.reason for run in runs):
@@ -186,10 +186,10 @@ def _explained(name: str, layer: Module, watch: _Watch) -> ExplainedLayer:
     return ExplainedLayer(name, kind(layer), reason, runs)
 
 
-def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMode) -> _Watch | None:
+def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMode) -> _WatchedModel | None:
     """What was seen; None: the model cannot be run without data."""
     try:
-        watch = _Watch(copied(model, mode), mode)
+        watch = _WatchedModel(copied(model, mode), mode)
         with mode:
             watch.run(tree_map_only(Tensor, mode.from_tensor, inputs))
     except Exception as error:  # of any kind: the model may do anything with a tensor that has no values
@@ -198,7 +198,7 @@ def _run_without_data(model: Module, inputs: tuple[Any, ...], mode: FakeTensorMo
     return watch
 
 
-class _Watch:
+class _WatchedModel:
     """Runs ``model``, a copy to be thrown away, by PyTorch's own operators, and counts what its layers are called with.
 
     ``runs``: by the name of the layer, and by what tells calls apart.
@@ -384,7 +384,7 @@ def _lines(run: Run) -> Iterator[str | list[str]]:
             yield ["", "", "", "PyTorch's " + ", ".join(others), "", "", _mb(rest.total()), "", ""]
 
 
-def _row(found: Pass, total: int) -> list[str]:
+def _row(found: OperatorPass, total: int) -> list[str]:
     """The cells of `COLUMNS`."""
     kernels = [launched.name.removesuffix("_kernel") for launched in found.launches]
     kernels += [f"PyTorch's {name}" for name in _named(found.operators, total)]

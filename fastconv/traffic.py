@@ -46,7 +46,7 @@ _NOTHING = ("aten::empty", "aten::new_empty", "prim::")
 
 
 @dataclass(frozen=True)
-class Pass:
+class OperatorPass:
     """One call of an operator of fastconv's: what was decided for it, what it launched, what else ran inside."""
 
     operator: str  # "conv_fprop"
@@ -74,7 +74,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.passes: list[Pass] = []
+        self.passes: list[OperatorPass] = []
         self.operators: Counter[str] = Counter()
         self._recording = record()
         self._records: list[LaunchRecord] = []
@@ -95,7 +95,7 @@ class Traffic(TorchDispatchMode):
             plan = next((found for found in decided if isinstance(found, Plan)), None)
             choice = next((found for found in decided if isinstance(found, Choice)), None)
             operator = func.name().removeprefix("fastconv::")
-            self.passes.append(Pass(operator, plan, choice, tuple(inside._records), inside.operators))
+            self.passes.append(OperatorPass(operator, plan, choice, tuple(inside._records), inside.operators))
             self.operators += inside.operators
             return out
         out = func(*args, **(kwargs or {}))

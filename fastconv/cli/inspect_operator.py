@@ -30,7 +30,7 @@ from fastconv.kernels.tiles.shapes import matrix_share
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import fp32_convolutions
 from fastconv.settings import settings
-from fastconv.traffic import Pass, Traffic
+from fastconv.traffic import OperatorPass, Traffic
 
 CONVOLUTIONS = tuple(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))
 POOLS = tuple(
@@ -143,7 +143,7 @@ class Considered:
 class Inspected:
     """One pass: its decisions, and the binary of each of its launches."""
 
-    found: Pass
+    found: OperatorPass
     considered: Considered | None  # None: the pass has one form only
     binaries: tuple[Compiled, ...]
     gpu: Gpu
@@ -294,7 +294,7 @@ def inspect(
 
 def _passes(
     call: OperatorCall, gpu: Gpu, family: str | None, direction: str | None, config: Config | None
-) -> list[tuple[Pass, Considered | None]]:
+) -> list[tuple[OperatorPass, Considered | None]]:
     passes, considered = _called(call, gpu, family, {})
     wanted = [index for index, it in enumerate(passes) if direction in (None, it.name, it.name.partition(",")[0])]
     if not wanted:
@@ -322,7 +322,7 @@ def _passes(
 
 def _called(
     call: OperatorCall, gpu: Gpu, family: str | None, configs: dict[int, Config]
-) -> tuple[list[Pass], list[Considered]]:
+) -> tuple[list[OperatorPass], list[Considered]]:
     """The passes of one call, and its tiles in the order of their choice; ``configs``: what is given of the n-th."""
     considered: list[Considered] = []
 

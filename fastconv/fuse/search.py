@@ -166,7 +166,7 @@ def study(module: torch.nn.Module, studies: Studies) -> Study:
         return Study({}, [], {}, untraceable=f"{class_of(module).__name__}.forward {why}")
 
     unfused: dict[str, str] = {}
-    found = {which: (each, _Search(each, module, studies, unfused).fused_layers()) for which, each in traces.items()}
+    found = {which: (each, _Finder(each, module, studies, unfused).fused_layers()) for which, each in traces.items()}
     in_eval = {layer.key for layer in found[False, kinds][1]}
     layers = [layer for layer in found[True, kinds][1] if layer.key in in_eval]
     others = {norm for _, layers_found in found.values() for layer in layers_found for norm in _norms(layer)}
@@ -179,7 +179,7 @@ def _norms(layer: FusedLayer) -> list[str]:
     return [step.operand for step in layer.steps if step.kind == "norm"]
 
 
-class _Search:
+class _Finder:
     """Finds the fused layers of a graph; why a batch norm is in none is added to ``unfused``."""
 
     def __init__(self, traced: Trace, module: torch.nn.Module, studies: Studies, unfused: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ from fastconv.cli.inspect_operator import OperatorCall as Call
 from fastconv.kernels import families
 from fastconv.kernels.families.conv_gather import GATHER
 from fastconv.kernels.launch.interpreter import interpreting
-from fastconv.traffic import Pass
+from fastconv.traffic import OperatorPass
 
 compiling = pytest.mark.skipif(interpreting(), reason="one process cannot both interpret and compile")
 interpreted = pytest.mark.skipif(not interpreting(), reason="what only the interpreter's process refuses")
@@ -202,7 +202,7 @@ def test_every_kernel_is_of_some_call(gpu: Gpu) -> None:
     assert everything - found == (set() if gpu.bulk else {f"conv_{name}_kernel" for name in bulk})
 
 
-def considered() -> tuple[Pass, Considered]:
+def considered() -> tuple[OperatorPass, Considered]:
     ((found, it),) = _passes(conv(), H200, "gather", "dgrad", {"BLOCK_K": 32, "num_warps": 4})
     assert it is not None
     return found, it
