@@ -77,7 +77,7 @@ def conv2d_bn_act(
     """``act(batch_norm(conv2d(input)) + residual)``: input [N, C, H, W], weight [K, C/groups, R, S] -> [N, K, P, Q].
 
     It takes the arguments of conv2d and of torch.nn.functional.batch_norm, whose running statistics it updates in
-    training. Vectors are [K], the residual has the result's shape. ``act``: a name, a module of torch.nn or None.
+    training. Vectors are [K]; the residual has the result's shape. ``act``: a name, a module of torch.nn or None.
     ``residual_after``: the residual is added behind the activation. Inference is one kernel; training takes statistics
     from the convolution's accumulator. Raises as torch's functions do; ValueError on an activation without a fused
     form.

@@ -1,5 +1,5 @@
 """Pools by PyTorch's own operators. Each function takes the arguments of the function of the same name in
-`fastconv.kernels.pool`, and returns the same in the same memory format."""
+`fastconv.kernels.ops.pool`, and returns the same in the same memory format."""
 
 from __future__ import annotations
 
