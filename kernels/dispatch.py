@@ -34,7 +34,7 @@ from fastconv.kernels.families import (
     pool_gradient,
     pool_window,
 )
-from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, only, single_family, why_not_gpu
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, named_family, only, why_not_gpu
 from fastconv.kernels.jit.epilogue import PLAIN
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.descriptor import ALIGNMENT, bulk, pitched
@@ -102,7 +102,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: Layout = DENSE) -> Plan:
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
-    only = single_family()
+    only = named_family()
     old = why_not_gpu(gpu)
     if old is not None:
         return decided(Plan(direction, problem, "pytorch", None, (), (("every family", old),)))
@@ -128,7 +128,7 @@ def _fitted(family: Family, direction: str, problem: Any, gpu: Gpu, layout: Layo
         layout, copied = _with_room(family, direction, problem, layout)
     reason = family.why_not(direction, problem, gpu, layout)
     # Asked for by name it is to be measured, whatever is predicted.
-    if reason is None and copied and single_family() is None:
+    if reason is None and copied and named_family() is None:
         reason = _copies_slower(family, direction, problem, gpu, copied)
     return layout, reason
 

@@ -99,7 +99,7 @@ _FAMILIES = ("conv_rows", "conv_depthwise", "conv_pixels", "conv_gemm", "conv_sp
 def products_of(records: Iterable[LaunchRecord]) -> list[str]:
     """The kernels launched, a convolution's by the gather's name whichever family served it, its weight's packing left
     out."""
-    names = [record.name for record in records if record.name != "conv_rows_pack_kernel"]
+    names = [record.name for record in records if record.name != "conv_rows_weight_kernel"]
     for family in _FAMILIES:
         names = [name.replace(f"{family}_wgrad", "conv_wgrad").replace(family, "conv_gather") for name in names]
     return names

@@ -258,7 +258,7 @@ def conv_depthwise(
     vec = load_width(problem.dtype, k, x_channels, *x_strides, *y_strides) if x_channels == k else 1
     gcds, inverses = lifted.phases
     outputs = outputs_of(direction, problem, config)
-    plan = row_schedule(direction, problem, outputs)
+    schedule = row_schedule(direction, problem, outputs)
     phases = tuple(map(min, lifted.stride[:2], y_size[:2])) if dgrad else (1, 1)
     # Phases differ by at most one pixel along an axis; the largest sets the grid.
     sizes = tuple(map(triton.cdiv, y_size[:2], lifted.stride[:2] if dgrad else phases))
@@ -296,10 +296,10 @@ def conv_depthwise(
             "WIDE": needs_int64((operands[0], x_strides), (operands[1], y_strides)),
             "MULTIPLIER": problem.out_channels // problem.in_channels,
             "S": problem.filter_size[-1],
-            "COLUMNS": plan.columns,
-            "ADVANCE": plan.advance,
-            "FIRST": plan.first,
-            "TAPS": plan.taps,
+            "COLUMNS": schedule.columns,
+            "ADVANCE": schedule.advance,
+            "FIRST": schedule.first,
+            "TAPS": schedule.taps,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             "OUTPUTS": outputs,
@@ -363,19 +363,19 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu) -> Candidates:
     def work(config: Config) -> Work:
         m, n, warps = config["BLOCK_M"], config["BLOCK_K"], config["num_warps"]
         outputs = outputs_of(direction, problem, config)
-        plan = row_schedule(direction, problem, outputs)
-        products = sum(tap >= 0 for met in plan.taps for tap in met)
-        columns = len(plan.columns)
+        schedule = row_schedule(direction, problem, outputs)
+        products = sum(tap >= 0 for met in schedule.taps for tap in met)
+        columns = len(schedule.columns)
         strip, groups = strips(sizes[2], outputs)
         height = max(1, m // strip)
         step = 1 if dgrad else lifted.stride[1]
         # The rows and columns of x that a block covers, each from L2 once.
-        covered = ((height - 1) * step + rows) * ((strip - 1) * plan.advance + columns)
+        covered = ((height - 1) * step + rows) * ((strip - 1) * schedule.advance + columns)
         return Work(
             programs=cdiv(lines * groups, m) * phases * cdiv(k, n),
             steps=rows,
             # A product, an operand widened and its share of a load and its mask, a weight widened.
-            step_flops=2 * m * n * products + 4 * m * n * columns + 2 * m * n * len(plan.first),
+            step_flops=2 * m * n * products + 4 * m * n * columns + 2 * m * n * len(schedule.first),
             step_elements=columns * m * n,
             step_bytes=cdiv((covered + m * outputs) * n * problem.dtype.itemsize, rows),
             dram_bytes=problem.bytes,

@@ -166,7 +166,7 @@ def conv_depthwise_wgrad(
     multiplier = problem.out_channels // problem.in_channels
     vec = load_width(problem.dtype, k, *x_strides, *dy_strides) if multiplier == 1 else 1
     outputs = config["OUTPUTS"]
-    plan = row_schedule("wgrad", problem, outputs)
+    schedule = row_schedule("wgrad", problem, outputs)
     strip, _ = strips(dy_size[2], outputs)
     splits = config["SPLITS"]
     element = pointer_type(problem.dtype)
@@ -194,10 +194,10 @@ def conv_depthwise_wgrad(
             "RANK": max(problem.rank, 2),
             "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
             "MULTIPLIER": multiplier,
-            "COLUMNS": plan.columns,
-            "ADVANCE": plan.advance,
-            "MET": plan.outputs,
-            "ROW": len(plan.outputs[0]),
+            "COLUMNS": schedule.columns,
+            "ADVANCE": schedule.advance,
+            "MET": schedule.outputs,
+            "ROW": len(schedule.outputs[0]),
             "ROWS": config["ROWS"],
             "OUTPUTS": outputs,
             "BLOCK_M": config["BLOCK_M"],
@@ -236,11 +236,11 @@ def _candidates(problem: ConvProblem, gpu: Gpu) -> Candidates:
 
     def work(config: Config) -> Work:
         m, n, rows, outputs, splits = (config[name] for name in ("BLOCK_M", "BLOCK_K", "ROWS", "OUTPUTS", "SPLITS"))
-        plan = row_schedule("wgrad", problem, outputs)
-        columns, taps = len(plan.columns), len(plan.outputs[0])
+        schedule = row_schedule("wgrad", problem, outputs)
+        columns, taps = len(schedule.columns), len(schedule.outputs[0])
         strip, groups = strips(sizes[2], outputs)
         tiles = cdiv(problem.batch * sizes[0] * sizes[1] * groups, m)
-        covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * plan.advance + columns)
+        covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * schedule.advance + columns)
         per_thread = m * n // (32 * config["num_warps"])
         single = 0 if load_width(problem.dtype, k) > 1 and k == problem.in_channels else 12 * per_thread
         return Work(

@@ -446,8 +446,8 @@ def why_not_flat(direction: str, problem: ConvProblem, source: Strides | None, o
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    unfit = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
-    return unfit or why_not_bulk_copies(problem, gpu, layout)
+    reason = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
+    return reason or why_not_bulk_copies(problem, gpu, layout)
 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:

@@ -40,7 +40,7 @@ from fastconv.kernels.families.family import (
     Family,
     Layout,
     fp32_precision,
-    single_family,
+    named_family,
     why_not_bulk_copies,
     why_not_groups,
 )
@@ -448,7 +448,7 @@ def pixels_candidates(direction: str, problem: ConvProblem, precision: str, gpu:
     c, k = c // groups, k // groups
     shared = lifted.filter_size[2]  # taps of a row
     # Of x what the filter spans around a row of outputs, or around a plane, is read from DRAM once if L2 holds it.
-    spans = [min(n, d * (r - 1) + 1) for n, r, d in zip(source, lifted.filter_size, lifted.dilation, strict=True)]
+    reach = [min(n, d * (r - 1) + 1) for n, r, d in zip(source, lifted.filter_size, lifted.dilation, strict=True)]
 
     def work(config: Config) -> Work:
         n, m, pixels, pairs = (config[name] for name in ("BLOCK_N", "BLOCK_K", "PIXELS", "PAIRS"))
@@ -458,10 +458,10 @@ def pixels_candidates(direction: str, problem: ConvProblem, precision: str, gpu:
         accumulators = rows * m * sums_of(config) * (2 if pairs else 1) // (32 * config["num_warps"])
         image = n * source[2] * c * groups * element
         again = 1
-        if spans[1] * image > gpu.l2_bytes // 2:
-            again = spans[0] * spans[1]
-        elif spans[0] * source[1] * image > gpu.l2_bytes // 2:
-            again = spans[0]
+        if reach[1] * image > gpu.l2_bytes // 2:
+            again = reach[0] * reach[1]
+        elif reach[0] * source[1] * image > gpu.l2_bytes // 2:
+            again = reach[0]
         return Work(
             programs=cdiv(problem.batch, n) * size[0] * size[1] * columns * cdiv(k, m) * groups,
             steps=max(1, round(taps_walked(direction, problem, pixels, pairs) * cdiv(c, depth))),
@@ -510,7 +510,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
         return "operands whose pixels do not lie at multiples of 16 bytes"
     precision = fp32_precision(problem.dtype)
     # Asked for by name it is to be measured, whatever is predicted.
-    if single_family() == "pixels":
+    if named_family() == "pixels":
         return why_not_groups(problem)
     pixels, gather = (make(direction, problem, precision, gpu) for make in (pixels_candidates, gather_candidates))
     return why_not_groups(problem) or why_slower(pixels, gather)

@@ -29,7 +29,7 @@ import triton.language as tl
 from fastconv.autotune import Choice, Config, Gpu, Work
 from fastconv.kernels.families.conv_gather_wgrad import wgrad_candidates
 from fastconv.kernels.families.conv_pixels import why_slower
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, single_family, why_not_groups
+from fastconv.kernels.families.family import Family, Layout, fp32_precision, named_family, why_not_groups
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.boxes import has_parities, pixel_view, read_pixels
 from fastconv.kernels.jit.walk import unravel
@@ -250,7 +250,7 @@ def runs_of_taps(problem: ConvProblem, taps: int) -> int:
 
 
 def outputs_of_taps(problem: ConvProblem, axis: int, first: int, last: int) -> int:
-    """How many outputs along ``axis`` have one of these taps inside the image: what `window_span` counts."""
+    """How many outputs along ``axis`` have one of these taps inside the image: what `outputs_meeting_taps` counts."""
     size, outputs = problem.input_size[axis], problem.output_size[axis]
     stride, padding, dilation = problem.stride[axis], problem.padding[axis], problem.dilation[axis]
     begin = -(min(last * dilation - padding, 0) // stride)
@@ -416,10 +416,10 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     views = (problem.as_rank3.input_shape, layout.source_strides), (problem.as_rank3.output_shape, layout.other_strides)
     if not layout.starts_aligned or not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
-    unfit = why_not_groups(problem)
+    reason = why_not_groups(problem)
     # Asked for by name it is to be measured, whatever is predicted.
-    if unfit is not None or problem.batch >= 16 or single_family() == "pixels":
-        return unfit
+    if reason is not None or problem.batch >= 16 or named_family() == "pixels":
+        return reason
     precision = fp32_precision(problem.dtype)
     return why_slower(_candidates(direction, problem, precision, gpu), wgrad_candidates(problem, precision, gpu, 1))
 

@@ -23,8 +23,15 @@ import triton.language as tl
 from fastconv.autotune import Choice, Config, Gpu, Work
 from fastconv.kernels.families.conv_gather import gather_candidates
 from fastconv.kernels.families.conv_rows import rows_candidates
-from fastconv.kernels.families.family import Family, Layout, single_family, why_not_bulk_copies
-from fastconv.kernels.families.row_form import Rows, box_form, conv_rows_pack_kernel, pack_rows, row_form, rows_of
+from fastconv.kernels.families.family import Family, Layout, named_family, why_not_bulk_copies
+from fastconv.kernels.families.row_form import (
+    RowForm,
+    box_form,
+    conv_rows_weight_kernel,
+    filter_rows,
+    row_form,
+    weight_as_runs,
+)
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.boxes import apply_epilogue_to_pixels, pixel_view
 from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
@@ -175,7 +182,7 @@ def conv_row_boxes_kernel(
 
 def conv_row_boxes(
     problem: ConvProblem,
-    form: Rows,
+    form: RowForm,
     config: Config,
     x_strides: Strides | None = None,
     y_strides: Strides | None = None,
@@ -189,7 +196,7 @@ def conv_row_boxes(
     lifted, dtype = problem.as_rank3, problem.dtype
     n, c, *size = lifted.input_shape
     _, k, *outputs = lifted.output_shape
-    rows, run, columns = rows_of(problem), form.run, form.columns
+    rows, run, columns = filter_rows(problem), form.run, form.columns
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
     window, distance = lifted.filter_size[-1] * c, lifted.stride[-1] * c
     element = pointer_type(dtype)
@@ -233,18 +240,18 @@ def conv_row_boxes(
         num_stages=config["num_stages"],
         tiles=pixels * columns,
     )
-    return pack_rows(problem, form, rows), product
+    return weight_as_runs(problem, form, rows), product
 
 
 ROW_BOXES = TileSpace(
     "conv_row_boxes",
     {"BLOCK_N": (128, 64), "BLOCK_K": (64, 32), "num_warps": (8, 4), "num_stages": (4,)},
     lambda config: None if config["BLOCK_N"] == 16 * config["num_warps"] else "other warps than its sides ask for",
-    kernels=(conv_row_boxes_kernel, conv_rows_pack_kernel),
+    kernels=(conv_row_boxes_kernel, conv_rows_weight_kernel),
 )
 
 
-def _candidates(problem: ConvProblem, form: Rows, gpu: Gpu) -> Candidates:
+def _candidates(problem: ConvProblem, form: RowForm, gpu: Gpu) -> Candidates:
     element = problem.dtype.itemsize
     *lines, outputs = problem.output_size
     runs = prod(lines) * cdiv(outputs, form.columns)
@@ -253,7 +260,7 @@ def _candidates(problem: ConvProblem, form: Rows, gpu: Gpu) -> Candidates:
         n, k = config["BLOCK_N"], form.columns * config["BLOCK_K"]
         return Work(
             programs=runs * cdiv(problem.batch, n) * cdiv(problem.out_channels, config["BLOCK_K"]),
-            steps=rows_of(problem),
+            steps=filter_rows(problem),
             step_flops=2 * n * k * form.run,
             step_elements=(n + k) * form.run,
             step_bytes=(n + k) * form.run * element,
@@ -279,10 +286,10 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
         return f"{problem.batch} images leave most of a box empty"
     if not bulk(problem.dtype, problem.as_rank3.output_shape, layout.other_strides):
         return "a result whose pixels do not lie at multiples of 16 bytes"
-    unfit = why_not_bulk_copies(problem, gpu, layout)
+    reason = why_not_bulk_copies(problem, gpu, layout)
     # Asked for by name it is to be measured, whatever is predicted.
-    if unfit is not None or single_family() == "row_boxes":
-        return unfit
+    if reason is not None or named_family() == "row_boxes":
+        return reason
     rows = row_form(problem, layout.source_strides)
     if isinstance(rows, str):
         other, name = gather_candidates(direction, problem, "ieee", gpu), "a gather"
@@ -294,7 +301,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
 
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     form = box_form(problem, layout.source_strides)
-    assert isinstance(form, Rows)
+    assert isinstance(form, RowForm)
     choice = choose(_candidates(problem, form, gpu))
     source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
     return choice, conv_row_boxes(problem, form, choice.config, source, other, bias, epilogue)

@@ -28,13 +28,13 @@ from fastconv.autotune import Choice, Config, Gpu, Work
 from fastconv.autotune.cost_model import MAX_WORKSPACE
 from fastconv.kernels.families.family import Family, Layout, fp32_precision, why_not_groups
 from fastconv.kernels.families.row_form import (
-    Rows,
-    conv_rows_pack_kernel,
-    pack_rows,
+    RowForm,
+    conv_rows_weight_kernel,
+    filter_rows,
     row_form,
     row_scalars,
     row_taps,
-    rows_of,
+    weight_as_runs,
 )
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
@@ -198,7 +198,7 @@ def conv_rows_kernel(
 
 def conv_rows(
     problem: ConvProblem,
-    form: Rows,
+    form: RowForm,
     config: Config,
     precision: str,
     x_strides: Strides | None = None,
@@ -219,7 +219,7 @@ def conv_rows(
     used = triton.cdiv(form.used, form.vec) * form.vec
     window = problem.filter_size[-1] * problem.in_channels
     runs = problem.output_pixels // problem.output_size[-1] * triton.cdiv(problem.output_size[-1], form.columns)
-    steps = triton.cdiv(rows_of(problem) * form.run, tile["BLOCK_C"])
+    steps = triton.cdiv(filter_rows(problem) * form.run, tile["BLOCK_C"])
     tiles = triton.cdiv(runs, tile["BLOCK_M"])
     product = Launch(
         kernel=conv_rows_kernel,
@@ -254,7 +254,7 @@ def conv_rows(
         num_stages=config["num_stages"],
         tiles=tiles,
     )
-    return pack_rows(problem, form, steps * tile["BLOCK_C"] // form.run), product
+    return weight_as_runs(problem, form, steps * tile["BLOCK_C"] // form.run), product
 
 
 # As many runs as threads: then a NaN's tile is walked in few registers.
@@ -267,12 +267,12 @@ ROWS = TileSpace(
         and config["num_stages"] == (3 if config["BLOCK_C"] > 32 else 4)
         else "other warps or copies in flight than its sides ask for"
     ),
-    kernels=(conv_rows_kernel, conv_rows_pack_kernel),
+    kernels=(conv_rows_kernel, conv_rows_weight_kernel),
     interpreted={**INTERPRETED_PRODUCT, "BLOCK_M": (16, 64, 256, 1024, 4096), "BLOCK_K": (16, 64)},
 )
 
 
-def rows_candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Candidates:
+def rows_candidates(problem: ConvProblem, form: RowForm, precision: str, gpu: Gpu) -> Candidates:
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
 
@@ -287,7 +287,7 @@ def rows_candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) 
             registers += (m + 2 * columns) * depth // 256
         return Work(
             programs=cdiv(runs, m) * cdiv(problem.out_channels, n),
-            steps=cdiv(rows_of(problem) * form.run, depth),
+            steps=cdiv(filter_rows(problem) * form.run, depth),
             step_flops=2 * m * columns * depth,
             step_elements=(m + columns) * depth,
             # Of a run its neighbour's part comes from L1.
@@ -318,7 +318,7 @@ def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout)
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
     form = row_form(problem, source)
-    assert isinstance(form, Rows)
+    assert isinstance(form, RowForm)
     choice = choose(rows_candidates(problem, form, precision, gpu))
     return choice, conv_rows(problem, form, choice.config, precision, source, other, layout.bias, layout.epilogue)
 

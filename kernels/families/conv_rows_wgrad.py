@@ -12,7 +12,7 @@ from fastconv.autotune import Choice, Config, Gpu, Work
 from fastconv.kernels.families.conv_gather_wgrad import WGRAD
 from fastconv.kernels.families.conv_rows import why_not_rows
 from fastconv.kernels.families.family import Family, Layout, fp32_precision
-from fastconv.kernels.families.row_form import Rows, row_form, row_scalars, row_taps, rows_of
+from fastconv.kernels.families.row_form import RowForm, filter_rows, row_form, row_scalars, row_taps
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
 from fastconv.kernels.launch.launch import Launch
@@ -143,7 +143,7 @@ def conv_rows_wgrad_kernel(
 
 def conv_rows_wgrad(
     problem: ConvProblem,
-    form: Rows,
+    form: RowForm,
     config: Config,
     precision: str,
     x_strides: Strides | None = None,
@@ -163,7 +163,9 @@ def conv_rows_wgrad(
     partials = splits * form.columns
     direct = partials == 1 and (channels_last or c == 1)
     element = pointer_type(problem.dtype)
-    tiles = triton.cdiv(k, tile["BLOCK_K"] // form.columns) * triton.cdiv(rows_of(problem) * form.run, tile["BLOCK_C"])
+    tiles = triton.cdiv(k, tile["BLOCK_K"] // form.columns) * triton.cdiv(
+        filter_rows(problem) * form.run, tile["BLOCK_C"]
+    )
     product = Launch(
         kernel=conv_rows_wgrad_kernel,
         grid=(tiles * splits, 1, 1),
@@ -196,10 +198,10 @@ ROWS_WGRAD = replace(
 )
 
 
-def _candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> Candidates:
+def _candidates(problem: ConvProblem, form: RowForm, precision: str, gpu: Gpu) -> Candidates:
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
-    rows, columns = form.columns * problem.out_channels, rows_of(problem) * form.run
+    rows, columns = form.columns * problem.out_channels, filter_rows(problem) * form.run
     by_element = 8 / form.vec, element_registers(problem, problem.out_channels), 0
 
     def work(config: Config) -> Work:
@@ -229,7 +231,7 @@ def _candidates(problem: ConvProblem, form: Rows, precision: str, gpu: Gpu) -> C
 def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
     precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
     form = row_form(problem, source)
-    assert isinstance(form, Rows)
+    assert isinstance(form, RowForm)
     choice = choose(_candidates(problem, form, precision, gpu))
     return choice, conv_rows_wgrad(problem, form, choice.config, precision, source, other, layout.channels_last)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from fastconv.autotune import Choice, Config, Gpu, Work
 from fastconv.kernels.families.conv_gather import gather_candidates
 from fastconv.kernels.families.conv_gemm import GEMM_TILES
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, single_family, why_not_bulk_copies
+from fastconv.kernels.families.family import Family, Layout, fp32_precision, named_family, why_not_bulk_copies
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
@@ -373,10 +373,10 @@ def why_not_rectangles(direction: str, problem: ConvProblem, x_strides: Strides 
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    unfit = why_not_rectangles(direction, problem, layout.source_strides) or why_not_bulk_copies(problem, gpu, layout)
+    reason = why_not_rectangles(direction, problem, layout.source_strides) or why_not_bulk_copies(problem, gpu, layout)
     # Asked for by name it is to be measured, whatever is predicted.
-    if unfit is not None or single_family() == "spatial":
-        return unfit
+    if reason is not None or named_family() == "spatial":
+        return reason
     spatial, gather = (
         predicted(make(direction, problem, fp32_precision(problem.dtype), gpu))
         for make in (_candidates, gather_candidates)

@@ -46,22 +46,22 @@ class Family:
     candidates: Callable[[str, Any, str, Gpu], Candidates] | None = None
 
 
-_single: list[str] = []
+_named: list[str] = []
 
 
 @contextlib.contextmanager
 def only(name: str) -> Iterator[None]:
     """Let no other family serve a call inside the block, on any thread."""
-    _single.append(name)
+    _named.append(name)
     try:
         yield
     finally:
-        _single.pop()
+        _named.pop()
 
 
-def single_family() -> str | None:
+def named_family() -> str | None:
     """The one family that may serve a call; None: any."""
-    return _single[-1] if _single else None
+    return _named[-1] if _named else None
 
 
 def fp32_precision(dtype: torch.dtype) -> str:

@@ -29,7 +29,7 @@ from fastconv.kernels.problem.pool import PoolProblem
 from fastconv.kernels.tiles.autotuned import choose
 
 # More sums than this a thread would not stay in registers.
-MAX_SPAN = 9
+MOST_PIXELS = 9
 
 
 # y = (sum of x ** p) ** (1 / p), so that dy / dx = x ** (p - 1) * y ** (1 - p): the windows' part, and the pixel's.
@@ -250,7 +250,7 @@ def pool_pixel_gradient_kernel(
     tl.store(dx_ptr + out, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def spans(problem: PoolProblem) -> tuple[int, ...] | None:
+def pixel_block(problem: PoolProblem) -> tuple[int, ...] | None:
     """The block of pixels along each of three axes that a thread of `pool_gradient_kernel` has; None: not for it."""
     view = problem.as_rank3
     if problem.adaptive or any(d > 1 for d in problem.dilation) or problem.taps > UNROLLED:
@@ -258,23 +258,23 @@ def spans(problem: PoolProblem) -> tuple[int, ...] | None:
     # Windows that overlap at stride 1 are shared by two pixels along the axes of a plane.
     shared = [2 if axis and taps > 1 else 1 for axis, taps in enumerate(view.window)]
     found = tuple(stride if stride > 1 else two for stride, two in zip(view.stride, shared, strict=True))
-    return found if found[0] * found[1] * found[2] <= MAX_SPAN else None
+    return found if found[0] * found[1] * found[2] <= MOST_PIXELS else None
 
 
 def blocks_of(problem: PoolProblem) -> tuple[int, ...]:
     """How many blocks of pixels there are along each of three axes."""
     view = problem.as_rank3
-    span = spans(problem)
-    if span is None:
+    block = pixel_block(problem)
+    if block is None:
         return view.input_size
-    return tuple((h + pad - 1) // b + 1 for h, pad, b in zip(view.input_size, view.padding, span, strict=True))
+    return tuple((h + pad - 1) // b + 1 for h, pad, b in zip(view.input_size, view.padding, block, strict=True))
 
 
 def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides) -> Launch:
     """dy, index (absent unless ``problem.index``), y and x (absent but of lp norms) -> dx. ``strides``: of dy's pixels,
     in elements; of the planes' unless channels_last."""
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
-    span, blocks = spans(problem), blocks_of(problem)
+    block, blocks = pixel_block(problem), blocks_of(problem)
     vec = load_width(problem.dtype, view.channels, *strides)
     programs, rows, sides = pool_blocks(view, blocks, channels_last, {"BLOCK": config["BLOCK"]})
     element = pointer_type(problem.dtype)
@@ -284,19 +284,19 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
     norm = norm_form(problem.norm)
     last = (problem.scale, *exponents(problem.norm - 1.0))
     scalars: tuple[int | float, ...]
-    if span is not None:
+    if block is not None:
         scalars = (*sizes, *blocks, *steps, *view.padding, *last)
         constants = {
             **dict(zip("TRS", view.window, strict=True)),
             **{f"STRIDE_{axis}": value for axis, value in zip("DHW", view.stride, strict=True)},
-            **{f"SPAN_{axis}": value for axis, value in zip("DHW", span, strict=True)},
+            **{f"SPAN_{axis}": value for axis, value in zip("DHW", block, strict=True)},
         }
     else:
         geometry = (*view.window, *view.stride, *view.padding, *view.dilation)
         scalars = (*sizes, *steps, *geometry, *view.windows, *last)
         constants = {"ADAPTIVE": problem.adaptive, "DILATED": any(d > 1 for d in view.dilation)}
     return Launch(
-        kernel=pool_pixel_gradient_kernel if span is None else pool_gradient_kernel,
+        kernel=pool_pixel_gradient_kernel if block is None else pool_gradient_kernel,
         grid=(programs, 1, 1),
         pointers=(
             element,

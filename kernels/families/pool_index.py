@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.jit.walk import in_elements
-from fastconv.kernels.jit.windows import line_of, place, pool_blocks, window_span
+from fastconv.kernels.jit.windows import line_of, place, pool_blocks, window_bounds
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.layout import INDEX_TYPES, Strides, dense_strides, load_width, needs_int64, pointer_type
 from fastconv.kernels.problem.pool import PoolProblem
@@ -46,11 +46,11 @@ def pool_gather_kernel(
     out = (line * Q + q) * C + c
     tap = tl.load(index_ptr + out, mask=mask, other=0).to(tl.int32)
     r = tap // taps_w
-    w = window_span(q, W, Q, stride_w, pad_w, ADAPTIVE)[0] + tap % taps_w * dilation_w
-    h = window_span(p, H, P, stride_h, pad_h, ADAPTIVE)[0] + r % taps_h * dilation_h
+    w = window_bounds(q, W, Q, stride_w, pad_w, ADAPTIVE)[0] + tap % taps_w * dilation_w
+    h = window_bounds(p, H, P, stride_h, pad_h, ADAPTIVE)[0] + r % taps_h * dilation_h
     d, inside = 0, mask & (h < H) & (w < W)
     if RANK == 3:
-        d = window_span(o, D, O, stride_d, pad_d, ADAPTIVE)[0] + r // taps_h * dilation_d
+        d = window_bounds(o, D, O, stride_d, pad_d, ADAPTIVE)[0] + r // taps_h * dilation_d
         inside = inside & (d < D)
     if x_ptr is None:
         y = (d * H + h).to(tl.int64) * W + w

@@ -37,7 +37,7 @@ from fastconv.kernels.jit.windows import (
     place,
     pool_blocks,
     power,
-    window_span,
+    window_bounds,
 )
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.layout import (
@@ -125,11 +125,11 @@ def pool_kernel(
     if LINES > 1:
         # The last outputs of a column are two threads' rather than some be none's: no line past the image is read.
         p = tl.minimum(p * LINES, P - LINES)
-    w0, w1 = window_span(q, W, Q, stride_w, pad_w, ADAPTIVE)
-    h0, h1 = window_span(p, H, P, stride_h, pad_h, ADAPTIVE)
+    w0, w1 = window_bounds(q, W, Q, stride_w, pad_w, ADAPTIVE)
+    h0, h1 = window_bounds(p, H, P, stride_h, pad_h, ADAPTIVE)
     d0, d1 = 0, 1
     if RANK == 3:
-        d0, d1 = window_span(o, D, O, stride_d, pad_d, ADAPTIVE)
+        d0, d1 = window_bounds(o, D, O, stride_d, pad_d, ADAPTIVE)
     images = x_ptr + n * x_n + c
     line = line_of(n, o, p, O, P, RANK)
     count = 1

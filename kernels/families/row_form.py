@@ -18,7 +18,7 @@ LONGEST_RUN = 64
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowForm:
     """How the rows of a filter are read."""
 
     columns: int  # neighbouring outputs that share a run
@@ -52,11 +52,11 @@ def why_not_runs(problem: ConvProblem, x_strides: Strides | None = None) -> str 
     return None
 
 
-def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | str:
+def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> RowForm | str:
     """The form with the shortest run and the widest loads, or the reason why there is none."""
-    unfit = why_not_runs(problem, x_strides)
-    if unfit is not None:
-        return unfit
+    reason = why_not_runs(problem, x_strides)
+    if reason is not None:
+        return reason
     c, s = problem.in_channels, problem.filter_size[-1]
     *others, _ = x_strides or dense_strides(problem.as_rank3.input_shape)
     forms = []
@@ -65,7 +65,7 @@ def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | s
         vec = common_width(problem.dtype, columns * distance, problem.input_size[-1] * c, *others)
         shift = -problem.padding[-1] * c % vec
         used = shift + s * c + (columns - 1) * distance
-        form = Rows(columns, vec, shift, used, max(8, triton.next_power_of_2(used)))
+        form = RowForm(columns, vec, shift, used, max(8, triton.next_power_of_2(used)))
         if vec * problem.dtype.itemsize >= 4 and form.run <= LONGEST_RUN:
             forms.append(form)
     if not forms:
@@ -74,11 +74,11 @@ def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | s
     return min(forms, key=lambda form: (form.run, -form.vec, form.columns))
 
 
-def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | str:
+def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> RowForm | str:
     """The form with the fewest elements of a run for an output, or the reason why there is none."""
-    unfit = why_not_runs(problem, x_strides)
-    if unfit is not None:
-        return unfit
+    reason = why_not_runs(problem, x_strides)
+    if reason is not None:
+        return reason
     n, c, *size = problem.as_rank3.input_shape
     strides = zip((n, *size), x_strides or dense_strides((n, c, *size)), strict=True)
     if any(count > 1 and (step <= 0 or step * problem.dtype.itemsize % ALIGNMENT) for count, step in list(strides)[:3]):
@@ -86,17 +86,17 @@ def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> Rows | s
     window, distance = problem.filter_size[-1] * c, problem.stride[-1] * c
     used = {columns: window + (columns - 1) * distance for columns in (1, 2)}
     # (A product reduces 16 elements or more.)
-    forms = [Rows(columns, 1, 0, last, max(16, triton.next_power_of_2(last))) for columns, last in used.items()]
+    forms = [RowForm(columns, 1, 0, last, max(16, triton.next_power_of_2(last))) for columns, last in used.items()]
     return min((form for form in forms if form.run <= LONGEST_RUN), key=lambda form: form.run / form.columns)
 
 
-def rows_of(problem: ConvProblem) -> int:
+def filter_rows(problem: ConvProblem) -> int:
     """Rows of the filter."""
     return problem.taps // problem.filter_size[-1]
 
 
 @triton.jit(do_not_specialize=["K", "rows", "window", "shift", "distance", "padded", "elements"])
-def conv_rows_pack_kernel(
+def conv_rows_weight_kernel(
     w_ptr,  # [K, rows, window]
     out_ptr,  # [columns, K, padded, RUN]
     K,
@@ -120,17 +120,17 @@ def conv_rows_pack_kernel(
     tl.store(out_ptr + index, w, mask=index < elements)
 
 
-def pack_rows(problem: ConvProblem, form: Rows, padded: int) -> Launch:
+def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
     """The launch that lays out a weight as runs, so many ``padded`` rows of each channel; its last scalar counts the
     elements."""
     c, k, element = problem.in_channels, problem.out_channels, pointer_type(problem.dtype)
     elements, block = form.columns * k * padded * form.run, 1024
     return Launch(
-        kernel=conv_rows_pack_kernel,
+        kernel=conv_rows_weight_kernel,
         grid=(triton.cdiv(elements, block), 1, 1),
         pointers=(element, element),
         scalars=(
-            *(k, rows_of(problem), problem.filter_size[-1] * c, form.shift, problem.stride[-1] * c),
+            *(k, filter_rows(problem), problem.filter_size[-1] * c, form.shift, problem.stride[-1] * c),
             *(padded, elements),
         ),
         constants={"RUN": form.run, "BLOCK": block},
@@ -139,7 +139,7 @@ def pack_rows(problem: ConvProblem, form: Rows, padded: int) -> Launch:
     )
 
 
-def row_scalars(problem: ConvProblem, form: Rows, x_strides: Strides, vec_k: int) -> tuple[int, ...]:
+def row_scalars(problem: ConvProblem, form: RowForm, x_strides: Strides, vec_k: int) -> tuple[int, ...]:
     lifted, c = problem.as_rank3, problem.in_channels
     depth, height, width = lifted.input_size
     distance = lifted.stride[-1] * c

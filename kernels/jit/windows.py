@@ -59,7 +59,7 @@ def line_of(n, o, p, O, P, RANK: tl.constexpr):
 
 
 @triton.jit
-def window_span(p, size, outputs, stride, padding, ADAPTIVE: tl.constexpr):
+def window_bounds(p, size, outputs, stride, padding, ADAPTIVE: tl.constexpr):
     """Where the window ``p`` of an axis begins, and what it must not reach."""
     if ADAPTIVE:
         return p * size // outputs, ((p + 1) * size + outputs - 1) // outputs
@@ -72,7 +72,7 @@ def extent(
     p, size, outputs, stride, padding, window, ADAPTIVE: tl.constexpr, INCLUDE_PADDING: tl.constexpr
 ):  # fmt: skip
     """The pixels of an axis that the window ``p`` of an average counts."""
-    first, last = window_span(p, size, outputs, stride, padding, ADAPTIVE)
+    first, last = window_bounds(p, size, outputs, stride, padding, ADAPTIVE)
     if not ADAPTIVE:
         last = first + window
         if INCLUDE_PADDING:

@@ -18,7 +18,7 @@ from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.autotune.choose import by_cost_model
 from fastconv.autotune.known import join, on_change
 from fastconv.kernels import dispatch
-from fastconv.kernels.families.family import fp32_precision, single_family, why_not_gpu
+from fastconv.kernels.families.family import fp32_precision, named_family, why_not_gpu
 from fastconv.kernels.launch.descriptor import ALIGNMENT, start_of
 from fastconv.kernels.launch.launch import Launch, Uncovered, deciding, run
 from fastconv.kernels.tiles.autotuned import ADAPTER, considering, policy
@@ -93,7 +93,7 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     kinds = tuple(
         [None if t is None else (t.shape, t.stride(), t.dtype, t.device, start(t) % ALIGNMENT == 0) for t in operands]
     )
-    key = (prepare, gpu.name, single_family(), policy(), precision, kinds, arguments)
+    key = (prepare, gpu.name, named_family(), policy(), precision, kinds, arguments)
     call = _calls.get(key)
     if call is None:
         join(ADAPTER)

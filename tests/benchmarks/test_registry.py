@@ -11,7 +11,7 @@ import torch
 from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.calls import LARGE, Operator
 from fastconv.benchmarks.registry import ENTRIES, TARGET
-from fastconv.kernels.families.family import single_family
+from fastconv.kernels.families.family import named_family
 from fastconv.kernels.problem.conv import conv_problem
 
 
@@ -79,9 +79,9 @@ def test_providers_are_chosen_by_name_beside_the_yardstick() -> None:
     assert [provider.name for provider in chosen] == ["eager", *names]
     assert [provider.ours for provider in chosen] == [False, True, False]
     with chosen[1].serving():
-        assert single_family() == "gather"
+        assert named_family() == "gather"
     with chosen[0].serving():
-        assert single_family() is None
+        assert named_family() is None
     for name in ("fastconv:cubic", "cudnn", "eager:gather", "fastconv:"):
         with pytest.raises(ValueError, match=f"'{name}' is not one of eager, fastconv, .*fastconv:gather"):
             registry.providers([name])

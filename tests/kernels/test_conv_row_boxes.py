@@ -17,7 +17,7 @@ import torch
 from convolutions import DEVICE, Case, depths, expected, trailing
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
-from fastconv.kernels.families.row_form import Rows, box_form
+from fastconv.kernels.families.row_form import RowForm, box_form
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
@@ -41,7 +41,7 @@ EVEN = (
 def _aligned(problem: ConvProblem) -> bool:
     """Whether every run begins at a multiple of 16 bytes."""
     form = box_form(problem)
-    assert isinstance(form, Rows)
+    assert isinstance(form, RowForm)
     hops = problem.output_size[-1] > form.columns
     pixels = problem.padding[-1], form.columns * problem.stride[-1] * hops
     return all(count * problem.in_channels % 8 == 0 for count in pixels)
@@ -91,7 +91,7 @@ def check_fprop(case: Case, problem: ConvProblem, record_property: Callable[...,
     geometry = problem.stride, problem.padding + trailing(problem), problem.dilation, 1
     with dispatch.only_family("row_boxes"), record() as records:
         y = conv.conv_fprop(x, weight, None, *geometry)
-    assert [it.name for it in records] == ["conv_rows_pack_kernel", "conv_row_boxes_kernel"]
+    assert [it.name for it in records] == ["conv_rows_weight_kernel", "conv_row_boxes_kernel"]
     assert_equal(y, reference, f"fprop of {problem.describe()}")
     with dispatch.only_family("gather"):
         assert torch.equal(y, conv.conv_fprop(x, weight, None, *geometry))
@@ -108,7 +108,7 @@ def test_every_filter_and_stride(case: Case, record_property: Callable[..., None
 def test_small_problems_are_of_every_kind() -> None:
     cases = {case.name: case for case in SMALL + EVEN}
     forms = [(case.c, box_form(case.problem(torch.bfloat16))) for case in cases.values()]
-    found = {(c, form.columns) for c, form in forms if isinstance(form, Rows)}
+    found = {(c, form.columns) for c, form in forms if isinstance(form, RowForm)}
     assert found == {(c, columns) for c in (1, 2, 3, 4) for columns in (1, 2)}
     assert len(cases) >= 50
 
@@ -130,7 +130,7 @@ def test_exact_on_integers(case: Case, record_property: Callable[..., None]) -> 
     torch.testing.assert_close(mean.cpu().double(), true_mean, rtol=0, atol=1e-6 * reference.abs().max().item())
     torch.testing.assert_close(var.cpu().double(), true_var, rtol=1e-5, atol=0)
     products = [it.name for it in records if it.name != "combine_statistics_kernel"]
-    assert products == ["conv_rows_pack_kernel", "conv_row_boxes_kernel"] * 2
+    assert products == ["conv_rows_weight_kernel", "conv_row_boxes_kernel"] * 2
 
 
 @pytest.mark.usefixtures("small_tile")
@@ -140,7 +140,7 @@ def test_infinity_beside_the_window_stays_out(case: Case, value: float) -> None:
     """Both where outputs share a run and where the run is longer than one's window."""
     problem = case.problem(torch.bfloat16)
     form = box_form(problem)
-    assert isinstance(form, Rows) and (form.columns, form.used < form.run) == (
+    assert isinstance(form, RowForm) and (form.columns, form.used < form.run) == (
         (2, True) if case is EVEN[0] else (1, True)
     )
     x, weight, _ = operands_of(problem)
@@ -166,7 +166,7 @@ def test_it_serves_where_it_is_predicted_faster() -> None:
     assert dispatch.plan("fprop", vgg, gpus.H200).family == "row_boxes"
     with dispatch.only_family("row_boxes"):
         plan = dispatch.plan("fprop", problem, gpus.H200)
-        assert plan.family == "row_boxes" and box_form(problem) == Rows(2, 1, 0, 27, 32)
+        assert plan.family == "row_boxes" and box_form(problem) == RowForm(2, 1, 0, 27, 32)
         assert dispatch.plan("fprop", problem, gpus.A100).family == "pytorch"
 
 

@@ -15,7 +15,7 @@ from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, compu
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_rows
-from fastconv.kernels.families.row_form import Rows, row_form
+from fastconv.kernels.families.row_form import RowForm, row_form
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import call, conv
@@ -82,15 +82,15 @@ def test_each_direction_has_fifty_problems(direction: str) -> None:
 @pytest.mark.parametrize(
     ("case", "form"),
     [
-        (Case("", 8, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3)), Rows(columns=2, vec=4, shift=3, used=30, run=32)),
-        (Case("", 8, 3, 32, (224, 224), (3, 3), (2, 2), (1, 1)), Rows(columns=2, vec=4, shift=1, used=16, run=16)),
-        (Case("", 8, 3, 64, (224, 224), (3, 3), (1, 1), (1, 1)), Rows(columns=2, vec=2, shift=1, used=13, run=16)),
-        (Case("", 8, 4, 64, (224, 224), (7, 7), (2, 2), (3, 3)), Rows(columns=1, vec=8, shift=4, used=32, run=32)),
-        (Case("", 8, 1, 6, (28, 28), (5, 5), (1, 1), (2, 2)), Rows(columns=2, vec=2, shift=0, used=6, run=8)),
+        (Case("", 8, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3)), RowForm(columns=2, vec=4, shift=3, used=30, run=32)),
+        (Case("", 8, 3, 32, (224, 224), (3, 3), (2, 2), (1, 1)), RowForm(columns=2, vec=4, shift=1, used=16, run=16)),
+        (Case("", 8, 3, 64, (224, 224), (3, 3), (1, 1), (1, 1)), RowForm(columns=2, vec=2, shift=1, used=13, run=16)),
+        (Case("", 8, 4, 64, (224, 224), (7, 7), (2, 2), (3, 3)), RowForm(columns=1, vec=8, shift=4, used=32, run=32)),
+        (Case("", 8, 1, 6, (28, 28), (5, 5), (1, 1), (2, 2)), RowForm(columns=2, vec=2, shift=0, used=6, run=8)),
     ],
     ids=["ResNet", "EfficientNet", "VGG", "4 channels", "LeNet"],
 )
-def test_the_run_of_a_row(case: Case, form: Rows) -> None:
+def test_the_run_of_a_row(case: Case, form: RowForm) -> None:
     assert row_form(case.problem(torch.bfloat16)) == form
 
 
@@ -127,7 +127,7 @@ def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch
     for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
         assert_equal(value, reference, f"{name} of {problem.describe()}")
     names = [r.name for r in records]
-    assert {"conv_rows_pack_kernel", "conv_rows_kernel", "conv_rows_wgrad_kernel"} <= set(names)
+    assert {"conv_rows_weight_kernel", "conv_rows_kernel", "conv_rows_wgrad_kernel"} <= set(names)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
