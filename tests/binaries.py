@@ -18,8 +18,8 @@ COMPILING = [
     pytest.mark.compile,
     pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile"),
 ]
-# Processes of pytest-xdist share the cores.
-JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+# Processes of pytest-xdist share the cores; the last one at work takes two.
+JOBS = max(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 _missing = ", ".join(name for name in ("rich", "typer") if find_spec(name) is None)
 needs_networks = pytest.mark.skipif(bool(_missing), reason=f"not installed: {_missing}")

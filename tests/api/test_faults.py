@@ -52,7 +52,7 @@ def forgotten() -> Iterator[None]:
     forget()
     yield
     forget()
-    assert not (launches._recorders or autotuned._considering or dispatch._forced or family.only)
+    assert not (launches._recorders or autotuned._considering or dispatch._forced or family._named)
     free: list[bool] = []
 
     def launch() -> None:

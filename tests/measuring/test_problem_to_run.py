@@ -76,7 +76,7 @@ CALLS = {
 
 def asked_by(call: Any, dtype: torch.dtype, gpu: Any) -> list[TuningTask]:
     """What a call and its backward ask."""
-    found: problems.Found = {}
+    found: problems.Tasks = {}
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with one_thread, problems._asking(gpu, found), torch._subclasses.FakeTensorMode(), OurOperators():
         y = call(dtype)
