@@ -34,7 +34,7 @@ from fastconv.kernels.families import (
     pool_gradient,
     pool_window,
 )
-from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, named_family, only, why_not_gpu
+from fastconv.kernels.families.family import DENSE, Family, Layout, named_family, only, why_not_gpu
 from fastconv.kernels.jit.epilogue import PLAIN
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.descriptor import ALIGNMENT, bulk, pitched
@@ -129,7 +129,7 @@ def _fitted(family: Family, direction: str, problem: Any, gpu: Gpu, layout: Layo
     reason = family.why_not(direction, problem, gpu, layout)
     # Asked for by name it is to be measured, whatever is predicted.
     if reason is None and copied and named_family() is None:
-        reason = _copies_slower(family, direction, problem, gpu, copied)
+        reason = _copies_slower(family, direction, problem, gpu, layout, copied)
     return layout, reason
 
 
@@ -155,17 +155,17 @@ def _with_room(family: Family, direction: str, problem: ConvProblem, layout: Lay
     return replace(layout, source_strides=strides["source"], other_strides=strides["other"]), copied
 
 
-def _copies_slower(family: Family, direction: str, problem: ConvProblem, gpu: Gpu, copied: Sequence[int]) -> str | None:
+def _copies_slower(
+    family: Family, direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout, copied: Sequence[int]
+) -> str | None:
     """The cost model's reason to gather if a family of bulk copies is to have operands copied first, each of which
     moves so many bytes, or its result afterwards: all together is predicted to take longer."""
-    assert family.candidates is not None
-    precision = fp32_precision(problem.dtype)
-    if direction == "wgrad":
-        gather = conv_gather_wgrad.wgrad_candidates(problem, precision, gpu)
-    else:
-        gather = conv_gather.gather_candidates(direction, problem, precision, gpu)
+    gather = conv_gather_wgrad.FAMILY if direction == "wgrad" else conv_gather.FAMILY
     copying = sum(predict_pass(moved, gpu) for moved in copied)
-    ratio = (predicted(family.candidates(direction, problem, precision, gpu)) + copying) / predicted(gather)
+    family_seconds, gather_seconds = (
+        predicted(it.candidates(direction, problem, gpu, layout)) for it in (family, gather)
+    )
+    ratio = (family_seconds + copying) / gather_seconds
     if ratio <= 1:
         return None
     return f"with {copying * 1e6:.0f} us of copies predicted to take {ratio:.2f} times as long as a gather"

@@ -27,7 +27,7 @@ from fastconv.kernels.families.channel_sum import channel_sum_kernel
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import activate, normalise
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, choose
 from fastconv.kernels.tiles.shapes import INTERPRETED_SIDES, TileSpace, cdiv
@@ -293,9 +293,7 @@ def batch_norm_act(y: Pass, how: Activated, types: Types, config: Config) -> Lau
     return _launch(batch_norm_act_kernel, y, how, pointers, (how.eps, how.a, how.b), function, config)
 
 
-def batch_norm_act_sums(
-    y: Pass, how: Activated, types: Types, bounds: tuple[float, float], config: Config
-) -> tuple[Launch, ...]:
+def batch_norm_act_sums(y: Pass, how: Activated, types: Types, bounds: tuple[float, float], config: Config) -> Launches:
     """dz, y, z, and what `batch_norm_act` reads beside y -> sums, or -> partial sums -> sums; ``bounds``: the
     activation's two numbers."""
     splits = config["SPLITS"]

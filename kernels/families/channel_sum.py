@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config
 from fastconv.kernels.families.splits import split_sum
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
 
 
@@ -44,7 +44,7 @@ def channel_sum_kernel(
     tl.store(out_ptr + split * K + offs_k, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=mask_k)
 
 
-def channel_sum(pixels: int, channels: int, stride: int, dtype: torch.dtype, config: Config) -> tuple[Launch, ...]:
+def channel_sum(pixels: int, channels: int, stride: int, dtype: torch.dtype, config: Config) -> Launches:
     """The launches that sum [pixels, channels], ``stride`` elements a pixel: x -> out, or x -> workspace -> out."""
     vec = load_width(dtype, channels, stride)
     element = pointer_type(dtype)

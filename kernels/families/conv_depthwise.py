@@ -21,16 +21,16 @@ from math import prod
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.depthwise_schedule import MAX_ROW, MAX_STRIDE, blocks, row_schedule, strips
-from fastconv.kernels.families.family import Family, Layout, why_not_sizes
+from fastconv.kernels.families.family import DENSE, Family, Layout, why_not_sizes
 from fastconv.kernels.jit.activations import ACTIVATIONS
-from fastconv.kernels.jit.epilogue import PLAIN, Epilogue, activate, affine_of
+from fastconv.kernels.jit.epilogue import activate, affine_of
 from fastconv.kernels.jit.walk import in_elements, phase_walk
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 
 
@@ -231,20 +231,13 @@ def conv_depthwise_kernel(
         tl.store(y_ptr + offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def conv_depthwise(
-    direction: str,
-    problem: ConvProblem,
-    config: Config,
-    x_strides: Strides | None = None,
-    y_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-) -> Launch:
+def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
     Its operands: source, weight [taps, K], bias, those of ``epilogue``, the result, and each tile's count, means and
     squares.
     """
+    epilogue = layout.epilogue
     w_stride = problem.out_channels
     if mirrors(direction, problem):
         direction, problem, w_stride = "fprop", mirrored(problem), -w_stride
@@ -252,8 +245,8 @@ def conv_depthwise(
     dgrad = direction == "dgrad"
     operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
     (_, x_channels, *x_size), (_, k, *y_size) = operands
-    x_strides = x_strides or dense_strides(operands[0])
-    y_strides = y_strides or dense_strides(operands[1])
+    x_strides = layout.source_strides or dense_strides(operands[0])
+    y_strides = layout.other_strides or dense_strides(operands[1])
     # Where a result's channel does not read the one channel of its number, 16 bytes hold no vector of them.
     vec = load_width(problem.dtype, k, x_channels, *x_strides, *y_strides) if x_channels == k else 1
     gcds, inverses = lifted.phases
@@ -265,11 +258,11 @@ def conv_depthwise(
     strip, groups = strips(y_size[2], outputs)
     element = pointer_type(problem.dtype)
     tiles = triton.cdiv(problem.batch * prod(sizes) * groups, config["BLOCK_M"]) * prod(phases)
-    return Launch(
+    launch = Launch(
         kernel=conv_depthwise_kernel,
         grid=(tiles * triton.cdiv(k, config["BLOCK_K"]), 1, 1),
         pointers=(
-            *(element, element, element if bias else None, *epilogue.pointers),
+            *(element, element, element if layout.bias else None, *epilogue.pointers),
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
@@ -310,6 +303,7 @@ def conv_depthwise(
         num_stages=1,
         tiles=tiles,
     )
+    return (launch,)
 
 
 def mirrors(direction: str, problem: ConvProblem) -> bool:
@@ -346,7 +340,7 @@ DEPTHWISE = TileSpace(
 )
 
 
-def _candidates(direction: str, problem: ConvProblem, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     if mirrors(direction, problem):
         direction, problem = "fprop", mirrored(problem)
     dgrad = direction == "dgrad"
@@ -402,10 +396,4 @@ def why_not_depthwise(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
     return why_not_sizes(problem)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    choice = choose(_candidates(direction, problem, gpu))
-    source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
-    return choice, (conv_depthwise(direction, problem, choice.config, source, other, bias, epilogue),)
-
-
-FAMILY = Family("depthwise", why_not_depthwise, _plan)
+FAMILY = Family("depthwise", why_not_depthwise, _candidates, conv_depthwise)

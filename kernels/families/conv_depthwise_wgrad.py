@@ -8,16 +8,16 @@ from math import prod
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_depthwise import DEPTHWISE, why_not_depthwise
 from fastconv.kernels.families.depthwise_schedule import WGRAD_ROW, blocks, row_schedule, strips
-from fastconv.kernels.families.family import Family, Layout
+from fastconv.kernels.families.family import DENSE, Family, Layout
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import in_elements
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 
 
@@ -148,12 +148,8 @@ def conv_depthwise_wgrad_kernel(
 
 
 def conv_depthwise_wgrad(
-    problem: ConvProblem,
-    config: Config,
-    x_strides: Strides | None = None,
-    dy_strides: Strides | None = None,
-    taps_outermost: bool = False,
-) -> tuple[Launch, ...]:
+    direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
+) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
     Strides in elements, channels_last-dense unless given; dw is [taps, K] where ``taps_outermost``, else [K, taps].
@@ -161,8 +157,8 @@ def conv_depthwise_wgrad(
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape
     _, k, *dy_size = lifted.output_shape
-    x_strides = x_strides or dense_strides(lifted.input_shape)
-    dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
+    dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
     multiplier = problem.out_channels // problem.in_channels
     vec = load_width(problem.dtype, k, *x_strides, *dy_strides) if multiplier == 1 else 1
     outputs = config["OUTPUTS"]
@@ -180,7 +176,7 @@ def conv_depthwise_wgrad(
             *dy_size,
             k // vec,
             *lifted.filter_size,
-            *((k, 1) if taps_outermost or splits > 1 else (1, problem.taps)),
+            *((k, 1) if layout.taps_outermost or splits > 1 else (1, problem.taps)),
             strip,
             splits,
             *(stride // vec for stride in x_strides),
@@ -208,7 +204,7 @@ def conv_depthwise_wgrad(
     )
     if splits == 1:
         return (first,)
-    return first, split_sum(splits, 1, problem.taps, k, problem.dtype, taps_outermost)
+    return first, split_sum(splits, 1, problem.taps, k, problem.dtype, layout.taps_outermost)
 
 
 def filter_parts(problem: ConvProblem, config: Config) -> int:
@@ -230,7 +226,7 @@ DEPTHWISE_WGRAD_LONG = replace(
 )
 
 
-def _candidates(problem: ConvProblem, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     lifted = problem.as_rank3
     _, k, *sizes = lifted.output_shape
 
@@ -262,11 +258,4 @@ def _candidates(problem: ConvProblem, gpu: Gpu) -> Candidates:
     return Candidates(space, problem, work, gpu)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    choice = choose(_candidates(problem, gpu))
-    return choice, conv_depthwise_wgrad(
-        problem, choice.config, layout.source_strides, layout.other_strides, layout.taps_outermost
-    )
-
-
-FAMILY = Family("depthwise", why_not_depthwise, _plan)
+FAMILY = Family("depthwise", why_not_depthwise, _candidates, conv_depthwise_wgrad)

@@ -16,22 +16,24 @@ compiles; channel counts and strides come divided by VEC, which tells the compil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, why_not_groups
+from fastconv.autotune import Config, Gpu, Work
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
 from fastconv.kernels.jit.activations import ACTIVATIONS
-from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
+from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, phase_walk
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, common_width, dense_strides, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import common_width, dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import (
     INTERPRETED_PRODUCT,
     TileSpace,
@@ -320,16 +322,8 @@ def conv_gather_kernel(
 
 
 def conv_gather(
-    direction: str,
-    problem: ConvProblem,
-    config: Config,
-    precision: str,
-    x_strides: Strides | None = None,
-    y_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-    pack: int = 1,
-) -> tuple[Launch, ...]:
+    direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
+) -> Launches:
     """The launches of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
     Operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares; where
@@ -340,8 +334,8 @@ def conv_gather(
     dgrad = direction == "dgrad"
     operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
     (_, x_channels, *x_size), (_, y_channels, *y_size) = operands
-    x_strides = x_strides or dense_strides(operands[0])
-    y_strides = y_strides or dense_strides(operands[1])
+    x_strides = layout.source_strides or dense_strides(operands[0])
+    y_strides = layout.other_strides or dense_strides(operands[1])
     groups = problem.groups // pack
     c, k = x_channels // groups, y_channels // groups
     vec_c, vec_k = load_width(problem.dtype, c, *x_strides), load_width(problem.dtype, k, *y_strides)
@@ -353,16 +347,15 @@ def conv_gather(
     element = pointer_type(problem.dtype)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     assert pack == 1 or tile["BLOCK_C"] >= c
-    splits, finishing = config["SPLITS"], epilogue
+    splits, finishing = config["SPLITS"], layout.epilogue
     assert splits == 1 or pack == 1, "the walk by single channels of a packed tile is that of its whole reduction"
-    if splits > 1:
-        epilogue = PLAIN
+    epilogue = PLAIN if splits > 1 else finishing
     tiles = triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases)
     product = Launch(
         kernel=conv_gather_kernel,
         grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]) * splits, groups, 1),
         pointers=(
-            *(element, element, element if bias and splits == 1 else None, *epilogue.pointers),
+            *(element, element, element if layout.bias and splits == 1 else None, *epilogue.pointers),
             *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
@@ -396,7 +389,7 @@ def conv_gather(
             "SPLIT": splits > 1,
             "FLAT": taps_share_step(problem.taps, c, pack),
             "WIDE": needs_int64((operands[0], x_strides), (operands[1], y_strides)),
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             "PART_K": tile["BLOCK_K"]
@@ -411,7 +404,7 @@ def conv_gather(
     if splits == 1:
         return (product,)
     return product, sum_splits_with_epilogue(
-        problem.batch * prod(y_size), y_channels, splits, problem.dtype, bias, finishing
+        problem.batch * prod(y_size), y_channels, splits, problem.dtype, layout.bias, finishing
     )
 
 
@@ -475,7 +468,10 @@ def _packed(problem: ConvProblem) -> float:
     return 3 / run if run * problem.dtype.itemsize >= 4 else 4
 
 
-def gather_candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Candidates:
+def gather_candidates(
+    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
+) -> Candidates:
+    precision = fp32_precision(problem.dtype)
     groups = problem.groups // pack
     k, c = problem.out_channels // groups, problem.in_channels // groups
     pixels, phases = problem.output_pixels, 1
@@ -539,22 +535,10 @@ def why_not_packed(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layou
     return why_not_groups(problem)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    return _plan_packed(direction, problem, gpu, layout, 1)
+def packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of as many groups in a tile as share one."""
+    return lambda direction, problem, *rest: function(direction, problem, *rest, pack=packed_groups(direction, problem))
 
 
-def _plan_grouped(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    return _plan_packed(direction, problem, gpu, layout, packed_groups(direction, problem))
-
-
-def _plan_packed(
-    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout, pack: int
-) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
-    choice = choose(gather_candidates(direction, problem, precision, gpu, pack))
-    bias, epilogue = layout.bias, layout.epilogue
-    return choice, conv_gather(direction, problem, choice.config, precision, source, other, bias, epilogue, pack)
-
-
-FAMILY = Family("gather", _why_not, _plan)
-GROUPED = Family("grouped", why_not_packed, _plan_grouped)
+FAMILY = Family("gather", _why_not, gather_candidates, conv_gather)
+GROUPED = Family("grouped", why_not_packed, packed(gather_candidates), packed(conv_gather))

@@ -15,15 +15,20 @@ from math import prod
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
-from fastconv.kernels.families.conv_gather import packed_groups, taps_share_step, why_not_packed, x_cache_modifier
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, why_not_groups
+from fastconv.autotune import Config, Gpu, Work
+from fastconv.kernels.families.conv_gather import (
+    packed,
+    taps_share_step,
+    why_not_packed,
+    x_cache_modifier,
+)
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, linear_stride, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import dense_strides, linear_stride, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import (
     INTERPRETED_PRODUCT,
     TileSpace,
@@ -184,14 +189,8 @@ def conv_wgrad_kernel(
 
 
 def conv_wgrad(
-    problem: ConvProblem,
-    config: Config,
-    precision: str,
-    x_strides: Strides | None = None,
-    dy_strides: Strides | None = None,
-    channels_last: bool = True,
-    pack: int = 1,
-) -> tuple[Launch, ...]:
+    direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
+) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
     Strides in elements, channels_last-dense unless given; those of dy must be even (`linear_stride`). ``channels_last``
@@ -200,8 +199,8 @@ def conv_wgrad(
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape
     _, _, *dy_size = lifted.output_shape
-    x_strides = x_strides or dense_strides(lifted.input_shape)
-    dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
+    dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
     dy_stride = linear_stride(lifted.output_shape, dy_strides)
     assert dy_stride is not None, "the launcher copies such a dy"
     # Of the strides as they are: those of a linear walk say nothing of rows and images.
@@ -249,9 +248,9 @@ def conv_wgrad(
             "RANK": max(problem.rank, 2),
             "LINEAR": x_stride is not None,
             "FLAT": pairs,
-            "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
+            "CHANNELS_LAST": layout.channels_last or splits > 1 or problem.taps == 1,
             "WIDE": is_wide,
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             **tile,
         },
         num_warps=config["num_warps"],
@@ -259,7 +258,9 @@ def conv_wgrad(
     )
     if splits == 1:
         return (product,)
-    return product, split_sum(splits, problem.out_channels, problem.taps, c // pack, problem.dtype, channels_last)
+    return product, split_sum(
+        splits, problem.out_channels, problem.taps, c // pack, problem.dtype, layout.channels_last
+    )
 
 
 def taps_share_tile(taps: int, channels: int, pack: int) -> bool:
@@ -293,7 +294,10 @@ def _wgrad_tile(config: Config) -> str | None:
 WGRAD_DENSE = replace(WGRAD, name="conv_wgrad_dense", valid=_wgrad_tile)
 
 
-def wgrad_candidates(problem: ConvProblem, precision: str, gpu: Gpu, pack: int = 1) -> Candidates:
+def wgrad_candidates(
+    direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
+) -> Candidates:
+    precision = fp32_precision(problem.dtype)
     groups = problem.groups // pack
     k, c = problem.out_channels // groups, problem.in_channels // groups
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
@@ -331,19 +335,5 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     return why_not_groups(problem)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    return _plan_packed(problem, gpu, layout, 1)
-
-
-def _plan_grouped(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    return _plan_packed(problem, gpu, layout, packed_groups(direction, problem))
-
-
-def _plan_packed(problem: ConvProblem, gpu: Gpu, layout: Layout, pack: int) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
-    choice = choose(wgrad_candidates(problem, precision, gpu, pack))
-    return choice, conv_wgrad(problem, choice.config, precision, source, other, layout.channels_last, pack)
-
-
-FAMILY = Family("gather", _why_not, _plan)
-GROUPED = Family("grouped", why_not_packed, _plan_grouped)
+FAMILY = Family("gather", _why_not, wgrad_candidates, conv_wgrad)
+GROUPED = Family("grouped", why_not_packed, packed(wgrad_candidates), packed(conv_wgrad))

@@ -19,16 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, why_not_bulk_copies
+from fastconv.autotune import Config, Gpu, Work
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_bulk_copies
 from fastconv.kernels.families.splits import conv_finish_kernel, split_sum, split_sum_kernel, sum_splits_with_epilogue
 from fastconv.kernels.jit.activations import ACTIVATIONS
-from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
+from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.launch.descriptor import ALIGNMENT, LINE, Descriptor, pitch
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import INT32_MAX, Strides, dense_strides, linear_stride, load_width, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 
 
@@ -161,16 +161,7 @@ def conv_gemm_wgrad_kernel(
     tl.store(out, acc.to(dw_ptr.dtype.element_ty), mask=(offs_k < K)[:, None] & (offs_c < C)[None, :])
 
 
-def conv_gemm(
-    direction: str,
-    problem: ConvProblem,
-    config: Config,
-    precision: str,
-    gpu: Gpu,
-    x_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Launch, ...]:
+def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop (x -> y) or dgrad (dy -> dx), the result dense; operands as `conv_gather`'s.
 
     Strides in elements, channels_last-dense unless given.
@@ -181,16 +172,15 @@ def conv_gemm(
         c, k = k, c
     pixels, dtype = problem.output_pixels, problem.dtype
     (shape,) = _read(direction, problem)
-    stride = _pixel_stride(problem, shape, x_strides)
+    stride = _pixel_stride(problem, shape, layout.source_strides)
     assert stride is not None, "no flat GEMM"
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     m_block, k_block, c_block = tile.values()
     x = Descriptor(dtype, (pixels, c), (stride, 1), (m_block, c_block))
     sides, box = ((c, k), (c_block, k_block)) if dgrad else ((k, c), (k_block, c_block))
     w = Descriptor(dtype, sides, (pitch(problem.in_channels, dtype), 1), box)
-    splits, finishing = config["SPLITS"], epilogue
-    if splits > 1:
-        epilogue = PLAIN
+    splits, finishing = config["SPLITS"], layout.epilogue
+    epilogue = PLAIN if splits > 1 else finishing
     stays = resident(c, dtype)
     assert not stays or (c_block >= c and splits == 1), "one step is the whole reduction"
     element, vec = pointer_type(dtype), load_width(dtype, k)
@@ -199,7 +189,7 @@ def conv_gemm(
         kernel=conv_gemm_kernel,
         grid=(k_tiles * (walkers(problem, tiles, k_tiles, config, gpu) if stays else tiles * splits), 1, 1),
         pointers=(
-            *(x, w, element if bias and splits == 1 else None, *epilogue.pointers),
+            *(x, w, element if layout.bias and splits == 1 else None, *epilogue.pointers),
             *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(pixels, c, k // vec, splits, *epilogue.scalars),
@@ -209,7 +199,7 @@ def conv_gemm(
             "RESIDENT": stays,
             "SPLIT": splits > 1,
             "WIDE": pixels * k > INT32_MAX,
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             "PART_K": k_block if epilogue == PLAIN else min(k_block, PART_K),
@@ -221,12 +211,10 @@ def conv_gemm(
     )
     if splits == 1:
         return (product,)
-    return product, sum_splits_with_epilogue(pixels, k, splits, dtype, bias, finishing)
+    return product, sum_splits_with_epilogue(pixels, k, splits, dtype, layout.bias, finishing)
 
 
-def conv_gemm_wgrad(
-    problem: ConvProblem, config: Config, x_strides: Strides | None = None, dy_strides: Strides | None = None
-) -> tuple[Launch, ...]:
+def conv_gemm_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
 
     Strides in elements, channels_last-dense unless given; dw is dense.
@@ -234,7 +222,9 @@ def conv_gemm_wgrad(
     c, k, pixels, dtype = problem.in_channels, problem.out_channels, problem.output_pixels, problem.dtype
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     k_block, c_block, m_block = tile.values()
-    operands = zip(_read("wgrad", problem), (x_strides, dy_strides), (c_block, k_block), strict=True)
+    operands = zip(
+        _read("wgrad", problem), (layout.source_strides, layout.other_strides), (c_block, k_block), strict=True
+    )
     x, dy = (
         Descriptor(dtype, (pixels, shape[1]), (_pixel_stride(problem, shape, strides) or 0, 1), (m_block, block))
         for shape, strides, block in operands
@@ -357,10 +347,11 @@ GEMM_WGRAD = TileSpace(
 )
 
 
-def _candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     c, k, pixels = problem.in_channels, problem.out_channels, problem.output_pixels
     if direction == "dgrad":
         c, k = k, c
+    precision = fp32_precision(problem.dtype)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     stays = resident(c, problem.dtype)
 
@@ -398,7 +389,7 @@ def _candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
     return Candidates(space, (direction, problem, precision), work, gpu, {"BLOCK_C": LINE // element})
 
 
-def _wgrad_candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Candidates:
+def _wgrad_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     c, k, element = problem.in_channels, problem.out_channels, problem.dtype.itemsize
 
     def work(config: Config) -> Work:
@@ -450,16 +441,5 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     return reason or why_not_bulk_copies(problem, gpu, layout)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, bias, epilogue = fp32_precision(problem.dtype), layout.bias, layout.epilogue
-    choice = choose(_candidates(direction, problem, precision, gpu))
-    return choice, conv_gemm(direction, problem, choice.config, precision, gpu, layout.source_strides, bias, epilogue)
-
-
-def _plan_wgrad(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    choice = choose(_wgrad_candidates(direction, problem, fp32_precision(problem.dtype), gpu))
-    return choice, conv_gemm_wgrad(problem, choice.config, layout.source_strides, layout.other_strides)
-
-
-FAMILY = Family("gemm", _why_not, _plan, ("source",), _candidates)
-WGRAD = Family("gemm", _why_not, _plan_wgrad, ("source", "other"), _wgrad_candidates)
+FAMILY = Family("gemm", _why_not, _candidates, conv_gemm, ("source",))
+WGRAD = Family("gemm", _why_not, _wgrad_candidates, conv_gemm_wgrad, ("source", "other"))

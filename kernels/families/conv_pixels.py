@@ -33,10 +33,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.autotune.choose import RESOLUTION
 from fastconv.kernels.families.conv_gather import gather_candidates
 from fastconv.kernels.families.family import (
+    DENSE,
     Family,
     Layout,
     fp32_precision,
@@ -46,13 +47,12 @@ from fastconv.kernels.families.family import (
 )
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.boxes import apply_epilogue_to_pixels, has_parities, pixel_view, read_pixels
-from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
 from fastconv.kernels.jit.walk import taps_in_image
 from fastconv.kernels.launch.descriptor import Descriptor, bulk, pitch
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose, predicted
+from fastconv.kernels.problem.layout import dense_strides, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates, predicted
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, matrix_share
 
 
@@ -234,20 +234,12 @@ def conv_pixels_kernel(
         )  # fmt: skip
 
 
-def conv_pixels(
-    direction: str,
-    problem: ConvProblem,
-    config: Config,
-    precision: str,
-    x_strides: Strides | None = None,
-    y_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-) -> Launch:
+def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
     Operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares.
     """
+    epilogue = layout.epilogue
     lifted = problem.as_rank3
     dgrad = direction == "dgrad"
     x_shape, y_shape = lifted.input_shape, lifted.output_shape
@@ -263,19 +255,25 @@ def conv_pixels(
     assert not pairs or lifted.stride[2] == 1
     assert not pairs or (pairs, pixels, lifted.dilation[2]) == (lifted.filter_size[2], 1, 1)
     element = pointer_type(problem.dtype)
-    y = pixel_view(problem, y_shape, y_strides or dense_strides(y_shape), block_n, block_k, pixels, parity and dgrad)
+    y = pixel_view(problem, y_shape, layout.other_strides, block_n, block_k, pixels, parity and dgrad)
     filters, channels, *_ = lifted.weight_shape
     step = pitch(channels, problem.dtype)
     o, p, _ = y_shape[2:]
     columns = boxes_of_row(direction, problem, 2 if pairs else pixels)
     tiles = triton.cdiv(problem.batch, block_n) * o * p * columns
     gcds, inverses = lifted.phases
-    return Launch(
+    launch = Launch(
         kernel=conv_pixels_kernel,
         grid=(tiles * triton.cdiv(k, block_k), groups, 1),
         pointers=(
             pixel_view(
-                problem, x_shape, x_strides or dense_strides(x_shape), block_n, block_c, pixels, parity and not dgrad
+                problem,
+                x_shape,
+                layout.source_strides or dense_strides(x_shape),
+                block_n,
+                block_c,
+                pixels,
+                parity and not dgrad,
             ),
             Descriptor(
                 problem.dtype,
@@ -283,7 +281,7 @@ def conv_pixels(
                 (step, problem.taps * step, 1),
                 (1, block_c, block_k) if dgrad else (1, block_k, block_c),
             ),
-            element if bias else None,
+            element if layout.bias else None,
             *epilogue.pointers[:-1],
             y if epilogue.residual else None,
             y,
@@ -310,7 +308,7 @@ def conv_pixels(
             "PARITY": parity,
             "ROW": pairs,
             "SUMS": sums_of(config),
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             "BLOCK_N": block_n,
@@ -321,6 +319,7 @@ def conv_pixels(
         num_stages=config["num_stages"],
         tiles=tiles * (2 if pairs else 1),
     )
+    return (launch,)
 
 
 def sums_of(config: Config) -> int:
@@ -439,8 +438,9 @@ CONV_PIXELS_FP32 = replace(
 )
 
 
-def pixels_candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Candidates:
+def pixels_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     lifted, groups, element = problem.as_rank3, problem.groups, problem.dtype.itemsize
+    precision = fp32_precision(problem.dtype)
     share = matrix_share(problem.dtype, precision)
     (_, c, *source), (_, k, *size) = lifted.input_shape, lifted.output_shape
     if direction == "dgrad":
@@ -508,11 +508,10 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     )
     if not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
-    precision = fp32_precision(problem.dtype)
     # Asked for by name it is to be measured, whatever is predicted.
     if named_family() == "pixels":
         return why_not_groups(problem)
-    pixels, gather = (make(direction, problem, precision, gpu) for make in (pixels_candidates, gather_candidates))
+    pixels, gather = (make(direction, problem, gpu, layout) for make in (pixels_candidates, gather_candidates))
     return why_not_groups(problem) or why_slower(pixels, gather)
 
 
@@ -522,11 +521,4 @@ def why_slower(pixels: Candidates, gather: Candidates) -> str | None:
     return None if ratio <= 1 + RESOLUTION else f"predicted to take {ratio:.1f} times as long as a gather"
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision = fp32_precision(problem.dtype)
-    choice = choose(pixels_candidates(direction, problem, precision, gpu))
-    source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
-    return choice, (conv_pixels(direction, problem, choice.config, precision, source, other, bias, epilogue),)
-
-
-FAMILY = Family("pixels", _why_not, _plan, ("source", "other"), pixels_candidates)
+FAMILY = Family("pixels", _why_not, pixels_candidates, conv_pixels, ("source", "other"))

@@ -26,18 +26,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather_wgrad import wgrad_candidates
 from fastconv.kernels.families.conv_pixels import why_slower
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, named_family, why_not_groups
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, named_family, why_not_groups
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.boxes import has_parities, pixel_view, read_pixels
 from fastconv.kernels.jit.walk import unravel
 from fastconv.kernels.launch.descriptor import bulk
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import dense_strides, load_width, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 
 
@@ -180,12 +180,8 @@ def conv_pixels_wgrad_kernel(
 
 
 def conv_pixels_wgrad(
-    problem: ConvProblem,
-    config: Config,
-    x_strides: Strides | None = None,
-    dy_strides: Strides | None = None,
-    channels_last: bool = True,
-) -> tuple[Launch, ...]:
+    direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
+) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the walk.
 
     Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
@@ -205,8 +201,18 @@ def conv_pixels_wgrad(
         kernel=conv_pixels_wgrad_kernel,
         grid=(tiles * runs_of_taps(problem, tile["TAPS"]) * splits, 1, 1),
         pointers=(
-            pixel_view(problem, x_shape, x_strides or dense_strides(x_shape), images, tile["BLOCK_C"], pixels, parity),
-            pixel_view(problem, dy_shape, dy_strides or dense_strides(dy_shape), images, tile["BLOCK_K"], pixels),
+            pixel_view(
+                problem,
+                x_shape,
+                layout.source_strides or dense_strides(x_shape),
+                images,
+                tile["BLOCK_C"],
+                pixels,
+                parity,
+            ),
+            pixel_view(
+                problem, dy_shape, layout.other_strides or dense_strides(dy_shape), images, tile["BLOCK_K"], pixels
+            ),
             element if splits == 1 else "*fp32",
         ),
         scalars=(
@@ -226,7 +232,7 @@ def conv_pixels_wgrad(
             "VEC": vec,
             "RANK": max(problem.rank, 2),
             "PARITY": parity,
-            "CHANNELS_LAST": channels_last or splits > 1 or problem.taps == 1,
+            "CHANNELS_LAST": layout.channels_last or splits > 1 or problem.taps == 1,
             **tile,
         },
         num_warps=config["num_warps"],
@@ -234,7 +240,7 @@ def conv_pixels_wgrad(
     )
     if splits == 1:
         return (product,)
-    return product, split_sum(splits, problem.out_channels, problem.taps, c, problem.dtype, channels_last)
+    return product, split_sum(splits, problem.out_channels, problem.taps, c, problem.dtype, layout.channels_last)
 
 
 def neighbours(problem: ConvProblem) -> list[int]:
@@ -330,7 +336,7 @@ PIXELS_WGRAD_PAIR = replace(
 )
 
 
-def _candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     groups, element = problem.groups, problem.dtype.itemsize
     k, c = problem.out_channels // groups, problem.in_channels // groups
     weight = prod(problem.weight_shape)
@@ -372,7 +378,7 @@ def _candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) 
             registers=40 + m * n * products // (32 * config["num_warps"]) + single,
             warps=config["num_warps"],
             stages=config["num_stages"],
-            matrix_share=matrix_share(problem.dtype, precision),
+            matrix_share=matrix_share(problem.dtype, fp32_precision(problem.dtype)),
             extra_bytes=2 * splits * weight * 4 if splits > 1 else 0,
         )
 
@@ -420,15 +426,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     # Asked for by name it is to be measured, whatever is predicted.
     if reason is not None or problem.batch >= 16 or named_family() == "pixels":
         return reason
-    precision = fp32_precision(problem.dtype)
-    return why_slower(_candidates(direction, problem, precision, gpu), wgrad_candidates(problem, precision, gpu, 1))
+    return why_slower(*(make(direction, problem, gpu, layout) for make in (_candidates, wgrad_candidates)))
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    choice = choose(_candidates(direction, problem, fp32_precision(problem.dtype), gpu))
-    return choice, conv_pixels_wgrad(
-        problem, choice.config, layout.source_strides, layout.other_strides, layout.channels_last
-    )
-
-
-FAMILY = Family("pixels", _why_not, _plan, ("source", "other"), _candidates)
+FAMILY = Family("pixels", _why_not, _candidates, conv_pixels_wgrad, ("source", "other"))

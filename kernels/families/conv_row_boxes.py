@@ -20,27 +20,26 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather import gather_candidates
 from fastconv.kernels.families.conv_rows import rows_candidates
-from fastconv.kernels.families.family import Family, Layout, named_family, why_not_bulk_copies
+from fastconv.kernels.families.family import DENSE, Family, Layout, named_family, why_not_bulk_copies
 from fastconv.kernels.families.row_form import (
-    RowForm,
     box_form,
     conv_rows_weight_kernel,
     filter_rows,
+    form_of_call,
     row_form,
     weight_as_runs,
 )
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.boxes import apply_epilogue_to_pixels, pixel_view
-from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
 from fastconv.kernels.jit.walk import taps_in_image
 from fastconv.kernels.launch.descriptor import ALIGNMENT, Descriptor, bulk
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose, predicted
+from fastconv.kernels.problem.layout import dense_strides, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates, predicted
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv
 
 
@@ -180,19 +179,12 @@ def conv_row_boxes_kernel(
         )  # fmt: skip
 
 
-def conv_row_boxes(
-    problem: ConvProblem,
-    form: RowForm,
-    config: Config,
-    x_strides: Strides | None = None,
-    y_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Launch, Launch]:
+def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop: weight -> its rows, then as `conv_pixels`'s, with these for it.
 
     ``form`` is `box_form`'s for these strides.
     """
+    form, epilogue = form_of_call(problem, layout, box_form), layout.epilogue
     lifted, dtype = problem.as_rank3, problem.dtype
     n, c, *size = lifted.input_shape
     _, k, *outputs = lifted.output_shape
@@ -200,7 +192,7 @@ def conv_row_boxes(
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
     window, distance = lifted.filter_size[-1] * c, lifted.stride[-1] * c
     element = pointer_type(dtype)
-    stride_n, *steps, _ = x_strides or dense_strides(lifted.input_shape)
+    stride_n, *steps, _ = layout.source_strides or dense_strides(lifted.input_shape)
     outer = 3 - max(problem.rank, 2)
     axes = list(zip((*size[outer:2], n), (*steps[outer:], stride_n), strict=True))
     x = Descriptor(
@@ -211,13 +203,15 @@ def conv_row_boxes(
         (*(1,) * (2 - outer), block_n, run),
     )
     w = Descriptor(dtype, (columns * k, rows * run), (rows * run, 1), (block_k, run))
-    y = pixel_view(problem, lifted.output_shape, y_strides or dense_strides(lifted.output_shape), block_n, block_k)
+    y = pixel_view(
+        problem, lifted.output_shape, layout.other_strides or dense_strides(lifted.output_shape), block_n, block_k
+    )
     pixels = triton.cdiv(n, block_n) * outputs[0] * outputs[1] * triton.cdiv(outputs[2], columns)
     product = Launch(
         kernel=conv_row_boxes_kernel,
         grid=(pixels * triton.cdiv(k, block_k), 1, 1),
         pointers=(
-            *(x, w, element if bias else None, *epilogue.pointers[:-1]),
+            *(x, w, element if layout.bias else None, *epilogue.pointers[:-1]),
             *(y if epilogue.residual else None, y, *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
@@ -251,7 +245,8 @@ ROW_BOXES = TileSpace(
 )
 
 
-def _candidates(problem: ConvProblem, form: RowForm, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
+    form = form_of_call(problem, layout, box_form)
     element = problem.dtype.itemsize
     *lines, outputs = problem.output_size
     runs = prod(lines) * cdiv(outputs, form.columns)
@@ -290,21 +285,11 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     # Asked for by name it is to be measured, whatever is predicted.
     if reason is not None or named_family() == "row_boxes":
         return reason
-    rows = row_form(problem, layout.source_strides)
-    if isinstance(rows, str):
-        other, name = gather_candidates(direction, problem, "ieee", gpu), "a gather"
-    else:
-        other, name = rows_candidates(problem, rows, "ieee", gpu), "rows"
-    ratio = predicted(_candidates(problem, form, gpu)) / predicted(other)
+    gathers = isinstance(row_form(problem, layout.source_strides), str)
+    others, name = (gather_candidates, "a gather") if gathers else (rows_candidates, "rows")
+    boxes, other = (predicted(make(direction, problem, gpu, layout)) for make in (_candidates, others))
+    ratio = boxes / other
     return None if ratio <= 1 else f"predicted to take {ratio:.1f} times as long as {name}"
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    form = box_form(problem, layout.source_strides)
-    assert isinstance(form, RowForm)
-    choice = choose(_candidates(problem, form, gpu))
-    source, other, bias, epilogue = layout.source_strides, layout.other_strides, layout.bias, layout.epilogue
-    return choice, conv_row_boxes(problem, form, choice.config, source, other, bias, epilogue)
-
-
-FAMILY = Family("row_boxes", _why_not, _plan)
+FAMILY = Family("row_boxes", _why_not, _candidates, conv_row_boxes)

@@ -24,25 +24,25 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.autotune.cost_model import MAX_WORKSPACE
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, why_not_groups
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
 from fastconv.kernels.families.row_form import (
-    RowForm,
     conv_rows_weight_kernel,
     filter_rows,
+    form_of_call,
     row_form,
     row_scalars,
     row_taps,
     weight_as_runs,
 )
 from fastconv.kernels.jit.activations import ACTIVATIONS
-from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
+from fastconv.kernels.jit.epilogue import PART_K, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, unravel
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, element_registers, matrix_share
 
 
@@ -196,23 +196,15 @@ def conv_rows_kernel(
     )  # fmt: skip
 
 
-def conv_rows(
-    problem: ConvProblem,
-    form: RowForm,
-    config: Config,
-    precision: str,
-    x_strides: Strides | None = None,
-    y_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Launch, Launch]:
+def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop: weight -> its rows, then as `conv_gather`'s, with these for it.
 
     ``form`` is `row_form`'s for these strides, here and below.
     """
+    form, epilogue = form_of_call(problem, layout), layout.epilogue
     lifted = problem.as_rank3
-    x_strides = x_strides or dense_strides(lifted.input_shape)
-    y_strides = y_strides or dense_strides(lifted.output_shape)
+    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
+    y_strides = layout.other_strides or dense_strides(lifted.output_shape)
     k, element = problem.out_channels, pointer_type(problem.dtype)
     vec_k = load_width(problem.dtype, k, *y_strides)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
@@ -225,7 +217,7 @@ def conv_rows(
         kernel=conv_rows_kernel,
         grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]), 1, 1),
         pointers=(
-            *(element, element, element if bias else None, *epilogue.pointers),
+            *(element, element, element if layout.bias else None, *epilogue.pointers),
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
@@ -243,7 +235,7 @@ def conv_rows(
             "USED": used,
             "EXACT": form.columns == 1 and used == window,
             "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, y_strides)),
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             # A run's outputs together are as many rows; with half of the columns no compiler spills any.
@@ -272,7 +264,8 @@ ROWS = TileSpace(
 )
 
 
-def rows_candidates(problem: ConvProblem, form: RowForm, precision: str, gpu: Gpu) -> Candidates:
+def rows_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
+    form, precision = form_of_call(problem, layout), fp32_precision(problem.dtype)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
 
@@ -315,12 +308,4 @@ def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout)
     return why_not_groups(problem)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
-    form = row_form(problem, source)
-    assert isinstance(form, RowForm)
-    choice = choose(rows_candidates(problem, form, precision, gpu))
-    return choice, conv_rows(problem, form, choice.config, precision, source, other, layout.bias, layout.epilogue)
-
-
-FAMILY = Family("rows", why_not_rows, _plan)
+FAMILY = Family("rows", why_not_rows, rows_candidates, conv_rows)

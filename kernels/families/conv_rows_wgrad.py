@@ -8,17 +8,17 @@ from math import prod
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather_wgrad import WGRAD
 from fastconv.kernels.families.conv_rows import why_not_rows
-from fastconv.kernels.families.family import Family, Layout, fp32_precision
-from fastconv.kernels.families.row_form import RowForm, filter_rows, row_form, row_scalars, row_taps
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision
+from fastconv.kernels.families.row_form import filter_rows, form_of_call, row_scalars, row_taps
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides, dense_strides, linear_stride, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.problem.layout import dense_strides, linear_stride, load_width, needs_int64, pointer_type
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import cdiv, element_registers, matrix_registers, matrix_share
 
 
@@ -141,19 +141,12 @@ def conv_rows_wgrad_kernel(
     tl.store(out + own, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-def conv_rows_wgrad(
-    problem: ConvProblem,
-    form: RowForm,
-    config: Config,
-    precision: str,
-    x_strides: Strides | None = None,
-    dy_strides: Strides | None = None,
-    channels_last: bool = True,
-) -> tuple[Launch, ...]:
+def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of wgrad, as `conv_wgrad`'s, but the workspace holds each split's gradient of every column."""
+    form = form_of_call(problem, layout)
     lifted = problem.as_rank3
-    x_strides = x_strides or dense_strides(lifted.input_shape)
-    dy_strides = dy_strides or dense_strides(lifted.output_shape)
+    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
+    dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
     dy_stride = linear_stride(lifted.output_shape, dy_strides)
     assert dy_stride is not None, "the launcher copies such a dy"
     c, k = problem.in_channels, problem.out_channels
@@ -161,7 +154,7 @@ def conv_rows_wgrad(
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     splits = config["SPLITS"]
     partials = splits * form.columns
-    direct = partials == 1 and (channels_last or c == 1)
+    direct = partials == 1 and (layout.channels_last or c == 1)
     element = pointer_type(problem.dtype)
     tiles = triton.cdiv(k, tile["BLOCK_K"] // form.columns) * triton.cdiv(
         filter_rows(problem) * form.run, tile["BLOCK_C"]
@@ -179,7 +172,7 @@ def conv_rows_wgrad(
             "RUN": form.run,
             "USED": triton.cdiv(form.used, form.vec) * form.vec,
             "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             **tile,
         },
         num_warps=config["num_warps"],
@@ -187,7 +180,7 @@ def conv_rows_wgrad(
     )
     if direct:
         return (product,)
-    return product, split_sum(partials, k, problem.taps, c, problem.dtype, channels_last)
+    return product, split_sum(partials, k, problem.taps, c, problem.dtype, layout.channels_last)
 
 
 ROWS_WGRAD = replace(
@@ -198,7 +191,8 @@ ROWS_WGRAD = replace(
 )
 
 
-def _candidates(problem: ConvProblem, form: RowForm, precision: str, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
+    form, precision = form_of_call(problem, layout), fp32_precision(problem.dtype)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
     rows, columns = form.columns * problem.out_channels, filter_rows(problem) * form.run
@@ -228,12 +222,4 @@ def _candidates(problem: ConvProblem, form: RowForm, precision: str, gpu: Gpu) -
     return Candidates(ROWS_WGRAD, (problem, form, precision), work, gpu, width)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, source, other = fp32_precision(problem.dtype), layout.source_strides, layout.other_strides
-    form = row_form(problem, source)
-    assert isinstance(form, RowForm)
-    choice = choose(_candidates(problem, form, precision, gpu))
-    return choice, conv_rows_wgrad(problem, form, choice.config, precision, source, other, layout.channels_last)
-
-
-FAMILY = Family("rows", why_not_rows, _plan)
+FAMILY = Family("rows", why_not_rows, _candidates, conv_rows_wgrad)

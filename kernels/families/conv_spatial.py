@@ -18,19 +18,19 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather import gather_candidates
 from fastconv.kernels.families.conv_gemm import GEMM_TILES
-from fastconv.kernels.families.family import Family, Layout, fp32_precision, named_family, why_not_bulk_copies
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, named_family, why_not_bulk_copies
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
 from fastconv.kernels.jit.activations import ACTIVATIONS
-from fastconv.kernels.jit.epilogue import PART_K, PLAIN, Epilogue, apply_epilogue
+from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, phase_walk, taps_in_image
 from fastconv.kernels.launch.descriptor import ALIGNMENT, LINE, Descriptor, pitch
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import Strides, dense_strides, linear_stride, load_width, needs_int64, pointer_type
-from fastconv.kernels.tiles.autotuned import Candidates, choose, predicted
+from fastconv.kernels.tiles.autotuned import Candidates, predicted
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 
 # From as many images on a tile is better long in the batch.
@@ -201,15 +201,7 @@ def conv_spatial_kernel(
     )  # fmt: skip
 
 
-def conv_spatial(
-    direction: str,
-    problem: ConvProblem,
-    config: Config,
-    precision: str,
-    x_strides: Strides | None = None,
-    bias: bool = False,
-    epilogue: Epilogue = PLAIN,
-) -> tuple[Launch, ...]:
+def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop (x -> y) or dgrad (dy -> dx), the result dense; operands as `conv_gather`'s.
 
     Strides in elements, channels_last-dense unless given. ``config["ROWS"]`` is 1 where rows have a stride.
@@ -219,7 +211,7 @@ def conv_spatial(
     shape = _source_shape(direction, problem)
     y_shape = lifted.input_shape if dgrad else lifted.output_shape
     (n, c, d, h, w), (_, k, *y_size) = shape, y_shape
-    strides, y_strides = x_strides or dense_strides(shape), dense_strides(y_shape)
+    strides, y_strides = layout.source_strides or dense_strides(shape), dense_strides(y_shape)
     tile = {name: config[name] for name in ("ROWS", "BLOCK_M", "BLOCK_K", "BLOCK_C")}
     rows, m_block, k_block, c_block = tile.values()
     assert rows == 1 or dgrad or lifted.stride[1] == 1, "a copy takes neighbouring rows"
@@ -235,16 +227,15 @@ def conv_spatial(
     reduced = (c_block, k_block) if dgrad else (k_block, c_block)
     weight = Descriptor(dtype, (taps, problem.out_channels, problem.in_channels), (step, taps * step, 1), (1, *reduced))
     gcds, inverses = lifted.phases
-    splits, finishing = config["SPLITS"], epilogue
-    if splits > 1:
-        epilogue = PLAIN
+    splits, finishing = config["SPLITS"], layout.epilogue
+    epilogue = PLAIN if splits > 1 else finishing
     element, vec = pointer_type(dtype), load_width(dtype, k)
     tiles = rectangles(direction, problem, config)
     product = Launch(
         kernel=conv_spatial_kernel,
         grid=(tiles * triton.cdiv(k, k_block) * splits, 1, 1),
         pointers=(
-            *(x, weight, element if bias and splits == 1 else None, *epilogue.pointers),
+            *(x, weight, element if layout.bias and splits == 1 else None, *epilogue.pointers),
             *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
@@ -259,7 +250,7 @@ def conv_spatial(
             "PHASED": phases > 1,
             "SPLIT": splits > 1,
             "WIDE": needs_int64((y_shape, y_strides)),
-            "PRECISION": precision,
+            "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
             "PART_K": k_block if epilogue == PLAIN else min(k_block, PART_K),
@@ -271,7 +262,7 @@ def conv_spatial(
     )
     if splits == 1:
         return (product,)
-    return product, sum_splits_with_epilogue(n * prod(y_size), k, splits, dtype, bias, finishing)
+    return product, sum_splits_with_epilogue(n * prod(y_size), k, splits, dtype, layout.bias, finishing)
 
 
 def rectangles(direction: str, problem: ConvProblem, config: Config) -> int:
@@ -320,7 +311,8 @@ SPATIAL = TileSpace(
 )
 
 
-def _candidates(direction: str, problem: ConvProblem, precision: str, gpu: Gpu) -> Candidates:
+def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
+    precision = fp32_precision(problem.dtype)
     k, c, phases = problem.out_channels, problem.in_channels, 1
     if direction == "dgrad":
         k, c, phases = c, k, prod(map(min, problem.stride, problem.input_size))
@@ -377,19 +369,10 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     # Asked for by name it is to be measured, whatever is predicted.
     if reason is not None or named_family() == "spatial":
         return reason
-    spatial, gather = (
-        predicted(make(direction, problem, fp32_precision(problem.dtype), gpu))
-        for make in (_candidates, gather_candidates)
-    )
+    spatial, gather = (predicted(make(direction, problem, gpu, layout)) for make in (_candidates, gather_candidates))
     if spatial > gather:
         return "tiles of rows and rectangles that fit the image badly: predicted slower than the gather's"
     return None
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    precision, bias, epilogue = fp32_precision(problem.dtype), layout.bias, layout.epilogue
-    choice = choose(_candidates(direction, problem, precision, gpu))
-    return choice, conv_spatial(direction, problem, choice.config, precision, layout.source_strides, bias, epilogue)
-
-
-FAMILY = Family("spatial", _why_not, _plan, ("source",), _candidates)
+FAMILY = Family("spatial", _why_not, _candidates, conv_spatial, ("source",))

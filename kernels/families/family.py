@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fastconv.autotune import Choice, Gpu
+from fastconv.autotune import Choice, Config, Gpu
 from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launches
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import INT32_MAX, POINTER_TYPES, Strides
-from fastconv.kernels.tiles.autotuned import Candidates
+from fastconv.kernels.tiles.autotuned import Candidates, choose
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class Family:
 
     name: str
     why_not: Callable[[str, Any, Gpu, Layout], str | None]  # the reason against a call, or None
-    plan: Callable[[str, Any, Gpu, Layout], tuple[Choice, tuple[Launch, ...]]]
-    by_bulk_copy: tuple[str, ...] = ()  # a layout's fields whose operands bulk copies move
-    # Of (direction, problem, precision, GPU), where operands move by bulk copies: what its tile is chosen from.
-    candidates: Callable[[str, Any, str, Gpu], Candidates] | None = None
+    candidates: Callable[[str, Any, Gpu, Layout], Candidates]  # what the tile is chosen from
+    # Of (direction, problem, config, GPU, layout).
+    launches: Callable[[str, Any, Config, Gpu, Layout], Launches]
+    by_bulk_copy: tuple[str, ...] = ()  # "source", "other": whose elements bulk copies move
+
+    def plan(self, direction: str, problem: Any, gpu: Gpu, layout: Layout) -> tuple[Choice, Launches]:
+        choice = choose(self.candidates(direction, problem, gpu, layout))
+        return choice, self.launches(direction, problem, choice.config, gpu, layout)
 
 
 _named: list[str] = []

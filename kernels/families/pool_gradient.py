@@ -18,15 +18,15 @@ from math import prod
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu
+from fastconv.autotune import Config, Gpu
 from fastconv.kernels.families.family import Family, Layout
 from fastconv.kernels.families.pool_window import POOL_SINGLE, plane_strides, pool_candidates, why_not_pool
 from fastconv.kernels.jit.walk import advance, in_elements
 from fastconv.kernels.jit.windows import UNROLLED, exponents, extent, line_of, norm_form, place, pool_blocks, power
-from fastconv.kernels.launch.launch import Launch
-from fastconv.kernels.problem.layout import INDEX_TYPES, Strides, dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.launch.launch import Launch, Launches
+from fastconv.kernels.problem.layout import INDEX_TYPES, dense_strides, load_width, needs_int64, pointer_type
 from fastconv.kernels.problem.pool import PoolProblem
-from fastconv.kernels.tiles.autotuned import choose
+from fastconv.kernels.tiles.autotuned import Candidates
 
 # More sums than this a thread would not stay in registers.
 MOST_PIXELS = 9
@@ -270,9 +270,10 @@ def blocks_of(problem: PoolProblem) -> tuple[int, ...]:
     return tuple((h + pad - 1) // b + 1 for h, pad, b in zip(view.input_size, view.padding, block, strict=True))
 
 
-def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides) -> Launch:
+def pool_backward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu, layout: Layout) -> Launches:
     """dy, index (absent unless ``problem.index``), y and x (absent but of lp norms) -> dx. ``strides``: of dy's pixels,
     in elements; of the planes' unless channels_last."""
+    channels_last, strides = layout.channels_last, plane_strides(problem, problem.output_size, layout)
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     block, blocks = pixel_block(problem), blocks_of(problem)
     vec = load_width(problem.dtype, view.channels, *strides)
@@ -295,7 +296,7 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
         geometry = (*view.window, *view.stride, *view.padding, *view.dilation)
         scalars = (*sizes, *steps, *geometry, *view.windows, *last)
         constants = {"ADAPTIVE": problem.adaptive, "DILATED": any(d > 1 for d in view.dilation)}
-    return Launch(
+    launch = Launch(
         kernel=pool_pixel_gradient_kernel if block is None else pool_gradient_kernel,
         grid=(programs, 1, 1),
         pointers=(
@@ -320,17 +321,16 @@ def pool_backward(problem: PoolProblem, config: Config, channels_last: bool, str
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
+    return (launch,)
 
 
 POOL_GRADIENT = replace(POOL_SINGLE, name="pool_gradient", kernels=(pool_gradient_kernel, pool_pixel_gradient_kernel))
 
 
-def _plan(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
+def _candidates(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> Candidates:
     view = problem.as_rank3 if layout.channels_last else problem.as_rank3.planes
     size, taps = blocks_of(problem), prod(view.windows)
-    choice = choose(pool_candidates(POOL_GRADIENT, direction, problem, layout.channels_last, gpu, size, taps))
-    strides = plane_strides(problem, problem.output_size, layout)
-    return choice, (pool_backward(problem, choice.config, layout.channels_last, strides),)
+    return pool_candidates(POOL_GRADIENT, direction, problem, layout.channels_last, gpu, size, taps)
 
 
-FAMILY = Family("pool", why_not_pool, _plan)
+FAMILY = Family("pool", why_not_pool, _candidates, pool_backward)

@@ -23,7 +23,7 @@ from math import prod
 import triton
 import triton.language as tl
 
-from fastconv.autotune import Choice, Config, Gpu, Work
+from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.family import Family, Layout, why_not_dtype
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
@@ -39,7 +39,7 @@ from fastconv.kernels.jit.windows import (
     power,
     window_bounds,
 )
-from fastconv.kernels.launch.launch import Launch
+from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.layout import (
     INDEX_TYPES,
     INT32_MAX,
@@ -51,7 +51,7 @@ from fastconv.kernels.problem.layout import (
     pointer_type,
 )
 from fastconv.kernels.problem.pool import PoolProblem
-from fastconv.kernels.tiles.autotuned import Candidates, choose
+from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv
 
 
@@ -320,9 +320,10 @@ def pool_combine_kernel(
         tl.store(index_ptr + element, best.to(index_ptr.dtype.element_ty), mask=mask)
 
 
-def pool_forward(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides) -> tuple[Launch, ...]:
+def pool_forward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu, layout: Layout) -> Launches:
     """x -> y, index (absent unless ``problem.index``); of split windows x -> partial sums, or partial maxima and their
     taps, and from these. ``strides``: of x's pixels, in elements; of the planes' unless channels_last."""
+    channels_last, strides = layout.channels_last, plane_strides(problem, problem.input_size, layout)
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     splits, lanes = config["SPLITS"], config["LANES"]
     unroll = problem.taps <= UNROLLED
@@ -432,19 +433,19 @@ POOL_SPLIT = replace(
 POOL_PLANES = replace(POOL_SPLIT, name="pool_planes", ranges={**POOL_SPLIT.ranges, "LANES": (32,)})
 
 
-def _candidates(direction: str, problem: PoolProblem, channels_last: bool, gpu: Gpu) -> Candidates:
-    view = problem.as_rank3 if channels_last else problem.as_rank3.planes
+def _candidates(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> Candidates:
+    view = problem.as_rank3 if layout.channels_last else problem.as_rank3.planes
     size, taps = view.output_size, view.taps
     space = POOL_SINGLE
     if taps > UNROLLED:
-        space = POOL_SPLIT if channels_last or size[2] >= 16 else POOL_PLANES
+        space = POOL_SPLIT if layout.channels_last or size[2] >= 16 else POOL_PLANES
     elif (
         taps <= 9 and view.dilation[1] == 1 and not problem.adaptive and size[1] >= 4
         # (Powers by logarithms take most registers as it is.)
         and problem.norm in (0, 1, 2)
     ):  # fmt: skip
         space = POOL if problem.kind == "average" or problem.index is not None else POOL_PAIR
-    return pool_candidates(space, direction, problem, channels_last, gpu, size, taps)
+    return pool_candidates(space, direction, problem, layout.channels_last, gpu, size, taps)
 
 
 def pool_candidates(
@@ -506,10 +507,4 @@ def plane_strides(problem: PoolProblem, size: tuple[int, ...], layout: Layout) -
     return layout.source_strides or dense_strides((problem.batch, problem.channels, *(1,) * (3 - problem.rank), *size))
 
 
-def _plan(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> tuple[Choice, tuple[Launch, ...]]:
-    choice = choose(_candidates(direction, problem, layout.channels_last, gpu))
-    strides = plane_strides(problem, problem.input_size, layout)
-    return choice, pool_forward(problem, choice.config, layout.channels_last, strides)
-
-
-FAMILY = Family("pool", why_not_pool, _plan)
+FAMILY = Family("pool", why_not_pool, _candidates, pool_forward)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import triton
 import triton.language as tl
 
+from fastconv.kernels.families.family import Layout
 from fastconv.kernels.launch.descriptor import ALIGNMENT
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem
@@ -88,6 +90,13 @@ def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> RowForm 
     # (A product reduces 16 elements or more.)
     forms = [RowForm(columns, 1, 0, last, max(16, triton.next_power_of_2(last))) for columns, last in used.items()]
     return min((form for form in forms if form.run <= LONGEST_RUN), key=lambda form: form.run / form.columns)
+
+
+def form_of_call(problem: ConvProblem, layout: Layout, form_of: Callable[..., RowForm | str] = row_form) -> RowForm:
+    """The form of a call that has one."""
+    form = form_of(problem, layout.source_strides)
+    assert isinstance(form, RowForm), form
+    return form
 
 
 def filter_rows(problem: ConvProblem) -> int:

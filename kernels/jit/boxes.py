@@ -8,7 +8,7 @@ import triton.language as tl
 from fastconv.kernels.jit.epilogue import activated, normalise, statistics
 from fastconv.kernels.launch.descriptor import Descriptor, pitch
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import Strides
+from fastconv.kernels.problem.layout import Strides, dense_strides
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def has_parities(problem: ConvProblem) -> bool:
 def pixel_view(
     problem: ConvProblem,
     shape: tuple[int, ...],
-    strides: Strides,
+    strides: Strides | None,
     images: int,
     channels: int,
     pixels: int = 1,
@@ -83,6 +83,7 @@ def pixel_view(
     ``images`` x ``channels`` of ``pixels`` neighbours in a row. ``parity``: as [H, 2, W / 2, N, C], neighbours of one
     parity."""
     n, c, *size = shape
+    strides = strides or dense_strides(shape)
     first = 3 - max(problem.rank, 2)
     # An axis of size one may have any stride, of which 0 is not said to be allowed.
     steps = tuple(step or pitch(c, problem.dtype) for step in (*strides[1 + first :], strides[0]))

@@ -74,6 +74,9 @@ class Launch:
         return tuple((i, pointer) for i, pointer in enumerate(self.pointers) if isinstance(pointer, Descriptor))
 
 
+Launches = tuple[Launch, ...]
+
+
 @dataclass(frozen=True)
 class LaunchRecord:
     """A launch as it happened: its operands' shapes, dtypes and the bytes they occupy (None where absent)."""

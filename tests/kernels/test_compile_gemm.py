@@ -120,8 +120,8 @@ def test_a_step_takes_fewer_instructions_than_the_gathers(rows: int) -> None:
     problem = Case("", 4, 128, 128, (56, 56), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
     tile = {"BLOCK_M": 128, "BLOCK_K": 128, "BLOCK_C": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
     launches = (
-        conv_spatial("fprop", problem, {**tile, "ROWS": rows}, "ieee")[0],
-        conv_gather("fprop", problem, tile, "ieee")[0],
+        conv_spatial("fprop", problem, {**tile, "ROWS": rows}, gpu)[0],
+        conv_gather("fprop", problem, tile, gpu)[0],
     )
     binaries = compile_all([(launch, gpu) for launch in launches], JOBS)
     spatial, gather = (binaries[launch.compile_key, gpu.arch] for launch in launches)
@@ -132,28 +132,28 @@ def test_a_step_takes_fewer_instructions_than_the_gathers(rows: int) -> None:
 def every_tile(space: Space, dtype: torch.dtype, produced: int = 256) -> list[Launch]:
     """The products of a space's tiles; of the numbers of splits one and another, of odd channels fprop alone."""
     exact = dtype is torch.float32
-    precision, epilogues = "tf32" if exact else "ieee", (PLAIN, inference(dtype), STATISTICS)
+    epilogues = PLAIN, inference(dtype), STATISTICS
     found: list[Launch] = []
     for config in space:
         if config["SPLITS"] > 2 or (space is not GEMM_WGRAD and (config["BLOCK_C"] == 32) is not exact):
             continue
         if space is GEMM_WGRAD:
-            found += conv_gemm_wgrad(Case("", 64, 256, 256, (56, 56), (1, 1)).problem(dtype), config)
+            found += conv_gemm_wgrad("wgrad", Case("", 64, 256, 256, (56, 56), (1, 1)).problem(dtype), config, GPUS[1])
             continue
         fused = epilogues if config["SPLITS"] == 1 else (PLAIN,)
         for epilogue in fused:
-            how = {"bias": epilogue != PLAIN, "epilogue": epilogue}
+            layout = Layout(bias=epilogue != PLAIN, epilogue=epilogue)
             for direction in ("fprop",) if exact or epilogue != PLAIN or produced % 2 else ("fprop", "dgrad"):
                 if space is SPATIAL:
                     for stride, rank in ((1, 2), (2, 2), (1, 3))[: 3 if epilogue == PLAIN else 1]:
                         case = Case("", 4, 128, produced, (56,) * rank, (3,) * rank, (stride,) * rank, (1,) * rank)
                         if stride == 1 or config["ROWS"] == 1 or direction == "dgrad":
-                            found += conv_spatial(direction, case.problem(dtype), config, precision, **how)
+                            found += conv_spatial(direction, case.problem(dtype), config, GPUS[1], layout)
                 else:
                     channels = 256 if space is GEMM else config["BLOCK_C"]
                     sides = (channels, produced) if direction == "fprop" else (produced, channels)
                     case = Case("", 64, *sides, (56, 56), (1, 1))
-                    found += conv_gemm(direction, case.problem(dtype), config, precision, GPUS[1], **how)
+                    found += conv_gemm(direction, case.problem(dtype), config, GPUS[1], layout)
     return found
 
 

@@ -107,10 +107,12 @@ def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
         )
     launches = [
         conv_pixels(
-            *(direction, rows_of(config["PAIRS"] or 3, problem), config, "tf32" if exact else "ieee"),
-            bias=epilogue != PLAIN,
-            epilogue=epilogue,
-        )
+            direction,
+            rows_of(config["PAIRS"] or 3, problem),
+            config,
+            gpu,
+            Layout(bias=epilogue != PLAIN, epilogue=epilogue),
+        )[0]
         for problem, direction, epilogue in forms
         for config in space
         if problem is not strided or not config["PAIRS"]

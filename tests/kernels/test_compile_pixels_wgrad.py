@@ -15,6 +15,7 @@ from fastconv.autotune.gpus import B200, H200
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.sass import Compiled, compile_all
 from fastconv.kernels.families.conv_pixels_wgrad import PIXELS_WGRAD_PAIR, PIXELS_WGRAD_TILES, conv_pixels_wgrad
+from fastconv.kernels.families.family import Layout
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem, conv_problem
 
@@ -38,17 +39,17 @@ def tiles() -> Iterator[Launch]:
     """One launch for each tile and depth of a step; of neighbouring pixels with 8 of 8 images, both strides."""
     for config in PIXELS_WGRAD_PAIR:
         if config["SPLITS"] == 2 and config["PIXELS"] == 1:
-            yield conv_pixels_wgrad(layer(), config)[0]
+            yield conv_pixels_wgrad("wgrad", layer(), config, H200)[0]
         elif config["SPLITS"] == 2 and config["PIXELS"] == config["BLOCK_N"] == 8:
-            yield from (conv_pixels_wgrad(layer(stride=stride), config)[0] for stride in (1, 2))
+            yield from (conv_pixels_wgrad("wgrad", layer(stride=stride), config, H200)[0] for stride in (1, 2))
 
 
 def others() -> Iterator[Launch]:
     """What else decides a binary, at the tile of most registers: rank, dtype, the layout of a dw that is stored."""
     config = max(PIXELS_WGRAD_PAIR, key=lambda c: c["BLOCK_K"] * c["BLOCK_C"] * c["TAPS"] * c["BLOCK_N"] / c["SPLITS"])
     assert config["SPLITS"] == 1
-    yield conv_pixels_wgrad(layer(3, torch.float16), config)[0]
-    yield conv_pixels_wgrad(layer(), config, channels_last=False)[0]
+    yield conv_pixels_wgrad("wgrad", layer(3, torch.float16), config, H200)[0]
+    yield conv_pixels_wgrad("wgrad", layer(), config, H200, Layout(channels_last=False))[0]
 
 
 def complaints(binary: Compiled, launch: Launch) -> list[str]:
