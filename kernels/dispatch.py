@@ -1,13 +1,13 @@
 """Which kernel family serves a call, and the launches it takes: one ordered list for each direction.
 
-The first family without a reason against it is taken; where every family has one, PyTorch's own op runs and the
-reason is what ``explain`` shows.
+The first family without a reason against it serves the call. If every family has one, PyTorch's own op does and
+``explain`` shows the reasons.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -19,7 +19,7 @@ from fastconv.autotune import Choice, Gpu, gpu_named
 from fastconv.autotune import gpus as gpu_table
 from fastconv.autotune.cost_model import predict_pass
 from fastconv.kernels.families import (
-    batch_norm,  # noqa: F401 (which declares its spaces)
+    batch_norm,  # noqa: F401 (declares its spaces)
     conv_depthwise,
     conv_depthwise_wgrad,
     conv_gather,
@@ -45,7 +45,7 @@ from fastconv.kernels.problem.pool import PoolProblem
 from fastconv.kernels.tiles.autotuned import ADAPTER, predicted, version_of
 from fastconv.kernels.tiles.shapes import declared_spaces
 
-# Spaces are known once their families are imported, which this module does.
+# `declared_spaces` and `version_of` know the spaces of imported families; this module imports all of them.
 __all__ = [
     "ADAPTER", "FAMILIES", "Plan", "declared_spaces", "is_forced", "only_family", "plan", "target", "use_target",
     "version_of",
@@ -54,7 +54,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call is served; ``family`` is "pytorch" where no kernel is, and ``reasons`` says why each one is not."""
+    """How one call is served; ``family`` is "pytorch" if no kernel serves it, and ``reasons`` says why of each family
+    that was asked before."""
 
     direction: str
     problem: ConvProblem | PoolProblem
@@ -63,7 +64,7 @@ class Plan:
     launches: tuple[Launch, ...]
     reasons: tuple[tuple[str, str], ...]
     slower: bool = False  # a kernel serves it, but PyTorch's own op was measured faster
-    layout: Layout = DENSE  # as the launches take it: another one's operands are copied to it first
+    layout: Layout = DENSE  # what the launches expect; operands that differ from it are copied first
 
 
 FAMILIES: dict[str, tuple[Family, ...]] = {
@@ -77,7 +78,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         conv_spatial.FAMILY,
         conv_gather.FAMILY,
     ),
-    # An image's gradient is hardly ever asked for: it has no rows.
+    # No rows: hardly any program asks for an image's gradient.
     "dgrad": (
         conv_depthwise.FAMILY,
         conv_gather.GROUPED,
@@ -103,16 +104,16 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
     only = named_family()
-    old = why_not_gpu(gpu)
-    if old is not None:
-        return decided(Plan(direction, problem, "pytorch", None, (), (("every family", old),)))
+    reason = why_not_gpu(gpu)
+    if reason is not None:
+        return decided(Plan(direction, problem, "pytorch", None, (), (("every family", reason),)))
     for family in FAMILIES[direction]:
         if only not in (None, family.name):
             continue
-        laid, reason = _fitted(family, direction, problem, gpu, layout)
+        laid, reason = _layout_for(family, direction, problem, gpu, layout)
         if reason is None:
             choice, launches = family.plan(direction, problem, gpu, laid)
-            # (What was measured had no epilogue; and what a pool keeps for backward PyTorch's own cannot read.)
+            # Measurements have no epilogue. A pool keeps taps that PyTorch's backward cannot read.
             if choice.pytorch_faster and direction in DIRECTIONS and layout.epilogue == PLAIN:
                 reasons.append((family.name, "PyTorch's own op was measured faster"))
                 return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons), slower=True))
@@ -121,21 +122,21 @@ def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: L
     return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons)))
 
 
-def _fitted(family: Family, direction: str, problem: Any, gpu: Gpu, layout: Layout) -> tuple[Layout, str | None]:
-    """The layout as ``family`` would take it, and the reason against it, or None."""
-    copied: list[int] = []
+def _layout_for(family: Family, direction: str, problem: Any, gpu: Gpu, layout: Layout) -> tuple[Layout, str | None]:
+    """(the layout that the launches of ``family`` expect, the reason against the family or None)."""
+    copies: list[int] = []
     if family.by_bulk_copy:
-        layout, copied = _with_room(family, direction, problem, layout)
+        layout, copies = _padded_layout(family, direction, problem, layout)
     reason = family.why_not(direction, problem, gpu, layout)
-    # Asked for by name it is to be measured, whatever is predicted.
-    if reason is None and copied and named_family() is None:
-        reason = _copies_slower(family, direction, problem, gpu, layout, copied)
+    # A family that is asked for by name is measured, whatever is predicted.
+    if reason is None and copies and named_family() is None:
+        reason = _why_not_copies(family, direction, problem, gpu, layout, copies)
     return layout, reason
 
 
-def _with_room(family: Family, direction: str, problem: ConvProblem, layout: Layout) -> tuple[Layout, list[int]]:
-    """How operands lie that bulk copies can step through: where channels are no multiple of 16 bytes and pixels lie as
-    close as these, with room behind each. And the bytes that each copy moves which that takes."""
+def _padded_layout(family: Family, direction: str, problem: ConvProblem, layout: Layout) -> tuple[Layout, list[int]]:
+    """(layout, bytes that each copy moves): an operand that bulk copies cannot step through gets each pixel padded to
+    16 bytes, by a copy."""
     dtype, shapes = problem.dtype, (problem.as_rank3.input_shape, problem.as_rank3.output_shape)
     if direction == "dgrad":
         shapes = shapes[::-1]
@@ -143,29 +144,27 @@ def _with_room(family: Family, direction: str, problem: ConvProblem, layout: Lay
     def odd(shape: tuple[int, ...]) -> bool:
         return shape[1] * dtype.itemsize % ALIGNMENT > 0
 
-    strides, moved = {"source": layout.source_strides, "other": layout.other_strides}, {}
+    strides, elements = {"source": layout.source_strides, "other": layout.other_strides}, {}
     for name, shape in zip(strides, shapes, strict=True):
         if name in family.by_bulk_copy and odd(shape) and not bulk(dtype, shape, strides[name]):
-            strides[name], moved[name] = pixel_strides(shape, pitched(shape, dtype)), prod(shape)
+            strides[name], elements[name] = pixel_strides(shape, pitched(shape, dtype)), prod(shape)
     if direction != "wgrad" and odd(problem.weight_shape):
-        moved["weight"] = prod(problem.weight_shape)
-    if "other" in moved and layout.epilogue.residual:
-        moved["residual"] = moved["other"]
-    copied = [2 * dtype.itemsize * count for name, count in moved.items() if name not in layout.precopied]
-    return replace(layout, source_strides=strides["source"], other_strides=strides["other"]), copied
+        elements["weight"] = prod(problem.weight_shape)
+    if "other" in elements and layout.epilogue.residual:
+        elements["residual"] = elements["other"]
+    copies = [2 * dtype.itemsize * count for name, count in elements.items() if name not in layout.precopied]
+    return replace(layout, source_strides=strides["source"], other_strides=strides["other"]), copies
 
 
-def _copies_slower(
-    family: Family, direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout, copied: Sequence[int]
+def _why_not_copies(
+    family: Family, direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout, copies: list[int]
 ) -> str | None:
-    """The cost model's reason to gather if a family of bulk copies is to have operands copied first, each of which
-    moves so many bytes, or its result afterwards: all together is predicted to take longer."""
+    """Why padding ``copies`` (bytes of each) do not pay, or None: with them the family is predicted slower than the
+    gather."""
     gather = conv_gather_wgrad.FAMILY if direction == "wgrad" else conv_gather.FAMILY
-    copying = sum(predict_pass(moved, gpu) for moved in copied)
-    family_seconds, gather_seconds = (
-        predicted(it.candidates(direction, problem, gpu, layout)) for it in (family, gather)
-    )
-    ratio = (family_seconds + copying) / gather_seconds
+    seconds, gather_seconds = (predicted(it.candidates(direction, problem, gpu, layout)) for it in (family, gather))
+    copying = sum(predict_pass(moved_bytes, gpu) for moved_bytes in copies)
+    ratio = (seconds + copying) / gather_seconds
     if ratio <= 1:
         return None
     return f"with {copying * 1e6:.0f} us of copies predicted to take {ratio:.2f} times as long as a gather"
@@ -175,12 +174,12 @@ _forced: list[Gpu] = []
 
 
 def is_forced() -> bool:
-    """Whether plans are made for a GPU that was named, whatever the device."""
+    """Whether `use_target` names the GPU that plans are made for."""
     return bool(_forced)
 
 
 def target(device: torch.device) -> Gpu:
-    """What plans are made for on ``device``: its GPU, or Triton's interpreter."""
+    """What plans are made for on ``device``: the GPU of `use_target`, else Triton's interpreter, else its GPU."""
     if _forced:
         return _forced[-1]
     if interpreter.interpreting():
@@ -206,7 +205,7 @@ def _device_gpu(index: int) -> Gpu:
 
 @contextlib.contextmanager
 def only_family(name: str) -> Iterator[None]:
-    """Let no other family serve a call inside the block, on any thread: to measure or to test one by itself."""
+    """Let no other family serve a call inside the block, on any thread."""
     known = sorted({family.name for families in FAMILIES.values() for family in families})
     if name not in known:
         raise ValueError(f"no family {name!r} among {', '.join(known)}")
@@ -216,7 +215,7 @@ def only_family(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_target(gpu: Gpu) -> Iterator[None]:
-    """Plan for ``gpu`` inside the block, whatever the device: how every family runs in the interpreter."""
+    """Plan for ``gpu`` inside the block, whatever the device; so every family runs in the interpreter."""
     _forced.append(gpu)
     try:
         yield

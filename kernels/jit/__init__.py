@@ -1,1 +1,1 @@
-"""What the code of several kernels is made of."""
+"""Device code that several kernels share."""

@@ -1,7 +1,7 @@
-"""Activations with their derivatives and the torch line that each equals.
+"""Activations, their derivatives, and the torch line that each equals.
 
-Both take fp32 ``x`` and two parameters and let a NaN through as torch's do. A derivative is that of torch's backward,
-at its kinks too.
+Both take fp32 ``x`` and two parameters and let a NaN through as torch's do. A derivative equals that of torch's
+backward, at kinks too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def tanh(x):
-    # Near 0 the quotient loses what the series keeps.
+    # Near 0 the quotient loses digits that the series keeps.
     e = tl.exp(-2.0 * tl.abs(x))
     y = (1.0 - e) / (1.0 + e)
     x2 = x * x
@@ -186,14 +186,13 @@ def mish_derivative(x, a, b):
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation with a fused form. ``torch(x, a, b)`` is what it equals."""
+    """An activation that kernels fuse; it equals ``torch(x, a, b)``."""
 
     name: str
     forward: Any  # jit functions of (x, a, b)
     derivative: Any
     torch: Callable[[torch.Tensor, Any, Any], torch.Tensor]
-    # Whether its derivative at x is its derivative at its output: then backward needs no x.
-    from_output: bool = False
+    from_output: bool = False  # the derivative at x is that at the output, so that backward needs no x
 
 
 ACTIVATIONS = {
@@ -203,7 +202,7 @@ ACTIVATIONS = {
         Activation("relu", relu, relu_derivative, lambda x, a, b: F.relu(x), True),
         Activation("hardtanh", hardtanh, hardtanh_derivative, lambda x, a, b: F.hardtanh(x, a, b), True),
         Activation("leaky_relu", leaky_relu, leaky_relu_derivative, lambda x, a, b: F.leaky_relu(x, a)),
-        # As leaky_relu, with a slope for each channel.
+        # leaky_relu with a slope for each channel
         Activation("prelu", leaky_relu, leaky_relu_derivative, lambda x, a, b: F.prelu(x, a)),
         Activation("elu", elu, elu_derivative, lambda x, a, b: F.elu(x, a)),
         Activation("silu", silu, silu_derivative, lambda x, a, b: F.silu(x)),

@@ -1,4 +1,4 @@
-"""Boxes of neighbouring pixels that bulk copies read and write, as the pixel GEMM and the row boxes have them."""
+"""Boxes of neighbouring pixels that bulk copies read and write, for the pixel GEMM and the row boxes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fastconv.kernels.problem.layout import Strides, dense_strides
 def read_pixels(
     view, d, h, w, n, c, RANK: tl.constexpr, PARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """[ROWS, COLUMNS]: pixels of a row from w on, of its PARITY alone, images of each from n on; channels from c on."""
+    """[ROWS, COLUMNS] of x: rows are pixels from w on, all or every second one (PARITY), each with images from n on;
+    columns are channels from c on."""
     if PARITY:
         box = view.load([h, w & 1, w >> 1, n, c])
     elif RANK == 3:
@@ -38,7 +39,7 @@ def apply_epilogue_to_pixels(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of acc [PIXELS * BLOCK_N, BLOCK_K] of neighbouring pixels from (d, h, w) on."""
+    """Apply the epilogue to acc [PIXELS * BLOCK_N, BLOCK_K], whose pixels are neighbours from (d, h, w) on."""
     offs_k = k + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     channel = group * K + offs_k
@@ -65,7 +66,7 @@ def apply_epilogue_to_pixels(
 
 
 def has_parities(problem: ConvProblem) -> bool:
-    """Whether a box can hold neighbours in spite of a stride: of two, over an axis that either parity has half of."""
+    """Whether a box can hold outputs' neighbours under stride 2: both parities of an even width are views."""
     lifted = problem.as_rank3
     return lifted.stride[2] == 2 and lifted.input_size[2] % 2 == 0 and problem.rank < 3
 
@@ -79,13 +80,15 @@ def pixel_view(
     pixels: int = 1,
     parity: bool = False,
 ) -> Descriptor:
-    """An operand of ``problem.as_rank3``, [N, C, D, H, W], as [D, H, W, N, C] without D in ranks 1 and 2; a box is
-    ``images`` x ``channels`` of ``pixels`` neighbours in a row. ``parity``: as [H, 2, W / 2, N, C], neighbours of one
-    parity."""
+    """An operand [N, C, D, H, W] of ``problem.as_rank3`` as [D, H, W, N, C], in ranks 1 and 2 as [H, W, N, C].
+
+    A box is ``images`` x ``channels`` of ``pixels`` neighbours in a row; with ``parity`` the view is
+    [H, 2, W / 2, N, C] and neighbours have one parity.
+    """
     n, c, *size = shape
     strides = strides or dense_strides(shape)
     first = 3 - max(problem.rank, 2)
-    # An axis of size one may have any stride, of which 0 is not said to be allowed.
+    # An axis of size one may have any stride; bulk copies may not take 0.
     steps = tuple(step or pitch(c, problem.dtype) for step in (*strides[1 + first :], strides[0]))
     box = (*(1,) * (2 - first), pixels, images, channels)
     if parity:

@@ -1,4 +1,4 @@
-"""What a kernel does to its accumulator before the store: batch norm's affine, activation, residual, statistics."""
+"""The epilogue, all that a kernel does between product and store: statistics, batch norm, residual, activation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import triton.language as tl
 
 from fastconv.kernels.problem.layout import POINTER_TYPES
 
-# Columns of an epilogue that does more than store: with 32 a thread needs no more registers than for the product.
+# Columns that an epilogue takes at a time: with 32 a thread needs no more registers than for the product.
 PART_K = 32
 
 
 @triton.jit
 def affine_of(channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps):
-    """(mean, scale, shift) of batch norm's affine, in fp32; shift is 0 where there is no beta."""
+    """(mean, scale, shift) of batch norm's affine, in fp32; shift is 0 without beta."""
     scale = tl.rsqrt(tl.load(var_ptr + channel, mask=mask, other=1.0).to(tl.float32) + eps)
     if gamma_ptr is not None:
         scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
@@ -31,7 +31,7 @@ def affine_of(channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps):
 def normalise(x, channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps):
     """Batch norm's affine of x [rows, channels], in fp32: (x - mean) / sqrt(var + eps) * gamma + beta."""
     mean, scale, shift = affine_of(channel, mask, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
-    # The difference first: a mean far larger than the deviation must not meet the rounded product.
+    # The difference comes first: a product of a mean far above the deviation would lose it to rounding.
     return (x - mean[None, :]) * scale[None, :] + shift[None, :]
 
 
@@ -42,14 +42,14 @@ def activate(
     mask_k,
     offs,
     mask,
-    slope_ptr,  # [channels] of PReLU, in place of a
+    slope_ptr,  # [channels], PReLU's a
     residual_ptr,  # read at offs
     a,
     b,
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
 ):
-    """act(x + residual), or act(x) + residual, of x [rows, channels]."""
+    """act(x + residual), or act(x) + residual with RESIDUAL_AFTER, of x [rows, channels]."""
     residual = None
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -58,7 +58,7 @@ def activate(
 
 @triton.jit
 def activated(x, residual, channel, mask_k, slope_ptr, a, b, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr):
-    """`activate` of a residual that was read, fp32, or of None."""
+    """`activate` with a residual that is read already, in fp32, or None."""
     if slope_ptr is not None:
         a = tl.load(slope_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
@@ -70,7 +70,7 @@ def activated(x, residual, channel, mask_k, slope_ptr, a, b, ACT: tl.constexpr, 
 
 @triton.jit
 def statistics(x, mask_m):
-    """(mean, sum of squared differences from it) of each column of x [rows, channels] over the rows of ``mask_m``."""
+    """(mean, sum of squared differences from it) of each channel of x [rows, channels] over the rows in mask_m."""
     rows = tl.maximum(tl.sum(mask_m.to(tl.float32), axis=0), 1.0)
     mean = tl.sum(tl.where(mask_m[:, None], x, 0.0), axis=0) / rows
     difference = tl.where(mask_m[:, None], x - mean[None, :], 0.0)
@@ -88,10 +88,10 @@ def apply_epilogue(
     COLUMNS: tl.constexpr,
     PART_K: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of acc [ROWS, COLUMNS], PART_K columns after another.
+    """Apply the epilogue to acc [ROWS pixels, COLUMNS channels], PART_K columns at a time.
 
-    In the accumulator's layout a thread holds few rows and many columns, and so as many of each vector: all columns at
-    once take twice the registers of the product itself, and half of the programs no longer fit a multiprocessor.
+    In the accumulator's layout a thread holds few rows and many columns, and as many elements of each vector: all
+    columns at once would take twice the product's registers, and half of the programs would no longer fit.
     """
     if COLUMNS > PART_K:
         HALF: tl.constexpr = COLUMNS // 2
@@ -127,16 +127,16 @@ def apply_epilogue(
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What a convolution's kernel does after the product: pointer types of its operands, and its numbers."""
+    """A convolution's epilogue: the pointer types of its operands, and its numbers."""
 
-    mean: str | None = None  # batch norm's, with var, gamma and beta
+    mean: str | None = None  # mean to beta: batch norm's
     var: str | None = None
     gamma: str | None = None
     beta: str | None = None
     slope: str | None = None  # PReLU's
     residual: str | None = None
-    residual_after: bool = False  # the activation
-    statistics: bool = False
+    residual_after: bool = False  # the residual is added after the activation
+    statistics: bool = False  # it writes those of the product
     act: str = "identity"
     eps: float = 0.0
     a: float = 0.0
@@ -158,7 +158,7 @@ _VECTORS = ("running_mean", "running_var", "bn_weight", "bn_bias", "slope")
 def check_operands(
     x: torch.Tensor, shape: Sequence[int], vectors: Sequence[torch.Tensor | None], residual: torch.Tensor | None
 ) -> None:
-    """Raise RuntimeError where what an epilogue reads does not fit its output, of ``shape`` and of x's dtype."""
+    """Raise RuntimeError if an epilogue's operands do not fit its output, which has this ``shape`` and x's dtype."""
     for name, vector in zip(_VECTORS, vectors, strict=True):
         if vector is None:
             continue

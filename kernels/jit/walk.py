@@ -1,4 +1,7 @@
-"""Where a pixel lies: jit helpers that every kernel which walks pixels shares."""
+"""Helpers of all kernels that walk pixels: pixel numbers, offsets, and the taps that each pixel meets.
+
+A loop over a reduction is guarded by ``if steps > 0``: ptxas waits for every wgmma in a loop that may not run.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def in_elements(n, d, h, w, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Strides in units of VEC elements, which tells the compiler their alignment, as elements; 64 bits if WIDE."""
+    """Strides in elements from strides in units of VEC, which tell the compiler their alignment; 64 bits if WIDE."""
     n, d, h, w = n * VEC, d * VEC, h * VEC, w * VEC
     if WIDE:
         n, d, h, w = n.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
@@ -17,7 +20,7 @@ def in_elements(n, d, h, w, VEC: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def unravel(index, O, P, Q, RANK: tl.constexpr):
-    """Pixel numbers -> (n, o, p, q); o is 0 in rank 2."""
+    """Pixel numbers as (n, o, p, q); o is 0 in rank 2."""
     q = index % Q
     index = index // Q
     p = index % P
@@ -31,7 +34,7 @@ def unravel(index, O, P, Q, RANK: tl.constexpr):
 
 @triton.jit
 def advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK: tl.constexpr):
-    """Add an unravelled number of pixels to unravelled pixels: carries instead of divisions."""
+    """Unravelled pixels plus an unravelled step, by carries instead of divisions."""
     q += q_step
     carry = q >= Q
     q = tl.where(carry, q - Q, q)
@@ -48,7 +51,7 @@ def advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK: tl.conste
 
 @triton.jit
 def phase_walk(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr):
-    """How phase ``index`` walks one axis, over its outputs i and its taps j:
+    """The walk of phase ``index`` along one axis, over its outputs i and its taps j:
     output = first + i * step; source = base + i * move + j * hop; tap of the filter = tap + j * skip.
 
     Returns (first, step, count of i, base, move, hop, tap, skip, count of j).
@@ -59,7 +62,7 @@ def phase_walk(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD:
         tap = (phase // GCD * INVERSE) % skip
         taps = tl.where(phase % GCD == 0, (TAPS - tap + skip - 1) // skip, 0)
         taps = tl.maximum(taps, 0)
-        # Exact where the phase has a tap, so that rounding of negative quotients does not matter.
+        # The quotient is exact if the phase has a tap, so that rounding of negative ones does not matter.
         base = (index + PADDING - tap * DILATION) // STRIDE
         return index, STRIDE, (OUT - index + STRIDE - 1) // STRIDE, base, 1, -(DILATION // GCD), tap, skip, taps
     else:
@@ -70,10 +73,10 @@ def phase_walk(index, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD:
 def taps_in_image(
     index, SIZE, OUT, TAPS, STRIDE, PADDING, DILATION, GCD, INVERSE, DGRAD: tl.constexpr, PIXELS: tl.constexpr
 ):
-    """Output ``index`` of one axis and its taps that fall inside the source of SIZE pixels, j from 0 to count:
-    source = base + j * hop; tap of the filter = tap + j * skip. Of PIXELS neighbours of one phase the first one's base,
-    and the taps inside for any of them.
+    """The taps of output ``index`` along one axis that fall inside the source of SIZE pixels, j from 0 to count:
+    source = base + j * hop; tap of the filter = tap + j * skip.
 
+    PIXELS neighbours of one phase share the taps that are inside for any of them; base is then the first one's.
     Returns (base, hop, tap, skip, count).
     """
     _, _, _, base, move, hop, tap, skip, taps = phase_walk(
@@ -84,7 +87,7 @@ def taps_in_image(
     else:
         base += index * move
         low, high, distance = (1 - PIXELS) * STRIDE - base, SIZE - 1 - base, hop
-    # Quotients of what is not negative alone: negative ones are rounded towards 0.
+    # Negative quotients would be rounded towards 0, so numerators are kept from being negative.
     begin = (tl.maximum(low, 0) + distance - 1) // distance
     end = tl.where(high < 0, 0, tl.minimum(tl.maximum(high, 0) // distance + 1, taps))
     return base + begin * hop, hop, tap + begin * skip, skip, tl.maximum(end - begin, 0)

@@ -1,4 +1,4 @@
-"""What the pools' kernels share: a tile's place, windows along an axis, powers."""
+"""Helpers of the pools' kernels: a tile's place, windows along an axis, powers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastconv.autotune import Config
 from fastconv.kernels.jit.walk import unravel
 from fastconv.kernels.problem.pool import PoolProblem
 
-# Windows of at most so many taps are unrolled, so that all their loads are under way at once.
+# Taps of the largest window that is unrolled, so that all its loads are under way at once.
 UNROLLED = 27
 
 
@@ -24,8 +24,7 @@ def place(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What this program's tile has of an [N, O, P, Q, C] tensor of M rows, each LANES times: (which of it there is, n,
-    o, p, q, c)."""
+    """(mask, n, o, p, q, c) of this program's tile of an [N, O, P, Q, C] tensor of M rows, each row LANES times."""
     columns = C
     if PLANES:
         columns = Q
@@ -60,7 +59,7 @@ def line_of(n, o, p, O, P, RANK: tl.constexpr):
 
 @triton.jit
 def window_bounds(p, size, outputs, stride, padding, ADAPTIVE: tl.constexpr):
-    """Where the window ``p`` of an axis begins, and what it must not reach."""
+    """(begin, end) of window ``p`` along an axis; a window that is not adaptive ends with the input."""
     if ADAPTIVE:
         return p * size // outputs, ((p + 1) * size + outputs - 1) // outputs
     else:
@@ -71,7 +70,7 @@ def window_bounds(p, size, outputs, stride, padding, ADAPTIVE: tl.constexpr):
 def extent(
     p, size, outputs, stride, padding, window, ADAPTIVE: tl.constexpr, INCLUDE_PADDING: tl.constexpr
 ):  # fmt: skip
-    """The pixels of an axis that the window ``p`` of an average counts."""
+    """The count of pixels along an axis that an average divides window ``p`` by."""
     first, last = window_bounds(p, size, outputs, stride, padding, ADAPTIVE)
     if not ADAPTIVE:
         last = first + window
@@ -84,13 +83,13 @@ def extent(
 
 @triton.jit
 def first_inside(start, dilation):
-    """The first tap of an axis that is not in front of the input: the winner where nothing is above -inf."""
+    """The first tap along an axis that is inside the input: the maximum's, if all are -inf."""
     return (tl.maximum(-start, 0) + dilation - 1) // dilation
 
 
 @triton.jit
 def power(x, exponent, sign):
-    """x to an exponent; ``sign``: what -1 to it is, NaN where that is no real number."""
+    """x ** exponent; ``sign`` is (-1) ** exponent, NaN if that is no real number."""
     y = tl.exp2(exponent * tl.log2(tl.abs(x)))
     return tl.where(x < 0, sign * y, y)
 
@@ -101,14 +100,14 @@ def norm_form(norm: float) -> int:
 
 
 def exponents(exponent: float) -> tuple[float, float]:
-    """(the exponent, what -1 to it is): the arguments of `power`."""
+    """(exponent, (-1) ** exponent): the arguments of `power`."""
     return exponent, (-1.0) ** (exponent % 2) if exponent.is_integer() else math.nan
 
 
 def pool_blocks(
     view: PoolProblem, size: tuple[int, ...], channels_last: bool, config: Config
 ) -> tuple[int, int, dict[str, int]]:
-    """(programs, rows, block sizes) of a tile over [N, C, *size]: columns along what is dense, the rest of it rows."""
+    """(programs, rows, block sizes) of a tile over [N, C, *size]: columns along the dense axis, rows over the rest."""
     d, h, w = size
     columns = view.channels if channels_last else w
     rows = view.batch * view.channels * d * triton.cdiv(h, config.get("LINES", 1)) * w // columns

@@ -1,6 +1,6 @@
-"""Operands as bulk tensor copies see them, and the host's side of it: a small cache, since each one takes Python time.
+"""Operands as bulk tensor copies see them, and the host's cache of their descriptors.
 
-Built directly, not through ``TensorDescriptor.from_tensor`` and views, which take twice the time of a small launch.
+Descriptors are built directly: ``TensorDescriptor.from_tensor`` and views take twice the time of a small launch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.problem.layout import Strides, pointer_type, strides_like
 
-# What a bulk copy can start at and step by, in bytes.
+# Bytes: a bulk copy starts at a multiple of them and steps by one.
 ALIGNMENT = 16
+# Bytes of a line of shared memory as bulk copies write it, and so the reduced channels that a step covers.
+LINE = 128
 MAX_BOX = 256
-# Outputs are allocated anew in each call, most of them where an earlier one lay.
-MAX_DESCRIPTORS = 2048
 
 
 @dataclass(frozen=True)
 class Descriptor:
     """A view of an operand, in elements, and the box of it that one copy moves.
 
-    At most five axes, the last of stride 1; the other strides and the view's start are multiples of `ALIGNMENT`, the
-    box's sides powers of two up to `MAX_BOX`. What a box has outside the view is read as 0 and is not written.
+    A view has at most five axes, the last of stride 1; the other strides and its start are multiples of `ALIGNMENT`.
+    A box's sides are powers of two up to `MAX_BOX`; its part outside the view is read as 0 and is not written.
     """
 
     dtype: torch.dtype
@@ -52,22 +52,22 @@ class Descriptor:
 
     @cached_property
     def _number(self) -> int:
-        """Of this one alone: found faster than what is equal."""
+        """A unique number: hashing it is cheaper than hashing the whole dataclass."""
         return next(_numbers)
 
     @cached_property
     def _latest(self) -> tuple[int | None, Any]:
-        """The address asked for last, and what was found for it: a weight's is always the same."""
+        """The last address and its TensorDescriptor: a weight's is always the same."""
         return None, None
 
     def of(self, t: torch.Tensor) -> TensorDescriptor:
-        """What a launch takes in place of ``t``; kept by address, without keeping ``t`` alive."""
+        """What a launch takes for ``t``; kept by address, without keeping ``t`` alive."""
         address = t.data_ptr()
         latest, descriptor = self._latest
         if latest == address:
             return descriptor
         key = (address, self._number)
-        # (Each step is sound whatever other threads do between them.)
+        # Sound without a lock: no step relies on what other threads leave between two.
         descriptor = _descriptors.pop(key, None)
         if descriptor is None:
             if interpreter.interpreting():
@@ -84,7 +84,7 @@ class Descriptor:
 
 
 class _Address:
-    """What Triton asks of a descriptor's tensor."""
+    """The part of a tensor that Triton asks a descriptor's base for."""
 
     __slots__ = ("address", "dtype")
 
@@ -96,17 +96,19 @@ class _Address:
 
 
 _numbers = count()
-# The latest used last: a weight's stay.
+# Outputs are allocated anew in each call, most of them at an earlier one's address.
+MAX_DESCRIPTORS = 2048
+# The latest used stands last, so that a weight's stays.
 _descriptors: OrderedDict[tuple[int, int], TensorDescriptor] = OrderedDict()
 
 
 def aligned(t: torch.Tensor) -> bool:
-    """Whether bulk copies may start where ``t`` does; of a tensor without data, as torch's allocator would place it."""
+    """Whether a bulk copy may start at ``t``'s address, or at that of torch's allocator for a tensor without data."""
     return start_of(t)(t) % ALIGNMENT == 0
 
 
 def start_of(t: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    """What tells where ``t`` and its like start, in bytes."""
+    """A function that tells the start in bytes of tensors like ``t``: with data, or without."""
     return _offset if isinstance(t, FakeTensor) else torch.Tensor.data_ptr
 
 
@@ -115,12 +117,12 @@ def _offset(t: torch.Tensor) -> Any:
 
 
 def pitch(channels: int, dtype: torch.dtype) -> int:
-    """The least distance of pixels, or of a weight's taps, of so many channels that bulk copies can step by."""
+    """The least distance of pixels, or of a weight's taps, of ``channels`` that bulk copies can step by."""
     return -(-channels * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
 
 
 def pitched(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
-    """The strides of a channels_last tensor with room behind its channels up to their `pitch`."""
+    """The strides of a channels_last tensor whose pixels are padded to their `pitch`."""
     return strides_like((shape[0], pitch(shape[1], dtype), *shape[2:]), True)
 
 
@@ -131,7 +133,3 @@ def bulk(dtype: torch.dtype, shape: Sequence[int], strides: Strides | None) -> b
         return shape[1] * size % ALIGNMENT == 0
     steps = zip((shape[0], *shape[2:]), strides, strict=True)
     return all(count == 1 or (step > 0 and step * size % ALIGNMENT == 0) for count, step in steps)
-
-
-# Bytes of a line of shared memory as bulk copies write it, and so the reduced channels that a step covers.
-LINE = 128

@@ -1,13 +1,13 @@
-"""What Triton's interpreter gets wrong, mended: bfloat16 casts and products, and launches from several threads.
+"""Repairs of Triton's interpreter: bfloat16 casts and products, and launches from several threads.
 
-With ``TRITON_INTERPRET=1`` a bfloat16 tile is an array of raw ``uint16`` bit patterns. ``tl.dot`` multiplies these
-as integers, and a cast from fp32 drops the low bits where a GPU rounds to nearest even. `apply` replaces the three
+With ``TRITON_INTERPRET=1`` a bfloat16 tile is an array of raw ``uint16`` bits. ``tl.dot`` multiplies the bits as
+integers, and a cast from fp32 drops the low bits, which a GPU rounds to nearest even. `apply` replaces the three
 methods concerned, on Triton 3.6 to 3.9. Arithmetic, comparisons and reductions on bfloat16 tiles stay wrong: kernels
-go to fp32 right after ``tl.load`` and back at ``tl.store``, which costs nothing on a GPU. Also left as they are:
+go to fp32 right after ``tl.load`` and back at ``tl.store``, which costs nothing on a GPU. Also unrepaired:
 ``tl.maximum`` without ``propagate_nan`` (NaN or not by version), TF32 (an fp32 product is exact fp32).
 
-The interpreter also swaps functions of ``triton.language`` for the length of a launch, so that two launches at a time
-undo each other: hold `LOCK` around each one.
+The interpreter swaps functions of ``triton.language`` during a launch, so two launches at a time undo each other: hold
+`LOCK` around each one.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ import triton.language as tl
 if TYPE_CHECKING:
     import numpy as np
 
+# Held around every interpreted launch; reentrant, because code that holds it may launch.
 LOCK = threading.RLock()
-"""To be held around every interpreted launch. Reentrant: a launch may be made by code that already holds it."""
 
 
 def interpreting() -> bool:
-    """Whether ``TRITON_INTERPRET`` was on when Triton was imported; setting it later has no effect on this."""
+    """Whether ``TRITON_INTERPRET`` was on when Triton was imported; setting it later changes nothing."""
     return not isinstance(tl.cdiv, triton.JITFunction)
 
 
 def fp32_to_bf16(x: np.ndarray) -> np.ndarray:
-    """fp32 array of any shape to the bits of bfloat16 (uint16): nearest, ties to even; a NaN stays one, made quiet."""
+    """fp32 array to the bits of bfloat16 (uint16): nearest, ties to even; a NaN becomes a quiet one."""
     import numpy as np
 
     bits = x.view(np.uint32)
-    # Half a unit less one, and one more when the last kept bit is odd, so that a tie lands on the even neighbour. A
-    # carry out of the mantissa is the next exponent, and above the largest number infinity, as rounding wants it.
+    # Adds half a unit less one, and one more if the last kept bit is odd, so that a tie lands on the even neighbour. A
+    # carry out of the mantissa rightly gives the next exponent, and infinity above the largest number.
     rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
     return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
-    """Bits of bfloat16 (uint16 array of any shape) to fp32, exactly."""
+    """Bits of bfloat16 (uint16 array) to fp32, exactly."""
     import numpy as np
 
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def apply() -> None:
-    """Mend the interpreter of this process; a second call changes nothing. Needs NumPy, as the interpreter does."""
-    # Not at the top: without the interpreter nothing here needs NumPy.
+    """Mend the interpreter of this process; a second call changes nothing."""
+    # Imported here because it needs NumPy, which nothing else here does.
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -63,7 +63,7 @@ def apply() -> None:
         return handle(bf16_to_fp32(tile.data), tl.float32) if tile.dtype.scalar == tl.bfloat16 else tile
 
     def mended_cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
-        # Every other type goes by way of fp32, as PyTorch does it.
+        # Other types become bfloat16 by way of fp32, as in PyTorch.
         if dst_type.scalar == tl.bfloat16:
             return handle(fp32_to_bf16(cast_impl(self, decoded(src), tl.float32).data), tl.bfloat16)
         return cast_impl(self, decoded(src), dst_type)
@@ -84,12 +84,12 @@ def apply() -> None:
     patch_lang = interpreter._patch_lang
 
     def mended_patch_lang(fn: Any) -> Any:
-        # What a launch has done to triton.language every device function would do again: a quarter of a test's time.
+        # Once a launch has patched triton.language, every device function would patch it again: a quarter of a test.
         seen = (value for value in fn.__globals__.values() if value is tl or value is tl.core)
         return patch_lang(fn) if any(tl.core.is_builtin(it.load) for it in seen) else interpreter._LangPatchScope()
 
     interpreter._patch_lang = mended_patch_lang
-    # The interpreter works every integer sum and product out a second time in int64 and then drops the comparison,
-    # because it has no debug mode: half the time of a step with a small tile (2.4 ms to 1.3 ms at 128 rows).
+    # The interpreter repeats integer sums and products in int64 for a comparison that it drops, having no debug mode:
+    # half the time of a step with a small tile (2.4 ms to 1.3 ms at 128 rows).
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,30 +25,30 @@ if interpreter.interpreting():
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, ready but for its tensors: the parameters of ``kernel`` are its pointers, its runtime scalars,
-    then its constexprs, in this order."""
+    """One kernel launch that lacks only its tensors. ``kernel`` takes pointers, runtime scalars, constexprs, in this
+    order."""
 
     kernel: Any  # a triton.jit function
     grid: tuple[int, int, int]
-    pointers: tuple[str | Descriptor | None, ...]  # "*bf16"; None where the operand is absent
+    pointers: tuple[str | Descriptor | None, ...]  # "*bf16"; None: no operand
     scalars: tuple[int | float, ...]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
-    tiles: int = 0  # whose statistics it writes, where it takes any
+    tiles: int = 0  # count of those whose statistics it writes
     arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
-    # By a GPU's index: what makes the launch there again, without Triton's look at each argument.
+    # A GPU's index -> what makes the launch there again, without Triton's look at each argument.
     again: dict[int, Callable[[Sequence[Any]], None]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Fused products and sums: Triton's default now, and not for ever.
+        # Fused products and sums are Triton's default, which may change.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         object.__setattr__(self, "arguments", {**self.constants, **options})
         object.__setattr__(self, "again", {})
 
     @cached_property
     def values(self) -> tuple[Any, ...]:
-        """The arguments behind the pointers, in the kernel's order."""
+        """The arguments after the pointers, in the kernel's order."""
         names = self.kernel.arg_names[len(self.pointers) + len(self.scalars) :]
         return (*self.scalars, *(self.constants[name] for name in names))
 
@@ -58,19 +58,19 @@ class Launch:
 
     @cached_property
     def compile_key(self) -> tuple[Any, ...]:
-        """What decides the binary: two launches with equal keys share one compilation."""
+        """All that decides the binary: launches with equal keys share one."""
         widths = tuple(isinstance(value, float) or -(2**31) <= value < 2**31 for value in self.scalars)
         constants = tuple((name, getattr(value, "__name__", value)) for name, value in self.constants.items())
         return (self.name, self.pointer_types, widths, constants, self.num_warps, self.num_stages)
 
     @property
     def pointer_types(self) -> tuple[str | None, ...]:
-        """What the compiler knows of the operands."""
+        """The operands' types as the compiler knows them."""
         return tuple(None if pointer is None else str(pointer) for pointer in self.pointers)
 
     @cached_property
     def described(self) -> tuple[tuple[int, Descriptor], ...]:
-        """The operands that are moved by bulk copies, by their index."""
+        """(index, descriptor) of each operand that bulk copies move."""
         return tuple((i, pointer) for i, pointer in enumerate(self.pointers) if isinstance(pointer, Descriptor))
 
 
@@ -79,7 +79,7 @@ Launches = tuple[Launch, ...]
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """A launch as it happened: its operands' shapes, dtypes and the bytes they occupy (None where absent)."""
+    """A launch as it happened, with its operands' shapes, dtypes and bytes."""
 
     launch: Launch
     shapes: tuple[tuple[int, ...] | None, ...]
@@ -91,13 +91,13 @@ class LaunchRecord:
         return self.launch.name
 
 
-# Not a context variable: autograd runs backward on threads of its own.
+# No context variable: autograd runs backward on other threads.
 _recorders: list[list[LaunchRecord]] = []
 
 
 @contextlib.contextmanager
 def record() -> Iterator[list[LaunchRecord]]:
-    """Collect every launch made inside the block, on any thread, in the order they were made."""
+    """Collect every launch made inside the block, on any thread, in order."""
     records: list[LaunchRecord] = []
     _recorders.append(records)
     try:
@@ -112,7 +112,7 @@ _decisions: ContextVar[list[Any] | None] = ContextVar("fastconv.decisions", defa
 
 @contextlib.contextmanager
 def decisions() -> Iterator[list[Any]]:
-    """Collect what is decided inside the block, on this thread: every plan, and every choice of a tile, in order."""
+    """Collect every plan and every choice of a tile made inside the block, on this thread, in order."""
     found: list[Any] = []
     token = _decisions.set(found)
     try:
@@ -122,7 +122,7 @@ def decisions() -> Iterator[list[Any]]:
 
 
 def decided(decision: Decision) -> Decision:
-    """Tell whoever collects decisions of one, and return it."""
+    """Add ``decision`` to `decisions` if they are collected; return it."""
     found = _decisions.get()
     if found is not None:
         found.append(decision)
@@ -130,7 +130,7 @@ def decided(decision: Decision) -> Decision:
 
 
 def deciding() -> bool:
-    """Whether decisions are collected, so that one that was kept is to be made again."""
+    """Whether `decisions` are collected: then kept ones are made again."""
     return _decisions.get() is not None
 
 
@@ -139,16 +139,16 @@ class Uncovered(NotImplementedError):
 
 
 class Failed(Uncovered):
-    """One should have, but does not compile here, or cannot be loaded. ``why``: its error without its name."""
+    """The kernel that serves the call does not compile here or cannot be loaded. ``why``: the error in one line."""
 
     def __init__(self, launch: Launch, why: str) -> None:
         super().__init__(f"{launch.name} cannot be launched: {why}")
         self.why = why
 
 
-# (Launch.compile_key, a GPU's index) of what has been loaded there: a launch that was made, or was warmed up.
+# (Launch.compile_key, a GPU's index) of each binary loaded there, by a launch or a warm-up.
 _loaded: set[tuple[Any, int]] = set()
-# The same of what failed, and why: to compile it again at each call would take seconds.
+# The same key -> why that binary failed: to compile it again at each call would take seconds.
 _failed: dict[tuple[Any, int], str] = {}
 
 
@@ -157,12 +157,11 @@ def loaded(launches: Iterable[Launch], device: int) -> None:
     _loaded.update((launch.compile_key, device) for launch in launches)
 
 
-def _first(launch: Launch, tensors: Sequence[Any], device: int) -> None:
-    """Make a launch on a GPU, the current one, for the first time.
+def _first(launch: Launch, device: int, operands: Sequence[Any]) -> None:
+    """Make a launch on the current GPU for the first time, and keep the compiled binary for repeats.
 
-    What Triton compiled for it is kept: a binary is the right one for as long as operands start at multiples of 16
-    bytes where these do, which is part of the key that a call's launches are kept by. RuntimeError where the binary
-    would have to be compiled while a CUDA graph is captured; Failed where it cannot be compiled or loaded.
+    Keeping it is safe because pointer alignment is part of the call's key. Raises RuntimeError if the binary would be
+    compiled while a CUDA graph is captured, Failed if it cannot be compiled or loaded.
     """
     key = launch.compile_key, device
     if key in _failed:
@@ -173,7 +172,7 @@ def _first(launch: Launch, tensors: Sequence[Any], device: int) -> None:
             "call fastconv.warmup(model, *inputs), for training with train=True, before the capture"
         )
     try:
-        binary = launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.arguments)
+        binary = launch.kernel[launch.grid](*operands, *launch.scalars, **launch.arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton's, its compilers', the file system's
@@ -185,14 +184,14 @@ def _first(launch: Launch, tensors: Sequence[Any], device: int) -> None:
 
 
 def last_line(error: Exception) -> str:
-    """What a compiler's message of many lines comes to."""
+    """An error's type and the last line of its message, where compilers say what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _repeat(launch: Launch, binary: CompiledKernel, device: int) -> Callable[[Sequence[Any]], None]:
-    """What makes ``launch`` on the current stream of the GPU of this index, given its operands: as Triton does, without
-    the metadata that it gathers where a profiler hooks launches."""
+    """A function of the operands that makes ``launch`` on the GPU's current stream as Triton does, without the metadata
+    that only a profiler's hooks need."""
     hooked, run, driver = binary[launch.grid], binary.run, triton_driver.active
     function, metadata, runtime = binary.function, binary.packed_metadata, knobs.runtime
     (x, y, z), values = launch.grid, launch.values
@@ -208,9 +207,9 @@ def _repeat(launch: Launch, binary: CompiledKernel, device: int) -> Callable[[Se
 
 
 def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
-    """Launch on the current stream of the first tensor's device. ``tensors`` follow ``launch.pointers``.
+    """Launch on the current stream of the tensors' device; ``tensors`` follow ``launch.pointers``.
 
-    Tensors without data (``FakeTensor``) are recorded and nothing is launched.
+    Tensors without data (``FakeTensor``) are recorded, nothing is launched.
     """
     for records in _recorders:
         records.append(
@@ -231,20 +230,15 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
         for at, descriptor in launch.described:
             operands[at] = descriptor.of(operands[at])
     index = device.index
-    again = launch.again.get(index)
-    if again is None and interpreter.interpreting():
-        # It copies operands with PyTorch's operators, which are not the computation's.
-        with interpreter.LOCK, _disable_current_modes():
-            launch.kernel[launch.grid](*operands, *launch.scalars, **launch.arguments)
-        return
+    make = launch.again.get(index)
+    if make is None:
+        if interpreter.interpreting():
+            # The interpreter copies operands by PyTorch's operators: modes must not take them for the computation's.
+            with interpreter.LOCK, _disable_current_modes():
+                launch.kernel[launch.grid](*operands, *launch.scalars, **launch.arguments)
+            return
+        make = partial(_first, launch, index)
     if index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _make(launch, again, operands, index)
-    _make(launch, again, operands, index)
-
-
-def _make(launch: Launch, again: Callable[[Sequence[Any]], None] | None, operands: Sequence[Any], device: int) -> None:
-    if again is None:
-        _first(launch, operands, device)
-    else:
-        again(operands)
+            return make(operands)
+    make(operands)

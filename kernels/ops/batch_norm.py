@@ -7,23 +7,17 @@ from torch import Tensor
 
 from fastconv.autotune import Config, Gpu
 from fastconv.kernels.families import batch_norm as family
-from fastconv.kernels.families.batch_norm import (
-    MAX_PARTIALS,
-    Activated,
-    Pass,
-    Types,
-    pass_tile,
-)
+from fastconv.kernels.families.batch_norm import MAX_PARTIALS, Activated, Pass, Types, pass_tile
 from fastconv.kernels.jit.epilogue import check_operands
 from fastconv.kernels.launch.launch import Launch, run
-from fastconv.kernels.ops.call import Operands, Prepared, Sizes, carried_out, prepared, workspace
+from fastconv.kernels.ops.call import Operands, Prepared, Sizes, prepare_and_run, prepared, workspace
 from fastconv.kernels.problem.layout import dense_copy, pointer_type, strides_like
 
 
 def combine_statistics(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, variance) [K] from partials: the rows of each [partials], and their means and squares [partials, K].
+    """(mean, variance) [K] from partials: the count of rows [partials], means and squares [partials, K], all fp32.
 
-    Biased; all fp32. A partial may have no rows; the statistics of none at all are 0.
+    The variance is biased. A partial may have no rows; statistics of no rows are 0.
     """
     while True:
         partials, k = mean.shape
@@ -44,8 +38,8 @@ def batch_norm_act(
 ) -> Tensor:
     """``act(normalise(y) + residual)`` of y [N, K, spatial]; z is dense channels_last.
 
-    ``norm``: mean, variance, weight and bias [K], the last two or None; ``slope`` [K]: PReLU's; residual: as y. Raises
-    RuntimeError where they are not.
+    ``norm``: mean, variance, weight and bias [K], the last two may be None; ``slope`` [K]: PReLU's; the residual is
+    shaped as y. Raises RuntimeError if an operand does not fit.
     """
     operands = (y, *norm, slope, residual)
     call = prepared(_prepare_apply, operands, (how,))
@@ -73,8 +67,9 @@ def batch_norm_act_sums(
     residual: Tensor | None,
     how: Activated,
 ) -> Tensor:
-    """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. All [N, K, spatial] as y."""
-    return carried_out(_prepare_sums, (dz, y, z, *norm, slope, residual), (how,), _sum)
+    """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. dz, z and the residual are
+    shaped as y [N, K, spatial]."""
+    return prepare_and_run(_prepare_sums, (dz, y, z, *norm, slope, residual), (how,), _sum)
 
 
 def _sum(call: Prepared, operands: Operands) -> Tensor:
@@ -113,9 +108,9 @@ def batch_norm_act_gradient(
     how: Activated,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dy, dresidual) from `batch_norm_act_sums`; without sums the statistics were constants. dresidual if needed.
+    """(dy, dresidual or None), dense channels_last, from `batch_norm_act_sums`; no sums: the statistics were constants.
 
-    ``share``: 1 / pixels that the statistics were taken over. Both are dense channels_last.
+    ``share``: 1 / pixels that the statistics were taken over.
     """
     operands = (dz, y, z, *norm, slope, residual, sums)
     call = prepared(_prepare_gradient, operands, (share, how, need_residual))
@@ -135,22 +130,22 @@ def _prepare_gradient(gpu: Gpu, operands: Operands, share: float, how: Activated
         raise RuntimeError(
             f"expected sums of shape {[3, k]}, as dz {list(dz.shape)} has channels, but got {list(sums.shape)}"
         )
-    moved = sum(t is not None for t in (*operands[:3], operands[-2])) + 1 + need_residual
+    tensors = sum(t is not None for t in (*operands[:3], operands[-2])) + 1 + need_residual
     over, bounds = _pass(dz), act_bounds(how, operands[2])
-    config = _tile(over, moved, gpu)
+    config = _tile(over, tensors, gpu)
     launch = family.batch_norm_act_gradient(over, how, _types(operands), bounds, share, need_residual, config)
     return _prepared(operands, (launch,), dz.shape, strides_like(dz.shape, True))
 
 
 def _prepared(operands: Operands, launches: tuple[Launch, ...], shape: Sizes, strides: Sizes) -> Prepared:
-    """Vectors and sums are read without gaps, and all that is a pixel's dense channels_last."""
+    """A call whose vectors and sums are read without gaps, its pixels as dense channels_last."""
     copies = tuple(None if t is None else dense_copy(t.shape, t.stride(), t.dim() > 2) for t in operands)
     empty = any(t is not None and not t.numel() for t in operands)
     return Prepared(copies, () if empty else launches, tuple(shape), strides)
 
 
 def _check(x: Tensor, operands: Operands) -> None:
-    """Raise RuntimeError where what backward's passes read of each pixel, or of each channel, is not as x."""
+    """Raise RuntimeError if an operand of backward does not fit x [N, K, spatial]."""
     dz, y, z, *vectors, residual = operands
     for t in (dz, y, z):
         if t is not None and (t.shape != x.shape or t.device != x.device):
@@ -166,10 +161,10 @@ def _types(operands: Operands) -> Types:
 
 
 def act_bounds(how: Activated, z: Tensor | None) -> tuple[float, float]:
-    """The activation's two numbers; of a derivative taken from z rounded as z was when it was clamped to them."""
+    """The activation's two numbers; a derivative that is taken from z has them rounded as z was when it was clamped."""
     if z is None:
         return how.a, how.b
-    # Each for itself: a tensor without data keeps the value of one number.
+    # One tensor for each number: a tensor without data keeps the value of one.
     a, b = (torch.tensor(value, dtype=z.dtype, device="cpu").item() for value in (how.a, how.b))
     return a, b
 
@@ -178,12 +173,12 @@ def _pass(y: Tensor) -> Pass:
     return Pass(max(1, y.numel() // y.shape[1]), y.shape[1], y.dtype)
 
 
-def _tile(over: Pass, moved: int, gpu: Gpu, split: bool = False) -> Config:
-    """The tile of a pass that moves ``moved`` tensors."""
-    return pass_tile(over.pixels, over.channels, over.dtype.itemsize, moved, split, gpu).config
+def _tile(over: Pass, tensors: int, gpu: Gpu, split: bool = False) -> Config:
+    """The tile of a pass that reads and writes ``tensors`` operands."""
+    return pass_tile(over.pixels, over.channels, over.dtype.itemsize, tensors, split, gpu).config
 
 
 def as_pixels(t: Tensor) -> Tensor:
-    """``t`` as these kernels read it, dense channels_last: itself, or a copy."""
+    """``t``, or its copy if it is not dense channels_last."""
     strides = dense_copy(t.shape, t.stride(), True)
     return t if strides is None else t.new_empty_strided(t.shape, strides).copy_(t)

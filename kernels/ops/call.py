@@ -1,6 +1,6 @@
-"""From tensors to launches: what is decided for a call once, kept, and carried out.
+"""From tensors to launches: a call is prepared once, kept under all that its preparation depends on, and run.
 
-A call met before costs one dictionary hit: what was decided for it is kept under everything that decides it.
+A call met before costs one dictionary hit.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from fastconv.autotune import Choice, Config, Gpu, Space, Work
 from fastconv.autotune.choose import by_cost_model
 from fastconv.autotune.known import join, on_change
 from fastconv.kernels import dispatch
-from fastconv.kernels.families.family import fp32_precision, named_family, why_not_gpu
+from fastconv.kernels.dispatch import Plan
+from fastconv.kernels.families.family import Layout, fp32_precision, named_family, why_not_gpu
 from fastconv.kernels.launch.descriptor import ALIGNMENT, start_of
 from fastconv.kernels.launch.launch import Launch, Uncovered, deciding, run
+from fastconv.kernels.problem.conv import ConvProblem
+from fastconv.kernels.problem.pool import PoolProblem
 from fastconv.kernels.tiles.autotuned import ADAPTER, considering, policy
 
 Sizes = tuple[int, ...]
 Operands = tuple[torch.Tensor | None, ...]
+Prepare = Callable[..., "Prepared"]  # of (GPU, operands, *arguments)
 Result = TypeVar("Result")
 log = logging.getLogger("fastconv")
 
 
 class Slower(Uncovered):
-    """One would serve it, but PyTorch's own op was measured faster."""
+    """A kernel would serve the call, but PyTorch's own op was measured faster."""
 
 
 class NoRoom(torch.OutOfMemoryError):
@@ -39,19 +43,19 @@ class NoRoom(torch.OutOfMemoryError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared call: which operands are copied first, what is launched, how the result lies."""
+    """A call that lacks only its tensors."""
 
-    copies: tuple[Sizes | None, ...]  # strides to copy each operand to; None: as it is
+    copies: tuple[Sizes | None, ...]  # each operand's strides after a copy; None: it is not copied
     launches: tuple[Launch, ...]  # none: the result is empty or all zeros
-    shape: Sizes
-    strides: Sizes  # as the kernel writes it
+    shape: Sizes  # the result's
+    strides: Sizes  # the result's, as the kernel writes it
 
     @cached_property
     def copied(self) -> bool:
         return any(self.copies)
 
     def laid_out(self, operands: Operands) -> Operands:
-        """The operands as the launches read them."""
+        """The operands as the launches read them, copied if need be."""
         if not self.copied:
             return operands
         return tuple(
@@ -62,27 +66,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedConv(Prepared):
-    """One that `execute` carries out."""
+    """What `execute` runs."""
 
-    returned: Sizes | None = None  # strides of the copy that is returned; None: as written
+    returned: Sizes | None = None  # strides of the copy that is returned; None: the result itself is
     workspace: int = 0  # fp32 elements between a first and a second launch
-    partials: Sizes | None = None  # [tiles, K] of the fp32 means and squares that a launch writes beside its result
+    partials: Sizes | None = None  # [tiles, K]: shape of the fp32 means and squares beside the result
     row_weight: int = 0  # elements of the weight as the first launch lays it out for the second
 
 
-# Of a call that PyTorch's own op serves: the exception that says so, and its message.
+# Key -> prepared call, or (exception type, message) if PyTorch's own op serves it.
 _calls: dict[tuple[Any, ...], Any] = {}
 # A program that never meets the same sizes twice must not keep them all.
 MAX_CALLS = 8192
 
-
-# Nor may one outlive the tables that its tiles came from.
+# No call outlives the tables that its tiles came from.
 on_change(_calls.clear)
 
 
-def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
-    """What ``prepare(gpu, operands, *arguments)`` returns, or the Uncovered that it raises: prepared at most once for
-    what decides it."""
+def prepared(prepare: Prepare, operands: Operands, arguments: tuple[Any, ...]) -> Any:
+    """What ``prepare(gpu, operands, *arguments)`` returns; raises the Uncovered that it raises. Either is kept."""
     first = operands[0]
     assert first is not None
     gpu = dispatch.target(first.device)
@@ -100,12 +102,12 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         try:
-            old = why_not_gpu(gpu)
-            if old is not None:
-                raise Uncovered(old)
+            reason = why_not_gpu(gpu)
+            if reason is not None:
+                raise Uncovered(reason)
             call = prepare(gpu, operands, *arguments)
         except Uncovered as refusal:
-            # (An exception that is kept would keep the operands, by its traceback.)
+            # The exception's traceback would keep the operands alive.
             call = type(refusal), str(refusal)
         _calls[key] = call
     if isinstance(call, tuple) and isinstance(call[0], type):
@@ -114,26 +116,26 @@ def prepared(prepare: Callable[..., Any], operands: Operands, arguments: tuple[A
     return call
 
 
-def carried_out(
-    prepare: Callable[..., Any],
-    operands: Operands,
-    arguments: tuple[Any, ...],
-    carry_out: Callable[[Any, Operands], Result],
+def prepare_and_run(
+    prepare: Prepare, operands: Operands, arguments: tuple[Any, ...], run_call: Callable[[Any, Operands], Result]
 ) -> Result:
-    """``carry_out`` of what is `prepared`; where no memory is left for partial sums, of the same without any, which is
-    slower and from then on takes its place. (Its order of summation is another, so not where one is to be kept.)"""
+    """``run_call(call, operands)`` of the `prepared` call.
+
+    If no memory is left for partial sums, a slower call without them takes its place from then on; not under stable
+    numerics, because it adds in another order.
+    """
     call = prepared(prepare, operands, arguments)
     try:
-        return carry_out(call, operands)
+        return run_call(call, operands)
     except NoRoom:
         if policy().stable:
             raise
     _say_no_room()
-    return carry_out(_unsplit(call, prepare, operands, arguments), operands)
+    return run_call(_unsplit(call, prepare, operands, arguments), operands)
 
 
 def workspace(like: torch.Tensor, shape: int | Sizes, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Memory for partial sums, of at most MAX_WORKSPACE bytes, as tiles are chosen. Raises NoRoom."""
+    """Memory for partial sums; tiles are chosen so that it is at most MAX_WORKSPACE bytes. Raises NoRoom."""
     try:
         return like.new_empty(shape, dtype=dtype)
     except torch.OutOfMemoryError as error:
@@ -145,8 +147,8 @@ def _say_no_room() -> None:
     log.warning("no memory is left for partial sums: what finds none is called without from then on, which is slower")
 
 
-def _unsplit(call: Any, prepare: Callable[..., Any], operands: Operands, arguments: tuple[Any, ...]) -> Any:
-    """What is prepared of tiles that split no reduction, kept in the place of ``call``."""
+def _unsplit(call: Any, prepare: Prepare, operands: Operands, arguments: tuple[Any, ...]) -> Any:
+    """The same call prepared with tiles that split no reduction, kept in the place of ``call``."""
     thread = threading.get_ident()
 
     def whole(space: Space, features: Any, work: Callable[[Config], Work], gpu: Gpu, choice: Choice) -> Choice:
@@ -162,8 +164,17 @@ def _unsplit(call: Any, prepare: Callable[..., Any], operands: Operands, argumen
     return found
 
 
+def planned(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: Layout) -> tuple[Plan, Config]:
+    """(plan, config) of a call that a kernel serves. Raises Slower or Uncovered with each family's reason."""
+    plan = dispatch.plan(direction, problem, gpu, layout)
+    if plan.choice is None:
+        refusal = Slower if plan.slower else Uncovered
+        raise refusal("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
+    return plan, plan.choice.config
+
+
 def execute(call: PreparedConv, operands: Operands) -> tuple[torch.Tensor, ...]:
-    """Allocate, copy, launch: the result, and of ``call.partials`` the counts, means and squares."""
+    """Allocate, copy, launch: the result, and counts, means and squares if the call has ``partials``."""
     first = operands[0]
     assert first is not None
     out = first.new_empty_strided(call.shape, call.strides)
@@ -179,7 +190,7 @@ def execute(call: PreparedConv, operands: Operands) -> tuple[torch.Tensor, ...]:
     if call.workspace:
         partial = workspace(first, call.workspace)
         before = call.launches[0]
-        # An epilogue's operands are the second launch's.
+        # The second launch takes an epilogue's operands.
         taken = sum(pointer is not None for pointer in before.pointers) - 1
         given = iter((*operands[:taken], partial))
         run(before, *(None if pointer is None else next(given) for pointer in before.pointers))

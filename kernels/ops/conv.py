@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv.autotune import Config, Gpu
-from fastconv.kernels import dispatch
-from fastconv.kernels.dispatch import Plan
+from fastconv.autotune import Gpu
 from fastconv.kernels.families import channel_sum as family
 from fastconv.kernels.families.batch_norm import pass_tile
 from fastconv.kernels.families.family import Layout
 from fastconv.kernels.jit.epilogue import Epilogue, check_operands
 from fastconv.kernels.launch.descriptor import aligned, pitched
-from fastconv.kernels.launch.launch import Uncovered
 from fastconv.kernels.ops.batch_norm import combine_statistics
-from fastconv.kernels.ops.call import Operands, PreparedConv, Sizes, Slower, carried_out, execute
+from fastconv.kernels.ops.call import Operands, PreparedConv, Sizes, execute, planned, prepare_and_run
 from fastconv.kernels.problem.conv import ConvProblem, check_arguments, conv_problem
 from fastconv.kernels.problem.layout import (
     TAPS_OUTERMOST,
@@ -33,11 +30,10 @@ from fastconv.kernels.problem.layout import (
     pointer_type,
     strides_like,
     taps_outermost,
-    weight_format,
     weight_strides,
 )
 
-# The epilogue's operands: batch norm's mean, variance, weight and bias, PReLU's slope, the residual.
+# An epilogue's operands: batch norm's mean, variance, weight and bias, PReLU's slope, the residual.
 NO_EPILOGUE = (None,) * 6
 
 
@@ -46,11 +42,11 @@ def conv_fprop(
 ) -> Tensor:
     """``conv(x, weight, bias)``; ``padding`` holds the leading sides, then the trailing ones.
 
-    Channels_last where x or weight is, else contiguous. Raises RuntimeError where the arguments do not fit together,
-    Uncovered where no kernel serves them.
+    The result is channels_last if x or weight is, else contiguous. Raises RuntimeError if the arguments do not fit
+    together, Uncovered if no kernel serves them.
     """
     operands = (x, weight, bias, *NO_EPILOGUE)
-    return carried_out(_prepare_fprop, operands, (stride, padding, dilation, groups), execute)[0]
+    return prepare_and_run(_prepare_fprop, operands, (stride, padding, dilation, groups), execute)[0]
 
 
 def conv_act(
@@ -73,13 +69,13 @@ def conv_act(
 ) -> Tensor:
     """``act(normalise(conv(x, weight, bias)) + residual)`` in one launch, or with the residual after the activation.
 
-    ``output_size``: of the transposed convolution, which has it, and leading sides alone in ``padding``. ``norm``:
-    batch norm's mean, variance, weight and bias [K], each or all None; ``slope`` [K]: PReLU's; residual: as the
-    result. Formats and errors as `conv_fprop`.
+    ``output_size``: the transposed convolution's, whose ``padding`` holds only the leading sides; None: a convolution.
+    ``norm``: batch norm's mean, variance, weight and bias [K], each may be None; ``slope`` [K]: PReLU's; the residual
+    is shaped as the result. Formats and errors as `conv_fprop`.
     """
     operands = (x, weight, bias, *norm, slope, residual)
     how = act, eps, a, b, residual_after
-    return _carried_out(operands, output_size, (stride, padding, dilation, groups), how)[0]
+    return _either_direction(operands, output_size, (stride, padding, dilation, groups), how)[0]
 
 
 def conv_statistics(
@@ -93,25 +89,23 @@ def conv_statistics(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, variance): the convolution as in `conv_act`, always channels_last, and the statistics [K] of its fp32
-    result.
-
-    Those of an empty batch are 0.
-    """
+    result, 0 for an empty batch."""
     operands = (x, weight, bias, *NO_EPILOGUE)
     how = "identity", 0.0, 0.0, 0.0, False, True
-    y, *partials = _carried_out(operands, output_size, (stride, padding, dilation, groups), how)
+    y, *partials = _either_direction(operands, output_size, (stride, padding, dilation, groups), how)
     if not partials:
         mean, var = (y.new_zeros(y.shape[1], dtype=torch.float32) for _ in range(2))
         return y, mean, var
     return y, *combine_statistics(*partials)
 
 
-def _carried_out(
+def _either_direction(
     operands: Operands, output_size: Sizes | None, arguments: tuple[Any, ...], how: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
+    """fprop, or dgrad if there is an ``output_size``."""
     if output_size is None:
-        return carried_out(_prepare_fprop, operands, (*arguments, *how), execute)
-    return carried_out(_prepare_dgrad, operands, (output_size, *arguments, None, *how), execute)
+        return prepare_and_run(_prepare_fprop, operands, (*arguments, *how), execute)
+    return prepare_and_run(_prepare_dgrad, operands, (output_size, *arguments, None, *how), execute)
 
 
 def _prepare_fprop(
@@ -138,12 +132,11 @@ def conv_dgrad(
 ) -> Tensor:
     """The input's gradient [N, C, *input_size] from the output's, plus ``bias`` [C]: also the transposed convolution.
 
-    ``padding`` is the leading sides'. Raises RuntimeError where the arguments do not fit together, Uncovered where no
-    kernel serves them.
+    ``padding`` holds the leading sides. Errors as `conv_fprop`.
     """
     operands = (dy, weight, bias, *NO_EPILOGUE)
     arguments = (input_size, stride, padding, dilation, groups, channels_last)
-    return carried_out(_prepare_dgrad, operands, arguments, execute)[0]
+    return prepare_and_run(_prepare_dgrad, operands, arguments, execute)[0]
 
 
 def _prepare_dgrad(
@@ -179,7 +172,7 @@ def prepare_fprop_or_dgrad(
     residual_after: bool = False,
     statistics: bool = False,
 ) -> PreparedConv:
-    """``channels_last``: the result's format; None: as one of the operands is, or where statistics are taken."""
+    """``channels_last``: the result's format; None: channels_last if an operand is or statistics are taken."""
     source, weight, bias, *fused, residual = operands
     assert source is not None and weight is not None
     shape = problem.input_shape if direction == "dgrad" else problem.output_shape
@@ -188,7 +181,7 @@ def prepare_fprop_or_dgrad(
     epilogue = Epilogue(mean, var, gamma, beta, slope, added, residual_after, statistics, act, eps, a, b)
     if channels_last is None:
         channels_last = statistics or any(is_channels_last(t.shape, t.stride()) for t in (source, weight))
-    # Where pixels or channels are single, both formats are the same memory and the kernel writes either.
+    # With one pixel or one channel both formats are the same memory: the kernel writes either.
     direct = channels_last or shape[1] == 1 or all(size == 1 for size in shape[2:])
     strides = strides_like(shape, channels_last or not direct)
     copies: list[Sizes | None] = [contiguous_channels(source.shape, source.stride()), None]
@@ -207,16 +200,14 @@ def prepare_fprop_or_dgrad(
         starts_aligned=_aligned(operands, copies),
         precopied=_copied(copies[0], returned),
     )
-    plan, config = _plan(direction, problem, gpu, layout)
+    plan, config = planned(direction, problem, gpu, layout)
     launches = plan.launches
     if plan.family == "depthwise":
-        copies[1] = (
-            None if weight_format(weight.shape, weight.stride()) == TAPS_OUTERMOST else taps_outermost(weight.shape)
-        )
+        wanted = taps_outermost(weight.shape)
     else:
         # Bulk copies step from tap to tap by 16 bytes too.
         wanted = pitched(weight.shape, weight.dtype) if launches[0].described else strides_like(weight.shape, True)
-        copies[1] = None if laid_out(weight.shape, weight.stride(), wanted) else wanted
+    copies[1] = None if laid_out(weight.shape, weight.stride(), wanted) else wanted
     if plan.layout.source_strides != layout.source_strides:
         copies[0] = pitched(source.shape, source.dtype)
     if plan.layout.other_strides != layout.other_strides:
@@ -231,21 +222,12 @@ def prepare_fprop_or_dgrad(
 
 
 def conv_wgrad(
-    x: Tensor,
-    dy: Tensor,
-    filter_size: Sizes,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    format: int,
+    x: Tensor, dy: Tensor, filter_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, format: int
 ) -> Tensor:
-    """The weight's gradient [K, C/groups, *filter_size], of a `weight_format`; ``padding`` is the leading sides'.
-
-    Raises Uncovered where no kernel serves the call.
-    """
+    """The weight's gradient [K, C/groups, *filter_size], laid out by `weight_format`; ``padding`` holds the leading
+    sides. Errors as `conv_fprop`."""
     arguments = (filter_size, stride, padding, dilation, groups, format)
-    return carried_out(prepare_wgrad, (x, dy), arguments, execute)[0]
+    return prepare_and_run(prepare_wgrad, (x, dy), arguments, execute)[0]
 
 
 def prepare_wgrad(
@@ -280,13 +262,13 @@ def prepare_wgrad(
         starts_aligned=_aligned(operands, copies),
         precopied=_copied(*copies),
     )
-    plan, config = _plan("wgrad", problem, gpu, layout)
+    plan, config = planned("wgrad", problem, gpu, layout)
     launches = plan.launches
     if plan.layout.source_strides != layout.source_strides:
         copies[0] = pitched(x.shape, x.dtype)
     if plan.layout.other_strides != layout.other_strides:
         copies[1] = pitched(dy.shape, dy.dtype)
-    # Where neighbouring outputs share a run, the gradients of each lie apart.
+    # Neighbouring outputs that share a run have a gradient each.
     columns = launches[0].constants["COLUMNS"] if plan.family == "rows" else 1
     workspace = config["SPLITS"] * columns * prod(shape) if len(launches) > 1 else 0
     if format == TAPS_OUTERMOST and plan.family != "depthwise":
@@ -295,8 +277,8 @@ def prepare_wgrad(
 
 
 def channel_sum(x: Tensor) -> Tensor:
-    """The sum of [N, K, spatial] over all axes but the second, added in fp32: the bias's gradient [K]."""
-    return carried_out(_prepare_channel_sum, (x,), (), execute)[0]
+    """The bias's gradient [K]: the sum of x [N, K, spatial] over all other axes, added in fp32."""
+    return prepare_and_run(_prepare_channel_sum, (x,), (), execute)[0]
 
 
 def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> PreparedConv:
@@ -314,31 +296,17 @@ def _prepare_channel_sum(gpu: Gpu, operands: Operands) -> PreparedConv:
     return PreparedConv(copies, launches, (k,), (1,), workspace=choice.config["SPLITS"] * k if len(launches) > 1 else 0)
 
 
-def _plan(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> tuple[Plan, Config]:
-    plan = dispatch.plan(direction, problem, gpu, layout)
-    if plan.choice is None:
-        refusal = Slower if plan.slower else Uncovered
-        raise refusal("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    return plan, plan.choice.config
-
-
 def _copied(source: Sizes | None, other: Sizes | None) -> tuple[str, ...]:
     return tuple(name for name, copy in (("source", source), ("other", other)) if copy is not None)
 
 
 def _aligned(operands: Operands, copies: Sequence[Sizes | None]) -> bool:
-    """Whether bulk copies may read all operands; what is copied first is."""
+    """Whether all operands start where a bulk copy may; a copy does."""
     return all(t is None or copy is not None or aligned(t) for t, copy in zip(operands, copies, strict=True))
 
 
 def _gradient_problem(
-    dy: Tensor,
-    input_shape: Sizes,
-    weight_shape: Sizes,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
+    dy: Tensor, input_shape: Sizes, weight_shape: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> ConvProblem:
     """The convolution whose output's gradient is ``dy``; ``input_shape`` is [C, spatial]."""
     if dy.shape[1] != weight_shape[0]:
@@ -362,7 +330,7 @@ def _gradient_problem(
 
 
 def check_same_kind(x: Tensor, *others: Tensor | None) -> None:
-    """Raise RuntimeError, as torch does, where dtypes or devices are mixed."""
+    """Raise RuntimeError, as torch does, if dtypes or devices are mixed."""
     for other in others:
         if other is None:
             continue

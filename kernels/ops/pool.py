@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from fastconv.autotune import Gpu
-from fastconv.kernels import dispatch
 from fastconv.kernels.families.family import Layout
 from fastconv.kernels.families.pool_index import pool_gather
-from fastconv.kernels.launch.launch import Launch, Uncovered, run
-from fastconv.kernels.ops.call import Operands, Prepared, Sizes, carried_out, prepared, workspace
+from fastconv.kernels.launch.launch import run
+from fastconv.kernels.ops.call import Operands, Prepared, Sizes, planned, prepare_and_run, prepared, workspace
 from fastconv.kernels.problem.layout import (
     INDEX_TYPES,
     POINTER_TYPES,
@@ -35,10 +34,10 @@ ADAPTIVE: Geometry = ((), (), (), ())
 
 
 def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dtype | None) -> tuple[Tensor, ...]:
-    """(y, taps) [N, C, *output_size] of x [N, C, spatial]: the maxima, and in ``index`` which tap each is of.
+    """(y, taps) [N, C, *output_size] of x [N, C, spatial]: maxima, and as ``index`` the tap of each; None: (y,).
 
-    The last NaN of a window wins, else its first maximum. y alone where ``index`` is None. Channels_last where x is,
-    else contiguous. Raises Uncovered where no kernel serves them.
+    The last NaN of a window wins, else its first maximum. The result is channels_last if x is, else contiguous. Raises
+    Uncovered if no kernel serves the call.
     """
 
     def carry_out(call: Prepared, operands: Operands) -> tuple[Tensor, ...]:
@@ -53,14 +52,14 @@ def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dty
             run(call.launches[1], partial, partial_taps, y, taps)
         return (y,) if taps is None else (y, taps)
 
-    return carried_out(_prepare_forward, (x,), ("max", output_size, geometry, index), carry_out)
+    return prepare_and_run(_prepare_forward, (x,), ("max", output_size, geometry, index), carry_out)
 
 
 def average_pool(x: Tensor, output_size: Sizes, geometry: Geometry, include_padding: bool, divisor: int) -> Tensor:
-    """The averages [N, C, *output_size] of x [N, C, spatial], summed in fp32. ``divisor`` 0: the pixels of each window,
-    with or without its padding. Formats and errors as `max_pool`."""
+    """The averages [N, C, *output_size] of x [N, C, spatial], summed in fp32. ``divisor`` 0 divides by a window's
+    pixels, with or without its padding. Formats and errors as `max_pool`."""
     arguments = ("average", output_size, geometry, None, include_padding, divisor)
-    return carried_out(_prepare_forward, (x,), arguments, _average)
+    return prepare_and_run(_prepare_forward, (x,), arguments, _average)
 
 
 def _average(call: Prepared, operands: Operands) -> Tensor:
@@ -79,21 +78,16 @@ def _average(call: Prepared, operands: Operands) -> Tensor:
 def lp_pool(x: Tensor, output_size: Sizes, geometry: Geometry, norm: float) -> Tensor:
     """The norms [N, C, *output_size] of x [N, C, spatial]: (sum of x ** norm) ** (1 / norm) of each window, in fp32.
 
-    A window over the edge is taken for as many times its part inside. Formats and errors as `max_pool`.
+    The sum of a window over the edge is scaled up from the part inside. Formats and errors as `max_pool`.
     """
     call = prepared(_prepare_forward, (x,), ("lp", output_size, geometry, None, True, 0, norm))
-    y = x.new_empty_strided(call.shape, call.strides)
-    if call.launches:
-        run(call.launches[0], *call.laid_out((x,)), y, None)
-    return y
+    return _execute(call, (x,), x.dtype, None)
 
 
-def max_pool_backward(
-    dy: Tensor, taps: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool
-) -> Tensor:  # fmt: skip
+def max_pool_backward(dy: Tensor, taps: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool) -> Tensor:
     """The input's gradient [N, C, *input_size] from the output's and the taps that `max_pool` kept, summed in fp32.
 
-    ``channels_last``: whether the input was, and the result is. Raises Uncovered where no kernel serves them.
+    ``channels_last``: the input's format, and the result's. Raises Uncovered if no kernel serves the call.
     """
     call = prepared(_prepare_backward, (dy, taps, None, None), ("max", input_size, geometry, channels_last))
     return _execute(call, (dy, taps, None, None), dy.dtype)
@@ -102,40 +96,37 @@ def max_pool_backward(
 def average_pool_backward(
     dy: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool, include_padding: bool, divisor: int
 ) -> Tensor:
-    """The input's gradient [N, C, *input_size] from the output's; arguments as `average_pool` and
-    `max_pool_backward` have them."""
+    """The input's gradient [N, C, *input_size] from the output's; see `average_pool` and `max_pool_backward`."""
     arguments = ("average", input_size, geometry, channels_last, include_padding, divisor)
     operands = (dy, None, None, None)
     return _execute(prepared(_prepare_backward, operands, arguments), operands, dy.dtype)
 
 
-def lp_pool_backward(
-    dy: Tensor, y: Tensor, x: Tensor, geometry: Geometry, channels_last: bool, norm: float
-) -> Tensor:  # fmt: skip
-    """The input's gradient, as x [N, C, spatial], from the output's and both operands of `lp_pool`; arguments as it and
-    `max_pool_backward` have them."""
+def lp_pool_backward(dy: Tensor, y: Tensor, x: Tensor, geometry: Geometry, channels_last: bool, norm: float) -> Tensor:
+    """The gradient of x [N, C, spatial] from the output's and from what `lp_pool` read and returned; see it and
+    `max_pool_backward`."""
     operands = (dy, None, y, None if norm == 1 else x)
     arguments = ("lp", tuple(x.shape[2:]), geometry, channels_last, True, 0, norm)
     return _execute(prepared(_prepare_backward, operands, arguments), operands, dy.dtype)
 
 
 def max_pool_gather(taps: Tensor, x: Tensor, geometry: Geometry, channels_last: bool) -> Tensor:
-    """x [N, C, spatial] where each window of the input had its maximum, laid out as ``taps`` [N, C, output]."""
+    """x [N, C, spatial] at the pixel of each window's maximum, laid out as ``taps`` [N, C, output]."""
     arguments = (tuple(x.shape[2:]), x.dtype, geometry, channels_last)
     return _execute(prepared(_prepare_gather, (taps, x), arguments), (taps, x), x.dtype)
 
 
 def max_pool_indices(taps: Tensor, input_size: Sizes, geometry: Geometry, channels_last: bool) -> Tensor:
-    """PyTorch's indices, int64: where in an image of ``input_size`` each window had its maximum."""
+    """PyTorch's indices, int64: the pixel of each window's maximum in an image of ``input_size``."""
     arguments = (input_size, torch.float32, geometry, channels_last)
     return _execute(prepared(_prepare_gather, (taps, None), arguments), (taps, None), torch.int64)
 
 
 def tap_type(input_size: Sizes, output_size: Sizes, window: Sizes) -> torch.dtype:
-    """The type that `max_pool` is to keep taps in. Never narrower than needed, whatever adaptive windows' sizes."""
+    """The type that `max_pool` keeps taps in, wide enough for any adaptive window."""
     if window:
         return index_type(prod(window))
-    # (Not the largest share itself: its greatest common divisor would become a guard on every size.)
+    # An upper bound: the largest share's greatest common divisor would become a guard on every size.
     return index_type(prod((h - 2) // max(p, 1) + 2 for h, p in zip(input_size, output_size, strict=True)))
 
 
@@ -155,11 +146,11 @@ def _problem(
 
 
 def _view(shape: Sizes, strides: Sizes, channels_last: bool) -> tuple[Sizes | None, Strides]:
-    """(strides to copy a tensor [N, C, spatial] to, or None; strides of its pixels, or of its planes' pixels)."""
+    """(strides of the copy of a tensor [N, C, spatial], or None; strides of its pixels, or of its planes' pixels)."""
     if channels_last:
         copy = contiguous_channels(shape, strides)
         return copy, pixel_strides(shape, copy or strides)
-    # Planes lie at one distance, or cannot be numbered.
+    # Planes can be numbered only if they lie at one distance.
     even = shape[0] == 1 or shape[1] == 1 or strides[0] == strides[1] * shape[1]
     copy = None if even else strides_like(shape, False)
     n, c, *spatial = copy or strides
@@ -185,17 +176,12 @@ def _prepare_forward(
         return Prepared((None,), (), shape, strides)
     problem = _problem(kind, x.shape, output_size, geometry, x.dtype, index, *sums)
     copy, source = _view(x.shape, x.stride(), channels_last)
-    return Prepared((copy,), _plan("forward", problem, gpu, source, channels_last), shape, strides)
+    plan, _ = planned("forward", problem, gpu, Layout(source_strides=source, channels_last=channels_last))
+    return Prepared((copy,), plan.launches, shape, strides)
 
 
 def _prepare_backward(
-    gpu: Gpu,
-    operands: Operands,
-    kind: str,
-    input_size: Sizes,
-    geometry: Geometry,
-    channels_last: bool,
-    *sums: Any,
+    gpu: Gpu, operands: Operands, kind: str, input_size: Sizes, geometry: Geometry, channels_last: bool, *sums: Any
 ) -> Prepared:
     dy, *kept = operands
     assert dy is not None
@@ -210,10 +196,10 @@ def _prepare_backward(
     index = None if taps is None else taps.dtype
     problem = _problem(kind, shape, tuple(dy.shape[2:]), geometry, dy.dtype, index, *sums)
     copy, source = _view(dy.shape, dy.stride(), channels_last)
-    launches = _plan("backward", problem, gpu, source, channels_last)
-    # What `max_pool` and `lp_pool` write, and a reader's x, are read without strides.
+    plan, _ = planned("backward", problem, gpu, Layout(source_strides=source, channels_last=channels_last))
+    # The kernel reads taps, y and x without strides.
     dense = (None if t is None else dense_copy(t.shape, t.stride(), channels_last) for t in kept)
-    return Prepared((copy, *dense), launches, shape, strides)
+    return Prepared((copy, *dense), plan.launches, shape, strides)
 
 
 def _prepare_gather(
@@ -229,16 +215,14 @@ def _prepare_gather(
         return Prepared((None, None), (), shape, strides)
     problem = _problem("max", (*shape[:2], *input_size), shape[2:], geometry, dtype, taps.dtype)
     copy, source = (None, None) if x is None else _view(x.shape, x.stride(), channels_last)
-    # The tiles of a pass over the output.
-    plan = dispatch.plan("forward", problem, gpu, Layout(channels_last=channels_last))
-    if plan.choice is None:
-        raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    launch = pool_gather(problem, {**plan.choice.config, "LANES": 1}, channels_last, source)
+    # Its tile is the forward pool's, which also walks the output.
+    _, config = planned("forward", problem, gpu, Layout(channels_last=channels_last))
+    launch = pool_gather(problem, {**config, "LANES": 1}, channels_last, source)
     return Prepared((dense_copy(taps.shape, taps.stride(), channels_last), copy), (launch,), shape, strides)
 
 
 def _check(t: Tensor | None, shape: Sequence[int], dtypes: Container[torch.dtype], beside: Tensor) -> None:
-    """Raise RuntimeError where a kept tensor, or a gradient's gradient, is not what its pool's kernel would read."""
+    """Raise RuntimeError if a kept tensor, or a gradient's gradient, does not fit its pool."""
     if t is not None and (tuple(t.shape) != tuple(shape) or t.dtype not in dtypes or t.device != beside.device):
         raise RuntimeError(
             f"expected {list(shape)} beside {list(beside.shape)}, {beside.dtype} on {beside.device}, "
@@ -246,20 +230,12 @@ def _check(t: Tensor | None, shape: Sequence[int], dtypes: Container[torch.dtype
         )
 
 
-def _plan(
-    direction: str, problem: PoolProblem, gpu: Gpu, source: Strides, channels_last: bool
-) -> tuple[Launch, ...]:  # fmt: skip
-    plan = dispatch.plan(direction, problem, gpu, Layout(source_strides=source, channels_last=channels_last))
-    if plan.choice is None:
-        raise Uncovered("; ".join(f"{family}: {reason}" for family, reason in plan.reasons))
-    return plan.launches
-
-
-def _execute(call: Prepared, operands: Operands, dtype: torch.dtype) -> Tensor:
+def _execute(call: Prepared, operands: Operands, dtype: torch.dtype, *absent: None) -> Tensor:
+    """The result of one launch, whose last pointers are ``absent``."""
     first = operands[0]
     assert first is not None
     out = first.new_empty_strided(call.shape, call.strides, dtype=dtype)
     if not call.launches:
         return out.zero_()
-    run(call.launches[0], *call.laid_out(operands), out)
+    run(call.launches[0], *call.laid_out(operands), out, *absent)
     return out

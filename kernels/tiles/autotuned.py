@@ -1,4 +1,4 @@
-"""What kernels tell the autotuner: a problem as tables spell it, the code it is measured under, what the user set."""
+"""The kernels' adapter to the autotuner: a problem as tables spell it, the version of its code, the user's policy."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from fastconv.kernels.tiles.shapes import TileSpace, kernels_of
 
 @runtime_checkable
 class Keyed(Protocol):
-    """A part of what a tile is chosen by that says itself how tables spell it."""
+    """A feature of a problem that says itself how tables spell it."""
 
     @property
     def key_parts(self) -> KeyParts: ...
 
 
 def problem_of(space: str, features: Any) -> ProblemKey:
-    """The problem that a tile is chosen by, as tables know it."""
+    """The problem as tables spell it, from the features that its tile is chosen by."""
     kind: dict[str, int | str] = {}
     channels: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -62,20 +62,20 @@ def problem_of(space: str, features: Any) -> ProblemKey:
 
 @cache
 def version_of(space: str) -> Version:
-    """The code that a problem of this space would be measured under."""
-    # Every launch has products and sums fused.
+    """The version of a measurement in this space."""
+    # True: every launch has products and sums fused.
     return Version(triton.__version__, source_hash(kernels_of(space)), True, PROCEDURE)
 
 
 @cache
 def source_hash(kernels: tuple[Any, ...]) -> str:
-    """Of all code that is compiled for these kernels: neither a comment nor a launcher makes measurements stale."""
+    """The hash of all code that is compiled for ``kernels``: no comment and no launcher makes measurements stale."""
     text = "\n".join(f"{name} {code}" for name, code in sorted(compiled_code(kernels).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compiled_code(kernels: Iterable[Any]) -> dict[str, str]:
-    """Name -> the code of each kernel and of each jit function and constant that it names, or they do in turn."""
+    """Name -> code of each kernel and of all jit functions and constants that it names, directly or through others."""
     found: dict[str, str] = {}
     waiting = [(kernel.fn.__name__, kernel) for kernel in kernels]
     while waiting:
@@ -95,20 +95,20 @@ def compiled_code(kernels: Iterable[Any]) -> dict[str, str]:
     return found
 
 
-# Who tells what the user set: (prefer, tune, numerics) for the thread that asks.
+# Tells the asking thread's settings (prefer, tune, numerics): settings live above the kernels.
 _user_policy: list[Callable[[], tuple[str, str, str]]] = []
 
 
 def set_user_policy(policy: Callable[[], tuple[str, str, str]]) -> None:
-    """Let ``policy()`` tell what the user set, for the thread that asks: settings are not the kernels'."""
+    """Take (prefer, tune, numerics) of the asking thread from ``policy()``."""
     _user_policy[:] = [policy]
 
 
 def policy() -> Policy:
-    """What choices are made by, for the thread that asks."""
+    """What the asking thread's choices are made by."""
     prefer, tune, numerics = _user_policy[0]() if _user_policy else ("fastest", "cached", "fast")
     if tune in MEASURING:
-        # Ranks that measured by their own clock would disagree; what is captured must be known.
+        # A capture can measure nothing. Ranks that measured by their own clocks would disagree.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         tune = "cached" if capturing else ranks.may_measure(tune)
     return _POLICIES[prefer, tune, numerics, torch.are_deterministic_algorithms_enabled()]
@@ -121,7 +121,7 @@ _POLICIES = {
 
 
 def live(gpu: Gpu) -> bool:
-    """Whether this process runs on ``gpu`` and is not only asked what it would do."""
+    """Whether this process runs on ``gpu`` and can measure there."""
     if interpreter.interpreting() or deciding() or not torch.cuda.is_available():
         return False
     return gpu.name == torch.cuda.get_device_name()
@@ -131,13 +131,13 @@ ADAPTER = Adapter(problem_of, version_of, policy, live, ranks.agree, ranks.joine
 
 
 class Candidates(NamedTuple):
-    """What the tile of a problem is chosen from."""
+    """What a problem's tile is chosen from."""
 
     space: TileSpace
-    features: Hashable  # what identifies the problem
-    work: Callable[[Config], Work]  # what a config makes of it
+    features: Hashable  # identify the problem
+    work: Callable[[Config], Work]  # the work of a config
     gpu: Gpu
-    at_least: Mapping[str, int] = {}  # what a parameter must cover, and does with its smallest value that can
+    at_least: Mapping[str, int] = {}  # length that a parameter must cover: its smallest value that does
 
     @property
     def narrowed(self) -> TileSpace:
@@ -145,16 +145,16 @@ class Candidates(NamedTuple):
         return space.narrowed(at_least=self.at_least)
 
 
-# Given a space, the problem's features, what its configs make of it, the GPU and what was chosen: what is taken.
+# (space, features, work, gpu, chosen) -> the choice that is taken, as `considering` lets it.
 Consider = Callable[[Space, Hashable, Callable[[Config], Work], Gpu, Choice], Choice]
 _considering: list[Consider] = []
 
 
 @contextlib.contextmanager
 def considering(consider: Consider) -> Iterator[None]:
-    """Let ``consider`` have the last word on every tile inside the block, on any thread: to see them all, to try one.
+    """Let ``consider`` replace the chosen tile inside this block, on every thread.
 
-    Calls that are kept stay as they are: collect `decisions` inside.
+    Calls already kept keep their tiles, so also enter `decisions`.
     """
     _considering.append(consider)
     try:
@@ -164,7 +164,7 @@ def considering(consider: Consider) -> Iterator[None]:
 
 
 def choose(candidates: Candidates) -> Choice:
-    """The candidate that tables, the cost model or who is `considering` takes."""
+    """The candidate that tables or the cost model choose, or what `considering` makes of it."""
     space, features, work, gpu = candidates.narrowed, *candidates[1:4]
     choice = ask(space, features, work, gpu, ADAPTER)
     for consider in _considering:
@@ -173,5 +173,5 @@ def choose(candidates: Candidates) -> Choice:
 
 
 def predicted(candidates: Candidates) -> float:
-    """Seconds by the cost model, whatever was measured: families are compared the same way on every machine."""
+    """Seconds of the best candidate by the cost model only: families compare alike on every machine."""
     return by_cost_model(candidates.narrowed, candidates.work, candidates.gpu).seconds

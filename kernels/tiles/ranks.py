@@ -1,11 +1,11 @@
-"""Processes of one job (torch.distributed) choose alike: rank 0's tables are everybody's.
+"""Processes of one job (torch.distributed) choose alike: all ranks take rank 0's tables.
 
-Through the job's key-value store, not a collective: ranks come to their first choice at different moments, and some, of
-a pipeline, may never come. Only for rank 0's tables is waited, and not for ever.
+Tables travel by the job's key-value store, not by a collective: ranks come to their first choice at different moments,
+and some ranks of a pipeline never come. A rank waits only for rank 0's tables, and not for ever.
 
-What a rank decided before the job appeared is forgotten at the first call in it that was not met before. Until then
-its calls of before keep their tiles: to look for a job would cost each of them time. Lock files that are loaded once
-tables are in use are to be loaded by all ranks: the count tells whether rank 0's tables are those of before.
+Decisions made before the process group existed are dropped at the first new call after it; until then known calls keep
+their tile, because checking at each call would cost time. A lock file loaded after tables are in use must be loaded by
+every rank; ``reloads`` then tells rank 0's new tables from its old ones.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _joining = threading.Lock()
 
 
 def world_size() -> int:
-    """Of the job; 1 outside of one."""
+    """The number of ranks; 1 outside of a job."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 1
     return torch.distributed.get_world_size()
 
 
 def joined() -> bool:
-    """Whether a job of several ranks, or of another number of them, has appeared since this was asked last."""
+    """Whether a job of several ranks, or of another number of ranks, has appeared since the last call of this."""
     global _size
     size = world_size()
     with _joining:
@@ -46,9 +46,9 @@ def joined() -> bool:
 
 
 def agree(gpu: Gpu, tables: Tables, reloads: int) -> None:
-    """Take rank 0's tables of ``gpu`` where they differ from this rank's, and say so in one line.
+    """Replace this rank's tables of ``gpu`` by rank 0's if they differ, and log one line.
 
-    ``reloads``: how often this process has dropped those agreed on, as rank 0 must have when it published those meant.
+    ``reloads``: how often this process has dropped agreed tables; rank 0 publishes its tables under the same count.
     """
     if world_size() == 1:
         return
@@ -76,7 +76,7 @@ def agree(gpu: Gpu, tables: Tables, reloads: int) -> None:
 
 
 def may_measure(tune: str) -> str:
-    """A setting ``tune`` that measures, as a rank may follow it: where there are several none does by its own clock."""
+    """``tune``, a setting that measures, or "cached" in a job of several ranks: none measures by its own clock."""
     global _told
     if world_size() == 1:
         return tune

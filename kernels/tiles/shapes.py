@@ -1,4 +1,4 @@
-"""Search spaces of tiles, and what several families' tiles have in common."""
+"""Search spaces of tiles: their class, and the sides, validity and registers that several families share."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from fastconv.kernels.problem.layout import load_width
 # Largest tensor that Triton allows, in elements.
 MAX_ELEMENTS = 1 << 20
 
-
-_kernels: dict[str, tuple[Any, ...]] = {}  # of each declared space, by its name
+_kernels: dict[str, tuple[Any, ...]] = {}  # each declared space's, by its name
 
 
 @dataclass(frozen=True)
 class TileSpace(Space):
-    """The tiles of a family's ``kernels``: what measurements of them are versioned by. ``interpreted``: the ranges of
-    the interpreter, in which a step costs much the same whatever its size, so that its tiles are as large as the
-    problem."""
+    """The tiles of a family's ``kernels``, whose code is the version of measurements.
+
+    ``interpreted``: ranges for the interpreter. A step costs it much the same whatever its size, so its tiles are as
+    large as the problem.
+    """
 
     kernels: tuple[Any, ...] = ()  # triton.jit functions
     interpreted: Mapping[str, tuple[int, ...]] | None = None
@@ -39,12 +40,12 @@ class TileSpace(Space):
 
 
 def declared_spaces() -> list[str]:
-    """The names of all search spaces whose families are imported."""
+    """The names of all spaces of imported families."""
     return sorted(_kernels)
 
 
 def kernels_of(space: str) -> tuple[Any, ...]:
-    """The kernels that a space is of; none if no family declares it, as one of another release."""
+    """The kernels of a space; none if no family declares it, which is so for a space of another release."""
     return _kernels.get(space, ())
 
 
@@ -65,11 +66,11 @@ INTERPRETED_STENCIL = {name: INTERPRETED_SIDES[name] for name in ("BLOCK_M", "BL
 
 
 def matrix_tile(rows: str, columns: str, depth: str) -> Callable[[Config], str | None]:
-    """A tensor-core tile: warps and stages follow from its sides, so that few binaries serve many problems."""
+    """Validity of a tensor-core tile: its sides decide warps and stages, so that few binaries serve many problems."""
 
     def valid(config: Config) -> str | None:
         elements = config[rows] * config[columns] // (32 * config["num_warps"])
-        # Addresses take as many registers as accumulators: eight warps hold 128x64 in half of what four need each.
+        # Addresses take as many registers as accumulators: eight warps halve what 128x64 takes of a thread.
         if not 16 <= elements <= (32 if config["num_warps"] == 4 else 128):
             return f"{elements} accumulators a thread do not suit {config['num_warps']} warps"
         if config["num_stages"] != (3 if config[depth] > 32 else 4):
@@ -80,7 +81,7 @@ def matrix_tile(rows: str, columns: str, depth: str) -> Callable[[Config], str |
 
 
 def fitting(space: TileSpace, **channels: int) -> TileSpace:
-    """``space`` without the sides that so many channels leave half empty; the smallest stays."""
+    """``space`` without sides that ``channels`` (name of a side -> count) leave half empty; the smallest stays."""
     return space.narrowed(at_most={name: 2 * count - 1 for name, count in channels.items()})
 
 
@@ -92,13 +93,7 @@ def matrix_share(dtype: torch.dtype, precision: str) -> float:
 
 
 def matrix_registers(
-    config: Config,
-    rows: str,
-    columns: str,
-    depth: str,
-    by_element: tuple[float, float, float],
-    fma: bool,
-    gpu: Gpu,
+    config: Config, rows: str, columns: str, depth: str, by_element: tuple[float, float, float], fma: bool, gpu: Gpu
 ) -> int:
     """Registers a thread of a tile rows x columns, fitted to what ptxas reports; rows are the gathered side.
 
@@ -121,15 +116,15 @@ def matrix_registers(
 
 
 def element_registers(problem: ConvProblem, channels: int) -> int:
-    """Registers for an element of runs of so many channels, 0 where they are read by 16 bytes.
+    """Registers for an element of a run of ``channels`` that is read one element at a time; 0: by 16 bytes.
 
-    Else each has an address of its own and, under 4 bytes, waits in a register, since no asynchronous copy is so small.
+    Such an element has an address and, below 4 bytes, waits in a register: no asynchronous copy is so small.
     """
     return 5 if problem.dtype.itemsize < 4 and load_width(problem.dtype, channels) == 1 else 0
 
 
 def is_dense(problem: ConvProblem, share: float, pack: int) -> bool:
-    """Whether tiles are one group's, on tensor cores, and loaded by 16 bytes."""
+    """Whether a tile is one group's, on tensor cores, loaded by 16 bytes."""
     widths = problem.in_channels // problem.groups, problem.out_channels // problem.groups
     return pack == 1 and share > 0 and not any(element_registers(problem, width) for width in widths)
 

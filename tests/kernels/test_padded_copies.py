@@ -145,7 +145,7 @@ def test_what_is_copied_is_known_of_the_plan() -> None:
     )
     assert dispatch.plan("fprop", HEAD.problem(torch.bfloat16), gpus.H200).layout == Layout()
     copied = {
-        layout: dispatch._with_room(conv_pixels.FAMILY, "fprop", problem, layout)[1]
+        layout: dispatch._padded_layout(conv_pixels.FAMILY, "fprop", problem, layout)[1]
         for layout in (Layout(), Layout(precopied=("source", "other")), Layout(epilogue=Epilogue(residual="*bf16")))
     }
     image, weight = 2 * 2 * 64 * 100 * 28 * 28, 2 * 2 * 100 * 100 * 9
