@@ -11,12 +11,12 @@ import pytest
 
 from fastconv.autotune import Gpu
 from fastconv.kernels.compile.sass import Compiled
-from fastconv.kernels.launch import interpreter
+from tests.marks import compiling
 
 # A file's pytestmark.
 COMPILING = [
     pytest.mark.compile,
-    pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile"),
+    compiling,
 ]
 # Processes of pytest-xdist share the cores; the last one at work takes two.
 JOBS = max(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))

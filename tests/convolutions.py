@@ -9,15 +9,14 @@ from functools import cache
 import torch
 
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import LaunchRecord, record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 from fastconv.kernels.problem.layout import strides_like
 from fastconv.reference.conv import both_sides, pad_argument
 from reference import assert_close, assert_equal, exact_limit, integers
+from tests.marks import DEVICE
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 # What `expected` and `computed` give.
 RESULTS = (*DIRECTIONS, "bias gradient")
 

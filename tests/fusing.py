@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
-from fastconv.kernels.launch import interpreter
 from plainly import activation
-
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
+from tests.marks import DEVICE
 
 
 def how(args: tuple[Any, ...]) -> tuple[str | None, str | None]:

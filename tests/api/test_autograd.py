@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastconv
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 
 

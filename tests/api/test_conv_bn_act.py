@@ -36,9 +36,9 @@ from fastconv.kernels.ops.batch_norm import as_pixels
 from fastconv.kernels.problem import conv
 from fastconv.reference.conv_bn_act import normalise_and_activate
 from reference import integers
+from tests.marks import DEVICE
 from tests.tiles import take_tile
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 pytestmark = [pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
 if not interpreter.interpreting():
     pytestmark.append(pytest.mark.gpu)

@@ -15,11 +15,10 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import fastconv
 from convolutions import products_of
 from fastconv import nn
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 CLASSES = [name for name in nn.__all__ if hasattr(torch.nn, name) and "Conv" in name]
 

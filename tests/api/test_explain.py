@@ -17,11 +17,10 @@ from fastconv import nn
 from fastconv.autotune.gpus import A100, H200, INTERPRETER
 from fastconv.explain import Moved, Run
 from fastconv.kernels.dispatch import use_target
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 # name -> (layer, input, forward's further arguments)
 CALLS: dict[str, tuple[torch.nn.Module, tuple[int, ...], dict[str, Any]]] = {

@@ -10,10 +10,9 @@ import torch.nn.functional as theirs
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv.functional as ours
-from fastconv.kernels.launch import interpreter
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 
 def flops(function: Any, x: torch.Tensor, weight: torch.Tensor, **arguments: Any) -> int:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastconv.functional as ours
-from fastconv.kernels.launch import interpreter
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [pytest.mark.gpu] * (not interpreter.interpreting())
+pytestmark = runs_kernels
 
 
 class Index:

@@ -17,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv.functional as ours
 from fastconv import settings
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from reference import assert_close, assert_equal, integers
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 # name -> (function, input, weight, arguments)
 CALLS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

@@ -15,13 +15,12 @@ import fastconv.functional as ours
 from fastconv import settings
 from fastconv.autograd.pool import max_pool_op
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import call
 from reference import assert_close, assert_equal
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 # name -> (function, input, arguments)
 CALLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv import nn as ours
-from fastconv.kernels.launch import interpreter
 from fusing import (
     BN1,
     BN2,
@@ -35,8 +34,9 @@ from fusing import (
     sequence,
     twice,
 )
+from tests.marks import runs_kernels
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 
 # What happens to the model later

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv import nn as ours
-from fastconv.kernels.launch import interpreter
 from fusing import (
     BN1,
     BN2,
@@ -39,8 +38,9 @@ from fusing import (
     sequence,
     twice,
 )
+from tests.marks import runs_kernels
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 
 def writes_its_input(m: Any, x: Any) -> Any:

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
-from fastconv.kernels.launch import interpreter
 from fusing import BN1, DEVICE, Block, Unit, assert_same, images, pair, plain_block, sequence, step
+from tests.marks import runs_kernels
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 
 # What cannot be traced

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
-from fastconv.kernels.launch import interpreter
 from fusing import BN1, BN2, DEVICE, Block, assert_same, by_type, images, pair, plain_block
 from plainly import fused_by_torch
+from tests.marks import runs_kernels
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 
 # Arguments

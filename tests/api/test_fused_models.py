@@ -16,8 +16,8 @@ import fastconv
 from fastconv.benchmarks.models import torchvision
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 pytestmark = [
     pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),

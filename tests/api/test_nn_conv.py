@@ -14,12 +14,11 @@ from torch import Tensor
 
 from convolutions import products_of
 from fastconv import nn
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from reference import assert_equal, integers
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 # name -> (class, arguments, input, forward's further arguments)
 LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], dict[str, Any]]] = {

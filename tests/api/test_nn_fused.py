@@ -15,11 +15,10 @@ import fastconv
 from convolutions import products_of
 from fastconv import nn
 from fastconv.activations import NAMED, activation_of
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 # name -> (class, arguments, input, whether there is a residual)
 LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], bool]] = {

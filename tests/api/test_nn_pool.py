@@ -12,11 +12,10 @@ import torch
 
 import fastconv
 from fastconv import functional, nn
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 SHAPES = {"1": (2, 3, 9), "2": (2, 3, 9, 8), "3": (1, 3, 5, 6, 5)}
 KINDS: dict[str, dict[str, Any]] = {

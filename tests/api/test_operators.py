@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastconv.functional as F
 from fastconv.autograd import operators
-from fastconv.kernels.launch import interpreter
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [pytest.mark.gpu] * (not interpreter.interpreting())
+pytestmark = runs_kernels
 
 
 class Seen(TorchDispatchMode):

@@ -15,13 +15,12 @@ import fastconv
 from convolutions import products_of
 from fastconv import nn
 from fastconv.activations import _FORMS
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.nn import patches
 from fastconv.nn.fused_call import _FUNCTIONS, NORMS, SKIPPED
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 POOLS = [name for name in nn.__all__ if "Pool" in name]
 F = torch.nn.functional

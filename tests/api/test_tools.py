@@ -22,8 +22,8 @@ from convolutions import products_of
 from fastconv import nn
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
+from tests.marks import DEVICE
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
     *([] if interpreter.interpreting() else [pytest.mark.gpu]),

@@ -13,11 +13,10 @@ import fastconv.functional as ours
 from fastconv.autotune.gpus import INTERPRETER
 from fastconv.explain import Moved, explain
 from fastconv.kernels.dispatch import use_target
-from fastconv.kernels.launch import interpreter
 from fastconv.traffic import Traffic
+from tests.marks import DEVICE, runs_kernels
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 WIDTH, BATCH, SIZE = 16, 8, 16
 UNIT = BATCH * SIZE * SIZE * WIDTH * 2  # bytes of the narrow activation in bfloat16

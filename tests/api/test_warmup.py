@@ -23,11 +23,7 @@ from fastconv.kernels.compile.ahead import Binaries
 from fastconv.kernels.launch import interpreter, launch
 from fastconv.kernels.tiles import autotuned
 from fastconv.warmup import Warmup
-
-interpreted = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
-compiling = pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
+from tests.marks import compiling, interpreted
 
 
 class Block(nn.Module):

@@ -18,12 +18,10 @@ from fastconv.benchmarks.checks.check import compare, poisoned_memory
 from fastconv.cli import run
 from fastconv.kernels.dispatch import Plan
 from fastconv.kernels.jit import activations
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import decisions
+from tests.marks import interpreted
 
-pytestmark = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
+pytestmark = interpreted
 
 CPU = torch.device("cpu")
 

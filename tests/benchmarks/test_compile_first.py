@@ -19,12 +19,9 @@ from fastconv.benchmarks.report import results
 from fastconv.cli import bench_run, run
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import compile_each
-from fastconv.kernels.launch import interpreter
+from tests.marks import interpreted
 
 CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
 
 ROW = {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA A100", "spills": 0}
 ROW |= {"registers": 128, "shared_memory": 4096, "occupancy": 2, "tensor_cores": "mma", "load_bytes": {"16": 8}}

@@ -8,11 +8,11 @@ import pytest
 
 from fastconv.benchmarks import host
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter
+from tests.marks import compiling
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
+@compiling
 def test_every_kind_of_call_has_a_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "ROUNDS", 1)
     monkeypatch.setattr(host, "CALLS", 2)

@@ -14,11 +14,9 @@ import fastconv.functional
 from fastconv.benchmarks import models
 from fastconv.benchmarks.measure import lenet, network, resnet_blocks
 from fastconv.cli import run
-from fastconv.kernels.launch import interpreter
+from tests.marks import interpreted
 
-pytestmark = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
+pytestmark = interpreted
 
 CPU = torch.device("cpu")
 CONVERT = fastconv.convert

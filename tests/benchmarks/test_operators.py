@@ -25,12 +25,11 @@ from fastconv.benchmarks.report import tables, targets
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part, check_part
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter, launch
+from fastconv.kernels.launch import launch
 from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave
+from tests.marks import interpreted
 
-pytestmark = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
+pytestmark = interpreted
 
 CPU = torch.device("cpu")
 SETUP = operator_times.Setup(torch.bfloat16, CPU, HostClock())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.kernels.launch import interpreter
+from tests.marks import interpreted
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,7 +22,7 @@ class Outcomes:
             self.found[report.nodeid.partition("[")[2]] = report.outcome
 
 
-@pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+@interpreted
 def test_each_side_of_one_operator_is_run() -> None:
     outcomes = Outcomes()
     options = ("-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-disable", "-k", "pool-backward and not compile")

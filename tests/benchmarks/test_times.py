@@ -23,13 +23,11 @@ from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.cli import run
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.problem.conv import conv_problem
 from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave, within
+from tests.marks import interpreted
 
-pytestmark = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
+pytestmark = interpreted
 
 CPU = torch.device("cpu")
 

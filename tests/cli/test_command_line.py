@@ -11,10 +11,9 @@ import pytest
 
 import fastconv.cli
 from fastconv.cli import interpreter, run
-from fastconv.kernels.launch.interpreter import interpreting
+from tests.marks import interpreted
 
 # A machine with a GPU refuses other things.
-interpreted = pytest.mark.skipif(not interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
 
 
 def test_help_lists_the_commands_without_torch() -> None:

@@ -27,8 +27,8 @@ from fastconv.kernels import families
 from fastconv.kernels.families.conv_gather import GATHER
 from fastconv.kernels.launch.interpreter import interpreting
 from fastconv.traffic import OperatorPass
+from tests.marks import compiling
 
-compiling = pytest.mark.skipif(interpreting(), reason="one process cannot both interpret and compile")
 interpreted = pytest.mark.skipif(not interpreting(), reason="what only the interpreter's process refuses")
 CONV = "inspect conv2d --input 2x64x8x8 --weight 32x64x3x3"
 # Rows of outputs that no two share: odd ones.

@@ -29,12 +29,12 @@ from fastconv.benchmarks import layer_lists
 from fastconv.cli import run
 from fastconv.cli import tune as command
 from fastconv.kernels.dispatch import version_of
-from fastconv.kernels.launch import interpreter
 from fastconv.measuring import compiling
 from fastconv.settings import settings
 from fastconv.tuning import problems
 from tests.autotune.making import DATE, met, problem, tuned
 from tests.autotune.simulated import Timer
+from tests.marks import interpreted
 from tests.measuring import pretending
 
 ROOT = Path(__file__).parents[2]
@@ -442,7 +442,7 @@ def test_a_worker_that_does_not_start_is_one_line(
     assert "does not start: RuntimeError: the driver is too old" in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+@interpreted
 @pytest.mark.parametrize("tune", ["first", "force"])
 def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastconv

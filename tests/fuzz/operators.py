@@ -18,11 +18,10 @@ from torch import Tensor, nn
 import fastconv.functional as ours
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter
 from reference import assert_close, assert_equal
+from tests.marks import DEVICE
 from views import VIEWS, dense
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 # Smooth ones, whose derivative a rounding does not change by much; and those that keep integers what they are.
 SMOOTH = ("identity", "silu", "tanh", "sigmoid", "gelu", "softplus", "mish")
 EXACT: dict[str, Callable[[], nn.Module]] = {

@@ -15,14 +15,13 @@ from torch import Tensor
 from fastconv.kernels.families import batch_norm as family
 from fastconv.kernels.families.batch_norm import Activated
 from fastconv.kernels.jit.activations import ACTIVATIONS
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import batch_norm, call, conv
 from reference import assert_close
+from tests.marks import DEVICE, runs_kernels
 from tests.tiles import take_tile
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = torch.finfo(torch.float32).eps
 

@@ -17,15 +17,15 @@ from fastconv import functional
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import depthwise_schedule
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS
 from fastconv.kernels.problem.layout import TAPS_OUTERMOST, taps_outermost, weight_format
 from reference import integers
+from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = {"fprop": "conv_depthwise_kernel", "dgrad": "conv_depthwise_kernel", "wgrad": "conv_depthwise_wgrad_kernel"}
 

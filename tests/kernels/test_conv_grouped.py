@@ -17,14 +17,14 @@ from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_gather, conv_gather_wgrad
 from fastconv.kernels.families.conv_gather import packed_groups
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import call, conv
 from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, integers
+from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

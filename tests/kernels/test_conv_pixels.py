@@ -24,9 +24,10 @@ from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import strides_like
 from reference import assert_close, assert_equal, exact_limit, integers
+from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 DTYPES = (torch.bfloat16, torch.float16)
 # (BLOCK_N, BLOCK_K, BLOCK_C, PIXELS, whether in PAIRS)
 ONE, FOUR, PAIRS = (16, 32, 16, 1, 0), (16, 16, 32, 4, 0), (32, 16, 16, 1, 1)

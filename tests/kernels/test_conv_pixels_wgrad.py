@@ -13,15 +13,15 @@ from convolutions import DEVICE, Case, depths, expected
 from fastconv.autotune import Config, gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import strides_like
 from reference import assert_close, assert_equal, exact_limit, integers
+from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 DTYPES = (torch.bfloat16, torch.float16)
 
 

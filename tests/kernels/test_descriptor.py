@@ -13,8 +13,9 @@ from convolutions import DEVICE
 from fastconv.kernels.launch import descriptor, interpreter
 from fastconv.kernels.launch.descriptor import Descriptor, aligned
 from fastconv.kernels.launch.launch import Launch, run
+from tests.marks import runs_kernels
 
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 
 
 @triton.jit

@@ -12,12 +12,10 @@ import fastconv.functional
 from fastconv.autotune import Gpu, known_gpus
 from fastconv.cli.inspect_layers import LAYERS
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch import interpreter, launch
+from fastconv.kernels.launch import launch
 from fastconv.kernels.problem.conv import DIRECTIONS
+from tests.marks import interpreted
 
-interpreted = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
 # Of GPUs whose tensor cores read what bulk copies bring.
 BULK = {"gemm", "pixels", "spatial"}
 

@@ -13,11 +13,11 @@ import triton.language as tl
 from fastconv.activations import activation_of, has_fused_form
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.launch import interpreter
+from tests.marks import DEVICE, runs_kernels
 
 if interpreter.interpreting():
     interpreter.apply()
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 EPS = torch.finfo(torch.float32).eps
 
 

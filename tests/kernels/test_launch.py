@@ -18,6 +18,7 @@ from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch import launch as launches
 from fastconv.kernels.launch.launch import Launch, run
 from fastconv.kernels.problem.conv import conv_problem
+from tests.marks import compiling
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
+@compiling
 def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
 

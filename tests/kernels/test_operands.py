@@ -16,10 +16,10 @@ from torch import Tensor
 import fastconv.functional as F
 from convolutions import DEVICE
 from fastconv.autograd import operators
-from fastconv.kernels.launch import interpreter
+from tests.marks import runs_kernels
 from views import KEEPING, VIEWS, dense
 
-pytestmark = [pytest.mark.gpu] * (not interpreter.interpreting())
+pytestmark = runs_kernels
 
 WINDOW = [2, 3], [2, 1], [0, 0], [1, 1]
 SHARES: tuple[list[int], ...] = [], [], [], []

@@ -17,16 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import pool_gradient, pool_window
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import call, pool
 from fastconv.kernels.problem.layout import is_channels_last, strides_like
 from fastconv.kernels.problem.pool import PoolProblem, index_type, largest_share
 from reference import assert_close, assert_equal
+from tests.marks import DEVICE, runs_kernels
 from tests.tiles import take_tile
 
-DEVICE = "cpu" if interpreter.interpreting() else "cuda"
-pytestmark = [] if interpreter.interpreting() else [pytest.mark.gpu]
+pytestmark = runs_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Ints = tuple[int, ...]
 

@@ -27,6 +27,7 @@ from fastconv.kernels.compile.sass import (
 )
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import Launch
+from tests.marks import compiling
 
 # As cuobjdump prints it, its second column of encodings cut off after the first line.
 PIPELINED = """
@@ -194,7 +195,7 @@ def test_the_interpreter_refuses_to_compile() -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(interpreter.interpreting(), reason="one process cannot both interpret and compile")
+@compiling
 def test_resources_are_of_all_launches_and_failures_are_told() -> None:
     with dispatch.only_family("gather"):
         fprop, *_, wgrad, ordered_sum = [launch for _, _, launch in launches_of(LAYERS[3], False, H200)]

@@ -16,7 +16,6 @@ from fastconv.autotune.gpus import A100, B200, H200, INTERPRETER
 from fastconv.autotune.tune import TuningTask
 from fastconv.dry_run import OurOperators
 from fastconv.kernels.dispatch import ADAPTER
-from fastconv.kernels.launch import interpreter
 from fastconv.kernels.ops import pool as pool_ops
 from fastconv.measuring import worker
 from fastconv.measuring.clock import HostClock
@@ -24,10 +23,7 @@ from fastconv.measuring.problem_to_run import Unmeasurable, to_run
 from fastconv.measuring.process import Refused
 from fastconv.tuning import problems
 from tests.autotune.making import tuned
-
-interpreted = pytest.mark.skipif(
-    not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1"
-)
+from tests.marks import interpreted
 
 
 def conv(function: str, x: tuple[int, ...], w: tuple[int, ...], **arguments: Any) -> Any:

@@ -16,11 +16,11 @@ import pytest
 
 from fastconv.autotune.gpus import H200, INTERPRETER
 from fastconv.autotune.tune import Failed, Footprint, tune
-from fastconv.kernels.launch import interpreter
 from fastconv.measuring.process import Worker, WorkerError
 from fastconv.measuring.runner import WorkerRunner
 from tests.autotune.making import problem
 from tests.autotune.test_tune import new_question
+from tests.marks import interpreted
 from tests.measuring import pretending
 
 CONFIG = {"TILE": 1}
@@ -174,7 +174,7 @@ def test_the_parent_needs_no_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels on the CPU: needs TRITON_INTERPRET=1")
+@interpreted
 def test_the_real_worker_measures_what_it_is_asked() -> None:
     from fastconv.measuring.problem_to_run import to_run
     from tests.measuring.test_problem_to_run import tiny
