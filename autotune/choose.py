@@ -72,7 +72,7 @@ def choose(
 ) -> Choice:
     """The config of ``space`` for the problem that ``features`` identifies; a known problem is one dictionary hit.
 
-    ``work(config)`` says what a config makes of the problem. The first of these that knows a config decides: the lock
+    ``work(config)`` says what a config makes of the problem. The first source that knows a config decides: the lock
     file, this user's measurements, the shipped table, the nearest problem measured, the cost model. A table is asked
     for the problem itself, then for one of nearly its batch and image. Without an ``adapter`` the cost model decides.
     Measures only if the policy is "first" or "force", a measurer is installed and the adapter is ``live``. Raises

@@ -13,9 +13,9 @@ from fastconv.cli.errors import BadUsage
 from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
 
 COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
-# These run kernels on a GPU, or interpret them without one.
+# Commands that run kernels on a GPU, or interpret them without one.
 NUMERIC = ("bench", "check", "explain")
-# These compile for GPUs that need not be here.
+# Commands that compile for GPUs that need not be here.
 COMPILING = ("inspect", "tune")
 # Variables of the environment beside the settings'.
 VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_LOCK")
