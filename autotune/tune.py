@@ -32,7 +32,7 @@ class Footprint:
     """What a compiler made of a config."""
 
     registers: int  # a thread
-    spills: int  # bytes a thread
+    spills: int  # instructions
     shared_memory: int  # bytes a program
 
 

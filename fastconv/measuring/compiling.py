@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.autotune.choose import Question
 from fastconv.autotune.tune import Failed, Footprint
-from fastconv.kernels.compile.sass import resources
+from fastconv.kernels.compile.sass import read_each
 from fastconv.kernels.launch.launch import Launch, Uncovered
 from fastconv.measuring.problem_to_run import ProblemToRun, to_run
 
@@ -56,14 +56,12 @@ class Compiler:
         with _planning:
             planned = [self._planned(question.problem, config) for config in configs]
         launches = [it for each in planned if not isinstance(each, Failed) for it in each]
-        missing: dict[Hashable, Sequence[Launch]] = {
-            it.compile_key: [it] for it in launches if it.compile_key not in self._binaries
-        }
-        found = resources(missing, self.gpu, self._jobs) if missing else {}
-        for key, it in found.items():
-            self._binaries[key] = (
-                Failed("failed", it) if isinstance(it, str) else Footprint(it.registers, it.spills, it.shared_memory)
-            )
+        missing = [(it, self.gpu) for it in launches if it.compile_key not in self._binaries]
+        if missing:
+            compiled = read_each(missing, self._jobs)
+            self._binaries |= {key: Failed("failed", why) for (key, _), why in compiled.failures.items()}
+            for (key, _), it in compiled.results.items():
+                self._binaries[key] = Footprint(it.registers, it.spills, it.shared_memory)
         return [
             each if isinstance(each, Failed) else _most([self._binaries[it.compile_key] for it in each])
             for each in planned

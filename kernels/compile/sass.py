@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -128,34 +128,6 @@ def mix(opcodes: Mapping[str, int]) -> dict[str, int]:
     return {kind: found[kind] for kind in (*KINDS, "other") if found[kind]}
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What a config takes of a multiprocessor: of several launches the most."""
-
-    registers: int  # a thread
-    spills: int  # instructions
-    shared_memory: int  # bytes a program
-
-
-def resources(
-    candidates: Mapping[Hashable, Sequence[Launch]], gpu: Gpu, jobs: int | None = None
-) -> dict[Hashable, Footprint | str]:
-    """Of each candidate's launches what they take, or one line that says why they do not compile. In parallel."""
-    launches = [launch for each in candidates.values() for launch in each]
-    compiled = _compiled(((launch, gpu) for launch in launches), jobs)
-    found: dict[Hashable, Footprint | str] = {}
-    for name, each in candidates.items():
-        keys = [(launch.compile_key, gpu.arch) for launch in each]
-        failures = [compiled.failures[key] for key in keys if key in compiled.failures]
-        binaries = [compiled.results[key] for key in keys if key in compiled.results]
-        found[name] = failures[0] if failures else _most(binaries)
-    return found
-
-
-def _most(binaries: Sequence[Compiled]) -> Footprint:
-    return Footprint(*(max(getattr(binary, name) for binary in binaries) for name in Footprint.__dataclass_fields__))
-
-
 def compile_all(
     wanted: Iterable[tuple[Launch, Gpu]],
     jobs: int | None = None,
@@ -167,18 +139,19 @@ def compile_all(
     ``jobs`` processes (one a core unless given); ``progress(done, all)`` after each. Raises RuntimeError that names the
     launch where one does not compile, or under TRITON_INTERPRET.
     """
-    compiled = _compiled(wanted, jobs, progress, listings)
+    compiled = read_each(wanted, jobs, progress, listings)
     for failure in compiled.failures.values():
         raise RuntimeError(failure)
     return compiled.results
 
 
-def _compiled(
+def read_each(
     wanted: Iterable[tuple[Launch, Gpu]],
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     listings: Sequence[str] = (),
 ) -> Binaries[Compiled]:
+    """`compile_all`, which tells failures instead of raising them."""
     made = compile_each(wanted, partial(_facts, listings=listings), jobs, progress)
     found: Binaries[Compiled] = Binaries({}, made.failures)
     for arch in sorted({arch for _, arch in made.results}):

@@ -14,13 +14,12 @@ from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import operands
 from fastconv.kernels.compile.sass import (
     Compiled,
-    Footprint,
     compile_all,
     first_operands,
     in_flight,
     mix,
     parse,
-    resources,
+    read_each,
     serialised,
     step_of,
     wgmma_waits,
@@ -196,21 +195,16 @@ def test_the_interpreter_refuses_to_compile() -> None:
 
 @pytest.mark.compile
 @compiling
-def test_resources_are_of_all_launches_and_failures_are_told() -> None:
+def test_a_binary_is_read_and_a_failure_is_told() -> None:
     with dispatch.only_family("gather"):
-        fprop, *_, wgrad, ordered_sum = [launch for _, _, launch in launches_of(LAYERS[3], False, H200)]
+        fprop, *_, ordered_sum = [launch for _, _, launch in launches_of(LAYERS[3], False, H200)]
     broken = dataclasses.replace(fprop, constants={**fprop.constants, "BLOCK_M": 48})
-    found = resources({"one": [fprop], "two": [wgrad, ordered_sum], "broken": [broken]}, H200)
-    compiled = compile_all(
-        [(launch, H200) for launch in (fprop, wgrad, ordered_sum)], listings=["sass", "ptx", "ttgir"]
-    )
-    first, second, third = (compiled[launch.compile_key, 90] for launch in (fprop, wgrad, ordered_sum))
-    assert found["one"] == Footprint(first.registers, first.spills, first.shared_memory)
-    assert found["two"] == Footprint(
-        max(second.registers, third.registers), 0, max(second.shared_memory, third.shared_memory)
-    )
-    assert isinstance(found["broken"], str) and found["broken"].startswith("conv_gather_kernel does not compile for")
-    assert "\n" not in found["broken"]
+    failures = read_each([(broken, H200), (fprop, H200)]).failures
+    compiled = compile_all([(launch, H200) for launch in (fprop, ordered_sum)], listings=["sass", "ptx", "ttgir"])
+    first, third = (compiled[launch.compile_key, 90] for launch in (fprop, ordered_sum))
+    assert list(failures) == [(broken.compile_key, 90)]
+    why = failures[broken.compile_key, 90]
+    assert why.startswith("conv_gather_kernel does not compile for") and "\n" not in why
     # What a pipelined product on an H200 is: both operands in shared memory, one product going on at the wait.
     assert set(first.operands) == {"shared memory"} and first.waits == (1,)
     assert first.copies == fprop.num_stages - 1 and 0 < first.copy_bytes < first.shared_memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from fastconv.autotune.gpus import H200
 from fastconv.autotune.records import Measured, Record
 from fastconv.autotune.tune import Failed, Footprint, tune
+from fastconv.kernels.compile.ahead import Binaries
 from fastconv.kernels.launch.launch import Uncovered
 from fastconv.measuring import compiling, problem_to_run
 from fastconv.measuring.compiling import Compiler
@@ -39,10 +41,10 @@ def test_registers_and_shared_memory_are_the_compilers() -> None:
         assert time.monotonic() - began < 5, "each binary once"
 
 
-def of(registers: int, spills: int = 0) -> Any:
-    from fastconv.kernels.compile.sass import Footprint
-
-    return Footprint(registers, spills, 1024)
+def read(wanted: Any, registers: int) -> Any:
+    """What `read_each` finds of binaries that take so many registers."""
+    binary = SimpleNamespace(registers=registers, spills=0, shared_memory=1024)
+    return Binaries({(launch.compile_key, gpu.arch): binary for launch, gpu in wanted}, {})
 
 
 def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +52,12 @@ def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pyte
     configs = [config for config, _ in question.fitting()]
     compiled: list[Any] = []
 
-    def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
-        compiled.extend(candidates)
-        return {key: "kernel does not compile" if len(compiled) == 1 else of(99) for key in candidates}
+    def read_each(wanted: Any, jobs: Any) -> Any:
+        found = read(wanted, 99)
+        compiled.extend(found.results)
+        return Binaries({}, dict.fromkeys(found.results, "kernel does not compile")) if len(compiled) == 1 else found
 
-    monkeypatch.setattr(compiling, "resources", resources)
+    monkeypatch.setattr(compiling, "read_each", read_each)
     with Compiler(H200, 3) as compiler:
         assert compiler.footprints(question, configs[:1]) == [Failed("failed", "kernel does not compile")]
         both = compiler.footprints(question, configs[:2])
@@ -78,14 +81,14 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
     begun, go_on = threading.Event(), threading.Event()
     threads: list[str] = []
 
-    def resources(candidates: Any, gpu: Any, jobs: Any) -> Any:
+    def read_each(wanted: Any, jobs: Any) -> Any:
         threads.append(threading.current_thread().name)
         if threads[-1].startswith("ahead"):
             begun.set()
             assert go_on.wait(30)
-        return {key: of(64) for key in candidates}
+        return read(wanted, 64)
 
-    monkeypatch.setattr(compiling, "resources", resources)
+    monkeypatch.setattr(compiling, "read_each", read_each)
     with Compiler(H200) as compiler:
         compiler.compile_ahead([first, second, third], 2)
         assert begun.wait(30)
