@@ -1,1 +1,1 @@
-"""Kernels compiled ahead of their launch, and what the compiler made of them."""
+"""Compiling kernels ahead of their launch, and reading the compiler's result."""

@@ -1,7 +1,7 @@
-"""Launches compiled before they are made, on all cores, for GPUs that need not be here, into Triton's cache.
+"""Compile launches before they are made, on all cores, for GPUs that need not be here, into Triton's cache.
 
-Each goes the way that a call with its arguments goes, so that the call finds its binary: what Triton looks up, types,
-alignment and options, is computed by Triton. Pointers count as aligned to 16 bytes, as torch's allocator places them.
+Triton itself computes the key of its cache (types, alignment, options) from stand-ins for the operands, so that a later
+call finds the binary. Pointers count as aligned to 16 bytes, as torch's allocator places them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fastconv.kernels.problem.layout import INDEX_TYPES, POINTER_TYPES
 
 Result = TypeVar("Result")
 Key = tuple[Any, int]  # Launch.compile_key, Gpu.arch
-LIMIT = 120.0  # seconds for one binary: the slowest known take some ten on a busy machine
+LIMIT = 120.0  # seconds for one binary; the slowest known take about ten on a busy machine
 _DTYPES = {name: dtype for dtype, name in (POINTER_TYPES | INDEX_TYPES | {torch.int64: "*i64"}).items()}
 
 
 class Binary(NamedTuple):
-    """What a launch will run. ``kernel``: Triton's, with its ``asm`` and ``metadata``."""
+    """A launch's binary. ``kernel``: Triton's, with ``asm`` and ``metadata``."""
 
     kernel: Any
     arch: int
@@ -42,14 +42,14 @@ class Binary(NamedTuple):
 
 
 class Binaries(NamedTuple, Generic[Result]):
-    """Of each distinct binary what was made of it, or why it does not compile: one line that names the launch."""
+    """What was made of each distinct binary, or one line that names the launch and says why it does not compile."""
 
     results: dict[Key, Result]
     failures: dict[Key, str]
 
 
 class _Driver:
-    """What Triton asks of a driver when it compiles and does not launch."""
+    """The part of a driver that Triton needs to compile without launching."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -65,7 +65,7 @@ class _Driver:
 
 
 def operands(launch: Launch) -> tuple[Any, ...]:
-    """What stands for the tensors of ``launch`` where nothing is launched."""
+    """Stand-ins for the tensors of ``launch``, to compile it."""
     return tuple(
         TensorDescriptor(MockTensor(it.dtype), list(it.shape), list(it.strides), list(it.box))
         if isinstance(it, Descriptor)
@@ -77,16 +77,16 @@ def operands(launch: Launch) -> tuple[Any, ...]:
 
 
 def load(launches: Sequence[Launch], device: torch.device) -> None:
-    """Put onto ``device``, a GPU that is here, what the launches run: from Triton's cache, else it is compiled."""
+    """Load the launches' binaries onto ``device``, a GPU that is here: from Triton's cache, or compiled."""
     with torch.cuda.device(device):
         for it in launches:
-            # Triton loads a binary when it is first asked how to run it.
+            # Triton loads a binary when its ``run`` is first asked for.
             _ = it.kernel.warmup(*operands(it), *it.scalars, grid=it.grid, **it.arguments).run
         loaded(launches, torch.cuda.current_device())
 
 
 def cores() -> int:
-    """Of this machine, those that this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -96,11 +96,11 @@ def compile_each(
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Binaries[Result]:
-    """``make(binary)`` of each distinct binary, compiled once: by (launch.compile_key, gpu.arch).
+    """``make(binary)`` of each distinct binary, compiled once, by (launch.compile_key, gpu.arch).
 
-    In ``jobs`` processes (one a core unless given) that touch no GPU; ``progress(done, all)`` after each. A compiler
-    that crashes or hangs is a failure of its binary. Raises RuntimeError under TRITON_INTERPRET: one process cannot
-    both interpret and compile.
+    ``jobs`` processes (default: one a core) compile and touch no GPU; ``progress(done, all)`` is called after each
+    binary. A compiler that crashes or hangs is a failure of its binary. Raises RuntimeError under TRITON_INTERPRET:
+    one process cannot both interpret and compile.
     """
     if interpreter.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
@@ -108,7 +108,7 @@ def compile_each(
     compiled: Binaries[Result] = Binaries({}, {})
     keys = list(distinct)
     triton_key()  # a hash of the whole compiler, which takes half a second: the processes inherit it
-    # Calls are inherited, because Triton's functions do not pickle.
+    # Processes inherit the calls, because Triton's functions do not pickle.
     calls = [partial(_compile_one, *each, make) for each in distinct.values()]
     with closing(results_of(calls, jobs or cores(), LIMIT)) as results:
         for done, (index, found) in enumerate(results, 1):
@@ -126,7 +126,7 @@ def compile_each(
 
 
 def _compile_one(launch: Launch, arch: int, make: Callable[[Binary], Any]) -> tuple[Any, str | None]:
-    """What is made of the binary, or why there is none."""
+    """(made, None), or (None, why the launch does not compile)."""
     driver.set_active(_Driver(arch))
     found: list[bool] = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)

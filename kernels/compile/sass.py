@@ -1,9 +1,9 @@
-"""What the compiler makes of a launch for a named GPU, which need not be here: compile, disassemble, count.
+"""Read the compiler's result for a launch and a GPU, which need not be here: compile, disassemble, count.
 
-Registers and spills alone do not say whether a kernel is good. So the instructions are read too: which tensor cores it
-uses, where their operands come from, whether every wgmma is waited for (a loop that may not run makes ptxas do that,
-silently), how wide its loads are, whether they are asynchronous and how many are under way, and how many instructions
-one step takes. ``fastconv inspect`` shows it, the tuner prunes by it, tests hold it.
+Registers and spills do not show whether a kernel is good, so the instructions are read too: which tensor cores it uses
+and where their operands come from, whether every wgmma is waited for (ptxas does that silently in a loop that may not
+run), how wide loads are, whether they are asynchronous and how many are under way, how many instructions one step
+takes. ``fastconv inspect`` shows this, the tuner prunes by it, tests hold it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,15 @@ from fastconv.kernels.compile.ahead import Binaries, Binary, compile_each
 from fastconv.kernels.launch.launch import Launch
 
 GPUS = (A100, H200, B200)
-# Of a multiprocessor. By compute capability its threads and programs, the table of the CUDA C++ Programming Guide; its
-# shared memory is what one program may use and the part that is reserved for each.
+# A multiprocessor's registers and columns of tensor memory, and the shared memory reserved for each of its programs.
 REGISTERS, TENSOR_COLUMNS, RESERVED_SHARED = 65536, 512, 1024
+# Compute capability -> (threads, programs) of a multiprocessor, by the CUDA C++ Programming Guide's table.
 MULTIPROCESSOR = {
-    80: (2048, 32),
-    86: (1536, 16),
-    89: (1536, 24),
-    90: (2048, 32),
-    100: (2048, 32),
-    103: (2048, 32),
-    120: (1536, 24),
-}
-# The tensor cores that each architecture is to be used by, and their SASS instruction.
+    80: (2048, 32), 86: (1536, 16), 89: (1536, 24), 90: (2048, 32), 100: (2048, 32), 103: (2048, 32), 120: (1536, 24),
+}  # fmt: skip
+# Kinds of tensor cores, by their SASS instructions.
 TENSOR_CORES = {"mma": r"[HIQ]MMA", "wgmma": r"[HIQ]GMMA", "tcgen05": r"UTC\w*MMA"}
-# What instructions do, by their opcode without modifiers; the rest is control.
+# Kinds of instructions, by opcode without modifiers; all others are control.
 KINDS = {
     "tensor cores": r"[HIQ]MMA|[HIQ]GMMA|UTC\w*MMA",
     "bulk copies in": r"UTMALDG|UBLKCP",
@@ -58,12 +52,12 @@ KINDS = {
     "waiting": r"BAR|DEPBAR|LDGDEPBAR|WARPGROUP|WARPSYNC|SYNCS|MEMBAR|FENCE|UTCBAR|UTMACMDFLUSH|UTMACCTL|NANOSLEEP",
     "integers": r"U?(?:I\w+|LOP\d?|LEA|SHF|SEL|PRMT|MOV|PLOP3|VIADD\w*|VIMNMX\w*|P2R|R2P)|R2UR|S2U?R|CS2R",
 }
-# A memory instruction's modifier -> bytes a thread; 4 where it has none of these.
+# A memory instruction's modifier -> bytes a thread; an instruction without one moves 4.
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 ELEMENTS = {"f32": 4, "f16": 2, "bf16": 2}
 Code = list[tuple[int, str, str]]  # (address, opcode, operands)
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
-# Shared memory for so many steps of an operand, as Triton's pipeline allocates it.
+# An operand's buffers in shared memory, (steps x sides, type), as Triton's pipeline allocates them.
 BUFFERS = re.compile(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+(?:x\d+){2,})x(\w+),")
 
 
@@ -77,20 +71,20 @@ class Compiled:
     stack: int  # bytes a thread
     spills: int  # instructions that move registers to and from the stack
     shared_memory: int  # bytes a program
-    tensor_columns: int  # of tensor memory, a program
+    tensor_columns: int  # tensor memory's, a program
     opcodes: Mapping[str, int]
     tensor_cores: str | None  # "mma", "wgmma", "tcgen05"
     serialised: bool  # every wgmma is waited for before the next one
     step: int | None  # instructions of the loop around the tensor cores
-    operands: Mapping[str, int] = field(default_factory=dict)  # where wgmma's or tcgen05's first lies -> how many
+    operands: Mapping[str, int] = field(default_factory=dict)  # see `first_operands`
     waits: tuple[int, ...] = ()  # how many wgmma groups may go on at each wait of that loop
     step_opcodes: Mapping[str, int] = field(default_factory=dict)
     copies: int = 0  # steps whose operands are on their way to shared memory while one is computed
-    copy_bytes: int = 0  # of these, a program
-    listings: Mapping[str, str] = field(default_factory=dict)  # "sass", "ptx", "ttgir", where asked for
+    copy_bytes: int = 0  # bytes of those steps, a program
+    listings: Mapping[str, str] = field(default_factory=dict)  # those of "sass", "ptx", "ttgir" that were asked for
 
     def global_accesses(self, opcode: str) -> dict[int, int]:
-        """Bytes a thread moves -> how many such instructions. ``opcode``: LDG, LDGSTS (asynchronous) or STG."""
+        """Bytes a thread moves -> how many instructions do. ``opcode``: LDG, LDGSTS (asynchronous) or STG."""
         widths: Counter[int] = Counter()
         for name, count in self.opcodes.items():
             whole, *modifiers = name.split(".")
@@ -120,7 +114,7 @@ class Compiled:
 
 
 def mix(opcodes: Mapping[str, int]) -> dict[str, int]:
-    """How many instructions do what, in the order of `KINDS`; "other" last."""
+    """Counts of instructions by `KINDS`, in their order; "other" last."""
     found: Counter[str] = Counter()
     for opcode, count in opcodes.items():
         whole = opcode.split(".")[0]
@@ -136,8 +130,8 @@ def compile_all(
 ) -> dict[tuple[Any, int], Compiled]:
     """Compile and read each distinct binary once: (launch.compile_key, gpu.arch) -> Compiled, with the ``listings``.
 
-    ``jobs`` processes (one a core unless given); ``progress(done, all)`` after each. Raises RuntimeError that names the
-    launch where one does not compile, or under TRITON_INTERPRET.
+    ``jobs`` and ``progress`` as in `compile_each`. Raises RuntimeError that names the launch if one does not compile,
+    or under TRITON_INTERPRET.
     """
     compiled = read_each(wanted, jobs, progress, listings)
     for failure in compiled.failures.values():
@@ -162,7 +156,7 @@ def read_each(
 
 
 def _facts(binary: Binary, listings: Sequence[str]) -> tuple[dict[str, Any], bytes]:
-    """What of `Compiled` the compiler says, and the machine code, which says the rest."""
+    """(the fields of `Compiled` that the compiler says, the machine code that says the others)."""
     asm, metadata = binary.kernel.asm, binary.kernel.metadata
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -190,7 +184,7 @@ def _said_by(tool: str, *arguments: str) -> str:
 
 
 def _code(cubin: bytes) -> bytes:
-    """The instructions of an ELF file: its sections whose names begin with ``.text.``."""
+    """The instructions of an ELF file: the sections whose names begin with ``.text.``."""
     (table,), (size, count, names) = unpack_from("<Q", cubin, 40), unpack_from("<HHH", cubin, 58)
     sections = [unpack_from("<IIQQQQ", cubin, table + index * size) for index in range(count)]
     names = sections[names][4]
@@ -199,7 +193,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def _disassembled(codes: Sequence[bytes], arch: int) -> Iterator[Code]:
-    """Each binary's instructions, by one process for all of them: nvdisasm takes half a second to begin."""
+    """Each binary's instructions, from one process for all, because nvdisasm takes half a second to begin."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()
@@ -209,7 +203,7 @@ def _disassembled(codes: Sequence[bytes], arch: int) -> Iterator[Code]:
 
 
 def _read(code: Code) -> dict[str, Any]:
-    """What of `Compiled` the instructions say."""
+    """The fields of `Compiled` that the instructions say."""
     opcodes = Counter(opcode for _, opcode, _ in code)
     whole = Counter(opcode.split(".")[0] for _, opcode, _ in code)
     cores = next((name for name, form in TENSOR_CORES.items() if any(re.fullmatch(form, op) for op in whole)), None)
@@ -227,7 +221,7 @@ def _read(code: Code) -> dict[str, Any]:
 
 
 def parse(sass: str) -> Code:
-    """The instructions of cuobjdump's listing, predicates left out."""
+    """The instructions of a listing by cuobjdump or nvdisasm, without predicates."""
     return [(int(address, 16), opcode, operands.strip()) for address, opcode, operands in INSTRUCTION.findall(sass)]
 
 
@@ -244,7 +238,7 @@ def serialised(code: Code) -> bool:
 
 
 def first_operands(code: Code) -> dict[str, int]:
-    """Where wgmma's or tcgen05's first operand comes from -> how many; the second is always in shared memory."""
+    """Place of wgmma's or tcgen05's first operand -> how many; the second is always in shared memory."""
     # HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 has both there, HGMMA... R24, R4, gdesc[UR8], R24 one in registers;
     # UTCHMMA gdesc[UR16], gdesc[UR20], tmem[UR22]... has both there, UTCHMMA tmem[UR4], gdesc[UR20]... one.
     found: Counter[str] = Counter()
@@ -258,20 +252,20 @@ def first_operands(code: Code) -> dict[str, int]:
 
 
 def wgmma_waits(code: Code) -> tuple[int, ...]:
-    """How many groups of wgmma may go on behind each wait, in order."""
+    """How many groups of wgmma may go on at each wait, in order."""
     waits = (operands.split(",") for _, opcode, operands in code if opcode.startswith("WARPGROUP.DEPBAR"))
     return tuple(int(most.strip(), 16) for _, most in waits)
 
 
 def in_flight(ttgir: str) -> tuple[int, int]:
-    """(steps whose operands are on their way while one is computed, their bytes), by the pipeline's shared memory."""
+    """(steps whose operands are on their way while one is computed, their bytes), from the pipeline's buffers."""
     buffers = [(*map(int, sizes.split("x")), type_) for sizes, type_ in BUFFERS.findall(ttgir)]
     steps = [(sizes[0] - 1, prod(sizes[1:]) * ELEMENTS[type_]) for *sizes, type_ in buffers if type_ in ELEMENTS]
     return max((count for count, _ in steps), default=0), sum(count * size for count, size in steps)
 
 
 def step_of(code: Code, product: str) -> Code | None:
-    """The shortest loop around a tensor-core instruction; None where there is no loop."""
+    """The shortest loop around a tensor-core instruction; None if there is none."""
     products = [index for index, (_, opcode, _) in enumerate(code) if re.fullmatch(product, opcode.split(".")[0])]
     index_of = {address: index for index, (address, _, _) in enumerate(code)}
     loops = []

@@ -1,6 +1,6 @@
-"""Processes that do one thing after the other for this one: one that crashes or hangs costs what it was at, no more.
+"""Worker processes: one that crashes or hangs costs only the call it was at.
 
-They end with their parent, however it ends, and what they started ends with them. Needs neither torch nor Triton.
+They end with their parent, however it ends, and so do processes that they started. Needs neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# A second child forked between the two would keep the first one's end of its pipe open.
+# Held from pipe to fork: a child forked between the two would keep another child's end of its pipe open.
 _forking = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Of a call that has no result: what became of its process."""
+    """The end of a process, in place of its call's result."""
 
     how: str  # "crashes (exit code -11)", "hangs (over 120 s)"
 
 
 def end_with_parent() -> None:
-    """Be killed when the thread that started this process ends, or its process, however they do. Linux alone has
-    this."""
+    """Have Linux kill this process when the thread that started it ends, however it ends; elsewhere do nothing."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def results_of(calls: Sequence[Callable[[], Any]], jobs: int, limit: float) -> Generator[tuple[int, Any]]:
-    """(index, what the call returned, or Ended) of each call, as they are done, made in ``jobs`` forked processes.
+    """(index, result or Ended) of each call as it ends, from ``jobs`` forked processes; ``limit`` seconds for each.
 
-    What a call returns is pickled, the calls themselves are inherited; none may raise. One may take ``limit`` seconds.
-    To be closed where it is left early.
+    Processes inherit the calls and pickle results; no call may raise. Close the generator if you leave it early.
     """
     left = list(reversed(range(len(calls))))
     idle: list[_Child] = []
@@ -75,7 +73,7 @@ class _Child:
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         context = multiprocessing.get_context("fork")
         with _forking, warnings.catch_warnings():
-            # Newer Pythons warn of forking beside other threads: what a child does takes no lock of theirs.
+            # Newer Pythons warn of forking beside other threads; a child takes no lock of theirs.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.connection, there = context.Pipe()
             self._process = context.Process(target=_serve, args=(there, calls, os.getpid()), daemon=True)
@@ -84,11 +82,11 @@ class _Child:
 
     def begin(self, index: int) -> None:
         self.index, self.begun = index, time.monotonic()
-        with suppress(BrokenPipeError):  # killed while it was idle: there will be no answer either
+        with suppress(BrokenPipeError):  # if it was killed while idle, no answer comes either
             self.connection.send(index)
 
     def end(self) -> int | None:
-        """End it with all that it started, if it has not ended; its exit code."""
+        """End the process with all that it started, if it still runs; return its exit code."""
         if not self.connection.closed:
             self.connection.close()
             assert self._process.pid is not None
@@ -100,7 +98,7 @@ class _Child:
 
 
 def _serve(connection: Connection, calls: Sequence[Callable[[], Any]], parent: int) -> None:
-    # A session of its own: no Ctrl-C reaches it, which is its parent's, and what it starts can be ended with it.
+    # In a session of its own no Ctrl-C reaches it, and all that it starts can be ended with it.
     os.setsid()
     end_with_parent()
     if os.getppid() != parent:

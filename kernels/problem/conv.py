@@ -1,7 +1,7 @@
-"""The frozen description of one convolution: what every kernel, plan, cache key and report is derived from.
+"""The frozen description of one convolution, from which every kernel, plan, cache key and report is derived.
 
-A convolution is described by its forward direction, whichever direction is asked for: input ``[N, C, *input_size]``,
-weight ``[K, C/groups, *filter_size]``, output ``[N, K, *output_size]``. A transposed convolution is the dgrad of the
+It describes the forward direction, whichever is asked for: input ``[N, C, *input_size]``, weight
+``[K, C/groups, *filter_size]``, output ``[N, K, *output_size]``. A transposed convolution is the dgrad of the
 convolution that maps its output to its input.
 """
 
@@ -32,7 +32,7 @@ DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
 @dataclass(frozen=True)
 class ConvProblem(Windows):
-    """One convolution. Sizes are tuples of ``rank`` entries, outermost axis first; ``padding`` the leading side's."""
+    """One convolution. Sizes have ``rank`` entries, outermost axis first; ``padding`` holds the leading sides."""
 
     batch: int
     in_channels: int
@@ -64,7 +64,7 @@ class ConvProblem(Windows):
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions, padding counted as PyTorch's counter does; the same in each direction."""
+        """Multiplications and additions, padding included as in PyTorch's counter; the same in each direction."""
         return 2 * self.output_pixels * self.out_channels * (self.in_channels // self.groups) * self.taps
 
     @property
@@ -75,22 +75,12 @@ class ConvProblem(Windows):
 
     @cached_property
     def as_rank3(self) -> ConvProblem:
-        """The same convolution of rank 3, leading axes of size one added: what kernels are launched with."""
-        ones, zeros = (1,) * (3 - self.rank), (0,) * (3 - self.rank)
-        return replace(
-            self,
-            input_size=ones + self.input_size,
-            filter_size=ones + self.filter_size,
-            output_size=ones + self.output_size,
-            stride=ones + self.stride,
-            padding=zeros + self.padding,
-            dilation=ones + self.dilation,
-        )
+        """The same convolution in rank 3, with leading axes of size one: kernels are launched with it."""
+        return replace(self, **self.rank3_fields("filter_size"))
 
     @cached_property
     def phases(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What a walk by phases of the stride needs of each axis: the gcd of dilation and stride, and the inverse of
-        dilation / gcd modulo stride / gcd."""
+        """(gcd of dilation and stride, inverse of dilation / gcd modulo stride / gcd) by axis, for `phase_walk`."""
         gcds = tuple(map(math.gcd, self.dilation, self.stride))
         axes = zip(self.dilation, self.stride, gcds, strict=True)
         return gcds, tuple(pow(d // g, -1, s // g) if s > g else 0 for d, s, g in axes)
@@ -98,7 +88,7 @@ class ConvProblem(Windows):
     def padded(self, direction: str) -> bool:
         """Whether a tap of a pixel can fall outside the operand that ``direction`` gathers from."""
         if direction == "dgrad":
-            # (output_padding may exceed the stride under dilation, so even a single tap can miss.)
+            # output_padding may exceed the stride under dilation, so even a single tap can miss.
             return (
                 self.taps > 1
                 or any(self.padding)
@@ -108,16 +98,16 @@ class ConvProblem(Windows):
 
     @property
     def key_parts(self) -> KeyParts:
-        """How the autotuner's tables spell it."""
+        """The problem as the autotuner's tables spell it."""
         kind, _, sizes = self.window_parts(self.filter_size)
-        # Loads are as wide as channels divide: what divides otherwise is another kernel.
+        # Channels of another divisor have loads of another width, and so another kernel.
         divisors = {"C_divides": largest_divisor(self.in_channels), "K_divides": largest_divisor(self.out_channels)}
         channels = {"C": self.in_channels, "K": self.out_channels}
         return KeyParts({**kind, "groups": self.groups, **divisors}, channels, sizes)
 
     @classmethod
     def from_key(cls, key: ProblemKey) -> ConvProblem:
-        """The convolution that a table spells so. Raises KeyError, ValueError if it is another operator's."""
+        """The convolution of a table's key. Raises KeyError, ValueError if the key is another operator's."""
         kind, channels, fields = dict(key.kind), dict(key.channels), window_fields(key)
         return cls(
             in_channels=channels["C"],
@@ -149,15 +139,11 @@ def conv_problem(
 ) -> ConvProblem:
     """The problem of ``conv(input, weight, bias)``. ``padding`` holds the leading sides, then the trailing ones.
 
-    Raises RuntimeError, as torch.nn.functional does, naming the shapes, where the arguments do not fit together.
+    Raises RuntimeError, as torch.nn.functional does, naming the shapes, if the arguments do not fit together.
     """
     rank = len(weight_shape) - 2
     check_arguments(weight_shape, bias_shape, 0, stride, padding, dilation, groups)
-    if len(input_shape) != rank + 2:
-        raise RuntimeError(
-            f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to conv{rank}d, "
-            f"but got input of size: {list(input_shape)}"
-        )
+    _check_rank(f"conv{rank}d", rank, input_shape)
     if input_shape[1] != weight_shape[1] * groups:
         raise RuntimeError(
             f"Given groups={groups}, weight of size {list(weight_shape)}, expected input{list(input_shape)} to have "
@@ -205,17 +191,13 @@ def conv_transpose_problem(
     groups: int,
     dtype: torch.dtype,
 ) -> ConvProblem:
-    """The problem whose dgrad is ``conv_transpose(input, weight, bias)``: its input is the transposed one's output.
+    """The problem whose dgrad is ``conv_transpose(input, weight, bias)``: its output is the transposed one's input.
 
-    Raises RuntimeError, as torch.nn.functional does, naming the shapes, where the arguments do not fit together.
+    Raises RuntimeError, as torch.nn.functional does, naming the shapes, if the arguments do not fit together.
     """
     rank = len(weight_shape) - 2
     check_arguments(weight_shape, bias_shape, 1, stride, padding, dilation, groups)
-    if len(input_shape) != rank + 2:
-        raise RuntimeError(
-            f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to conv_transpose{rank}d, "
-            f"but got input of size: {list(input_shape)}"
-        )
+    _check_rank(f"conv_transpose{rank}d", rank, input_shape)
     if input_shape[1] != weight_shape[0]:
         raise RuntimeError(
             f"Given transposed=1, weight of size {list(weight_shape)}, expected input{list(input_shape)} to have "
@@ -255,6 +237,14 @@ def conv_transpose_problem(
     )
 
 
+def _check_rank(name: str, rank: int, input_shape: Sequence[int]) -> None:
+    if len(input_shape) != rank + 2:
+        raise RuntimeError(
+            f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to {name}, "
+            f"but got input of size: {list(input_shape)}"
+        )
+
+
 def check_arguments(
     weight_shape: Sequence[int],
     bias_shape: Sequence[int] | None,
@@ -264,12 +254,12 @@ def check_arguments(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    """What torch checks of a convolution before it looks at the input; ``bias_axis``: the weight's output axis."""
+    """Raise what torch raises before it looks at the input; ``bias_axis``: the weight's axis of output channels."""
     if groups <= 0:
         raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")
     if any(value <= 0 for value in stride):
         raise RuntimeError(f"non-positive stride is not supported, but got stride={list(stride)}")
-    # Trailing sides may be negative: the ones that make a transposed convolution's backward fit.
+    # Trailing sides may be negative, to make a transposed convolution's backward fit.
     if any(value < 0 for value in padding[: len(stride)]):
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
     if any(value <= 0 for value in dilation):

@@ -1,4 +1,4 @@
-"""Memory layout, decided once: what PyTorch would return, and what a kernel needs to know of a tensor's strides."""
+"""Memory layout, decided once: the format PyTorch would return, and what kernels need to know of strides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import gcd
 
 import torch
 
-# Of one operand's batch, depth, height and width, in elements; channels are contiguous.
+# An operand's strides of batch, depth, height and width, in elements; channels are contiguous.
 Strides = tuple[int, int, int, int]
 INT32_MAX = 2**31 - 1
 TAPS_OUTERMOST = 2
@@ -21,12 +21,12 @@ def pointer_type(dtype: torch.dtype) -> str:
 
 
 def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether PyTorch takes a tensor [N, C, spatial] for channels_last; a rank-1 one is judged as [N, C, 1, L].
+    """Whether PyTorch takes a tensor [N, C, spatial] for channels_last; rank 1 counts as [N, C, 1, L].
 
-    The rule of ``c10/core/MemoryFormat.h``, ambiguous cases (C=1, a single pixel) included: they are not channels_last.
+    The rule is that of ``c10/core/MemoryFormat.h``; ambiguous cases (C=1, a single pixel) are not channels_last.
     """
     if len(shape) == 4:
-        # As below, without the loop: it is asked of every operand of every call.
+        # The rule below without its loop, because every call asks it of every operand.
         (n, c, h, w), (step_n, step_c, step_h, step_w) = shape, strides
         if not (n and c and h and w) or step_c <= 0 or h * step_h == step_c:
             return False
@@ -44,7 +44,7 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def strides_like(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    """The strides of a dense tensor [N, C, spatial] in either memory format."""
+    """The strides of a dense tensor [N, C, spatial], channels_last or contiguous."""
     order = (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1)
     strides = [0] * len(shape)
     step = 1
@@ -68,27 +68,24 @@ def pixel_strides(shape: Sequence[int], strides: Sequence[int]) -> Strides:
 
 
 def contiguous_channels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """None where neighbouring channels are neighbours in memory, else the strides of a channels_last copy."""
+    """None if neighbouring channels are neighbours in memory, else the strides of a channels_last copy."""
     return None if shape[1] == 1 or strides[1] == 1 else strides_like(shape, True)
 
 
 def dense_copy(shape: Sequence[int], strides: Sequence[int], channels_last: bool = False) -> tuple[int, ...] | None:
-    """None where a tensor lies in this memory format without gaps, else the strides of a copy that does. Of a vector
-    the format is the same."""
+    """None if a tensor lies in this format without gaps, else the strides of a copy that does."""
     dense = strides_like(shape, channels_last)
     return None if laid_out(shape, strides, dense) else dense
 
 
 def laid_out(shape: Sequence[int], strides: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether a tensor's elements lie as with the strides ``wanted``."""
+    """Whether ``strides`` place a tensor's elements as ``wanted`` would."""
     return all(size == 1 or have == want for size, have, want in zip(shape, strides, wanted, strict=True))
 
 
 def taps_outermost(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a depthwise weight [K, 1, filter] whose taps are outermost: 16 bytes hold eight channels of one.
-
-    To PyTorch they are dense strides like any, so that a parameter may have them.
-    """
+    """The strides of a depthwise weight [K, 1, filter] with taps outermost, so that 16 bytes hold one tap of eight
+    channels. A parameter may have them: to PyTorch they are dense."""
     strides = [1]
     for size in (shape[0], *reversed(shape[2:])):
         strides.append(strides[-1] * size)
@@ -96,7 +93,7 @@ def taps_outermost(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def weight_format(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """TAPS_OUTERMOST where a depthwise weight's taps are outermost, else whether PyTorch takes it for channels_last."""
+    """A weight's format: TAPS_OUTERMOST (depthwise only), 1 if PyTorch takes it for channels_last, else 0."""
     if is_channels_last(shape, strides):
         return 1
     many = shape[1] == 1 and shape[0] > 1 and max(shape[2:]) > 1
@@ -104,12 +101,12 @@ def weight_format(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def weight_strides(shape: Sequence[int], format: int) -> tuple[int, ...]:
-    """The strides of a weight, or of its gradient, of a `weight_format`."""
+    """The strides of a dense weight, or gradient, of this `weight_format`."""
     return taps_outermost(shape) if format == TAPS_OUTERMOST else strides_like(shape, bool(format))
 
 
 def linear_stride(shape: Sequence[int], strides: Strides) -> int | None:
-    """The one distance between neighbouring pixels of [N, C, spatial], across rows and images; None: there is none."""
+    """The distance of neighbouring pixels of [N, C, spatial] if it is one across rows and images, else None."""
     sizes = (shape[0], *(1,) * (5 - len(shape)), *shape[2:])
     step, count = 0, 1
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
@@ -124,7 +121,7 @@ def linear_stride(shape: Sequence[int], strides: Strides) -> int | None:
 
 
 def even_pixels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """None where channels are contiguous and all pixels lie at even distances, else the strides of such a copy."""
+    """None if channels are contiguous and pixels have a `linear_stride`, else the strides of a channels_last copy."""
     copy = contiguous_channels(shape, strides)
     if copy is None and linear_stride(shape, pixel_strides(shape, strides)) is None:
         copy = strides_like(shape, True)
@@ -132,18 +129,18 @@ def even_pixels(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]
 
 
 def load_width(dtype: torch.dtype, channels: int, *strides: int) -> int:
-    """The elements of a 16-byte load where channels and strides are multiples of it, else 1: two binaries, no more."""
+    """The elements of a 16-byte load if channels and strides are multiples of it, else 1: no more than two binaries."""
     width = 16 // dtype.itemsize
     return width if all(value % width == 0 for value in (channels, *strides)) else 1
 
 
 def common_width(dtype: torch.dtype, *lengths: int) -> int:
-    """The elements, a power of two and 16 bytes at most, that all lengths are multiples of."""
+    """The largest power of two, up to the elements of 16 bytes, that divides all lengths."""
     return gcd(16 // dtype.itemsize, *lengths)
 
 
 def needs_int64(*operands: tuple[Sequence[int], Strides]) -> bool:
-    """Whether an operand ([N, C, D, H, W], pixel strides) reaches past 2^31 elements and needs 64-bit offsets."""
+    """Whether an operand, (shape [N, C, D, H, W], pixel strides), reaches past 2^31 elements."""
     return any(
         sum((size - 1) * stride for size, stride in zip((shape[0], *shape[2:]), strides, strict=True)) + shape[1] - 1
         > INT32_MAX

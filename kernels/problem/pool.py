@@ -1,4 +1,4 @@
-"""The frozen description of one pool, by its forward direction whichever is asked for."""
+"""The frozen description of one pool: its forward direction, whichever is asked for."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ POOL_DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class PoolProblem(Windows):
-    """One pool: input ``[N, C, *input_size]``, output ``[N, C, *output_size]``, in both directions.
+    """One pool: input ``[N, C, *input_size]``, output ``[N, C, *output_size]``.
 
-    Adaptive windows are the output's nearly equal shares of the input; ``window`` is the largest one's size then, and
-    stride, padding and dilation say nothing.
+    Adaptive windows are nearly equal shares of the input, one for each output. ``window`` is then the size of the
+    largest, and stride, padding and dilation mean nothing.
     """
 
     kind: str  # "max", "average" or "lp"
@@ -42,9 +42,9 @@ class PoolProblem(Windows):
     dilation: tuple[int, ...]
     dtype: torch.dtype
     adaptive: bool = False
-    index: torch.dtype | None = None  # max: of the taps that are kept for the backward pass
-    divisor: int = 0  # average: of every window; 0: each has its own number of pixels
-    include_padding: bool = True  # average: in those numbers
+    index: torch.dtype | None = None  # max: dtype of the taps kept for backward; None: not kept
+    divisor: int = 0  # average: every window's; 0: each window's count of pixels
+    include_padding: bool = True  # average: that count includes padding
     norm: float = 0.0  # lp: its p, finite and not 0
 
     @property
@@ -61,8 +61,8 @@ class PoolProblem(Windows):
 
     @property
     def bytes(self) -> int:
-        """Bytes that must move when input, output and index are read or written once; the same in each direction, but
-        twice as many in the backward one of an lp norm."""
+        """Bytes that must move when input, output and index are read or written once; the same in each direction,
+        except that an lp norm's backward moves twice as many."""
         index = 0 if self.index is None else self.index.itemsize
         return self.channels * (
             self.input_pixels * self.dtype.itemsize + self.output_pixels * (self.dtype.itemsize + index)
@@ -70,33 +70,24 @@ class PoolProblem(Windows):
 
     @cached_property
     def as_rank3(self) -> PoolProblem:
-        """The same pool of rank 3, leading axes of size one added."""
-        ones, zeros = (1,) * (3 - self.rank), (0,) * (3 - self.rank)
-        return replace(
-            self,
-            input_size=ones + self.input_size,
-            output_size=ones + self.output_size,
-            window=ones + self.window,
-            stride=ones + self.stride,
-            padding=zeros + self.padding,
-            dilation=ones + self.dilation,
-        )
+        """The same pool in rank 3, with leading axes of size one."""
+        return replace(self, **self.rank3_fields("window"))
 
     @property
     def planes(self) -> PoolProblem:
-        """The same pool with every channel an image of its own: what a tensor [N, C, H, W] is in memory."""
+        """The same pool with each channel as an image, as a contiguous tensor lies in memory."""
         return replace(self, batch=self.batch * self.channels, channels=1)
 
     @property
     def bounded(self) -> bool:
-        """Whether a tap of a window can fall outside the input, or outside an adaptive window smaller than others."""
+        """Whether a tap can fall outside the input, or outside an adaptive window that is smaller than others."""
         if self.adaptive:
             return any(h % p for h, p in zip(self.input_size, self.output_size, strict=True))
         return self.leaves_input(self.window)
 
     @property
     def uniform_divisor(self) -> int:
-        """What every sum is divided by; 0 where windows differ."""
+        """The one divisor of all sums; 0 if windows differ."""
         if self.kind == "max":
             return 1
         if self.divisor:
@@ -114,12 +105,12 @@ class PoolProblem(Windows):
 
     @property
     def scale(self) -> float:
-        """What a sum is multiplied by, or where windows differ its average. An lp norm's is the average times taps."""
+        """The factor of a window's sum, or of its average if windows differ; an lp norm's includes taps."""
         return (self.taps if self.kind == "lp" else 1.0) / (self.uniform_divisor or 1)
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The most windows along each axis that may hold one pixel of the input; dilated, one of each tap."""
+        """The most windows along each axis that hold one pixel of the input; under dilation one for each tap."""
         if self.adaptive:
             return tuple(map(largest_share, self.output_size, self.input_size))
         if any(d > 1 for d in self.dilation):
@@ -128,7 +119,7 @@ class PoolProblem(Windows):
 
     @property
     def key_parts(self) -> KeyParts:
-        """How the autotuner's tables spell it."""
+        """The problem as the autotuner's tables spell it."""
         kind, _, sizes = self.window_parts(self.window)
         kind |= {"pool": self.kind, "C_divides": largest_divisor(self.channels), "adaptive": int(self.adaptive)}
         kind |= {"index": "none" if self.index is None else dtype_name(self.index), "divisor": self.divisor}
@@ -137,7 +128,7 @@ class PoolProblem(Windows):
 
     @classmethod
     def from_key(cls, key: ProblemKey) -> PoolProblem:
-        """The pool that a table spells so. Raises KeyError, ValueError if it is another operator's."""
+        """The pool of a table's key. Raises KeyError, ValueError if the key is another operator's."""
         kind = dict(key.kind)
         return cls(
             kind=str(kind["pool"]),
@@ -168,5 +159,5 @@ def largest_share(size: int, parts: int) -> int:
 
 
 def index_type(taps: int) -> torch.dtype:
-    """The smallest type of a tap's number: one byte to 255 taps."""
+    """The smallest type that numbers ``taps``."""
     return torch.uint8 if taps <= 255 else torch.int16 if taps <= 2**15 else torch.int32

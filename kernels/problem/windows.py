@@ -1,4 +1,4 @@
-"""What convolutions and pools have in common, and how the autotuner's tables spell both."""
+"""The part that the problems of convolutions and pools share, and how the autotuner's tables spell it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OUTPUT_AXES = {1: "Q", 2: "PQ", 3: "OPQ"}
 
 
 class KeyParts(NamedTuple):
-    """A part of a problem as the autotuner's tables have it: see `ProblemKey`."""
+    """Parts of a `ProblemKey`."""
 
     kind: dict[str, int | str]
     channels: dict[str, int]
@@ -40,7 +40,7 @@ class KeyParts(NamedTuple):
 
 
 class Windows:
-    """What a convolution and a pool have in common: windows of the input, one for each output."""
+    """A convolution or a pool: windows of the input, one for each output."""
 
     batch: int
     input_size: tuple[int, ...]
@@ -62,8 +62,13 @@ class Windows:
     def output_pixels(self) -> int:
         return self.batch * math.prod(self.output_size)
 
+    def rank3_fields(self, window: str) -> dict[str, Any]:
+        """The fields of the same problem in rank 3, whose leading axes have size one; ``window`` names a field."""
+        names = ("input_size", window, "output_size", "stride", "padding", "dilation")
+        return {name: (int(name != "padding"),) * (3 - self.rank) + getattr(self, name) for name in names}
+
     def leaves_input(self, window: tuple[int, ...]) -> bool:
-        """Whether a tap of such a window can fall outside the input."""
+        """Whether a tap of a ``window`` of this size can fall outside the input."""
         return any(self.padding) or any(
             (p - 1) * stride + (r - 1) * dilation >= size
             for p, stride, r, dilation, size in zip(
@@ -72,7 +77,7 @@ class Windows:
         )
 
     def window_parts(self, window: tuple[int, ...]) -> KeyParts:
-        """What both say of themselves in a table; no channels."""
+        """Kind and sizes as tables spell them; no channels."""
         kind: dict[str, int | str] = {"dtype": dtype_name(self.dtype), "window": joined_by_x(window) or "none"}
         kind |= {name: joined_by_x(getattr(self, name)) or "none" for name in ("stride", "padding", "dilation")}
         sizes = {"N": self.batch, **dict(zip(INPUT_AXES[self.rank], self.input_size, strict=True))}
@@ -80,7 +85,7 @@ class Windows:
 
 
 def window_fields(key: ProblemKey) -> dict[str, Any]:
-    """The fields that `Windows.window_parts` wrote down, and "window". Raises KeyError, ValueError where it did not."""
+    """The fields that `Windows.window_parts` spelled, and "window". Raises KeyError, ValueError for any other key."""
     kind, sizes = dict(key.kind), dict(key.sizes)
     fields: dict[str, Any] = {
         name: () if kind[name] == "none" else tuple(map(int, str(kind[name]).split("x")))
@@ -100,7 +105,7 @@ def joined_by_x(sizes: Sequence[int]) -> str:
 
 
 def non_defaults(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[str]:
-    """Each that is not its default, by name, as one number where all axes share it."""
+    """Each one that is not its default, by name; one number if all axes share it."""
     return [
         f"{name} {values[0] if len(set(values)) == 1 else joined_by_x(values)}"
         for name, values, default in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
@@ -113,5 +118,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def largest_divisor(channels: int) -> int:
-    """The largest power of two to 16 that divides."""
+    """The largest power of two up to 16 that divides ``channels``."""
     return min(16, channels & -channels)
