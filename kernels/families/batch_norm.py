@@ -1,16 +1,15 @@
 """Batch norm + activation (+ residual) around a convolution, in training: statistics combined, applied, and backward.
 
-A convolution's epilogue leaves (mean, sum of squared differences) of each tile and channel; they are combined in a
-fixed order, so no cancellation of E[x^2] - E[x]^2 and the same bits from run to run (Chan, Golub and LeVeque, "Updating
-formulae and a pairwise algorithm for computing sample variances"). Then, all on [pixels, channels]:
+A convolution's epilogue leaves (mean, sum of squared differences) of each tile and channel. They are combined in a
+fixed order, so E[x^2] - E[x]^2 is never subtracted and the bits are the same from run to run (Chan, Golub and LeVeque,
+"Updating formulae and a pairwise algorithm for computing sample variances"). Then, all on [pixels, channels]:
 
 forward    u = (y - mean) / sqrt(var + eps) * gamma + beta;  z = act(u + residual), or act(u) + residual
 backward   g = dz * act'(u + residual);  dbeta = sum g;  dgamma = sum g * xhat, xhat = (y - mean) / sqrt(var + eps)
            dy = gamma / sqrt(var + eps) * (g - (dbeta + xhat * dgamma) / pixels);  dresidual = g
 
-Bytes: forward reads y and writes z; backward reads y and dz twice and writes dy: act'(u) is computed again from y, or
-where the activation allows it from z. No mask and no normalised copy exists. The residual's gradient is g, written
-beside dy.
+Bytes: forward reads y and writes z; backward reads y and dz twice and writes dy, and g if the residual needs it.
+act'(u) is computed again from y, or from z if the activation allows it: no mask and no normalised copy is kept.
 """
 
 from __future__ import annotations
@@ -32,15 +31,13 @@ from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, choose
 from fastconv.kernels.tiles.shapes import INTERPRETED_SIDES, TileSpace, cdiv
 
-# A tree of two levels above this many partials.
-MAX_PARTIALS = 256
+MAX_PARTIALS = 256  # with more, statistics are combined by a tree of two levels
 
-
-Types = tuple[str | None, ...]  # of pointers, None where the operand is absent
+Types = tuple[str | None, ...]  # of pointers; None: the operand is absent
 
 
 class Pass(NamedTuple):
-    """The tensor [pixels, channels] that a pass goes over."""
+    """The tensor [pixels, channels] that a pass reads and writes."""
 
     pixels: int
     channels: int
@@ -53,7 +50,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Activated:
-    """The numbers of one batch norm + activation."""
+    """The parameters of a batch norm and its activation."""
 
     eps: float
     act: str
@@ -64,7 +61,7 @@ class Activated:
 
 @triton.jit(do_not_specialize=["partials", "K", "share"])
 def combine_statistics_kernel(
-    count_ptr,  # [partials]: the rows that each one covers, maybe none
+    count_ptr,  # [partials]: the rows that each covers, maybe none
     mean_ptr, m2_ptr,  # [partials, K]
     out_count_ptr,  # [groups of share partials]
     out_mean_ptr, out_m2_ptr,  # [groups, K]
@@ -75,7 +72,7 @@ def combine_statistics_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Means and squares of ``share`` neighbouring partials -> of all their rows, in the partials' order."""
+    """Combine ``share`` neighbouring partials, in their order, into the means and squares of all their rows."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     first = tl.program_id(1) * share
@@ -86,7 +83,7 @@ def combine_statistics_kernel(
         rows += tl.load(count_ptr + offs_t, mask=offs_t < last, other=0.0)
     rows = tl.sum(rows, axis=0)
     count = tl.maximum(rows, 1.0)
-    # Of differences from one of the means, whose sum rounds no more than the differences do.
+    # The sum is one of differences from the first mean: it rounds no more than they do.
     origin = tl.load(mean_ptr + first * K + offs_k, mask=mask_k, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for t in range(first, last, BLOCK_T):
@@ -122,14 +119,9 @@ def batch_norm_act_kernel(
     z_ptr,  # [M, K]
     M,
     K,  # in units of VEC
-    eps,
-    a, b,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    eps, a, b,
+    VEC: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """z = act(normalise(y) + residual)."""
     K *= VEC
@@ -154,7 +146,7 @@ def gradient_of_sum(
     DERIVATIVE: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
 ):  # fmt: skip
-    """(g, xhat, x): dz behind the activation, the normalised y, and what the activation was given (0 where unknown)."""
+    """(g, xhat, x): the gradient of the activation's input, the normalised y, and that input (or z, or 0: unknown)."""
     xhat = tl.zeros(dz.shape, dtype=tl.float32)
     if y_ptr is not None:
         y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -177,23 +169,18 @@ def gradient_of_sum(
 @triton.jit(do_not_specialize=["M", "K", "splits", "eps", "a", "b"])
 def batch_norm_act_sums_kernel(
     dz_ptr, y_ptr,  # [M, K]
-    z_ptr,  # [M, K], where the derivative comes from it
+    z_ptr,  # [M, K], if the derivative comes from it
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
     residual_ptr,  # [M, K]
     out_ptr,  # [splits, 3, K]: dbeta, dgamma, dslope
     M,
     K,  # in units of VEC
     splits,
-    eps,
-    a, b,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    eps, a, b,
+    VEC: tl.constexpr, WIDE: tl.constexpr, DERIVATIVE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The three sums over pixels that batch norm's and PReLU's gradients need; one share of the pixels a program."""
+    """The three sums over pixels that batch norm's and PReLU's gradients need; a program sums one share of them."""
     K *= VEC
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = k < K
@@ -215,7 +202,7 @@ def batch_norm_act_sums_kernel(
             dz, k, mask_k, offs, mask, y_ptr, z_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr,
             eps, a, b, DERIVATIVE, RESIDUAL_AFTER,
         )  # fmt: skip
-        # Rows past the last pixel are not 0 behind an affine.
+        # Batch norm's affine makes rows past the last pixel other than 0.
         dbeta += tl.where(mask, g, 0.0)
         dgamma += tl.where(mask, g * xhat, 0.0)
         if slope_ptr is not None:
@@ -229,22 +216,17 @@ def batch_norm_act_sums_kernel(
 @triton.jit(do_not_specialize=["M", "K", "eps", "a", "b", "share"])
 def batch_norm_act_gradient_kernel(
     dz_ptr, y_ptr,  # [M, K]
-    z_ptr,  # [M, K], where the derivative comes from it
+    z_ptr,  # [M, K], if the derivative comes from it
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
     residual_ptr,  # [M, K]
-    sums_ptr,  # [3, K]: dbeta, dgamma; absent where the statistics are constants
+    sums_ptr,  # [3, K]: dbeta, dgamma; absent if the statistics are constants
     dy_ptr, dresidual_ptr,  # [M, K]
     M,
     K,  # in units of VEC
-    eps,
-    a, b,
+    eps, a, b,
     share,  # of one pixel in the statistics
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, DERIVATIVE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dy, the operand of dgrad and wgrad, and the residual's gradient."""
     K *= VEC
@@ -273,8 +255,8 @@ def batch_norm_act_gradient_kernel(
 
 
 def combine_statistics(partials: int, channels: int, share: int) -> Launch:
-    """The launch that combines the statistics of ``share`` partials each: counts, means, squares -> counts (absent if
-    they are the last), means, and squares or variances."""
+    """The launch that combines each ``share`` partials: counts, means, squares -> counts, means, squares; in the last
+    step no counts, and variances for squares."""
     final = share == partials
     return Launch(
         kernel=combine_statistics_kernel,
@@ -288,74 +270,58 @@ def combine_statistics(partials: int, channels: int, share: int) -> Launch:
 
 
 def batch_norm_act(y: Pass, how: Activated, types: Types, config: Config) -> Launch:
-    """y, mean, variance, weight, bias, slope, residual (types of these) -> z."""
-    pointers, function = (*types, pointer_type(y.dtype)), {"ACT": ACTIVATIONS[how.act].forward}
-    return _launch(batch_norm_act_kernel, y, how, pointers, (how.eps, how.a, how.b), function, config)
+    """y, mean, variance, weight, bias, slope, residual, whose pointer types ``types`` are -> z."""
+    types, act = (*types, pointer_type(y.dtype)), {"ACT": ACTIVATIONS[how.act].forward}
+    return _launch(batch_norm_act_kernel, y, how, types, (how.eps, how.a, how.b), act, config)
 
 
 def batch_norm_act_sums(y: Pass, how: Activated, types: Types, bounds: tuple[float, float], config: Config) -> Launches:
-    """dz, y, z, and what `batch_norm_act` reads beside y -> sums, or -> partial sums -> sums; ``bounds``: the
-    activation's two numbers."""
-    splits = config["SPLITS"]
-    first = Launch(
-        kernel=batch_norm_act_sums_kernel,
-        grid=(triton.cdiv(y.channels, config["BLOCK_K"]), splits, 1),
-        pointers=(*types, "*fp32"),
-        scalars=(y.pixels, y.channels // y.vec, splits, how.eps, *bounds),
-        constants=_constants(y, how, {"DERIVATIVE": ACTIVATIONS[how.act].derivative}, config),
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-    )
+    """dz, y, z, and what `batch_norm_act` reads beside y -> sums, or -> partial sums -> sums; ``bounds`` stand for the
+    activation's a and b."""
+    splits, act = config["SPLITS"], {"DERIVATIVE": ACTIVATIONS[how.act].derivative}
+    scalars = (splits, how.eps, *bounds)
+    first = _launch(batch_norm_act_sums_kernel, y, how, (*types, "*fp32"), scalars, act, config, splits)
     return (first,) if splits == 1 else (first, split_sum(splits, 3, 1, y.channels, torch.float32))
 
 
 def batch_norm_act_gradient(
-    y: Pass,
-    how: Activated,
-    types: Types,
-    bounds: tuple[float, float],
-    share: float,
-    need_residual: bool,
-    config: Config,
+    y: Pass, how: Activated, types: Types, bounds: tuple[float, float], share: float, residual: bool, config: Config
 ) -> Launch:
-    """As `batch_norm_act_sums`, and sums -> dy, dresidual (absent unless needed)."""
-    element, function = pointer_type(y.dtype), {"DERIVATIVE": ACTIVATIONS[how.act].derivative}
-    pointers = (*types, element, element if need_residual else None)
-    return _launch(batch_norm_act_gradient_kernel, y, how, pointers, (how.eps, *bounds, share), function, config)
+    """What `batch_norm_act_sums` reads, and sums -> dy, dresidual (absent unless ``residual``)."""
+    element, act = pointer_type(y.dtype), {"DERIVATIVE": ACTIVATIONS[how.act].derivative}
+    types = (*types, element, element if residual else None)
+    return _launch(batch_norm_act_gradient_kernel, y, how, types, (how.eps, *bounds, share), act, config)
 
 
 def _launch(
     kernel: Any,
     y: Pass,
     how: Activated,
-    pointers: Types,
+    types: Types,
     scalars: tuple[float, ...],
-    function: dict[str, Any],
+    act: dict[str, Any],
     config: Config,
+    splits: int | None = None,  # of the pixels; None: a program for each tile
 ) -> Launch:
+    tiles, k_tiles = triton.cdiv(y.pixels, config["BLOCK_M"]), triton.cdiv(y.channels, config["BLOCK_K"])
     return Launch(
         kernel=kernel,
-        grid=(triton.cdiv(y.pixels, config["BLOCK_M"]), triton.cdiv(y.channels, config["BLOCK_K"]), 1),
-        pointers=pointers,
+        grid=(tiles, k_tiles, 1) if splits is None else (k_tiles, splits, 1),
+        pointers=types,
         scalars=(y.pixels, y.channels // y.vec, *scalars),
-        constants=_constants(y, how, function, config),
+        constants={
+            "VEC": y.vec,
+            "WIDE": y.pixels * y.channels > INT32_MAX,
+            **act,
+            "RESIDUAL_AFTER": how.residual_after,
+            "BLOCK_M": config["BLOCK_M"],
+            "BLOCK_K": config["BLOCK_K"],
+        },
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
 
 
-def _constants(y: Pass, how: Activated, function: dict[str, Any], config: Config) -> dict[str, Any]:
-    return {
-        "VEC": y.vec,
-        "WIDE": y.pixels * y.channels > INT32_MAX,
-        **function,
-        "RESIDUAL_AFTER": how.residual_after,
-        "BLOCK_M": config["BLOCK_M"],
-        "BLOCK_K": config["BLOCK_K"],
-    }
-
-
-# Batch norm's passes and sums over pixels.
 PASS = TileSpace(
     "pass",
     {"BLOCK_M": (32,), "BLOCK_K": (64,), "SPLITS": (1,), "num_warps": (4,), "num_stages": (3,)},
@@ -370,8 +336,8 @@ PASS_SPLIT = TileSpace(
 )
 
 
-def pass_tile(pixels: int, channels: int, element: int, moved: int, split: bool, gpu: Gpu) -> Choice:
-    """The tile of a pass over [pixels, channels] that moves ``moved`` such tensors; ``split``: it sums over pixels."""
+def pass_tile(pixels: int, channels: int, element: int, tensors: int, split: bool, gpu: Gpu) -> Choice:
+    """The tile of a pass that reads and writes ``tensors`` [pixels, channels]; ``split``: it sums over pixels."""
 
     def work(config: Config) -> Work:
         m, n, splits = config["BLOCK_M"], config["BLOCK_K"], config["SPLITS"]
@@ -380,15 +346,15 @@ def pass_tile(pixels: int, channels: int, element: int, moved: int, split: bool,
             programs=cdiv(channels, n) * (splits if split else tiles),
             steps=cdiv(tiles, splits) if split else 1,
             step_flops=m * n,
-            step_elements=moved * m * n,
-            step_bytes=moved * m * n * element,
-            dram_bytes=moved * pixels * channels * element,
+            step_elements=tensors * m * n,
+            step_bytes=tensors * m * n * element,
+            dram_bytes=tensors * pixels * channels * element,
             shared_memory=0,
-            registers=40 + moved * m * n // (32 * config["num_warps"]),
+            registers=40 + tensors * m * n // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=0.0,
             extra_bytes=2 * splits * channels * 4 if splits > 1 else 0,
         )
 
-    return choose(Candidates(PASS_SPLIT if split else PASS, (pixels, channels, element, moved), work, gpu))
+    return choose(Candidates(PASS_SPLIT if split else PASS, (pixels, channels, element, tensors), work, gpu))

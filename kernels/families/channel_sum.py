@@ -1,4 +1,7 @@
-"""The sum of every channel over all pixels: the bias's gradient, in a fixed order."""
+"""The sum of every channel over all pixels, in a fixed order: the bias's gradient.
+
+``out[k] = sum over pixels m of x[m, k]``. Bytes: x once, the workspace twice.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def channel_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums over pixels, the bias's gradient: each program one share of the pixels, in steps of BLOCK_M, in order."""
+    """Each program sums one share of the pixels, in order, BLOCK_M pixels a step."""
     K *= VEC
     stride *= VEC
     if WIDE:
@@ -45,7 +48,7 @@ def channel_sum_kernel(
 
 
 def channel_sum(pixels: int, channels: int, stride: int, dtype: torch.dtype, config: Config) -> Launches:
-    """The launches that sum [pixels, channels], ``stride`` elements a pixel: x -> out, or x -> workspace -> out."""
+    """The launches that sum [pixels, channels] with pixels ``stride`` apart: x -> out, or x -> workspace -> out."""
     vec = load_width(dtype, channels, stride)
     element = pointer_type(dtype)
     splits = config["SPLITS"]

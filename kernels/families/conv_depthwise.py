@@ -1,16 +1,16 @@
 """Depthwise convolution on channels_last tensors: each output channel reads one input channel. fprop, dgrad, wgrad.
 
 ``y[n, p, k] = sum over taps r of x[n, p * stride - padding + r * dilation, k // multiplier] * w[k, r]``, on each axis.
-A stencil, not a product of matrices, bound by memory: x, w and y move once each, and what it costs beside that is
-instructions. So a thread computes OUTPUTS neighbours of one row and eight channels: each element of x is loaded (16
-bytes at a time) and widened to fp32 once for all outputs that it meets in a row of the filter, each weight once for all
-outputs. A program covers a block of rows, so that its halo comes from L2 once and from L1 after that.
+It is a stencil, not a product of matrices, and bound by memory. Bytes: x, w and y once each; what costs beside them is
+instructions. So a thread computes OUTPUTS neighbours of one row and eight channels. It loads each element of x, 16
+bytes at a time, and widens it to fp32 once for all outputs that it meets in a row of the filter, and each weight once
+for all outputs. A program covers a block of rows, so that its halo comes from L2 once and from L1 after that.
 
-Which column of x meets which output under which tap depends on filter, stride, dilation and padding alone, so it is
-laid out in advance (`Schedule`) and unrolled; in dgrad with a stride no tap is met that would multiply a zero. Along
-the other axes taps are a loop, as in ``conv_gather``, whose phases dgrad shares.
+Which column of x meets which output under which tap depends on filter, stride, dilation and padding only, so it is laid
+out in advance (`Schedule`) and unrolled. In dgrad with a stride the schedule has no tap that would multiply a zero.
+Along the other axes taps are a loop, and dgrad has phases, as in `conv_gather`.
 
-The weight is read as [taps, K]: from a parameter that has these strides (`layout.taps_outermost`) as it is.
+The weight is read as [taps, K]. A parameter that has these strides (`layout.taps_outermost`) is read as it is.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 def conv_depthwise_kernel(
     x_ptr,  # [N, D, H, W, channels]: the input (fprop) or the output's gradient (dgrad)
     w_ptr,  # [T, R, S, channels of the convolution's output]
-    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual_ptr,  # as y
+    residual_ptr,  # like y
     y_ptr,  # [N, O, P, Q, K]
     tile_count_ptr,  # [tiles]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
@@ -56,10 +56,10 @@ def conv_depthwise_kernel(
     O, P, Q,
     K,  # produced channels, in units of VEC
     T, R,
-    w_stride,  # from one tap to the next, in units of VEC; negative: the filter from its end
-    strip,
+    w_stride,  # from one tap to the next, in units of VEC; negative: the filter is read from its end
+    strip,  # groups side by side before the next row
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC
-    y_stride_n, y_stride_d, y_stride_h, y_stride_w,
+    y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC
     stride_d, stride_h,
     padding_d, padding_h,
     dilation_d, dilation_h,
@@ -68,17 +68,17 @@ def conv_depthwise_kernel(
     eps,  # of batch norm
     a, b,  # of the activation
     VEC: tl.constexpr,
-    RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
+    RANK: tl.constexpr,  # 3, or 2 if the first axis has size one
     DGRAD: tl.constexpr,
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
-    MULTIPLIER: tl.constexpr,  # output channels of the convolution for one of its input
+    MULTIPLIER: tl.constexpr,  # output channels of the convolution for each input channel
     S: tl.constexpr,
-    COLUMNS: tl.constexpr,  # as the next three: see Schedule
+    COLUMNS: tl.constexpr,  # columns of x; this and the next three: see Schedule
     ADVANCE: tl.constexpr,
     FIRST: tl.constexpr,
     TAPS: tl.constexpr,
     ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,  # the activation
+    RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     OUTPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # groups of OUTPUTS neighbours
     BLOCK_K: tl.constexpr,
@@ -91,7 +91,7 @@ def conv_depthwise_kernel(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC, WIDE
     )
 
-    # Channel tiles fastest: together they read whole pixels.
+    # Channel tiles are fastest: together they read whole pixels.
     pid = tl.program_id(0)
     k_tiles = tl.cdiv(K, BLOCK_K)
     k = pid % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -136,7 +136,7 @@ def conv_depthwise_kernel(
     w_stride *= VEC
     w_tile = w_ptr + tl.where(w_stride < 0, -w_stride * (T * R * S - 1), 0)
     if DGRAD:
-        # Of the source's channels, which the weight has as well, MULTIPLIER meet one of the result.
+        # MULTIPLIER of the source's channels, which are the weight's too, meet one channel of the result.
         channel = k * MULTIPLIER
         w_tile += channel
         rows = rows * MULTIPLIER
@@ -174,7 +174,7 @@ def conv_depthwise_kernel(
             x = tl.load(
                 x_tile + (delta + COLUMNS[column] * x_stride_w), mask=mask[:, None] & mask_k[None, :], other=0.0
             ).to(tl.float32)
-            # A tuple cannot be assigned to: all outputs anew.
+            # A tuple cannot be assigned to, so all outputs are collected anew.
             updated = ()
             for output in tl.static_range(OUTPUTS):
                 if TAPS[column][output] >= 0:
@@ -219,7 +219,6 @@ def conv_depthwise_kernel(
         tl.store(tile_mean_ptr + tile * K + k, mean, mask=mask_k)
         tl.store(tile_m2_ptr + tile * K + k, tl.sum(m2, axis=0), mask=mask_k)
     if mean_ptr is not None:
-        # Once for all outputs.
         mean, scale, shift = affine_of(k, mask_k, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     for output in tl.static_range(OUTPUTS):
         z = acc[output]
@@ -234,8 +233,7 @@ def conv_depthwise_kernel(
 def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
-    Its operands: source, weight [taps, K], bias, those of ``epilogue``, the result, and each tile's count, means and
-    squares.
+    Operands: source, weight [taps, K], bias, the epilogue's, the result, and each tile's count, means and squares.
     """
     epilogue = layout.epilogue
     w_stride = problem.out_channels
@@ -247,7 +245,7 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
     (_, x_channels, *x_size), (_, k, *y_size) = operands
     x_strides = layout.source_strides or dense_strides(operands[0])
     y_strides = layout.other_strides or dense_strides(operands[1])
-    # Where a result's channel does not read the one channel of its number, 16 bytes hold no vector of them.
+    # If a channel of the result reads a channel of another number, 16 bytes hold no vector of both.
     vec = load_width(problem.dtype, k, x_channels, *x_strides, *y_strides) if x_channels == k else 1
     gcds, inverses = lifted.phases
     outputs = outputs_of(direction, problem, config)
@@ -266,20 +264,9 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
-            problem.batch,
-            *x_size,
-            *y_size,
-            k // vec,
-            *lifted.filter_size[:2],
-            w_stride // vec,
-            strip,
-            *(stride // vec for stride in x_strides),
-            *(stride // vec for stride in y_strides),
-            *lifted.stride[:2],
-            *lifted.padding[:2],
-            *lifted.dilation[:2],
-            *gcds[:2],
-            *inverses[:2],
+            *(problem.batch, *x_size, *y_size, k // vec, *lifted.filter_size[:2], w_stride // vec, strip),
+            *(stride // vec for stride in (*x_strides, *y_strides)),
+            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2], *gcds[:2], *inverses[:2]),
             *epilogue.scalars,
         ),
         constants={
@@ -307,12 +294,12 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
 
 
 def mirrors(direction: str, problem: ConvProblem) -> bool:
-    """Whether a dgrad is run as the fprop that it equals with the filter turned around: one binary for both."""
+    """Whether a dgrad runs as the fprop that it equals with the filter turned around: one binary serves both."""
     return direction == "dgrad" and set(problem.stride) == {1} and problem.in_channels == problem.out_channels
 
 
 def mirrored(problem: ConvProblem) -> ConvProblem:
-    """The fprop that a dgrad of stride 1 is."""
+    """The fprop that a dgrad of stride 1 equals."""
     return replace(
         problem,
         input_size=problem.output_size,
@@ -325,13 +312,12 @@ def mirrored(problem: ConvProblem) -> ConvProblem:
 
 
 def outputs_of(direction: str, problem: ConvProblem, config: Config) -> int:
-    """Neighbouring outputs of a thread: those of ``config``, in dgrad a multiple of the stride."""
+    """Neighbouring outputs of a thread: the config's, in dgrad rounded up to a multiple of the stride."""
     stride = problem.stride[-1] if direction == "dgrad" else 1
     return triton.cdiv(config["OUTPUTS"], stride) * stride
 
 
-# Seven neighbours divide the rows of most networks' maps. A thread has the channels of a 16-byte load, a program few of
-# them and many pixels: its halo is small, and no lane is idle where channels are a multiple of 32.
+# Few channels and many pixels make a program's halo small; no lane is idle if channels are a multiple of 32.
 DEPTHWISE = TileSpace(
     "conv_depthwise",
     {"OUTPUTS": (7, 4, 2), "BLOCK_M": (32,), "BLOCK_K": (32,), "num_warps": (4,), "num_stages": (1,)},
@@ -351,7 +337,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
     lines = problem.batch * prod(map(cdiv, sizes[:2], stride[:2]))
     rows = cdiv(prod(lifted.filter_size[:2]) * (problem.out_channels // k if dgrad else 1), phases)
     # Elements that are loaded one by one have addresses of their own.
-    single = 0 if load_width(problem.dtype, k) > 1 and problem.in_channels == problem.out_channels else 8
+    by_element = 0 if load_width(problem.dtype, k) > 1 and problem.in_channels == problem.out_channels else 8
     taps = problem.filter_size[-1]
 
     def work(config: Config) -> Work:
@@ -363,19 +349,19 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
         strip, groups = strips(sizes[2], outputs)
         height = max(1, m // strip)
         step = 1 if dgrad else lifted.stride[1]
-        # The rows and columns of x that a block covers, each from L2 once.
+        # The pixels of x that a block covers come from L2 once.
         covered = ((height - 1) * step + rows) * ((strip - 1) * schedule.advance + columns)
         return Work(
             programs=cdiv(lines * groups, m) * phases * cdiv(k, n),
             steps=rows,
-            # A product, an operand widened and its share of a load and its mask, a weight widened.
+            # Products; an operand widened, with its share of a load and a mask; a weight widened.
             step_flops=2 * m * n * products + 4 * m * n * columns + 2 * m * n * len(schedule.first),
             step_elements=columns * m * n,
             step_bytes=cdiv((covered + m * outputs) * n * problem.dtype.itemsize, rows),
             dram_bytes=problem.bytes,
             shared_memory=0,
-            # (With rows of seven taps one or the other version of the compiler spills seven outputs.)
-            registers=int(36 + (8 * outputs + (5.5 + single) * columns) * m * n / (256 * warps))
+            # With rows of seven taps one version of the compiler or the other spills seven outputs.
+            registers=int(36 + (8 * outputs + (5.5 + by_element) * columns) * m * n / (256 * warps))
             + 128 * (outputs > 4 and taps > 6),
             warps=warps,
             stages=config["num_stages"],

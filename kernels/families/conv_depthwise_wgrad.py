@@ -1,4 +1,10 @@
-"""The weight's gradient of a depthwise convolution: see `conv_depthwise`."""
+"""The weight's gradient of a depthwise convolution, a stencil that sums over pixels: see `conv_depthwise`.
+
+``dw[k, r] = sum over n, p of dy[n, p, k] * x[n, p * stride - padding + r * dilation, k // multiplier]``, on each axis.
+A thread has OUTPUTS neighbours of one row and a few channels, as in `conv_depthwise`, and a sum for each tap of its
+program. Programs share the filter, and they share the pixels as in `conv_gather_wgrad`. Bytes: dy and x once each, the
+workspace twice; parts of the filter re-read dy and x from L2.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +38,16 @@ from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 def conv_depthwise_wgrad_kernel(
     x_ptr,  # [N, D, H, W, K / MULTIPLIER]
     dy_ptr,  # [N, O, P, Q, K]
-    dw_ptr,  # [splits, T, R, S, K], or its taps innermost
+    dw_ptr,  # [splits, T, R, S, K], or [K, T, R, S] by its strides
     N, D, H, W,
     O, P, Q,
     K,  # in units of VEC
     T, R, S,
     dw_stride_tap, dw_stride_k,
-    strip,
-    splits,
+    strip,  # groups side by side before the next row
+    splits,  # of the pixels
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC
-    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w,
+    dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w,  # in units of VEC
     stride_d, stride_h,
     padding_d, padding_h,
     dilation_d, dilation_h, dilation_w,
@@ -49,16 +55,16 @@ def conv_depthwise_wgrad_kernel(
     RANK: tl.constexpr,
     WIDE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
-    COLUMNS: tl.constexpr,  # as the next two: see Schedule
+    COLUMNS: tl.constexpr,  # columns of x; this and the next: see Schedule
     ADVANCE: tl.constexpr,
-    MET: tl.constexpr,
+    MET: tl.constexpr,  # for each column and tap, its output: Schedule.outputs
     ROW: tl.constexpr,  # taps of a row that a program takes
     ROWS: tl.constexpr,  # rows of the filter that a program takes
     OUTPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # groups of OUTPUTS neighbours
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Some taps of some channels, summed over one share of the pixels in their order."""
+    """ROWS x ROW taps of BLOCK_K channels, summed over one share of the pixels in their order."""
     K *= VEC
     x_stride_n, x_stride_d, x_stride_h, x_stride_w = in_elements(
         x_stride_n, x_stride_d, x_stride_h, x_stride_w, VEC, WIDE
@@ -66,7 +72,7 @@ def conv_depthwise_wgrad_kernel(
     dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w = in_elements(
         dy_stride_n, dy_stride_d, dy_stride_h, dy_stride_w, VEC, WIDE
     )
-    # Channel tiles fastest, then parts of the filter, which read the same pixels.
+    # Channel tiles are fastest, then parts of the filter, which read the same pixels.
     pid = tl.program_id(0)
     k_tiles = tl.cdiv(K, BLOCK_K)
     k = pid % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -82,7 +88,7 @@ def conv_depthwise_wgrad_kernel(
     images = N
     if RANK == 3:
         images = N * O
-    # In strips, some of whose groups may lie past the end of the row.
+    # A row's strips are whole, so some groups may lie past its end.
     tiles = tl.cdiv(images * P * tl.cdiv(groups, strip) * strip, BLOCK_M)
     share = tl.cdiv(tiles, splits)
     x_tile = x_ptr + (k // MULTIPLIER)[None, :]
@@ -126,7 +132,7 @@ def conv_depthwise_wgrad_kernel(
                     mask=mask[:, None] & mask_k[None, :],
                     other=0.0,
                 ).to(tl.float32)
-                # A tuple cannot be assigned to: all sums anew.
+                # A tuple cannot be assigned to, so all sums are collected anew.
                 updated = ()
                 for tap in tl.static_range(ROWS * ROW):
                     if tap // ROW == row and MET[column][tap % ROW] >= 0:
@@ -150,9 +156,9 @@ def conv_depthwise_wgrad_kernel(
 def conv_depthwise_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
 ) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
 
-    Strides in elements, channels_last-dense unless given; dw is [taps, K] where ``taps_outermost``, else [K, taps].
+    Strides in elements, channels_last-dense unless given; dw is [taps, K] if ``taps_outermost``, else [K, taps].
     """
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape
@@ -171,19 +177,10 @@ def conv_depthwise_wgrad(
         grid=(triton.cdiv(k, config["BLOCK_K"]) * filter_parts(problem, config) * splits, 1, 1),
         pointers=(element, element, element if splits == 1 else "*fp32"),
         scalars=(
-            problem.batch,
-            *x_size,
-            *dy_size,
-            k // vec,
-            *lifted.filter_size,
-            *((k, 1) if layout.taps_outermost or splits > 1 else (1, problem.taps)),
-            strip,
-            splits,
-            *(stride // vec for stride in x_strides),
-            *(stride // vec for stride in dy_strides),
-            *lifted.stride[:2],
-            *lifted.padding[:2],
-            *lifted.dilation,
+            *(problem.batch, *x_size, *dy_size, k // vec, *lifted.filter_size),
+            *(*((k, 1) if layout.taps_outermost or splits > 1 else (1, problem.taps)), strip, splits),
+            *(stride // vec for stride in (*x_strides, *dy_strides)),
+            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation),
         ),
         constants={
             "VEC": vec,
@@ -208,7 +205,7 @@ def conv_depthwise_wgrad(
 
 
 def filter_parts(problem: ConvProblem, config: Config) -> int:
-    """Programs that share the pixels of one channel tile, each with some taps of the filter."""
+    """Programs that share the filter for one channel tile and split: each has some of its taps."""
     return triton.cdiv(problem.filter_size[-1], WGRAD_ROW) * triton.cdiv(prod(problem.filter_size[:-1]), config["ROWS"])
 
 
@@ -218,7 +215,8 @@ DEPTHWISE_WGRAD = TileSpace(
     kernels=(conv_depthwise_wgrad_kernel, split_sum_kernel),
     interpreted={**INTERPRETED_STENCIL, "OUTPUTS": (1,), "ROWS": (1, 3), "SPLITS": (1, 2)},
 )
-# With eight channels the sums of longer rows would not fit, and each pixel come from L2 for every row of a filter.
+# For rows of more than three taps. If a thread had eight elements, only one row's sums would fit it, and each pixel
+# would come from L2 for every row of the filter.
 DEPTHWISE_WGRAD_LONG = replace(
     DEPTHWISE_WGRAD,
     name="conv_depthwise_wgrad_long",
@@ -238,7 +236,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
         tiles = cdiv(problem.batch * sizes[0] * sizes[1] * groups, m)
         covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * schedule.advance + columns)
         per_thread = m * n // (32 * config["num_warps"])
-        single = 0 if load_width(problem.dtype, k) > 1 and k == problem.in_channels else 12 * per_thread
+        by_element = 0 if load_width(problem.dtype, k) > 1 and k == problem.in_channels else 12 * per_thread
         return Work(
             programs=cdiv(k, n) * filter_parts(problem, config) * splits,
             steps=cdiv(tiles, splits),
@@ -247,7 +245,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
             step_bytes=(covered + m * outputs) * n * problem.dtype.itemsize,
             dram_bytes=problem.bytes,
             shared_memory=0,
-            registers=int(32 + per_thread * rows * taps + 8 * (outputs + rows) + 1.5 * columns) + single,
+            registers=int(32 + per_thread * rows * taps + 8 * (outputs + rows) + 1.5 * columns) + by_element,
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=0.0,

@@ -1,17 +1,16 @@
 """Implicit-GEMM convolution by pointer gather on channels_last tensors: fprop, dgrad, and so transposed convolution.
 
 ``y[n, p, k] = sum over taps r, channels c of x[n, p * stride - padding + r * dilation, c] * w[k, r, c]``, on each axis.
-As a GEMM: rows are output pixels, columns output channels, the reduction runs over taps and channels. Bytes: x, w
+As a GEMM: rows are output pixels, columns are output channels, the reduction runs over taps and channels. Bytes: x, w
 and y once each; taps re-read x from L2.
 
-dgrad is the same walk. Input pixel ``h`` meets tap ``r`` where ``h + padding - r * dilation`` is a multiple of the
-stride, so pixels of equal ``h % stride`` (a phase) share their taps, every ``stride / gcd(dilation, stride)``-th one,
-and see them as a stride-1 convolution of the output's gradient: no zero is ever multiplied. A stride-2 dgrad is four
-small convolutions in one launch. The idea: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning",
-section 4.6.
+dgrad is the same walk. Pixel ``h`` of the input meets tap ``r`` if the stride divides ``h + padding - r * dilation``.
+Pixels of equal ``h % stride`` are a phase: they meet the same taps, every ``stride / gcd(dilation, stride)``-th one.
+A phase is a stride-1 convolution of the output's gradient, so no zero is multiplied, and one launch runs all phases.
+The idea: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", section 4.6.
 
-Ranks 1 and 2 are rank 3 with axes of size one. All sizes are runtime arguments, so a new image or batch size never
-compiles; channel counts and strides come divided by VEC, which tells the compiler their alignment.
+All sizes are runtime arguments, so a new image or batch size compiles nothing. Channel counts and strides come divided
+by VEC, which tells the compiler their alignment.
 """
 
 from __future__ import annotations
@@ -58,18 +57,18 @@ from fastconv.kernels.tiles.shapes import (
 def conv_gather_kernel(
     x_ptr,  # [N, D, H, W, groups * C]: the input (fprop) or the output's gradient (dgrad)
     w_ptr,  # [channels of the output, T, R, S, input channels of a group], dense
-    bias_ptr,  # [groups * K], as the next five: absent where the epilogue has no use for them
+    bias_ptr,  # [groups * K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual_ptr,  # as y
-    y_ptr,  # [N, O, P, Q, groups * K], or so for each split, in fp32
+    residual_ptr,  # like y
+    y_ptr,  # [N, O, P, Q, groups * K]; if the reduction is split, [splits, ...] in fp32
     tile_count_ptr,  # [tiles of BLOCK_M pixels]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, groups * K]
     N, D, H, W,
     C,  # reduced channels of a tile's groups, in units of VEC_C
     O, P, Q,
     K,  # produced channels of a tile's groups, in units of VEC_K
-    CG, KG,  # of them, those of one group, in units of VEC_G
+    CG, KG,  # reduced and produced channels of one group, in units of VEC_G
     T, R, S,
     splits,  # of the reduction
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
@@ -84,21 +83,19 @@ def conv_gather_kernel(
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
     VEC_G: tl.constexpr,
-    PACKED: tl.constexpr,  # several groups share a tile: their weights are the blocks on its diagonal
+    PACKED: tl.constexpr,  # several groups share a tile, whose weight has their blocks on its diagonal
     CACHE: tl.constexpr,  # modifier of x's loads
-    RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
+    RANK: tl.constexpr,  # 3, or 2 if the first axis has size one
     DGRAD: tl.constexpr,
     POINTWISE: tl.constexpr,  # one tap, never outside x
     SPLIT: tl.constexpr,
-    FLAT: tl.constexpr,  # few channels: a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
+    FLAT: tl.constexpr,  # a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
     ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,  # the activation
+    RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     PART_K: tl.constexpr,  # columns that the epilogue takes at once
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C *= VEC_C
     K *= VEC_K
@@ -115,8 +112,7 @@ def conv_gather_kernel(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC_K, WIDE
     )
 
-    # Channel tiles fastest, then groups, so that x comes from DRAM once and whole pixels at a time; then phases, which
-    # share their source pixels.
+    # Channel tiles are fastest, then groups: x comes from DRAM once, in whole pixels. Phases share their source pixels.
     pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     k_tiles = tl.cdiv(K, BLOCK_K)
     pid_k = pid % k_tiles
@@ -176,7 +172,7 @@ def conv_gather_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_k = offs_k < K
     x_tile = x_ptr + group * C + x_row[:, None]
-    # Reduced channels of other groups are blocks beside the diagonal, of which nothing is read.
+    # Nothing is read of the blocks beside the diagonal, where the reduced channels are another group's.
     if DGRAD:
         w_stride_c = T * R * S * KG
         w_stride_tap = KG
@@ -194,7 +190,7 @@ def conv_gather_kernel(
             share = tl.cdiv(steps, splits)
             pair += split * share * BLOCK_C
             steps = tl.minimum(split * share + share, steps) - split * share
-        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        # Without this guard ptxas waits for every wgmma, because the loop might not run.
         if steps > 0:
             for _ in range(steps):
                 channel = pair % C
@@ -245,7 +241,7 @@ def conv_gather_kernel(
                 j = j // tl.maximum(taps_w, 1)
                 r = j % tl.maximum(taps_h, 1)
                 t = j // tl.maximum(taps_h, 1)
-        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        # Without this guard ptxas waits for every wgmma, because the loop might not run.
         if steps > 0:
             for _ in range(steps):
                 mask_row = mask_m
@@ -283,8 +279,8 @@ def conv_gather_kernel(
                         r = tl.where(carry, 0, r)
                         t = tl.where(carry, t + 1, t)
                 acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
-        if PACKED:  # noqa: SIM102 (the outer one is the compiler's)
-            # Infinity times the zeros beside the diagonal: then without them, one channel after another.
+        if PACKED:  # noqa: SIM102 (the outer `if` is the compiler's)
+            # Infinity times a zero beside the diagonal is a NaN: a tile with a NaN is computed again without the zeros.
             if tl.max((acc != acc).to(tl.int32)) > 0:
                 acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
                 for i in range(taps * C):
@@ -326,9 +322,9 @@ def conv_gather(
 ) -> Launches:
     """The launches of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
-    Operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares; where
-    ``config["SPLITS"]`` splits the reduction source, weight, workspace, then workspace and the others, y dense.
-    ``pack`` groups share a tile (`packed_groups`), whose BLOCK_C then covers all of their reduced channels.
+    Operands: source, weight, bias, the epilogue's, the result, and each tile's count, means and squares. If
+    ``config["SPLITS"]`` splits the reduction, the first launch takes source, weight and workspace, the second the
+    workspace and the rest, and y is dense. ``pack`` groups share a tile, whose BLOCK_C covers their reduced channels.
     """
     lifted = problem.as_rank3
     dgrad = direction == "dgrad"
@@ -348,7 +344,7 @@ def conv_gather(
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     assert pack == 1 or tile["BLOCK_C"] >= c
     splits, finishing = config["SPLITS"], layout.epilogue
-    assert splits == 1 or pack == 1, "the walk by single channels of a packed tile is that of its whole reduction"
+    assert splits == 1 or pack == 1, "a packed tile with a NaN is computed again over its whole reduction"
     epilogue = PLAIN if splits > 1 else finishing
     tiles = triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases)
     product = Launch(
@@ -359,23 +355,11 @@ def conv_gather(
             *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
         ),
         scalars=(
-            problem.batch,
-            *x_size,
-            c // vec_c,
-            *y_size,
-            k // vec_k,
-            c // pack // vec_g,
-            k // pack // vec_g,
-            *lifted.filter_size,
-            splits,
+            *(problem.batch, *x_size, c // vec_c, *y_size, k // vec_k, c // pack // vec_g, k // pack // vec_g),
+            *(*lifted.filter_size, splits),
             *(stride // vec_c for stride in x_strides),
             *(stride // vec_k for stride in y_strides),
-            *lifted.stride,
-            *lifted.padding,
-            *lifted.dilation,
-            *gcds,
-            *inverses,
-            *epilogue.scalars,
+            *(*lifted.stride, *lifted.padding, *lifted.dilation, *gcds, *inverses, *epilogue.scalars),
         ),
         constants={
             "VEC_C": vec_c,
@@ -392,9 +376,7 @@ def conv_gather(
             "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
-            "PART_K": tile["BLOCK_K"]
-            if epilogue == PLAIN
-            else min(tile["BLOCK_K"], PART_K if pack == 1 else PART_K // 2),
+            "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K // min(pack, 2)),
             **tile,
         },
         num_warps=config["num_warps"],
@@ -409,25 +391,25 @@ def conv_gather(
 
 
 def taps_share_step(taps: int, channels: int, pack: int) -> bool:
-    """Whether one step covers several taps: under 16 channels a tensor-core tile of one tap would be mostly zeros."""
+    """Whether one step covers several taps: with under 16 channels most of a tensor-core tile of one tap is zeros."""
     return taps > 1 and channels < 16 and pack == 1
 
 
 def packed_groups(direction: str, problem: ConvProblem) -> int:
-    """How many neighbouring groups share a tensor-core tile, which alone they would leave nearly empty; 1: none.
+    """How many neighbouring groups share a tensor-core tile, most of which one group would leave empty; 1: none.
 
-    A product of so many groups' channels does as many times its work, nearly all of it with zeros. With 32 channels a
-    3x3 filter then does 144 FLOP for each byte of bf16 that it must move, just under what GPUs have to give (A100 153,
-    H200 206, B200 281), with 64 channels twice that. wgrad's tiles have at least 64 rows, filled or not.
+    The zeros beside the diagonal are multiplied too. README.md counts up to which width that stays under the bytes.
     """
     width = max(problem.in_channels, problem.out_channels) // problem.groups
+    # wgrad's tiles have at least 64 rows, filled or not.
     limit = 64 if direction == "wgrad" else 32
     return max((d for d in range(2, limit // width + 1) if problem.groups % d == 0), default=1)
 
 
 def x_cache_modifier(taps: int, pack: int) -> str:
-    """The cache modifier of x's loads. 16-byte copies to shared memory pass by L1 unless told not to (Triton 3.9 tells
-    the compiler, earlier ones do not): each tap of a packed tile, little arithmetic as it has, would wait for L2 anew.
+    """The cache modifier of x's loads: ".ca" lets the taps of a packed tile, which has little arithmetic, share L1.
+
+    16-byte copies to shared memory bypass L1 by default. Triton 3.9 asks for L1 itself, earlier versions do not.
     """
     return ".ca" if pack > 1 and taps > 1 else ""
 
@@ -448,8 +430,8 @@ GATHER = TileSpace(
 )
 
 
+# Several programs share the reduction of a tile if tiles are too few for the GPU; only one small tile is split.
 def _dense_tile(config: Config) -> str | None:
-    """Where tiles are too few for the GPU, several programs share the reduction of one: of one small tile."""
     if config["BLOCK_K"] <= 64 and config["BLOCK_C"] == 32:
         return "binaries that few layers would share, and that spill on one version of the compiler"
     if config["SPLITS"] > 1 and (config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]) != (64, 64, 64):
@@ -462,8 +444,8 @@ GATHER_SPLIT = replace(
 )
 
 
-def _packed(problem: ConvProblem) -> float:
-    """Registers for an element of the packed weight, which is read by the runs that one group has."""
+def _packed_weight(problem: ConvProblem) -> float:
+    """Registers for an element of the packed weight, which is read in runs of one group's channels."""
     run = common_width(problem.dtype, problem.in_channels // problem.groups, problem.out_channels // problem.groups)
     return 3 / run if run * problem.dtype.itemsize >= 4 else 4
 
@@ -480,13 +462,13 @@ def gather_candidates(
         phases = prod(map(min, problem.stride, problem.input_size))
         pixels = cdiv(problem.input_pixels, phases)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    # (Tap, channel) pairs have coordinates of their own as well.
+    # Each (tap, channel) pair has coordinates of its own.
     pairs = taps_share_step(problem.taps, c, pack)
     source = (8 if problem.rank == 3 else 5) if pairs else element_registers(problem, c)
     result = 6 if element_registers(problem, k) else 0
     weight: float = element_registers(problem, k) if direction == "dgrad" else source
     if pack > 1:
-        source, weight = min(source, 4), _packed(problem)
+        source, weight = min(source, 4), _packed_weight(problem)
     by_element = source, weight, result
 
     def work(config: Config) -> Work:
@@ -497,7 +479,7 @@ def gather_candidates(
         if pairs and share == 0 and n > 32:
             registers += 256  # as Triton 3.9 compiles it
         if pack > 1:
-            # What the walk by single channels takes, whose rows are shared between threads or held by each.
+            # What computing a NaN's tile again takes; its rows are shared between threads or held by each.
             registers = max(registers, 128 if m >= 32 * warps else 168)
         return Work(
             programs=cdiv(pixels, m) * phases * cdiv(k, n) * groups * splits,
@@ -519,10 +501,6 @@ def gather_candidates(
     return Candidates(space, (direction, problem, precision, pack), work, gpu, width)
 
 
-def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    return why_not_groups(problem)
-
-
 def why_not_packed(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     """Why no groups of a convolution share a tile, or None."""
     if problem.groups == 1:
@@ -536,9 +514,9 @@ def why_not_packed(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layou
 
 
 def packed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same of as many groups in a tile as share one."""
+    """A family's function with ``pack``, the number of groups that share a tile."""
     return lambda direction, problem, *rest: function(direction, problem, *rest, pack=packed_groups(direction, problem))
 
 
-FAMILY = Family("gather", _why_not, gather_candidates, conv_gather)
+FAMILY = Family("gather", lambda direction, problem, *_: why_not_groups(problem), gather_candidates, conv_gather)
 GROUPED = Family("grouped", why_not_packed, packed(gather_candidates), packed(conv_gather))

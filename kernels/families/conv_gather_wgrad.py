@@ -1,10 +1,10 @@
 """The weight's gradient by pointer gather, split over pixels, with an ordered reduction.
 
 ``dw[k, r, c] = sum over n, p of dy[n, p, k] * x[n, p * stride - padding + r * dilation, c]``, on each axis. As a GEMM:
-rows are output channels, columns (tap, input channel) pairs, the reduction runs over output pixels. It is long where
-the result is small, so it is split over programs, whose fp32 sums go to a workspace; a second kernel adds them in the
-order of the splits, so that the result is the same bit for bit from run to run. Bytes: dy and x once each, the
-workspace twice.
+rows are output channels, columns are (tap, input channel) pairs, the reduction runs over output pixels. The reduction
+is long and the result small, so programs share it. Their fp32 sums go to a workspace, and a second kernel adds them in
+the order of the splits: the result is the same bit for bit from run to run. Bytes: dy and x once each, the workspace
+twice.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ def conv_wgrad_kernel(
     C,  # input channels of a tile's groups, in units of VEC_C
     O, P, Q,
     K,  # output channels of a tile's groups, in units of VEC_K
-    CG, KG,  # of them, those of one group
+    CG, KG,  # input and output channels of one group
     T, R, S,
     x_stride_n, x_stride_d, x_stride_h, x_stride_w,  # in units of VEC_C
-    dy_stride,  # of its pixels, which lie at even distances, in units of VEC_K
+    dy_stride,  # between pixels, the same for all, in units of VEC_K
     stride_d, stride_h, stride_w,
     padding_d, padding_h, padding_w,
     dilation_d, dilation_h, dilation_w,
     splits,
     VEC_C: tl.constexpr,
     VEC_K: tl.constexpr,
-    PACKED: tl.constexpr,  # several groups share a tile: of it the blocks on the diagonal are stored
+    PACKED: tl.constexpr,  # several groups share a tile, whose blocks on the diagonal are stored
     CACHE: tl.constexpr,  # modifier of x's loads
     RANK: tl.constexpr,
-    LINEAR: tl.constexpr,  # one tap, which meets the pixels of x in order and at even distances
-    FLAT: tl.constexpr,  # few channels: a tile's columns are (tap, channel) pairs, not channels of one tap
+    LINEAR: tl.constexpr,  # one tap, which meets the pixels of x in order and at one distance
+    FLAT: tl.constexpr,  # a tile's columns are (tap, channel) pairs, not channels of one tap
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,7 +88,7 @@ def conv_wgrad_kernel(
     if WIDE:
         dy_stride = dy_stride.to(tl.int64)
 
-    # Tiles of one split are neighbours, whatever their group: they read the same pixels.
+    # Tiles of one split are neighbours in every group: they read the same pixels.
     taps = T * R * S
     k_tiles = tl.cdiv(K, BLOCK_K)
     c_tiles = tl.cdiv(taps * C, BLOCK_C) if FLAT else taps * tl.cdiv(C, BLOCK_C)
@@ -127,7 +127,7 @@ def conv_wgrad_kernel(
     first = split * share
     steps = tl.minimum(steps - first, share)
     m = first * BLOCK_M + tl.arange(0, BLOCK_M)
-    # [BLOCK_K, pixels] as the product wants it: a tl.trans here would keep sm_80 from copying it asynchronously.
+    # Loaded as [BLOCK_K, pixels], as the product takes it: sm_80 does not copy asynchronously what tl.trans turns.
     dy_tile = dy_ptr + (group * K + offs_k)[:, None] + (m * dy_stride)[None, :]
     if LINEAR:
         x_tile += (m * x_stride_w)[:, None]
@@ -136,7 +136,7 @@ def conv_wgrad_kernel(
         n_step, o_step, p_step, q_step = unravel(BLOCK_M, O, P, Q, RANK)
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         for _ in range(steps):
             mask_m = m < pixels
@@ -191,10 +191,10 @@ def conv_wgrad_kernel(
 def conv_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
 ) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
 
-    Strides in elements, channels_last-dense unless given; those of dy must be even (`linear_stride`). ``channels_last``
-    is the layout of dw, which is dense. ``pack`` groups share a tile (`packed_groups`).
+    Strides in elements, channels_last-dense unless given; dy's pixels lie at one distance (`linear_stride`).
+    ``channels_last`` is the layout of dw, which is dense. ``pack`` groups share a tile (`packed_groups`).
     """
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape
@@ -203,7 +203,7 @@ def conv_wgrad(
     dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
     dy_stride = linear_stride(lifted.output_shape, dy_strides)
     assert dy_stride is not None, "the launcher copies such a dy"
-    # Of the strides as they are: those of a linear walk say nothing of rows and images.
+    # Asked of the given strides, because the linear walk's say nothing of rows and images.
     is_wide = needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides))
     x_stride = None
     if problem.taps == 1 and lifted.input_size == lifted.output_size and not problem.padded("wgrad"):
@@ -215,9 +215,8 @@ def conv_wgrad(
     vec_c, vec_k = load_width(problem.dtype, c, *x_strides), load_width(problem.dtype, k, dy_stride)
     pairs = taps_share_tile(problem.taps, c, pack)
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
-    columns = (
-        triton.cdiv(problem.taps * c, tile["BLOCK_C"]) if pairs else problem.taps * triton.cdiv(c, tile["BLOCK_C"])
-    )
+    block_c = tile["BLOCK_C"]
+    columns = triton.cdiv(problem.taps * c, block_c) if pairs else problem.taps * triton.cdiv(c, block_c)
     splits = config["SPLITS"]
     element = pointer_type(problem.dtype)
     product = Launch(
@@ -225,20 +224,9 @@ def conv_wgrad(
         grid=(triton.cdiv(k, tile["BLOCK_K"]) * columns * splits, groups, 1),
         pointers=(element, element, element if splits == 1 else "*fp32"),
         scalars=(
-            problem.batch,
-            *x_size,
-            c // vec_c,
-            *dy_size,
-            k // vec_k,
-            c // pack,
-            k // pack,
-            *lifted.filter_size,
+            *(problem.batch, *x_size, c // vec_c, *dy_size, k // vec_k, c // pack, k // pack, *lifted.filter_size),
             *(stride // vec_c for stride in x_strides),
-            dy_stride // vec_k,
-            *lifted.stride,
-            *lifted.padding,
-            *lifted.dilation,
-            splits,
+            *(dy_stride // vec_k, *lifted.stride, *lifted.padding, *lifted.dilation, splits),
         ),
         constants={
             "VEC_C": vec_c,
@@ -264,8 +252,7 @@ def conv_wgrad(
 
 
 def taps_share_tile(taps: int, channels: int, pack: int) -> bool:
-    """Whether a tile's columns are pairs of tap and channel: as `taps_share_step`, and of packed groups, whose taps
-    then share dy."""
+    """Whether a tile's columns are (tap, channel) pairs, which share dy: with few channels, and in packed groups."""
     return taps_share_step(taps, channels, pack) or (pack > 1 and taps > 1)
 
 
@@ -302,7 +289,7 @@ def wgrad_candidates(
     k, c = problem.out_channels // groups, problem.in_channels // groups
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     pairs = taps_share_tile(problem.taps, c, pack)
-    # A pair has coordinates of its own, or a run of them has where channels are read by 16 bytes.
+    # Each pair has coordinates of its own; if channels are read by 16 bytes, each run of pairs has.
     source = element_registers(problem, c) if not pairs else 8 if load_width(problem.dtype, c) == 1 else 2
     by_element = source, element_registers(problem, k), 0
 
@@ -331,9 +318,5 @@ def wgrad_candidates(
     return Candidates(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
 
 
-def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    return why_not_groups(problem)
-
-
-FAMILY = Family("gather", _why_not, wgrad_candidates, conv_wgrad)
+FAMILY = Family("gather", lambda direction, problem, *_: why_not_groups(problem), wgrad_candidates, conv_wgrad)
 GROUPED = Family("grouped", why_not_packed, packed(wgrad_candidates), packed(conv_wgrad))

@@ -1,14 +1,14 @@
 """Convolution with filters of one tap and stride 1 as a flat GEMM by bulk tensor copies: fprop, dgrad, wgrad.
 
-Where pixels lie at even distances the image is a matrix [M, C], M = N*O*P*Q: fprop is ``y[M, K] = x[M, C] w[K, C]^T``,
+An image whose pixels lie at one distance is a matrix [M, C], M = N*O*P*Q. fprop is ``y[M, K] = x[M, C] w[K, C]^T``,
 dgrad ``dx[M, C] = dy[M, K] w[K, C]``, wgrad ``dw[K, C] = dy[M, K]^T x[M, C]``. Bytes: x, w and y once each; wgrad's
-workspace twice. Both operands go from shared memory into the tensor cores, and what a box has outside its matrix is
-read as 0, so that no step needs a mask.
+workspace twice. Both operands go from shared memory into the tensor cores. No step needs a mask, because a box reads 0
+outside its matrix.
 
-Few layers have arithmetic enough to hide their bytes, so what counts is that copies never pause. Where one step is the
-whole reduction a loop over steps has nothing to run ahead of: a program then keeps its weight tile and walks tiles of
-pixels, and the copies of the next ones go on under the product and the store of one. Else a program has one tile,
-channel tiles fastest, so that x comes from DRAM once; of few tiles each reduction is split, as in `conv_gather`.
+Few layers have enough arithmetic to hide their bytes, so copies should never pause. If one step is the whole reduction,
+a loop over steps cannot run ahead: a program then keeps its weight tile and walks tiles of pixels, and the next tiles
+are copied under the product and the store of this one. Otherwise a program has one tile. Channel tiles are fastest, so
+x comes from DRAM once, and if tiles are few each reduction is split, as in `conv_gather`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def _finish_tile(
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
     PART_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile's acc [BLOCK_M, BLOCK_K]; ``operands`` are `apply_epilogue`'s pointers."""
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,12 +56,12 @@ def _finish_tile(
 @triton.jit(do_not_specialize=["M", "C", "K", "splits", "eps", "a", "b"])
 def conv_gemm_kernel(
     x_desc,  # [M, C], boxes [BLOCK_M, BLOCK_C]: the input (fprop) or the output's gradient (dgrad)
-    w_desc,  # [K, C], boxes [BLOCK_K, BLOCK_C], or of dgrad [C, K], boxes [BLOCK_C, BLOCK_K]
-    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    w_desc,  # [K, C], boxes [BLOCK_K, BLOCK_C]; in dgrad [C, K], boxes [BLOCK_C, BLOCK_K]
+    bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual_ptr,  # as y
-    y_ptr,  # [M, K], or so for each split, in fp32
+    residual_ptr,  # like y
+    y_ptr,  # [M, K]; if the reduction is split, [splits, ...] in fp32
     tile_count_ptr,  # [tiles of BLOCK_M pixels]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
     M,
@@ -78,11 +77,9 @@ def conv_gemm_kernel(
     WIDE: tl.constexpr,  # y holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product
     ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,  # the activation
+    RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     PART_K: tl.constexpr,  # columns that the epilogue takes at once
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     K *= VEC
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -110,7 +107,7 @@ def conv_gemm_kernel(
         c = split * share * BLOCK_C
         steps = tl.minimum(steps - split * share, share)
         acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        # Without this guard ptxas waits for every wgmma, because the loop might not run.
         if steps > 0:
             for _ in range(steps):
                 x_step = x_desc.load([tile * BLOCK_M, c])
@@ -150,7 +147,7 @@ def conv_gemm_wgrad_kernel(
     m = split * share * BLOCK_M
     steps = tl.minimum(steps - split * share, share)
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         for _ in range(steps):
             acc = tl.dot(dy_desc.load([m, k]).T, x_desc.load([m, c]), acc)
@@ -162,7 +159,7 @@ def conv_gemm_wgrad_kernel(
 
 
 def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of fprop (x -> y) or dgrad (dy -> dx), the result dense; operands as `conv_gather`'s.
+    """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense.
 
     Strides in elements, channels_last-dense unless given.
     """
@@ -215,7 +212,7 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
 
 
 def conv_gemm_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the pixels.
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
 
     Strides in elements, channels_last-dense unless given; dw is dense.
     """
@@ -249,32 +246,30 @@ def _read(direction: str, problem: ConvProblem) -> tuple[tuple[int, ...], ...]:
 
 
 def _pixel_stride(problem: ConvProblem, shape: tuple[int, ...], strides: Strides | None) -> int | None:
-    """`linear_stride`, and of a single pixel, which has none, one that bulk copies can step by."""
+    """`linear_stride`; for a single pixel, which has none, a distance that bulk copies can step by."""
     if shape[0] * shape[2] * shape[3] * shape[4] == 1:
         return pitch(shape[1], problem.dtype)
     return linear_stride(shape, strides or dense_strides(shape))
 
 
 def resident(channels: int, dtype: torch.dtype) -> bool:
-    """Whether one step reduces all channels. (Not of fp32: so few are rare, and some tiles spill.)"""
+    """Whether one step reduces all channels; never in fp32, in which few channels are rare and some tiles spill."""
     return dtype.itemsize == 2 and channels * dtype.itemsize <= LINE
 
 
 def walkers(problem: ConvProblem, tiles: int, k_tiles: int, config: Config, gpu: Gpu) -> int:
-    """How many programs walk the tiles of pixels of each channel tile: as many as ``gpu`` holds at once, two a
-    multiprocessor at most."""
+    """Programs that walk a channel tile's pixels: as many as run on ``gpu`` at once, at most two a multiprocessor."""
     programs = gpu.multiprocessors * max(1, min(2, gpu.shared_memory // resident_bytes(problem, config)))
     return min(tiles, max(1, programs // k_tiles))
 
 
 def resident_bytes(problem: ConvProblem, config: Config) -> int:
-    """Shared memory of a program that keeps its weight tile: that, the pixels of all stages, and what it stores."""
+    """Shared memory of a program that keeps its weight tile: the weight, the pixels of all stages, the stored tile."""
     m, k, c = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]
     return problem.dtype.itemsize * (k * c + config["num_stages"] * m * c + m * k)
 
 
-# Of the flat GEMM, (rows, columns) of a tile -> its warps and stages: what is read from L2 for a product falls with the
-# first, two programs and more fit a multiprocessor of the next ones. (Of 128x64 four warps spill statistics.)
+# (rows, columns) of a tile -> its warps and stages; README.md says why.
 GEMM_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (8, 3), (64, 64): (4, 4)}
 
 
@@ -308,8 +303,6 @@ GEMM = TileSpace(
     _gemm_tile,
     kernels=(conv_gemm_kernel, conv_finish_kernel),
 )
-# Eight warps, because between two products of a program stands its store. (Statistics of 128x64 spill on one version of
-# the compiler.)
 GEMM_RESIDENT = TileSpace(
     "conv_gemm_resident",
     {
@@ -325,7 +318,7 @@ GEMM_RESIDENT = TileSpace(
     ),
     kernels=(conv_gemm_kernel,),
 )
-# Of results that are stored one element at a time larger tiles spill on one version of the compiler or another.
+# For results that are stored one element at a time: larger tiles spill on one version of the compiler or another.
 GEMM_RESIDENT_SINGLE = TileSpace(
     "conv_gemm_resident_single",
     {**GEMM_RESIDENT.ranges, "BLOCK_M": (64,), "BLOCK_K": (32,), "num_warps": (4,)},
@@ -375,7 +368,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
             step_bytes=elements * element,
             dram_bytes=problem.bytes,
             shared_memory=shared_memory,
-            # (With an epilogue in parts; without one as few as 26 beside the accumulators.)
+            # Beside the accumulators, an epilogue in parts takes 64, no epilogue as few as 26.
             registers=64 + m * n // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
@@ -409,15 +402,16 @@ def _wgrad_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
             extra_bytes=2 * splits * prod(problem.weight_shape) * 4 if splits > 1 else 0,
         )
 
-    # Beside a wider side one of 64 may be half of 128, which reads the wider one's operand half as often.
+    # If one side is wider than 64, the other may take a 128 tile half empty: the wide operand is then read half as
+    # often.
     least = 128 if max(c, k) > 64 else 64
-    # (128x256 spills where results are stored one element at a time.)
+    # 128x256 spills if results are stored one element at a time.
     most = max(c, least) if load_width(problem.dtype, c) > 1 else least
     return Candidates(fitting(GEMM_WGRAD, BLOCK_K=max(k, least), BLOCK_C=most), problem, work, gpu)
 
 
 def why_not_flat(direction: str, problem: ConvProblem, source: Strides | None, other: Strides | None) -> str | None:
-    """Why a convolution is no flat GEMM that bulk copies can feed, or None; pixel strides as `conv_gemm` takes them."""
+    """Why bulk copies cannot feed a convolution as a flat GEMM, or None; pixel strides as `conv_gemm` takes them."""
     if problem.groups > 1:
         return f"{problem.groups} groups"
     if problem.taps > 1:
@@ -437,8 +431,8 @@ def why_not_flat(direction: str, problem: ConvProblem, source: Strides | None, o
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    reason = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
-    return reason or why_not_bulk_copies(problem, gpu, layout)
+    flat = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
+    return flat or why_not_bulk_copies(problem, gpu, layout)
 
 
 FAMILY = Family("gemm", _why_not, _candidates, conv_gemm, ("source",))

@@ -1,25 +1,24 @@
 """The pixel GEMM: fprop and dgrad whose tiles are as long as the batch, by bulk tensor copies.
 
 ``y[n, p, k] = sum over taps r, channels c of x[n, p * stride - padding + r * dilation, c] * w[k, r, c]``, on each axis.
-One program computes BLOCK_N images x BLOCK_K channels of one output pixel. A tap is inside the image for all of them or
+A program computes BLOCK_N images x BLOCK_K channels of one output pixel. A tap is inside the image for all of them or
 for none: only taps inside are walked, one bulk copy brings each one's channels, and nothing is masked. Bytes: x, w and
 y once each; taps re-read x from L2.
 
-dgrad is the same walk over the taps of its pixel's stride phase (`conv_gather.walk`); a pixel that no tap meets is
-written too. Two things save what L2 would have to give. Of few images a box holds several neighbours of a row; under a
-stride of two, neighbours of one parity, which is an axis of its own in the strided operand's view. And two pixels of a
-row share all but one of the columns that S taps meet, and the taps: S + 1 boxes of x and S of w feed 2 S products.
+dgrad is the same walk over the taps of its pixel's stride phase (`phase_walk`); a pixel that no tap meets is written
+too. Two things save reads from L2. If images are few, a box holds several neighbours of a row; under a stride of two,
+neighbours of one parity, which is an axis of its own in the strided operand's view. And two neighbouring outputs are
+a pair that shares the S taps of a row and all but one of their columns: S + 1 boxes of x and S of w feed 2 S products.
+If registers allow, each product of a pair's step has a sum of its own, because wgmma waits for a product that adds to
+the same sum, and tcgen05 moves that sum through registers.
 
-Where registers allow, each product of a pair's step has a sum of its own: after one that another adds to wgmma waits,
-and tcgen05 moves the sum through registers.
+The product is [BLOCK_K, images]: tensor-core tiles have at least 64 rows, which channels fill even if images are few.
+In the epilogue a thread then holds few of a channel's numbers, and 128x128 fits twice on a multiprocessor with any
+epilogue. Images past the batch and channels past the last are read as 0 and not written; only statistics need a mask.
 
-The product is [BLOCK_K, images], so that few images still fill the tensor cores, whose tiles have at least 64 rows, and
-a thread holds few of a channel's numbers in the epilogue: 128x128 fits twice on a multiprocessor with any. Images past
-the batch and channels past the last are read as 0 and not written; only statistics need a mask.
-
-The grid is not persistent: what a walk over tiles would hide, a program's first copies and its epilogue, is little
-beside the steps of all taps, and two programs a multiprocessor hide most of it. Where one step is the whole product,
-`conv_gemm` walks.
+The grid is not persistent. A walk over tiles would hide a program's first copies and its epilogue, which are short
+beside the steps of all taps and mostly hidden by a second program on the multiprocessor. If one step is the whole
+product, `conv_gemm` serves and walks.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv, matrix_share
 
 @triton.jit
 def read_weight(w, tap, k, c, DGRAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_K, BLOCK_C] of one tap: produced channels from k on, reduced ones from c on."""
+    """[BLOCK_K, BLOCK_C] of one tap: produced channels from k on, reduced channels from c on."""
     if DGRAD:
         return tl.reshape(w.load([tap, c, k]), (BLOCK_C, BLOCK_K)).T
     else:
@@ -76,10 +75,10 @@ def read_weight(w, tap, k, c, DGRAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_
 def conv_pixels_kernel(
     x,  # [D, H, W, N, groups * C], without D in rank 2: the input (fprop) or the output's gradient (dgrad); see PARITY
     w,  # [taps, channels of the output, input channels of a group]
-    bias_ptr,  # [groups * K], as the next five: absent where the epilogue has no use for them
+    bias_ptr,  # [groups * K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual,  # as y
+    residual,  # like y
     y,  # [O, P, Q, N, groups * K], without O in rank 2; see PARITY
     tile_count_ptr,  # [tiles of BLOCK_N images of one pixel]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, groups * K]
@@ -95,25 +94,23 @@ def conv_pixels_kernel(
     inverse_d, inverse_h, inverse_w,  # of dilation / gcd modulo stride / gcd
     eps,  # of batch norm
     a, b,  # of the activation
-    RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
+    RANK: tl.constexpr,  # 3, or 2 if the first axis has size one
     DGRAD: tl.constexpr,
     PIXELS: tl.constexpr,  # neighbours in a row that a box holds; each has BLOCK_N rows of a product
     PARITY: tl.constexpr,  # a stride of two: x (fprop) or y (dgrad) is [H, 2, W / 2, N, C], a box of one parity
-    ROW: tl.constexpr,  # taps of a filter row, of dilation 1, that two products share; 0: one product
-    SUMS: tl.constexpr,  # of each of these two: as many as taps, or one
+    ROW: tl.constexpr,  # taps of a filter's row, of dilation 1, that a pair of outputs shares; 0: no pair
+    SUMS: tl.constexpr,  # of each of a pair's outputs: ROW or one
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
     ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,  # the activation
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = PIXELS * BLOCK_N
-    WIDTH: tl.constexpr = 2 if ROW else PIXELS
+    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box, as a matrix: an image of a pixel each
+    WIDTH: tl.constexpr = 2 if ROW else PIXELS  # outputs of a program
     X_PARITY: tl.constexpr = PARITY and not DGRAD
     Y_PARITY: tl.constexpr = PARITY and DGRAD
-    # Channel tiles fastest, then groups and the pixels of a row, images last: x comes from DRAM once and whole pages at
-    # a time, and what a row of the filter spans stays in L2.
+    # Channel tiles are fastest, then groups, then the pixels of a row, images last: x comes from DRAM once, in whole
+    # pages, and the rows that the filter meets stay in L2.
     pid = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     k_tiles = tl.cdiv(K, BLOCK_K)
     k = pid % k_tiles * BLOCK_K
@@ -142,22 +139,23 @@ def conv_pixels_kernel(
     h, hop_h, tap_h, skip_h, taps_h = taps_in_image(
         p, H, P, R, stride_h, padding_h, dilation_h, gcd_h, inverse_h, DGRAD, 1
     )
-    # Channels of w that are reduced lie along its first axis in dgrad, which all groups share.
+    # In dgrad w's reduced channels lie along its first axis, which all groups share.
     w_k = k if DGRAD else group * K + k
     w_c = group * C if DGRAD else 0
     x_c = group * C
     acc = tl.zeros((BLOCK_K, ROWS), dtype=tl.float32)
-    # Of a pair's two pixels, `acc` is of the one that meets column u of x with tap u, `far` of that with tap u - 1.
+    # A pair computes outputs q and q + 1. Column u of x meets tap u for one of them (`acc`) and tap u - 1 for the other
+    # (`far`); NEAR says which of them `acc` is.
     NEAR: tl.constexpr = 1 if DGRAD else 0
     if ROW:
         TURN: tl.constexpr = -1 if DGRAD else 1
-        # (Triton would evaluate annotations.)
+        # Type comments, because Triton evaluates annotations.
         sums = ()  # type: tuple[tl.tensor, ...]
         for _i in tl.static_range(2 * SUMS):
             sums = sums + (tl.zeros((BLOCK_K, ROWS), dtype=tl.float32),)
         column = q + NEAR - TURN * padding_w
         steps = taps_d * taps_h * tl.cdiv(C, BLOCK_C)
-        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        # Without this guard ptxas waits for every wgmma, because the loop might not run.
         if steps > 0:
             c, r, t = 0, 0, 0
             for _ in range(steps):
@@ -189,7 +187,7 @@ def conv_pixels_kernel(
             q, W, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD, PIXELS
         )
         steps = taps_d * taps_h * taps_w * tl.cdiv(C, BLOCK_C)
-        # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+        # Without this guard ptxas waits for every wgmma, because the loop might not run.
         if steps > 0:
             c, s, r, t = 0, 0, 0, 0
             for _ in range(steps):
@@ -218,7 +216,7 @@ def conv_pixels_kernel(
     if ROW:
         tile = tile * columns * 2 + q
         for i in tl.static_range(2):
-            # The second pixel of a row's last pair may be none.
+            # A row's last pair may have no second pixel.
             apply_epilogue_to_pixels(
                 (acc if i == NEAR else far).T, o, p, q + i, n, k, mask_n & (q + i < Q), tile + i, group, K,
                 bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
@@ -237,7 +235,7 @@ def conv_pixels_kernel(
 def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
 
-    Operands: source, weight, bias, those of ``epilogue``, the result, and each tile's count, means and squares.
+    Operands: source, weight, bias, the epilogue's, the result, and each tile's count, means and squares.
     """
     epilogue = layout.epilogue
     lifted = problem.as_rank3
@@ -288,18 +286,8 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
             *("*fp32" if epilogue.statistics else None,) * 3,
         ),
         scalars=(
-            problem.batch,
-            *x_shape[2:],
-            c,
-            *y_shape[2:],
-            k,
-            *lifted.filter_size,
-            *lifted.stride,
-            *lifted.padding,
-            *lifted.dilation,
-            *gcds,
-            *inverses,
-            *epilogue.scalars,
+            *(problem.batch, *x_shape[2:], c, *y_shape[2:], k, *lifted.filter_size),
+            *(*lifted.stride, *lifted.padding, *lifted.dilation, *gcds, *inverses, *epilogue.scalars),
         ),
         constants={
             "RANK": max(problem.rank, 2),
@@ -323,8 +311,8 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
 
 
 def sums_of(config: Config) -> int:
-    """Sums that a program has for each of its pixels: with eight warps up to 192 registers a thread, or all but a
-    fourth of tensor memory."""
+    """Sums of each of a pair's outputs: one for each tap, or one in all if these do not fit 192 registers a thread of
+    eight warps, three fourths of tensor memory."""
     pairs = config["PAIRS"]
     separate = 2 * pairs * config["PIXELS"] * config["BLOCK_N"] * config["BLOCK_K"] <= 6 * 64 * 128
     return pairs if pairs and separate else 1
@@ -332,7 +320,7 @@ def sums_of(config: Config) -> int:
 
 @cache
 def taps_walked(direction: str, problem: ConvProblem, pixels: int, pairs: int) -> float:
-    """Taps that a program walks, on average; of ``pairs`` the rows of taps."""
+    """Taps that a program walks, on average; for ``pairs``, rows of taps."""
     lifted = problem.as_rank3
     source, size = lifted.input_size, lifted.output_size
     if direction == "dgrad":
@@ -368,11 +356,8 @@ def boxes_of_row(direction: str, problem: ConvProblem, pixels: int) -> int:
     return parities * triton.cdiv(size, parities * pixels)
 
 
-# (images of all pixels of a box, BLOCK_K, PAIRS) of the pixel GEMM -> its warps and stages. Of a byte from L2 128x128
-# makes 64 FLOP, 128x64 and 64x128 make 43, 128x256 makes 85; pairs of three taps of the first make 110, of the others
-# 70, 77 and 55, of five taps of the last two 80 and 58. (256x128 spills with the largest epilogue on one version of the
-# compiler, in fp32 128x256 too. Of five taps 128x64 takes 254 registers on one version, 128x128 leaves room for one
-# step on its way alone, as seven taps do; these in steps of half the depth wait after 12 of 14 wgmmas.)
+# (PIXELS * BLOCK_N, BLOCK_K, PAIRS) -> (warps, stages). Only tiles that both compilers pipeline without spills; the
+# FLOP-per-L2-byte figures are in README.md.
 PIXELS_TILES = {
     (128, 128, 0): (8, 3),
     (128, 64, 0): (4, 4),
@@ -394,8 +379,8 @@ PIXELS_TILES = {
 
 
 def _pixels_tile(line: int, chains: bool = True) -> Callable[[Config], str | None]:
-    """A tile of the pixel GEMM. A box is as wide as a line of shared memory, ``line`` elements; of pairs half of it.
-    ``chains``: products of a pair's step may add to each other's sums."""
+    """Why a config is no tile of the pixel GEMM. A box is ``line`` elements wide, a line of shared memory; half a line
+    for pairs. ``chains``: the products of a pair's step may add to one sum."""
 
     def valid(config: Config) -> str | None:
         pixels, pairs = config["PIXELS"], config["PAIRS"]
@@ -447,7 +432,7 @@ def pixels_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
         (c, source), (k, size) = (k, size), (c, source)
     c, k = c // groups, k // groups
     shared = lifted.filter_size[2]  # taps of a row
-    # Of x what the filter spans around a row of outputs, or around a plane, is read from DRAM once if L2 holds it.
+    # What the filter reaches around a row of outputs, or around a plane, is read from DRAM once if L2 holds it.
     reach = [min(n, d * (r - 1) + 1) for n, r, d in zip(source, lifted.filter_size, lifted.dilation, strict=True)]
 
     def work(config: Config) -> Work:
@@ -479,7 +464,7 @@ def pixels_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
     space = CONV_PIXELS_TCGEN05 if gpu.tcgen05 else CONV_PIXELS
     if element > 2:
         space = CONV_PIXELS_FP32
-    # Near the best there may be a box that leaves half of its images empty.
+    # A box that leaves up to half of its images empty may be near the best.
     narrow = {"BLOCK_N": tuple(n for n in space.ranges["BLOCK_N"] if n < 2 * problem.batch)}
     if k <= 64 or groups > 1:
         narrow["BLOCK_K"] = (64,)
@@ -503,9 +488,9 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     if problem.batch < 16:
         return f"{problem.batch} images leave most of a box empty"
     shapes = problem.as_rank3.input_shape, problem.as_rank3.output_shape
-    views = zip(
-        shapes[:: -1 if direction == "dgrad" else 1], (layout.source_strides, layout.other_strides), strict=True
-    )
+    if direction == "dgrad":
+        shapes = shapes[::-1]
+    views = zip(shapes, (layout.source_strides, layout.other_strides), strict=True)
     if not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
     # Asked for by name it is to be measured, whatever is predicted.
@@ -516,7 +501,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
 
 
 def why_slower(pixels: Candidates, gather: Candidates) -> str | None:
-    """The cost model's reason to gather what the pixel GEMM could serve: it is predicted to take far longer."""
+    """Why the pixel GEMM is predicted to take far longer than a gather, or None."""
     ratio = predicted(pixels) / predicted(gather)
     return None if ratio <= 1 + RESOLUTION else f"predicted to take {ratio:.1f} times as long as a gather"
 

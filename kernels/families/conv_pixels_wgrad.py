@@ -1,18 +1,18 @@
 """The weight's gradient of the pixel GEMM: sums as long as the batch, both operands straight from shared memory.
 
-``dw[k, r, c] = sum over n, p of dy[n, p, k] * x[n, p * stride - padding + r * dilation, c]``, on each axis. As a GEMM,
-a program's rows are output channels, its columns the input channels of TAPS neighbours in a row of the filter; a step
-of its reduction is BLOCK_N images at COLUMNS neighbouring outputs, a bulk copy for each pixel of dy and of x. The taps
-share what is read of dy, and neighbouring outputs of a stride-1 convolution all but one of their pixels of x. The
-outputs whose tap falls inside the image are a box: nothing else is walked. The walk is split over programs, whose fp32
-sums go to a workspace; a second kernel adds them in the order of the splits, so that the result is the same bit for bit
-from run to run. Bytes: dy and x once each, the workspace twice.
+``dw[k, r, c] = sum over n, p of dy[n, p, k] * x[n, p * stride - padding + r * dilation, c]``, on each axis. As a GEMM:
+a program's rows are output channels, its columns are the input channels of TAPS neighbours in a row of the filter. A
+step of the reduction is BLOCK_N images at COLUMNS neighbouring outputs, a bulk copy for each pixel of dy and of x. Taps
+share what is read of dy; neighbouring outputs of a stride-1 convolution share all but one of their pixels of x. The
+outputs that have a tap inside the image are a box, and only they are walked. The walk is split over programs, whose
+fp32 sums go to a workspace, and a second kernel adds them in the order of the splits: the result is the same bit for
+bit from run to run. Bytes: dy and x once each, the workspace twice.
 
-Of few images a box holds PIXELS neighbours of a row too, under a stride of two as `conv_pixels` has them. Their number
-divides the row's, so that no pixel of x meets a tap that is not its own, not even with a zero: it may be infinite.
-(Triton brings dy of such boxes to registers on Hopper, once for all taps.)
+If images are few, a box also holds PIXELS neighbours of a row, with a stride of two as in `conv_pixels`. PIXELS divides
+the row, so that no pixel of x meets a tap of another output: the pixel may be infinite, and then not even a zero of dy
+cancels it. On Hopper Triton brings dy of such a box to registers, once for all taps.
 
-Images past the last are read as 0 from both operands, and so is x where the walk that taps share leaves its image.
+Images past the last are read as 0 from both operands, and so is x outside its image in the walk that taps share.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def outputs_meeting_taps(size, outputs, stride, first_tap, last_tap):
     ]
 )  # fmt: skip
 def conv_pixels_wgrad_kernel(
-    x,  # [D, H, W, N, groups * C], from H on in rank 2
-    dy,  # [O, P, Q, N, groups * K], from P on in rank 2
+    x,  # [D, H, W, N, groups * C], without D in rank 2; see PARITY
+    dy,  # [O, P, Q, N, groups * K], without O in rank 2
     dw_ptr,  # [splits, groups * K, T, R, S, C], or [splits, groups * K, C, T, R, S] unless CHANNELS_LAST
     N, D, H, W,
     C,  # input channels of one group, in units of VEC
@@ -73,16 +73,16 @@ def conv_pixels_wgrad_kernel(
     VEC: tl.constexpr,
     RANK: tl.constexpr,
     TAPS: tl.constexpr,  # neighbouring taps of a filter's row
-    COLUMNS: tl.constexpr,  # neighbouring outputs of a step; they share x, of which the next one's taps are one on
-    PIXELS: tl.constexpr,  # neighbours in a row that a box holds, a divisor of Q; more than one of one column alone
+    COLUMNS: tl.constexpr,  # neighbouring outputs of a step; from one to the next the pixels of x move on by one
+    PIXELS: tl.constexpr,  # neighbours in a row that a box holds, a divisor of Q; 1 unless COLUMNS is 1
     PARITY: tl.constexpr,  # a stride of two: x is [H, 2, W / 2, N, C], a box of one parity
     CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,  # images of a step
 ):  # fmt: skip
-    ROWS: tl.constexpr = PIXELS * BLOCK_N
-    WIDTH: tl.constexpr = PIXELS * COLUMNS
+    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box, as a matrix: an image of a pixel each
+    WIDTH: tl.constexpr = PIXELS * COLUMNS  # outputs of a step
     C *= VEC
     K *= VEC
 
@@ -124,11 +124,11 @@ def conv_pixels_wgrad_kernel(
 
     k = group * K + pid_k * BLOCK_K
     c = group * C + pid_c * BLOCK_C
-    # (Triton would evaluate annotations.)
+    # Type comments, because Triton evaluates annotations.
     acc = ()  # type: tuple[tl.tensor, ...]
     for _i in tl.static_range(COLUMNS * TAPS):
         acc = acc + (tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32),)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         n, o, p, q = unravel(first, o_count, p_count, q_steps, RANK)
         n *= BLOCK_N
@@ -182,7 +182,7 @@ def conv_pixels_wgrad_kernel(
 def conv_pixels_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
 ) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw where ``config["SPLITS"]`` splits the walk.
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the walk.
 
     Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
     """
@@ -216,17 +216,8 @@ def conv_pixels_wgrad(
             element if splits == 1 else "*fp32",
         ),
         scalars=(
-            problem.batch,
-            *x_shape[2:],
-            c // vec,
-            *dy_shape[2:],
-            k // vec,
-            groups,
-            *lifted.filter_size,
-            *lifted.stride,
-            *lifted.padding,
-            *lifted.dilation,
-            splits,
+            *(problem.batch, *x_shape[2:], c // vec, *dy_shape[2:], k // vec, groups, *lifted.filter_size),
+            *(*lifted.stride, *lifted.padding, *lifted.dilation, splits),
         ),
         constants={
             "VEC": vec,
@@ -244,19 +235,20 @@ def conv_pixels_wgrad(
 
 
 def neighbours(problem: ConvProblem) -> list[int]:
-    """How many pixels of a row a box may hold beside one: powers of two."""
+    """The numbers of neighbours that a box may hold, powers of two above one."""
     if problem.stride[-1] != 1 and not has_parities(problem):
         return []
     return [pixels for pixels in (64, 32, 16, 8, 4, 2) if problem.output_size[-1] % pixels == 0]
 
 
 def runs_of_taps(problem: ConvProblem, taps: int) -> int:
-    """Programs that a filter takes for one tile of channels, each with so many taps of a row or what is left of it."""
+    """Programs that a filter takes for one tile of channels, each with ``taps`` taps of a row or what is left of it."""
     return problem.taps // problem.filter_size[-1] * triton.cdiv(problem.filter_size[-1], taps)
 
 
 def outputs_of_taps(problem: ConvProblem, axis: int, first: int, last: int) -> int:
-    """How many outputs along ``axis`` have one of these taps inside the image: what `outputs_meeting_taps` counts."""
+    """How many outputs along ``axis`` have a tap from ``first`` to ``last`` inside the image, as
+    `outputs_meeting_taps` counts them."""
     size, outputs = problem.input_size[axis], problem.output_size[axis]
     stride, padding, dilation = problem.stride[axis], problem.padding[axis], problem.dilation[axis]
     begin = -(min(last * dilation - padding, 0) // stride)
@@ -265,20 +257,19 @@ def outputs_of_taps(problem: ConvProblem, axis: int, first: int, last: int) -> i
 
 
 def row_outputs(problem: ConvProblem, taps: int) -> list[int]:
-    """Outputs of a row that each run of a filter's row walks."""
+    """For each run of ``taps`` taps of a filter's row, the outputs of a row that it walks."""
     last = problem.filter_size[-1] - 1
     return [outputs_of_taps(problem, -1, s, min(s + taps - 1, last)) for s in range(0, last + 1, taps)]
 
 
 def pairs_of_outputs(problem: ConvProblem, taps: int) -> bool:
-    """Whether neighbouring outputs share pixels of x, and no run has an odd one, which would bring a pixel of x that
-    its taps do not meet."""
+    """Whether neighbouring outputs share pixels of x, and each run of taps walks an even number of outputs: an odd one
+    would bring a pixel of x that its taps do not meet."""
     shared = problem.stride[-1] == problem.dilation[-1]
     return shared and all(count % 2 == 0 for count in row_outputs(problem, taps))
 
 
-# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) of the pixel GEMM's wgrad -> its warps. Of one tap 128x256 makes 85 FLOP of a byte
-# from L2, 128x128 makes 64 and 64x64 makes 32; of three taps the second makes 96, of three and two outputs the last 64.
+# (BLOCK_K, BLOCK_C, TAPS, COLUMNS) -> warps; the FLOP-per-L2-byte figures are in README.md.
 PIXELS_WGRAD_TILES = {
     (128, 128, 3, 1): 8,
     (128, 64, 3, 2): 8,
@@ -307,7 +298,7 @@ def _pixels_wgrad_tile(config: Config) -> str | None:
 
 
 def _pixels_wgrad_step(config: Config) -> int:
-    """Elements that a step of the pixel GEMM's wgrad reads."""
+    """Elements that a step reads."""
     columns = config["COLUMNS"]
     boxes = columns * config["BLOCK_K"] + (columns + config["TAPS"] - 1) * config["BLOCK_C"]
     return boxes * config["BLOCK_N"] * config["PIXELS"]
@@ -340,42 +331,43 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
     groups, element = problem.groups, problem.dtype.itemsize
     k, c = problem.out_channels // groups, problem.in_channels // groups
     weight = prod(problem.weight_shape)
-    # Of x what any tap meets; strides leave out the rest.
+    # Pixels of x that a tap meets; strides leave out the rest.
     met = prod(map(min, problem.input_size, map(mul, problem.output_size, problem.filter_size)))
     operands = problem.batch * (met * problem.in_channels + prod(problem.output_size) * problem.out_channels) * element
-    # Results that are stored one element at a time have addresses of their own: of three taps 128x128 spills.
-    single = 24 if load_width(problem.dtype, c, k) == 1 else 0
-    # A tap's outputs on the axes that taps do not share, on average.
+    # Results that are stored one element at a time have addresses of their own: 128x128 with three taps then spills.
+    by_element = 24 if load_width(problem.dtype, c, k) == 1 else 0
+    # A tap's outputs on the other axes, whose taps share no program; on average.
     lines = 1.0
     for axis, taps in enumerate(problem.filter_size[:-1]):
         lines *= sum(outputs_of_taps(problem, axis, tap, tap) for tap in range(taps)) / taps
 
     @cache
     def outputs(taps: int) -> float:
-        """Of a row that a run of taps walks, on average."""
+        """Outputs of a row that a run of taps walks, on average."""
         walked = row_outputs(problem, taps)
         return sum(walked) / len(walked)
 
     def work(config: Config) -> Work:
         m, n, taps, columns, splits = (config[name] for name in ("BLOCK_K", "BLOCK_C", "TAPS", "COLUMNS", "SPLITS"))
-        products, boxes = taps * columns, columns + taps - 1  # boxes: of x
+        products, x_boxes = taps * columns, columns + taps - 1
         rows, pixels = config["BLOCK_N"] * config["PIXELS"], config["PIXELS"]
         k_tiles, c_tiles = cdiv(k, m), cdiv(c, n)
         tiles = k_tiles * c_tiles * groups * runs_of_taps(problem, taps)
         along = problem.output_size[-1] / pixels if pixels > 1 else outputs(taps) / columns
         steps = lines * along * cdiv(problem.batch, config["BLOCK_N"])
-        # Tiles of a share run together as far as multiprocessors do; later ones find it in L2, or read it again.
+        # Tiles of one split run at the same time, as far as there are multiprocessors; later tiles read the operands
+        # again unless L2 still holds them.
         passes = cdiv(tiles, gpu.multiprocessors) if operands > splits * gpu.l2_bytes // 2 else 1
         return Work(
             programs=tiles * splits,
             steps=ceil(steps / splits),
             step_flops=2 * m * n * products * rows,
             step_elements=_pixels_wgrad_step(config),
-            # Of a tile that goes past the last channel nothing is read there.
-            step_bytes=(columns * cdiv(k, k_tiles) + boxes * cdiv(c, c_tiles)) * rows * element,
+            # A tile reads nothing past the last channel.
+            step_bytes=(columns * cdiv(k, k_tiles) + x_boxes * cdiv(c, c_tiles)) * rows * element,
             dram_bytes=passes * operands + weight * element,
             shared_memory=config["num_stages"] * _pixels_wgrad_step(config) * element,
-            registers=40 + m * n * products // (32 * config["num_warps"]) + single,
+            registers=40 + m * n * products // (32 * config["num_warps"]) + by_element,
             warps=config["num_warps"],
             stages=config["num_stages"],
             matrix_share=matrix_share(problem.dtype, fp32_precision(problem.dtype)),
@@ -393,8 +385,8 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
 
 
 def few_images(problem: ConvProblem) -> dict[str, tuple[int, ...]]:
-    """Of boxes that are filled by fewer than 16 images and neighbouring pixels: the images, all or one, and the
-    pixels. Empty where the problem has none."""
+    """The sides of boxes that fewer than 16 images fill together with neighbouring pixels: all images or one, and the
+    pixels. Empty if the problem has no such box."""
     pairs = {
         (images, depth // images)
         for images in (1 << (problem.batch - 1).bit_length(), 1)
@@ -423,7 +415,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     if not layout.starts_aligned or not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
     reason = why_not_groups(problem)
-    # Asked for by name it is to be measured, whatever is predicted.
+    # A family that is asked for by name is measured, whatever is predicted.
     if reason is not None or problem.batch >= 16 or named_family() == "pixels":
         return reason
     return why_slower(*(make(direction, problem, gpu, layout) for make in (_candidates, wgrad_candidates)))

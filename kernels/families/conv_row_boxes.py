@@ -1,15 +1,15 @@
 """Convolution of few input channels by the rows of its filter, as bulk copies: fprop.
 
-The product is `conv_rows`'s, the tile `conv_pixels`'s: BLOCK_N images of COLUMNS neighbouring outputs, which share runs
-of RUN elements. One copy brings them for each row of the filter. Rows outside the image are not walked, and a copy
-reads 0 for what a run has outside its row, which is the padding: nothing is masked and no address worked out. Bytes: x,
-w and y once each; rows of x again from L2.
+The product is that of `conv_rows`, the tile that of `conv_pixels`: BLOCK_N images of COLUMNS neighbouring outputs that
+share runs of RUN elements. One copy brings the runs for each row of the filter. Rows outside the image are not walked,
+and a copy reads 0 where a run leaves its row, which is the padding: nothing is masked and no address is computed.
+Bytes: x, w and y once each; rows of x again from L2.
 
-A run begins where its window does, which is seldom a multiple of 16 bytes. CUDA asks alignment of a view's start and
-strides and none of a box's place; the interpreter refuses such a box.
+A run begins where its window does, seldom at a multiple of 16 bytes. CUDA asks that a view's start and strides be
+aligned, not a box's place; Triton's interpreter refuses a box that is not.
 
-Elements of a run beside an output's own window meet zero weights. If one of them is infinite the sum is a NaN, and a
-tile that holds any is computed again, each output from its own window.
+Elements of a run beside an output's own window meet zero weights. An infinite one makes the sum a NaN, and a tile that
+holds a NaN is computed again, each output from its own window.
 """
 
 from __future__ import annotations
@@ -49,12 +49,11 @@ def _own_windows(
     RANK: tl.constexpr,
     COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a NaN's tile, one element of a run after another, each for the outputs whose window it is in.
+    """The sums of a tile that holds a NaN: each element of a run, one by one, added to the outputs whose window has it.
 
-    (Products by tensor cores with masked operands make ptxas wait for every wgmma, the first walk's too.)
+    Products of masked operands by tensor cores would make ptxas wait for every wgmma, those of the first walk too.
     """
     acc = ()  # type: tuple[tl.tensor, ...]
     for _column in tl.static_range(COLUMNS):
@@ -90,16 +89,16 @@ def _own_windows(
 def conv_row_boxes_kernel(
     x,  # [D, H, N, W * C], without D in rank 2
     w,  # [COLUMNS * K, rows * RUN]
-    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual,  # as y
+    residual,  # like y
     y,  # [O, P, Q, N, K], without O in rank 2
     tile_count_ptr,  # [tiles of BLOCK_N images of one pixel]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
     N, D, H, O, P, Q, K, T, R,
     hop,  # elements between two runs
-    begin,  # of the first run in its row
+    begin,  # element of its row at which the first run begins
     window,  # elements that a row of the filter meets
     stride_d, stride_h,
     padding_d, padding_h,
@@ -112,10 +111,9 @@ def conv_row_boxes_kernel(
     EXACT: tl.constexpr,  # a run is one window
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # As `conv_pixels`: channel tiles fastest, then the outputs of a row, images last.
+    # Like `conv_pixels`: channel tiles are fastest, then the outputs of a row, images last.
     k_tiles = tl.cdiv(K, BLOCK_K)
     k = tl.program_id(0) % k_tiles * BLOCK_K
     tile = tl.program_id(0) // k_tiles
@@ -137,7 +135,7 @@ def conv_row_boxes_kernel(
     acc = ()  # type: tuple[tl.tensor, ...]
     for _column in tl.static_range(COLUMNS):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         r, t = 0, 0
         for _ in range(steps):
@@ -170,7 +168,7 @@ def conv_row_boxes_kernel(
     tile = ((n // BLOCK_N * O + o) * P + p) * runs * COLUMNS
     for i in tl.static_range(COLUMNS):
         q = run * COLUMNS + i
-        # The second output of a row's last run may be none.
+        # A row's last run may have no second output.
         apply_epilogue_to_pixels(
             acc[i], o, p, q, n, k, mask_n & (q < Q), tile + q, 0, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual, y,
@@ -180,10 +178,7 @@ def conv_row_boxes_kernel(
 
 
 def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of fprop: weight -> its rows, then as `conv_pixels`'s, with these for it.
-
-    ``form`` is `box_form`'s for these strides.
-    """
+    """The launches of fprop: weight -> runs, then that of `conv_pixels` with the runs as its weight."""
     form, epilogue = form_of_call(problem, layout, box_form), layout.epilogue
     lifted, dtype = problem.as_rank3, problem.dtype
     n, c, *size = lifted.input_shape
@@ -198,7 +193,7 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
     x = Descriptor(
         dtype,
         (*(count for count, _ in axes), size[2] * c),
-        # (An axis of size one may have any stride.)
+        # An axis of size one may have any stride.
         (*(step if count > 1 else ALIGNMENT for count, step in axes), 1),
         (*(1,) * (2 - outer), block_n, run),
     )
@@ -261,7 +256,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
             step_bytes=(n + k) * form.run * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (n + k) * form.run * element,
-            # (As the walk of a NaN's tile has.)
+            # What computing a NaN's tile again takes.
             registers=96 + n * k // (32 * config["num_warps"]),
             warps=config["num_warps"],
             stages=config["num_stages"],
@@ -282,7 +277,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     if not bulk(problem.dtype, problem.as_rank3.output_shape, layout.other_strides):
         return "a result whose pixels do not lie at multiples of 16 bytes"
     reason = why_not_bulk_copies(problem, gpu, layout)
-    # Asked for by name it is to be measured, whatever is predicted.
+    # A family that is asked for by name is measured, whatever is predicted.
     if reason is not None or named_family() == "row_boxes":
         return reason
     gathers = isinstance(row_form(problem, layout.source_strides), str)

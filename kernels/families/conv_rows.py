@@ -2,18 +2,17 @@
 
 In channels_last memory the S * C elements that a row of the filter meets are neighbours. With e counting them,
 
-    y[n, p, q, k] = sum over rows r, elements e of x[n, p * stride - padding + r * dilation, start(q) + e] * w[k, r, e],
+    y[n, p, q, k] = sum over rows r, elements e of x[n, p * stride - padding + r * dilation, start(q) + e] * w[k, r, e].
 
-a product whose reduction runs over (row, element), RUN elements a row, a power of two. COLUMNS neighbouring outputs
-share one run: their weights lie in it side by side, each moved on by its distance, and are columns of one tile. So
-every run begins at a multiple of VEC elements, VEC as large as the strides allow, and x is copied asynchronously where
-single channels would be read by two bytes each: for 7x7 stride 2 on three channels 4 loads of 8 bytes where a gather of
-(tap, channel) pairs has 32 of 2. Bytes: x, w and y once each, rows of x again from L1 and L2.
+The reduction runs over (row, element), RUN elements a row, a power of two. COLUMNS neighbouring outputs share one run:
+each has its weights in a column of the tile, moved on by its distance in the run. So every run begins at a multiple of
+VEC elements, as large as the strides allow, and x is copied asynchronously, which single channels of two bytes are not.
+Bytes: x, w and y once each; rows of x again from L1 and L2.
 
-Elements of the run beside an output's own window meet zero weights; where one of them is infinite the sum is a NaN, and
-a tile that holds any is computed again, one element of the run after another. wgrad stores no such product.
+Elements of the run beside an output's own window meet zero weights. An infinite one makes the sum a NaN, and a tile
+that holds a NaN is computed again, one element of the run after another. wgrad stores nothing from beside a window.
 
-The idea of packing rows: cuDNN's and CUTLASS's "few channels" kernels.
+The idea of reading rows: cuDNN's and CUTLASS's "few channels" kernels.
 """
 
 from __future__ import annotations
@@ -57,10 +56,10 @@ from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, 
 def conv_rows_kernel(
     x_ptr,  # [N, D, H, row_length]
     w_ptr,  # [COLUMNS, K, rows of whole steps, RUN]
-    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual_ptr,  # as y
+    residual_ptr,  # like y
     y_ptr,  # [N, O, P, Q, K]
     tile_count_ptr,  # [tiles]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
@@ -69,12 +68,12 @@ def conv_rows_kernel(
     O, P, Q,
     K,  # in units of VEC_K
     T, R,
-    window,  # elements that a row meets
-    shift,  # of the first output's window in the run
+    window,  # elements that a row of the filter meets
+    shift,  # elements from the run's begin to the first output's window
     distance,  # between two outputs' windows
-    x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, as the next two
+    x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, like the next two
     hop,  # between two runs
-    begin,  # of the first run in its row
+    begin,  # where the first run begins in its row
     y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC_K
     stride_d, stride_h,
     padding_d, padding_h,
@@ -87,7 +86,7 @@ def conv_rows_kernel(
     COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
-    EXACT: tl.constexpr,  # every one of them is in every output's window
+    EXACT: tl.constexpr,  # each of them is in every output's window
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACT: tl.constexpr,
@@ -103,8 +102,8 @@ def conv_rows_kernel(
     y_stride_n, y_stride_d, y_stride_h, y_stride_w = in_elements(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC_K, WIDE
     )
-    ROWS: tl.constexpr = BLOCK_C // RUN
-    COLUMN_K: tl.constexpr = COLUMNS * BLOCK_K
+    ROWS: tl.constexpr = BLOCK_C // RUN  # of the filter, a step
+    COLUMN_K: tl.constexpr = COLUMNS * BLOCK_K  # columns of the tile: (output, channel)
 
     k_tiles = tl.cdiv(K, BLOCK_K)
     pid_k = tl.program_id(0) % k_tiles
@@ -136,7 +135,7 @@ def conv_rows_kernel(
     w_tile = w_ptr + w_row[None, :] + tl.arange(0, BLOCK_C)[:, None]
 
     acc = tl.zeros((BLOCK_M, COLUMN_K), dtype=tl.float32)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         for step in range(steps):
             row = step * ROWS + step_row
@@ -158,8 +157,8 @@ def conv_rows_kernel(
             w_step = tl.load(w_tile + step * BLOCK_C, mask=mask_w[None, :], other=0.0)
             acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
 
-    if not EXACT:  # noqa: SIM102 (the outer one is the compiler's)
-        # Infinity times the zeros beside an output's window: then without them, one element after another.
+    if not EXACT:  # noqa: SIM102 (the outer `if` is the compiler's)
+        # Infinity times a zero beside a window is a NaN: a tile with a NaN is computed again without the zeros.
         if tl.max((acc != acc).to(tl.int32)) > 0:
             acc = tl.zeros((BLOCK_M, COLUMN_K), dtype=tl.float32)
             for i in range(rows * USED):
@@ -178,7 +177,7 @@ def conv_rows_kernel(
                 w_one = tl.load(w_ptr + w_row + row * RUN + e, mask=own, other=0.0).to(tl.float32)
                 acc += tl.where(own[None, :], x_one[:, None] * w_one[None, :], 0.0)
 
-    # A run's outputs are neighbours: rows of the tile that is stored.
+    # A run's outputs are neighbours, so they become rows of the tile that is stored.
     acc = tl.reshape(acc, (BLOCK_M * COLUMNS, BLOCK_K))
     m = tl.arange(0, BLOCK_M * COLUMNS)
     n, o, p, q = unravel(tile * BLOCK_M + m // COLUMNS, O, P, runs, RANK)
@@ -197,10 +196,7 @@ def conv_rows_kernel(
 
 
 def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of fprop: weight -> its rows, then as `conv_gather`'s, with these for it.
-
-    ``form`` is `row_form`'s for these strides, here and below.
-    """
+    """The launches of fprop: weight -> runs, then that of `conv_gather` with the runs as its weight."""
     form, epilogue = form_of_call(problem, layout), layout.epilogue
     lifted = problem.as_rank3
     x_strides = layout.source_strides or dense_strides(lifted.input_shape)
@@ -238,7 +234,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
             "PRECISION": fp32_precision(problem.dtype),
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
-            # A run's outputs together are as many rows; with half of the columns no compiler spills any.
+            # A run's outputs become rows; with half of the columns at once no compiler spills.
             "PART_K": min(tile["BLOCK_K"], PART_K // (2 * form.columns)),
             **tile,
         },
@@ -249,7 +245,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
     return weight_as_runs(problem, form, steps * tile["BLOCK_C"] // form.run), product
 
 
-# As many runs as threads: then a NaN's tile is walked in few registers.
+# One run per thread, so recomputing a NaN tile fits in registers.
 ROWS = TileSpace(
     "conv_rows",
     {"BLOCK_M": (256, 128), "BLOCK_K": (32, 16), "BLOCK_C": (32, 64), "num_warps": (8, 4), "num_stages": (4, 3)},
@@ -283,7 +279,7 @@ def rows_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layo
             steps=cdiv(filter_rows(problem) * form.run, depth),
             step_flops=2 * m * columns * depth,
             step_elements=(m + columns) * depth,
-            # Of a run its neighbour's part comes from L1.
+            # The half of a run that its neighbour also reads comes from L1.
             step_bytes=(m * depth // 2 + columns * depth) * element,
             dram_bytes=problem.bytes,
             shared_memory=config["num_stages"] * (m + columns) * depth * element,
@@ -297,7 +293,7 @@ def rows_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layo
 
 
 def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    """Why plain loads of rows do not serve a convolution, or None."""
+    """Why loads of rows do not serve a convolution, or None."""
     form = row_form(problem, layout.source_strides)
     if isinstance(form, str):
         return form

@@ -1,4 +1,9 @@
-"""The weight's gradient of few input channels, by the rows of the filter: see `conv_rows`."""
+"""The weight's gradient of few input channels, by the rows of the filter: see `conv_rows`.
+
+``dw[k, r, e] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride - padding + r * dilation, start(q) + e]``. As a
+GEMM: rows are (column, output channel) pairs, columns are (row, element) pairs, the reduction runs over runs and is
+split over programs as in `conv_gather_wgrad`. Bytes: dy and x once each, the workspace twice.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +43,13 @@ def conv_rows_wgrad_kernel(
     O, P, Q,
     K,  # in units of VEC_K
     T, R,
-    window,  # elements that a row meets
-    shift,  # of the first output's window in the run
+    window,  # elements that a row of the filter meets
+    shift,  # elements from the run's begin to the first output's window
     distance,  # between two outputs' windows
-    x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, as the next two
+    x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, like the next two
     hop,  # between two runs
-    begin,  # of the first run in its row
-    dy_stride,  # of its pixels, which lie at even distances, in units of VEC_K
+    begin,  # where the first run begins in its row
+    dy_stride,  # between pixels, the same for all, in units of VEC_K
     stride_d, stride_h,
     padding_d, padding_h,
     dilation_d, dilation_h,
@@ -52,9 +57,9 @@ def conv_rows_wgrad_kernel(
     VEC: tl.constexpr,
     VEC_K: tl.constexpr,
     RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
-    USED: tl.constexpr,
+    USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,  # (column, output channel) pairs
@@ -106,7 +111,7 @@ def conv_rows_wgrad_kernel(
     n_step, o_step, p_step, q_step = unravel(BLOCK_M, O, P, runs_q, RANK)
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         for _ in range(steps):
             mask_m = n < N
@@ -133,7 +138,7 @@ def conv_rows_wgrad_kernel(
             acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
             n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, runs_q, RANK)
 
-    # Each column's own window of the run, as a split of its own.
+    # Each column stores its own window of the run, in a part of the workspace of its own, as splits do.
     own = offs_e[None, :] - (shift + column * distance)[:, None]
     mask = mask_k[:, None] & (row < rows)[None, :] & (own >= 0) & (own < window)
     out = dw_ptr + split.to(tl.int64) * (COLUMNS * K * rows * window)
@@ -142,7 +147,7 @@ def conv_rows_wgrad_kernel(
 
 
 def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of wgrad, as `conv_wgrad`'s, but the workspace holds each split's gradient of every column."""
+    """The launches of wgrad, like those of `conv_wgrad`; the workspace holds each split's gradient of every column."""
     form = form_of_call(problem, layout)
     lifted = problem.as_rank3
     x_strides = layout.source_strides or dense_strides(lifted.input_shape)
@@ -216,7 +221,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
             extra_bytes=2 * partials * prod(problem.weight_shape) * 4 if partials > 1 else 0,
         )
 
-    # All rows of a filter in one program where registers and shared memory allow, so that dy is read once.
+    # If registers and shared memory allow, one program takes all rows of the filter, so that dy is read once.
     most = 128 if 4 * (128 + 128) * 32 * element <= gpu.shared_memory else 64
     width = {"BLOCK_K": min(most, rows), "BLOCK_C": min(most, columns)}
     return Candidates(ROWS_WGRAD, (problem, form, precision), work, gpu, width)

@@ -1,13 +1,12 @@
 """Convolution of few images by bulk tensor copies over rows or rectangles of pixels: fprop, dgrad.
 
-The index equation is `conv_gather`'s, the tile a rectangle of output pixels, ROWS of them high. Of one tap and block of
-channels it meets a rectangle of x, one copy, which reads what lies outside the image as 0: that is the padding. Bytes:
-x, w and y once each; taps re-read x from L2.
+The index equation is that of `conv_gather`. A tile is a rectangle of output pixels, ROWS high and COLUMNS wide. Under
+one tap it meets a rectangle of x, which one copy brings for a block of channels; the copy reads 0 outside the image,
+which is the padding. Bytes: x, w and y once each; taps re-read x from L2.
 
-A copy takes neighbours, and outputs of a strided convolution meet every stride-th pixel: of columns a view with an axis
-more has each phase apart, of rows a tile has one alone. dgrad's phases are stride-1 walks (`conv_gather.walk`), so that
-it needs neither. A copy of one row feeds wgmma from shared memory; of a rectangle Hopper takes it through registers,
-Blackwell does not.
+A copy takes neighbouring pixels, but outputs of a strided convolution meet every stride-th one. A view of x with one
+axis more separates the phases of columns; with a row stride a tile has one row. dgrad needs neither, because its phases
+are stride-1 walks (`phase_walk`). Which copies feed tensor cores from shared memory: README.md.
 """
 
 from __future__ import annotations
@@ -33,9 +32,6 @@ from fastconv.kernels.problem.layout import Strides, dense_strides, linear_strid
 from fastconv.kernels.tiles.autotuned import Candidates, predicted
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 
-# From as many images on a tile is better long in the batch.
-MOST_IMAGES = 15
-
 
 @triton.jit(
     do_not_specialize=[
@@ -48,12 +44,12 @@ MOST_IMAGES = 15
 )  # fmt: skip
 def conv_spatial_kernel(
     x_desc,  # [N * D, phases, H, W / phases, C], boxes [1, 1, ROWS, COLUMNS, BLOCK_C]
-    w_desc,  # [taps, K, C], boxes [1, BLOCK_K, BLOCK_C], or of dgrad [taps, C, K], boxes [1, BLOCK_C, BLOCK_K]
-    bias_ptr,  # [K], as the next five: absent where the epilogue has no use for them
+    w_desc,  # [taps, K, C], boxes [1, BLOCK_K, BLOCK_C]; in dgrad [taps, C, K], boxes [1, BLOCK_C, BLOCK_K]
+    bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
-    residual_ptr,  # as y
-    y_ptr,  # [N, O, P, Q, K], or so for each split, in fp32
+    residual_ptr,  # like y
+    y_ptr,  # [N, O, P, Q, K]; if the reduction is split, [splits, ...] in fp32
     tile_count_ptr,  # [tiles]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
     N, D, H, W,
@@ -71,26 +67,24 @@ def conv_spatial_kernel(
     eps,  # of batch norm
     a, b,  # of the activation
     VEC: tl.constexpr,
-    RANK: tl.constexpr,  # 3, or 2 where the first axis has size one
+    RANK: tl.constexpr,  # 3, or 2 if the first axis has size one
     DGRAD: tl.constexpr,
-    PHASED: tl.constexpr,  # x has its columns by phase
+    PHASED: tl.constexpr,  # x has an axis for the phase of a column
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,  # y holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product
     ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,  # the activation
+    RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     PART_K: tl.constexpr,  # columns that the epilogue takes at once
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,  # height of the tile
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    COLUMNS: tl.constexpr = BLOCK_M // ROWS
+    COLUMNS: tl.constexpr = BLOCK_M // ROWS  # width of the tile
     K *= VEC
     y_stride_n, y_stride_d, y_stride_h, y_stride_w = in_elements(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC, WIDE
     )
-    # Channel tiles fastest, so that x comes from DRAM once; then phases, which share their source pixels, then the
+    # Channel tiles are fastest, so that x comes from DRAM once; then phases, which share their source pixels; then the
     # tiles of a row.
     k_tiles = tl.cdiv(K, BLOCK_K)
     k = tl.program_id(0) % k_tiles * BLOCK_K
@@ -128,7 +122,7 @@ def conv_spatial_kernel(
     o, rows = 0, count_h
     base_d, hop_d, tap_d, skip_d, taps_d = 0, 0, 0, 1, 1
     if RANK == 3:
-        # Images of a batch follow each other without a gap between them, so taps outside one are left out.
+        # Depth and batch are one axis of x, without a gap between images, so taps outside an image are left out.
         depth = tl.cdiv(O, phases_d)
         o = phase_d + image % depth * phases_d
         image = image // depth
@@ -138,7 +132,7 @@ def conv_spatial_kernel(
         )
 
     h = base_h + p * move_h
-    # (So that no quotient below is of a negative number.)
+    # The padding is subtracted behind the quotient below, which is then never negative.
     w = base_w + padding_w * move_w
     c_blocks = tl.cdiv(C, BLOCK_C)
     steps = taps_d * taps_h * taps_w * c_blocks
@@ -153,7 +147,7 @@ def conv_spatial_kernel(
     r = j % tl.maximum(taps_h, 1)
     t = j // tl.maximum(taps_h, 1)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    # A loop that may not run would make ptxas wait for every wgmma; behind this guard it does not.
+    # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         for _ in range(steps):
             column = w + s * hop_w
@@ -202,9 +196,9 @@ def conv_spatial_kernel(
 
 
 def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of fprop (x -> y) or dgrad (dy -> dx), the result dense; operands as `conv_gather`'s.
+    """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense.
 
-    Strides in elements, channels_last-dense unless given. ``config["ROWS"]`` is 1 where rows have a stride.
+    Strides in elements, channels_last-dense unless given. ``config["ROWS"]`` is 1 if rows have a stride.
     """
     lifted, dtype = problem.as_rank3, problem.dtype
     dgrad = direction == "dgrad"
@@ -222,7 +216,7 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
         (1, 1, rows, m_block // rows, c_block),
     )
     taps = problem.taps
-    # [taps, K, C] of the convolution, whichever is reduced.
+    # [taps, K, C] of the convolution in either direction.
     step = pitch(problem.in_channels, dtype)
     reduced = (c_block, k_block) if dgrad else (k_block, c_block)
     weight = Descriptor(dtype, (taps, problem.out_channels, problem.in_channels), (step, taps * step, 1), (1, *reduced))
@@ -266,7 +260,7 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
 
 
 def rectangles(direction: str, problem: ConvProblem, config: Config) -> int:
-    """The tiles of pixels, of all phases."""
+    """The number of tiles of pixels, in all phases."""
     lifted = problem.as_rank3
     size, phases = lifted.output_size, [1, 1, 1]
     if direction == "dgrad":
@@ -294,7 +288,7 @@ def _spatial_tile(config: Config) -> str | None:
     return None
 
 
-# Rows first, which every GPU's tensor cores take from shared memory.
+# ROWS 1 first: every GPU's tensor cores take a row from shared memory.
 SPATIAL = TileSpace(
     "conv_spatial",
     {
@@ -336,14 +330,18 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
             extra_bytes=(2 * splits * 4 + element) * pixels * k if splits > 1 else 0,
         )
 
-    # Of strided rows a copy takes one.
-    single = {"ROWS": 1} if direction == "fprop" and problem.as_rank3.stride[1] > 1 else {}
-    space, width = fitting(SPATIAL, BLOCK_K=k), {"BLOCK_C": LINE // element, **single}
+    # A bulk copy takes neighbouring rows only; with a row stride a tile has one row.
+    one_row = {"ROWS": 1} if direction == "fprop" and problem.as_rank3.stride[1] > 1 else {}
+    space, width = fitting(SPATIAL, BLOCK_K=k), {"BLOCK_C": LINE // element, **one_row}
     return Candidates(space, (direction, problem, precision), work, gpu, width)
 
 
+# With more images the pixel GEMM's tile, long in the batch, is better.
+MOST_IMAGES = 15
+
+
 def why_not_rectangles(direction: str, problem: ConvProblem, x_strides: Strides | None) -> str | None:
-    """Why a convolution's rectangles of pixels are no boxes of a view of x that bulk copies can take, or None."""
+    """Why bulk copies cannot take a convolution's rectangles of pixels as boxes of a view of x, or None."""
     if problem.batch > MOST_IMAGES:
         return f"{problem.batch} images, more than {MOST_IMAGES}"
     if problem.groups > 1:
@@ -366,7 +364,7 @@ def why_not_rectangles(direction: str, problem: ConvProblem, x_strides: Strides 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
     reason = why_not_rectangles(direction, problem, layout.source_strides) or why_not_bulk_copies(problem, gpu, layout)
-    # Asked for by name it is to be measured, whatever is predicted.
+    # A family that is asked for by name is measured, whatever is predicted.
     if reason is not None or named_family() == "spatial":
         return reason
     spatial, gather = (predicted(make(direction, problem, gpu, layout)) for make in (_candidates, gather_candidates))

@@ -1,4 +1,4 @@
-"""Which column of x meets which output under which tap, laid out in advance for depthwise kernels."""
+"""The schedule of depthwise kernels: which column of x meets which output under which tap."""
 
 from __future__ import annotations
 
@@ -10,32 +10,29 @@ import triton.language as tl
 
 from fastconv.kernels.problem.conv import ConvProblem
 
-WGRAD_ROW = 8
-# Neighbours along a row that a program of a tall block takes before it goes on to the next row.
-STRIP = 4
-# Taps of a filter's row that are unrolled; in wgrad, whose accumulators they are, a program takes fewer at once.
-MAX_ROW = 31
-# In dgrad a thread's outputs are a multiple of the stride.
-MAX_STRIDE = 8
+MAX_ROW = 31  # taps of a filter's row: they are unrolled
+WGRAD_ROW = 8  # taps of a row that a program of wgrad takes: it has accumulators for each
+MAX_STRIDE = 8  # along a row, in dgrad, where a thread's outputs are a multiple of it
+STRIP = 4  # groups of neighbours that a program takes along a row before it goes on to the next row
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Along a row: each column of x that some of a group of neighbouring outputs meet, and who meets it there.
+    """The columns of x that a group of neighbouring outputs of a row meets, and which output meets each by which tap.
 
-    Columns count from ``advance`` times the number of the group; -1 stands for nobody.
+    Columns count from ``advance`` times the number of the group; -1 stands for no tap or output.
     """
 
     columns: tuple[int, ...]
     advance: int
-    first: tuple[tuple[int, ...], ...]  # for each column, the taps that none before it has met
-    taps: tuple[tuple[int, ...], ...]  # for each column and output, its tap, numbered in the order of ``first``
-    outputs: tuple[tuple[int, ...], ...]  # for each column and tap, its output
+    first: tuple[tuple[int, ...], ...]  # for each column, the taps that no column before it meets
+    taps: tuple[tuple[int, ...], ...]  # for each column and output, the tap, numbered in the order of ``first``
+    outputs: tuple[tuple[int, ...], ...]  # for each column and tap, the output
 
 
 @cache
 def schedule(outputs: int, taps: int, stride: int, padding: int, dilation: int, dgrad: bool) -> Schedule:
-    """Of ``outputs`` neighbours, a multiple of the stride in dgrad."""
+    """The schedule of a group of ``outputs`` neighbours, in dgrad a multiple of the stride."""
     met: dict[int, dict[int, int]] = {}
     for output in range(outputs):
         for tap in range(taps):
@@ -65,7 +62,7 @@ def schedule(outputs: int, taps: int, stride: int, padding: int, dilation: int, 
 
 @triton.jit
 def blocks(m, strip, groups, P):
-    """Numbers of groups of neighbours -> (group in its row, row, number of the image), by strips of a few columns."""
+    """Numbers of groups of neighbours, in strips -> (group in its row, row, number of the image)."""
     strips = tl.cdiv(groups, strip)
     group = m % strip
     m = m // strip
@@ -75,13 +72,13 @@ def blocks(m, strip, groups, P):
 
 
 def row_schedule(direction: str, problem: ConvProblem, outputs: int) -> Schedule:
-    """How ``outputs`` neighbours meet the filter's row, in wgrad as much of it as a program takes."""
+    """The schedule of ``outputs`` neighbours and a filter's row, in wgrad the part of it that a program takes."""
     taps = min(problem.filter_size[-1], WGRAD_ROW) if direction == "wgrad" else problem.filter_size[-1]
     return schedule(outputs, taps, problem.stride[-1], problem.padding[-1], problem.dilation[-1], direction == "dgrad")
 
 
 def strips(size: int, outputs: int) -> tuple[int, int]:
-    """(groups side by side before the next row, groups a row in whole strips) of a row of ``size`` outputs."""
+    """For a row of ``size`` outputs: groups of a strip, and groups of the row in whole strips."""
     groups = triton.cdiv(size, outputs)
     strip = min(groups, STRIP)
     return strip, triton.cdiv(groups, strip) * strip

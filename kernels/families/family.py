@@ -19,16 +19,17 @@ from fastconv.kernels.tiles.autotuned import Candidates, choose
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors of a call add to its problem. Pixel strides in elements, None: dense channels_last."""
+    """What the tensors of a call add to its problem. Pixel strides in elements; None: dense channels_last."""
 
     source_strides: Strides | None = None  # of x (fprop, wgrad) or dy (dgrad)
     other_strides: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
     bias: bool = False
     epilogue: Epilogue = PLAIN
-    channels_last: bool = True  # dw is; a pool's tensors are, else source_strides are those of (image, channel) planes
-    taps_outermost: bool = False  # dw is [taps, K]
+    # A convolution's dw is channels_last; a pool's tensors are, or source_strides are those of (image, channel) planes.
+    channels_last: bool = True
+    taps_outermost: bool = False  # a depthwise convolution's dw is [taps, K]
     starts_aligned: bool = True  # every operand starts where a bulk copy may
-    precopied: tuple[str, ...] = ()  # "source", "other": the launcher copies these whichever family serves
+    precopied: tuple[str, ...] = ()  # "source", "other": copied before the launches of every family
 
 
 DENSE = Layout()
@@ -36,16 +37,16 @@ DENSE = Layout()
 
 @dataclass(frozen=True)
 class Family:
-    """One way to serve some directions; each function takes (direction, problem, GPU, layout) and touches no tensor."""
+    """One way to serve some directions. Its functions take (direction, problem, [config,] GPU, layout), no tensor."""
 
     name: str
     why_not: Callable[[str, Any, Gpu, Layout], str | None]  # the reason against a call, or None
     candidates: Callable[[str, Any, Gpu, Layout], Candidates]  # what the tile is chosen from
-    # Of (direction, problem, config, GPU, layout).
     launches: Callable[[str, Any, Config, Gpu, Layout], Launches]
-    by_bulk_copy: tuple[str, ...] = ()  # "source", "other": whose elements bulk copies move
+    by_bulk_copy: tuple[str, ...] = ()  # "source", "other": the operands that bulk copies move
 
     def plan(self, direction: str, problem: Any, gpu: Gpu, layout: Layout) -> tuple[Choice, Launches]:
+        """The tile of a call, and its launches."""
         choice = choose(self.candidates(direction, problem, gpu, layout))
         return choice, self.launches(direction, problem, choice.config, gpu, layout)
 
@@ -55,7 +56,7 @@ _named: list[str] = []
 
 @contextlib.contextmanager
 def only(name: str) -> Iterator[None]:
-    """Let no other family serve a call inside the block, on any thread."""
+    """Let only the family ``name`` serve calls inside the block, on any thread."""
     _named.append(name)
     try:
         yield
@@ -64,12 +65,12 @@ def only(name: str) -> Iterator[None]:
 
 
 def named_family() -> str | None:
-    """The one family that may serve a call; None: any."""
+    """The family that calls ask for by name; None: any may serve."""
     return _named[-1] if _named else None
 
 
 def fp32_precision(dtype: torch.dtype) -> str:
-    """How products of ``dtype`` are made: "tf32" only for float32, as PyTorch's convolutions are set."""
+    """The precision of products of ``dtype``: "tf32" or "ieee". float32 follows PyTorch's setting for convolutions."""
     if dtype is not torch.float32:
         return "ieee"
     setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
@@ -77,7 +78,7 @@ def fp32_precision(dtype: torch.dtype) -> str:
 
 
 def why_not_gpu(gpu: Gpu) -> str | None:
-    """Why no kernel runs on a GPU, or None."""
+    """Why no kernel runs on ``gpu``, or None."""
     if gpu.interpreted or gpu.arch >= 80:
         return None
     return f"the {gpu.name}'s compute capability {gpu.arch / 10:.1f} is below 8.0"
@@ -88,7 +89,7 @@ def why_not_dtype(dtype: torch.dtype) -> str | None:
 
 
 def why_not_sizes(problem: ConvProblem) -> str | None:
-    """Why no convolution kernel can number a problem's pixels and weights, or None."""
+    """Why no convolution kernel can number the problem's pixels and weights, or None."""
     # Pixels are numbered in 32 bits, with room for the last tile.
     if max(problem.input_pixels, problem.output_pixels) > INT32_MAX - 2**16:
         return "more than 2^31 pixels"
@@ -98,14 +99,14 @@ def why_not_sizes(problem: ConvProblem) -> str | None:
 
 
 def why_not_groups(problem: ConvProblem) -> str | None:
-    """`why_not_sizes` of kernels whose grid has a second axis of groups."""
+    """`why_not_sizes` for kernels whose grid has groups as its second axis."""
     if problem.groups > 65535:
         return f"{problem.groups} groups are more than a grid's second axis holds"
     return why_not_sizes(problem)
 
 
 def why_not_bulk_copies(problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    """Why bulk copies cannot bring a problem's operands to the tensor cores, or None."""
+    """Why bulk copies cannot bring the problem's operands to the tensor cores, or None."""
     if not gpu.bulk:
         return "no tensor cores that read what bulk copies bring"
     if not layout.starts_aligned:

@@ -1,13 +1,13 @@
 """The gradient of a pool's input: every pixel gathers from the windows that hold it. No atomics, one order of sums.
 
-A window p holds pixel h of an axis as its tap h + padding - p * stride. So the pixels of a block that begins at
-b * SPAN - padding, SPAN a multiple of the stride, meet the windows b * SPAN / stride + e in the same taps, whatever b
-is. A thread has such a block: it loads each window's gradient and index once and asks for every pixel of the block
-whether its tap, a constant, is the one kept. (A 3x3 window of stride 2, block 2x2: 4 loads, 9 questions for 4 pixels.)
-Dilated, adaptive and large windows take one pixel a thread and find its windows one by one.
+``dx[h] = sum over windows p, tap = h + padding - p * stride, of dy[p] * share``, on each axis: ``share`` is 1 / count
+in an average, 1 or 0 in a maximum. A thread has a block of SPAN pixels, SPAN a multiple of the stride, that begins at
+``b * SPAN - padding``. The block meets the windows ``b * SPAN / stride + e`` by taps that do not depend on b, so taps
+are constants. The thread loads each window's gradient and index once, and asks for each pixel whether its tap is the
+one kept. For dilated, adaptive and large windows a thread has one pixel and finds its windows one by one.
 
-Bytes: dy and the index once (windows that blocks share meet in L1), dx once; of an lp norm dy, y and x. Tiles as in
-`pool_window`.
+Bytes: dy and the index once, dx once; in an lp norm also y and x. Windows that blocks share meet in L1. Tiles are those
+of `pool_window`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,11 @@ from fastconv.kernels.problem.layout import INDEX_TYPES, dense_strides, load_wid
 from fastconv.kernels.problem.pool import PoolProblem
 from fastconv.kernels.tiles.autotuned import Candidates
 
-# More sums than this a thread would not stay in registers.
-MOST_PIXELS = 9
 
-
-# y = (sum of x ** p) ** (1 / p), so that dy / dx = x ** (p - 1) * y ** (1 - p): the windows' part, and the pixel's.
+# y = (sum of x ** p) ** (1 / p), so dy / dx = x ** (p - 1), the pixel's factor, times y ** (1 - p), the window's.
 @triton.jit
 def slope_of(y, exponent, sign, NORM: tl.constexpr):
-    """y ** (1 - p), ``exponent`` being p - 1. 0 where PyTorch's is: of a zero, and with p = 1 of a NaN."""
+    """y ** (1 - p); ``exponent`` is p - 1. Like PyTorch's it is 0 for a zero, and with p = 1 for a NaN."""
     if NORM == 1:
         slope = tl.where(tl.abs(y) > 0, 1.0, 0.0)
     elif NORM == 2:
@@ -61,9 +58,9 @@ def derivative_of(x, exponent, sign, NORM: tl.constexpr):
 )
 def pool_gradient_kernel(
     dy_ptr,  # [N, O, P, Q, C] by its strides
-    index_ptr,  # [N, O, P, Q, C]: a maximum's tap; else absent
-    y_ptr,  # [N, O, P, Q, C]: the lp norms; else absent
-    x_ptr,  # as dx: of an lp norm other than 1; else absent
+    index_ptr,  # [N, O, P, Q, C]: taps of maxima; else absent
+    y_ptr,  # [N, O, P, Q, C]: lp norms; else absent
+    x_ptr,  # like dx, in an lp norm other than 1; else absent
     dx_ptr,  # [N, D, H, W, C]
     M,  # rows
     C,  # in units of VEC
@@ -71,23 +68,19 @@ def pool_gradient_kernel(
     blocks_d, blocks_h, blocks_w,  # of pixels
     dy_n, dy_d, dy_h, dy_w,  # in units of VEC
     pad_d, pad_h, pad_w,
-    scale,  # of a gradient, or where UNIFORM is false of its share
+    scale,  # of a gradient, or of its share unless UNIFORM
     exponent, sign,  # of an lp norm's derivative: see `power`
     UNIFORM: tl.constexpr,
     NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
     INCLUDE_PADDING: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,  # the window
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    SPAN_D: tl.constexpr, SPAN_H: tl.constexpr, SPAN_W: tl.constexpr,  # the block
-    PLANES: tl.constexpr,
-    RANK: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    SPAN_D: tl.constexpr, SPAN_H: tl.constexpr, SPAN_W: tl.constexpr,  # a thread's block of pixels
+    PLANES: tl.constexpr, RANK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx, SPAN_D x SPAN_H x SPAN_W pixels a thread."""
-    # Of the windows that meet a block, how many begin before it.
+    # How many of the windows that meet a block begin before it.
     BEFORE_D: tl.constexpr = (T - 1) // STRIDE_D
     BEFORE_H: tl.constexpr = (R - 1) // STRIDE_H
     BEFORE_W: tl.constexpr = (S - 1) // STRIDE_W
@@ -158,7 +151,7 @@ def pool_gradient_kernel(
 def window_of(
     h, j, size, outputs, stride, padding, dilation, window, ADAPTIVE: tl.constexpr, DILATED: tl.constexpr
 ):  # fmt: skip
-    """The j-th window of an axis that may hold pixel ``h``: its number, which of its taps ``h`` is, whether it is."""
+    """The j-th window of an axis that may hold pixel ``h``: its number, its tap at ``h``, whether it holds ``h``."""
     if ADAPTIVE:
         p = h * outputs // size + j
         r = h - p * size // outputs
@@ -184,31 +177,25 @@ def window_of(
 )
 def pool_pixel_gradient_kernel(
     dy_ptr,  # [N, O, P, Q, C] by its strides
-    index_ptr,  # [N, O, P, Q, C]: a maximum's tap; else absent
-    y_ptr,  # [N, O, P, Q, C]: the lp norms; else absent
-    x_ptr,  # as dx: of an lp norm other than 1; else absent
+    index_ptr,  # [N, O, P, Q, C]: taps of maxima; else absent
+    y_ptr,  # [N, O, P, Q, C]: lp norms; else absent
+    x_ptr,  # like dx, in an lp norm other than 1; else absent
     dx_ptr,  # [N, D, H, W, C]
     M,  # rows
     C,  # in units of VEC
     D, H, W, O, P, Q,
     dy_n, dy_d, dy_h, dy_w,  # in units of VEC
     taps_d, taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
-    windows_d, windows_h, windows_w,  # that may hold one pixel
-    scale,  # of a gradient, or where UNIFORM is false of its share
+    windows_d, windows_h, windows_w,  # how many may hold a pixel
+    scale,  # of a gradient, or of its share unless UNIFORM
     exponent, sign,  # of an lp norm's derivative: see `power`
-    ADAPTIVE: tl.constexpr,
-    DILATED: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    ADAPTIVE: tl.constexpr, DILATED: tl.constexpr, UNIFORM: tl.constexpr,
     NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
     INCLUDE_PADDING: tl.constexpr,
-    PLANES: tl.constexpr,
-    RANK: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    PLANES: tl.constexpr, RANK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, one pixel a thread, whatever its windows are."""
+    """dx, one pixel a thread, for windows of every kind."""
     C *= VEC
     dy_n, dy_d, dy_h, dy_w = in_elements(dy_n, dy_d, dy_h, dy_w, VEC, WIDE)
     mask, n, d, h, w, c = place(M, C, D, H, W, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
@@ -250,19 +237,22 @@ def pool_pixel_gradient_kernel(
     tl.store(dx_ptr + out, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+MOST_PIXELS = 9  # of a block: a thread's registers hold no more sums
+
+
 def pixel_block(problem: PoolProblem) -> tuple[int, ...] | None:
-    """The block of pixels along each of three axes that a thread of `pool_gradient_kernel` has; None: not for it."""
+    """The sides of the block of pixels that a thread of `pool_gradient_kernel` has; None: that kernel cannot serve."""
     view = problem.as_rank3
     if problem.adaptive or any(d > 1 for d in problem.dilation) or problem.taps > UNROLLED:
         return None
-    # Windows that overlap at stride 1 are shared by two pixels along the axes of a plane.
+    # At stride 1 two pixels along each axis of a plane share the windows that overlap.
     shared = [2 if axis and taps > 1 else 1 for axis, taps in enumerate(view.window)]
     found = tuple(stride if stride > 1 else two for stride, two in zip(view.stride, shared, strict=True))
     return found if found[0] * found[1] * found[2] <= MOST_PIXELS else None
 
 
 def blocks_of(problem: PoolProblem) -> tuple[int, ...]:
-    """How many blocks of pixels there are along each of three axes."""
+    """The number of blocks of pixels along each axis."""
     view = problem.as_rank3
     block = pixel_block(problem)
     if block is None:
@@ -271,8 +261,7 @@ def blocks_of(problem: PoolProblem) -> tuple[int, ...]:
 
 
 def pool_backward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu, layout: Layout) -> Launches:
-    """dy, index (absent unless ``problem.index``), y and x (absent but of lp norms) -> dx. ``strides``: of dy's pixels,
-    in elements; of the planes' unless channels_last."""
+    """dy, index (absent unless ``problem.index``), y and x (absent unless an lp norm reads them) -> dx."""
     channels_last, strides = layout.channels_last, plane_strides(problem, problem.output_size, layout)
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     block, blocks = pixel_block(problem), blocks_of(problem)
@@ -281,7 +270,6 @@ def pool_backward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu
     element = pointer_type(problem.dtype)
     sizes = (rows, view.channels // vec, *view.input_size, *view.output_size)
     steps = tuple(stride // vec for stride in strides)
-    # Of a norm of 1 they are 0, and x is not read.
     norm = norm_form(problem.norm)
     last = (problem.scale, *exponents(problem.norm - 1.0))
     scalars: tuple[int | float, ...]

@@ -1,4 +1,8 @@
-"""What a max pool's taps point at: elements of another tensor, or PyTorch's indices."""
+"""What the winners of a max pool point at: elements of another tensor, or PyTorch's indices.
+
+``y[p] = x[p * stride - padding + tap[p] * dilation]``, on each axis: the gradient's gradient; without x the number of
+this pixel. Bytes: the index and y once each, an element of x for each.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +25,16 @@ from fastconv.kernels.problem.pool import PoolProblem
 )
 def pool_gather_kernel(
     index_ptr,  # [N, O, P, Q, C]: the winner's tap
-    x_ptr,  # [N, D, H, W, C] by its strides; absent: y is the winner's number in its D x H x W
-    y_ptr,  # as index
+    x_ptr,  # [N, D, H, W, C] by its strides; absent: y is the winner's number in D x H x W
+    y_ptr,  # like index
     M,  # rows
     C,  # in units of VEC
     D, H, W, O, P, Q,
     x_n, x_d, x_h, x_w,  # in units of VEC
     taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
-    ADAPTIVE: tl.constexpr,
-    PLANES: tl.constexpr,
-    RANK: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    ADAPTIVE: tl.constexpr, PLANES: tl.constexpr, RANK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What lies where each window has its maximum: the gradient's gradient, or PyTorch's index."""
     C *= VEC
     x_n, x_d, x_h, x_w = in_elements(x_n, x_d, x_h, x_w, VEC, WIDE)
     mask, n, o, p, q, c = place(M, C, O, P, Q, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
@@ -60,7 +58,7 @@ def pool_gather_kernel(
 
 
 def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strides: Strides | None) -> Launch:
-    """index, x -> y; without x's ``strides``: index, None -> PyTorch's index, in int64."""
+    """index, x -> y; if ``strides`` of x are None: index, None -> PyTorch's index, in int64."""
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     assert problem.index is not None
     flat = strides is None
@@ -73,15 +71,9 @@ def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strid
         grid=(programs, 1, 1),
         pointers=(INDEX_TYPES[problem.index], None if flat else element, "*i64" if flat else element),
         scalars=(
-            rows,
-            view.channels // vec,
-            *view.input_size,
-            *view.output_size,
+            *(rows, view.channels // vec, *view.input_size, *view.output_size),
             *(stride // vec for stride in steps),
-            *view.window[1:],
-            *view.stride,
-            *view.padding,
-            *view.dilation,
+            *(*view.window[1:], *view.stride, *view.padding, *view.dilation),
         ),
         constants={
             "ADAPTIVE": problem.adaptive,

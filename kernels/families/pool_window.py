@@ -1,18 +1,18 @@
-"""Pools as walks over windows: forward, and what lies where a window has its maximum.
-
-A tile is rows by columns. In channels_last rows are pixels and columns channels, 16 bytes a thread. In the plain format
-rows are (image, channel, p) and columns q, so that neighbouring threads read neighbours there too and neither format is
-transposed first. All that is known of a row or a column alone is computed for it alone.
+"""Pools as walks over windows: forward.
 
     y[p, q] = over (r, s): x[p * stride - padding + r * dilation, ...]; adaptive: x[floor(p * H / P) + r, ...]
 
-An lp norm is an average whose elements are raised to a power as they are loaded, and whose sum to its inverse.
+A tile is rows by columns. In channels_last rows are pixels and columns are channels, 16 bytes a thread. In the plain
+format (PLANES) rows are (image, channel, p) and columns are q: neighbouring threads read neighbours in both formats,
+and neither is transposed first. What depends only on a row or only on a column is computed once for it.
 
-A small window is unrolled, and a thread has LINES outputs below each other: a line of the input that is in several of
-their windows is loaded and reduced once. Of a large window LANES rows of the tile take a part each, and splits of the
-grid, which one ordered step adds up: a few global windows fill the GPU. No atomics: the same bits from run to run.
+An lp norm is an average: elements are raised to a power as they are loaded, and the sum to the inverse power.
 
-Bytes: x once (lines that tiles share meet in L1 and L2: programs follow memory), y and the index once.
+A small window is unrolled, and a thread has LINES outputs below each other: a line of the input that several of their
+windows hold is loaded and reduced once. LANES rows of the tile, and splits of the grid, share a large window, and one
+ordered step combines them: a few global windows fill the GPU. No atomics: the same bits from run to run.
+
+Bytes: x, y and the index once. Programs follow memory, so lines that tiles share meet in L1 and L2.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv
 
 @triton.jit
 def take(acc, best, x, tap, MAX: tl.constexpr, INDEXED: tl.constexpr):
-    """One more tap: the last NaN wins, else the first maximum, as in PyTorch's CPU op."""
+    """Take one more tap: the last NaN wins, else the first maximum, as in PyTorch's CPU op."""
     if not MAX:
         acc += x
     elif INDEXED:
@@ -71,7 +71,7 @@ def take(acc, best, x, tap, MAX: tl.constexpr, INDEXED: tl.constexpr):
 
 @triton.jit
 def winner_of(acc, best):
-    """The same over the lanes of [rows, lanes, columns], whose taps are interleaved."""
+    """The winner over the lanes of [rows, lanes, columns], by the rule of `take`; the taps of lanes are interleaved."""
     nan = tl.max(tl.where(acc != acc, best, -1), axis=1)
     acc = tl.where(acc == acc, acc, float("-inf"))
     highest = tl.max(acc, axis=1)
@@ -89,41 +89,36 @@ def winner_of(acc, best):
 def pool_kernel(
     x_ptr,  # [N, D, H, W, C] by its strides
     y_ptr,  # [splits, N, O, P, Q, C]
-    index_ptr,  # as y: the winner's tap
+    index_ptr,  # like y: the winner's tap
     M,  # rows
     C,  # in units of VEC
     D, H, W, O, P, Q,
     x_n, x_d, x_h, x_w,  # in units of VEC
     taps_d, taps_h, taps_w, stride_d, stride_h, stride_w, pad_d, pad_h, pad_w, dilation_d, dilation_h, dilation_w,
     splits,
-    scale,  # of a sum, or of its average where UNIFORM is false; of a maximum 1
-    exponent, sign, root, root_sign,  # of an lp norm and of its inverse: see `power`
+    scale,  # of a sum, or of its average unless UNIFORM; 1 for a maximum
+    exponent, sign, root, root_sign,  # of an lp norm's power and of its inverse: see `power`
     MAX: tl.constexpr,
     NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
     ADAPTIVE: tl.constexpr,
     BOUNDED: tl.constexpr,  # a tap may be outside
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr,  # every output divides by the same number
     INCLUDE_PADDING: tl.constexpr,
     LINEAR: tl.constexpr,  # the window is the whole image, x_w elements from pixel to pixel
-    PLANES: tl.constexpr,
-    RANK: tl.constexpr,
-    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,  # the window where it is unrolled, else 0
-    LINES: tl.constexpr,  # outputs below each other, STEP lines of the input apart
-    STEP: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    PLANES: tl.constexpr, RANK: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,  # the window if it is unrolled, else 0
+    LINES: tl.constexpr, STEP: tl.constexpr,  # outputs below each other, STEP lines of the input apart
+    VEC: tl.constexpr, WIDE: tl.constexpr,
+    LANES: tl.constexpr,  # rows of the tile that share an output
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Max or average over windows; see the module."""
     INDEXED: tl.constexpr = index_ptr is not None
     OUTSIDE: tl.constexpr = float("-inf") if MAX else 0.0
     C *= VEC
     x_n, x_d, x_h, x_w = in_elements(x_n, x_d, x_h, x_w, VEC, WIDE)
     mask, n, o, p, q, c = place(M, C, O, tl.cdiv(P, LINES), Q, PLANES, RANK, LANES, BLOCK_M, BLOCK_C)
     if LINES > 1:
-        # The last outputs of a column are two threads' rather than some be none's: no line past the image is read.
+        # Two threads may compute the last outputs of a column: then no thread reads a line past the image.
         p = tl.minimum(p * LINES, P - LINES)
     w0, w1 = window_bounds(q, W, Q, stride_w, pad_w, ADAPTIVE)
     h0, h1 = window_bounds(p, H, P, stride_h, pad_h, ADAPTIVE)
@@ -164,8 +159,8 @@ def pool_kernel(
                             inside = mask_h & (w >= 0) & (w < w1)
                         x = tl.load(lines + w * x_w, mask=inside, other=OUTSIDE).to(tl.float32)
                         if INDEXED:
-                            # By a one that the compiler does not know: else it compares bf16 two at a time, runs out
-                            # of predicates and moves each of them (a 3x3 window on sm_90: 70 registers, not 44).
+                            # scale is 1, which the compiler does not know. Without the product it compares bf16 two at
+                            # a time, runs out of predicates and moves each (3x3 on sm_90: 70 registers, not 44).
                             x *= scale
                         x = raised(x, inside, exponent, sign, NORM)
                         if s == 0:
@@ -185,7 +180,7 @@ def pool_kernel(
         for i in tl.static_range(LINES):
             acc, best = accs[i], bests[i]
             if INDEXED and BOUNDED and not ADAPTIVE:
-                # Nothing is above what lies outside: the winner is the first tap inside.
+                # If no tap is above what is read outside, the first tap inside wins.
                 first = first_inside(h0 + i * STEP, dilation_h) * S + first_inside(w0, dilation_w)
                 if RANK == 3:
                     first += first_inside(d0, dilation_d) * (R * S)
@@ -237,14 +232,14 @@ def pool_kernel(
             mask, n, o, p, q, c = place(M, C, O, P, Q, PLANES, RANK, 1, BLOCK_M, BLOCK_C)
             line = line_of(n, o, p, O, P, RANK)
         acc = root_of(acc, root, root_sign, NORM)
-        # Behind the splits before this one.
+        # A split's results follow those of the splits before it.
         line += tl.program_id(1) * (M if PLANES else M // Q)
         put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE)
 
 
 @triton.jit
 def raised(x, inside, exponent, sign, NORM: tl.constexpr):
-    """What an lp norm sums of x, 0 outside; any other sum x itself."""
+    """What an lp norm sums for x: a power of it, 0 outside; without a norm x itself."""
     if NORM == 2:
         x *= x
     elif NORM == 3:
@@ -254,7 +249,7 @@ def raised(x, inside, exponent, sign, NORM: tl.constexpr):
 
 @triton.jit
 def root_of(acc, root, root_sign, NORM: tl.constexpr):
-    """The lp norm of such a sum."""
+    """The lp norm whose sum of powers is ``acc``."""
     if NORM == 2:
         acc = tl.sqrt_rn(acc)
     elif NORM == 3:
@@ -269,18 +264,18 @@ def scale_of(
     UNIFORM: tl.constexpr,
     INCLUDE_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """What the sum of window ``p`` is multiplied by; ``count``: its pixels along the other axes."""
+    """The factor of window ``p``'s sum; ``count``: its pixels along the other axes."""
     if UNIFORM:
         return scale
     else:
-        # At least one: rows past the last have windows that hold none.
+        # Rows past the last have windows without pixels, which count as one.
         count *= extent(p, H, P, stride, padding, taps, ADAPTIVE, INCLUDE_PADDING)
         return scale / tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
 def put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE: tl.constexpr):
-    """Store one output of each row, of an [N, O, P, Q, C] tensor without gaps whose ``line`` is (n, o, p)."""
+    """Store one output of each row in a dense [N, O, P, Q, C] tensor whose ``line`` is (n, o, p)."""
     if WIDE:
         line = line.to(tl.int64)
     out = (line * Q + q) * C + c
@@ -292,13 +287,13 @@ def put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE: tl.constexpr)
 @triton.jit(do_not_specialize=["splits", "size"])
 def pool_combine_kernel(
     partial_ptr,  # [splits, size], fp32
-    partial_index_ptr,
+    partial_index_ptr,  # like partial; absent in inference
     y_ptr,  # [size]
-    index_ptr,
+    index_ptr,  # like y; absent in inference
     splits, size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The maximum over the splits of windows, whose taps are interleaved; the index is absent in inference."""
+    """The maximum over the splits of a window, by the rule of `take`; the taps of splits are interleaved."""
     INDEXED: tl.constexpr = index_ptr is not None
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
@@ -321,16 +316,15 @@ def pool_combine_kernel(
 
 
 def pool_forward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu, layout: Layout) -> Launches:
-    """x -> y, index (absent unless ``problem.index``); of split windows x -> partial sums, or partial maxima and their
-    taps, and from these. ``strides``: of x's pixels, in elements; of the planes' unless channels_last."""
+    """x -> y, index (absent unless ``problem.index``); if ``config["SPLITS"]`` splits windows, x -> partial sums, or
+    partial maxima and their taps, -> y, index."""
     channels_last, strides = layout.channels_last, plane_strides(problem, problem.input_size, layout)
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     splits, lanes = config["SPLITS"], config["LANES"]
     unroll = problem.taps <= UNROLLED
     assert not unroll or splits == lanes == 1
     assert view.output_size[1] >= config["LINES"]
-    # (Of partial sums no root is taken.)
-    assert splits == 1 or problem.kind != "lp"
+    assert splits == 1 or problem.kind != "lp", "a root is of the whole sum"
     maximum = problem.kind == "max"
     linear = None if unroll else whole_image(view, strides)
     if linear is not None:
@@ -342,25 +336,12 @@ def pool_forward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu,
     first = Launch(
         kernel=pool_kernel,
         grid=(programs, splits, 1),
-        pointers=(
-            element,
-            element if splits == 1 else "*fp32",
-            kept if splits == 1 or kept is None else "*i32",
-        ),
+        pointers=(element, *((element, kept) if splits == 1 else ("*fp32", kept and "*i32"))),
         scalars=(
-            rows,
-            view.channels // vec,
-            *view.input_size,
-            *view.output_size,
+            *(rows, view.channels // vec, *view.input_size, *view.output_size),
             *(stride // vec for stride in strides),
-            *view.window,
-            *view.stride,
-            *view.padding,
-            *view.dilation,
-            splits,
-            problem.scale,
-            *exponents(problem.norm),
-            *exponents(1.0 / problem.norm if problem.norm else 0.0),
+            *(*view.window, *view.stride, *view.padding, *view.dilation, splits, problem.scale),
+            *(*exponents(problem.norm), *exponents(1.0 / problem.norm if problem.norm else 0.0)),
         ),
         constants={
             "MAX": maximum,
@@ -402,13 +383,12 @@ def pool_forward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu,
 
 
 def whole_image(view: PoolProblem, strides: Strides) -> int | None:
-    """The distance between neighbouring pixels where one window is all of an image; None where it is not."""
+    """The distance between neighbouring pixels if one window is the whole image and that is one distance, else None."""
     if any(size > 1 for size in view.output_size) or view.window != view.input_size or any(view.padding):
         return None
     return linear_stride((1, 1, *view.input_size), (0, *strides[1:]))
 
 
-# A small window is unrolled, for LINES outputs at once; of a large one LANES rows and SPLITS programs may take a part.
 INTERPRETED_POOL = {
     "BLOCK": tuple(2**i for i in range(6, 19, 2)),
     **dict.fromkeys(("LINES", "LANES", "SPLITS", "num_stages"), (1,)),
@@ -420,7 +400,7 @@ POOL = TileSpace(
     kernels=(pool_kernel,),
     interpreted=INTERPRETED_POOL,
 )
-# Maxima without taps to keep and lp norms: of four lines some spill on one version of the compiler.
+# For maxima without an index and for lp norms: with four lines some spill on one version of the compiler.
 POOL_PAIR = replace(POOL, name="pool_pair", ranges={**POOL.ranges, "LINES": (2, 1)})
 POOL_SINGLE = replace(POOL, name="pool_single", ranges={**POOL.ranges, "LINES": (1,)})
 POOL_SPLIT = replace(
@@ -429,7 +409,7 @@ POOL_SPLIT = replace(
     ranges={**POOL_SINGLE.ranges, "LANES": (1, 16), "SPLITS": tuple(2**i for i in range(11))},
     kernels=(pool_kernel, pool_combine_kernel, split_sum_kernel),
 )
-# Planes whose outputs are few: neighbouring threads read neighbours only as lanes of one window.
+# For planes with few outputs a row: neighbouring threads read neighbours only as lanes of one window.
 POOL_PLANES = replace(POOL_SPLIT, name="pool_planes", ranges={**POOL_SPLIT.ranges, "LANES": (32,)})
 
 
@@ -441,7 +421,7 @@ def _candidates(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) 
         space = POOL_SPLIT if layout.channels_last or size[2] >= 16 else POOL_PLANES
     elif (
         taps <= 9 and view.dilation[1] == 1 and not problem.adaptive and size[1] >= 4
-        # (Powers by logarithms take most registers as it is.)
+        # Powers by logarithms already take most registers.
         and problem.norm in (0, 1, 2)
     ):  # fmt: skip
         space = POOL if problem.kind == "average" or problem.index is not None else POOL_PAIR
@@ -457,7 +437,7 @@ def pool_candidates(
     size: tuple[int, ...],
     taps: int,
 ) -> Candidates:
-    """What the tile of a pass over [N, C, *size] is chosen from, each element of which has ``taps`` terms."""
+    """What the tile of a pass over [N, C, *size] is chosen from; each element of it has ``taps`` terms."""
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     element, outputs = problem.dtype.itemsize, view.output_pixels * view.channels
 
@@ -475,12 +455,12 @@ def pool_candidates(
             shared_memory=0,
             registers=64,
             warps=config["num_warps"],
-            stages=9,  # as many loads under way as are unrolled, and the one in use
+            stages=9,  # eight unrolled loads under way, and the one in use
             matrix_share=0.0,
             extra_bytes=2 * splits * outputs * partial if splits > 1 else 0,
         )
 
-    # One load of 16 bytes a thread; where each element is a load of its own, half as many.
+    # One load of 16 bytes a thread; if each element is a load of its own, half as many elements.
     vectors = channels_last and problem.channels * element % 16 == 0
     width = {} if gpu.interpreted else {"BLOCK": 2048 // element if vectors else 512}
     if problem.kind == "lp":
@@ -490,11 +470,11 @@ def pool_candidates(
 
 def why_not_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout) -> str | None:
     """Why no kernel serves a pool, or None."""
-    # Rows are numbered in 32 bits, with room for the last tile: pixels, or the lines of planes.
+    # Rows, which are pixels or the lines of planes, are numbered in 32 bits, with room for the last tile.
     lines = problem.batch * problem.channels * max(prod(problem.input_size[:-1]), prod(problem.output_size[:-1]))
     if max(problem.input_pixels, problem.output_pixels, lines) > INT32_MAX - 2**16:
         return "more than 2^31 pixels"
-    # Where a share begins is worked out in 32 bits.
+    # The begin of an adaptive window is computed in 32 bits.
     if problem.adaptive and any(
         (h + 1) * (p + 1) > INT32_MAX for h, p in zip(problem.input_size, problem.output_size, strict=True)
     ):

@@ -21,22 +21,22 @@ LONGEST_RUN = 64
 
 @dataclass(frozen=True)
 class RowForm:
-    """How the rows of a filter are read."""
+    """How the rows of a filter are read. All fields except ``columns`` count elements."""
 
     columns: int  # neighbouring outputs that share a run
-    vec: int  # elements of one load
-    shift: int  # elements from the run's begin to the first output's window
-    used: int  # elements from the run's begin to the last output's window's end
-    run: int  # used, rounded up to a power of two
+    vec: int  # of one load
+    shift: int  # from the run's begin to the first output's window
+    used: int  # from the run's begin to the end of the last output's window
+    run: int  # ``used`` rounded up to a power of two
 
     @property
     def key_parts(self) -> KeyParts:
-        """How the autotuner's tables spell it."""
+        """The form as the autotuner's tables spell it."""
         return KeyParts({f"rows_{name}": value for name, value in asdict(self).items()}, {}, {})
 
 
 def why_not_runs(problem: ConvProblem, x_strides: Strides | None = None) -> str | None:
-    """Why the rows of a filter meet no runs of the image, or none so short, or None."""
+    """Why the rows of a filter meet no runs of the image of at most LONGEST_RUN elements, or None."""
     c, s = problem.in_channels, problem.filter_size[-1]
     if problem.groups > 1:
         return f"{problem.groups} groups"
@@ -77,7 +77,7 @@ def row_form(problem: ConvProblem, x_strides: Strides | None = None) -> RowForm 
 
 
 def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> RowForm | str:
-    """The form with the fewest elements of a run for an output, or the reason why there is none."""
+    """The form whose run has the fewest elements for each of its outputs, or the reason why there is none."""
     reason = why_not_runs(problem, x_strides)
     if reason is not None:
         return reason
@@ -87,7 +87,7 @@ def box_form(problem: ConvProblem, x_strides: Strides | None = None) -> RowForm 
         return "rows that do not lie at multiples of 16 bytes"
     window, distance = problem.filter_size[-1] * c, problem.stride[-1] * c
     used = {columns: window + (columns - 1) * distance for columns in (1, 2)}
-    # (A product reduces 16 elements or more.)
+    # A product reduces 16 elements or more.
     forms = [RowForm(columns, 1, 0, last, max(16, triton.next_power_of_2(last))) for columns, last in used.items()]
     return min((form for form in forms if form.run <= LONGEST_RUN), key=lambda form: form.run / form.columns)
 
@@ -100,7 +100,6 @@ def form_of_call(problem: ConvProblem, layout: Layout, form_of: Callable[..., Ro
 
 
 def filter_rows(problem: ConvProblem) -> int:
-    """Rows of the filter."""
     return problem.taps // problem.filter_size[-1]
 
 
@@ -110,15 +109,15 @@ def conv_rows_weight_kernel(
     out_ptr,  # [columns, K, padded, RUN]
     K,
     rows,
-    window,  # elements that a row meets
-    shift,
+    window,  # elements that a row of the filter meets
+    shift,  # elements from the run's begin to the first output's window
     distance,  # between two outputs' windows
-    padded,  # rows of whole steps
-    elements,  # that are written
+    padded,  # rows in whole steps
+    elements,  # of the result
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each column's weights at their place in the run, zeros beside them."""
+    """Put each column's weights at their place in the run, with zeros beside them."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = index // RUN % padded
     k = index // RUN // padded
@@ -130,8 +129,7 @@ def conv_rows_weight_kernel(
 
 
 def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
-    """The launch that lays out a weight as runs, so many ``padded`` rows of each channel; its last scalar counts the
-    elements."""
+    """The launch that lays out a weight as runs, ``padded`` rows a channel; its last scalar counts the elements."""
     c, k, element = problem.in_channels, problem.out_channels, pointer_type(problem.dtype)
     elements, block = form.columns * k * padded * form.run, 1024
     return Launch(

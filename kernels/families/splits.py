@@ -1,4 +1,4 @@
-"""Sums of a split reduction: fp32 partial sums are added in a fixed order, with or without an epilogue."""
+"""The second step of a split reduction: fp32 partial sums are added in a fixed order, with or without an epilogue."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from fastconv.kernels.jit.epilogue import Epilogue, apply_epilogue
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
 
-# A program's block where the reduction was split: the results are few.
-FINISH_M, FINISH_K = 16, 64
-
 
 @triton.jit(do_not_specialize=["M", "K", "splits", "eps", "a", "b"])
 def conv_finish_kernel(
     partial_ptr,  # [splits, M, K], fp32
     bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr,  # [K]
-    residual_ptr,  # as y
+    residual_ptr,  # like y
     y_ptr,  # [M, K]
     tile_count_ptr,  # [tiles of BLOCK_M pixels]
     tile_mean_ptr, tile_m2_ptr,  # [tiles, K]
@@ -32,10 +29,9 @@ def conv_finish_kernel(
     WIDE: tl.constexpr,
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a product whose reduction was split: the splits' sums are added in their order."""
+    """Add the splits' sums in their order, and apply the epilogue."""
     K *= VEC
     k_tiles = tl.cdiv(K, BLOCK_K)
     pid_k = tl.program_id(0) % k_tiles
@@ -71,7 +67,7 @@ def split_sum_kernel(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds every LANES-th split in order, then the lanes: so many loads are on their way at once."""
+    """Add every LANES-th split in order, then the LANES sums: a thread has that many loads under way."""
     C *= VEC
     size = rows * taps * C
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -93,13 +89,16 @@ def split_sum_kernel(
 def sum_splits_with_epilogue(
     pixels: int, channels: int, splits: int, dtype: torch.dtype, bias: bool, epilogue: Epilogue
 ) -> Launch:
-    """The launch that adds fp32 partial sums [splits, pixels, channels] in order and finishes them: workspace, bias,
-    those of ``epilogue`` -> result."""
+    """The launch that adds fp32 partial sums [splits, pixels, channels] in order and applies the epilogue.
+
+    Operands: workspace, bias, the epilogue's, the result, and each tile's count, means and squares.
+    """
     element, vec = pointer_type(dtype), load_width(dtype, channels)
-    tiles = triton.cdiv(pixels, FINISH_M)
+    block_m, block_k = 16, 64  # small: a reduction is split when results are few
+    tiles = triton.cdiv(pixels, block_m)
     return Launch(
         kernel=conv_finish_kernel,
-        grid=(tiles * triton.cdiv(channels, FINISH_K), 1, 1),
+        grid=(tiles * triton.cdiv(channels, block_k), 1, 1),
         pointers=(
             *("*fp32", element if bias else None, *epilogue.pointers),
             *(element, *("*fp32" if epilogue.statistics else None,) * 3),
@@ -110,8 +109,8 @@ def sum_splits_with_epilogue(
             "WIDE": pixels * channels > INT32_MAX,
             "ACT": ACTIVATIONS[epilogue.act].forward,
             "RESIDUAL_AFTER": epilogue.residual_after,
-            "BLOCK_M": FINISH_M,
-            "BLOCK_K": FINISH_K,
+            "BLOCK_M": block_m,
+            "BLOCK_K": block_k,
         },
         num_warps=4,
         num_stages=1,
@@ -123,10 +122,10 @@ def split_sum(
     splits: int, rows: int, taps: int, channels: int, dtype: torch.dtype, channels_last: bool = True
 ) -> Launch:
     """The launch that adds fp32 partial sums [splits, rows, taps, channels] in a fixed order: partial -> out."""
-    # One load after another, a hundred splits of a small weight would take longer than their product.
+    # With one load at a time, a hundred splits of a small weight would take longer than their product.
     lanes, block = (8, 64) if splits >= 16 else (1, 1024)
     if channels_last:
-        # The order of both sides is the same, so that all is one run.
+        # Partial sums and result have the same order: they are one run.
         rows, taps, channels = 1, 1, rows * taps * channels
     vec = load_width(dtype, channels)
     return Launch(
