@@ -83,7 +83,7 @@ def combine_statistics_kernel(
         rows += tl.load(count_ptr + offs_t, mask=offs_t < last, other=0.0)
     rows = tl.sum(rows, axis=0)
     count = tl.maximum(rows, 1.0)
-    # The sum is one of differences from the first mean: it rounds no more than they do.
+    # Differences from the first mean are summed, because their sum rounds no more than they do.
     origin = tl.load(mean_ptr + first * K + offs_k, mask=mask_k, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for t in range(first, last, BLOCK_T):

@@ -1,4 +1,4 @@
-"""Depthwise convolution on channels_last tensors: each output channel reads one input channel. fprop, dgrad, wgrad.
+"""Depthwise convolution on channels_last tensors, each output channel reads one input channel: fprop, dgrad.
 
 ``y[n, p, k] = sum over taps r of x[n, p * stride - padding + r * dilation, k // multiplier] * w[k, r]``, on each axis.
 It is a stencil, not a product of matrices, and bound by memory. Bytes: x, w and y once each; what costs beside them is
@@ -231,10 +231,7 @@ def conv_depthwise_kernel(
 
 
 def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
-
-    Operands: source, weight [taps, K], bias, the epilogue's, the result, and each tile's count, means and squares.
-    """
+    """The launch of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the weight is [taps, K]."""
     epilogue = layout.epilogue
     w_stride = problem.out_channels
     if mirrors(direction, problem):

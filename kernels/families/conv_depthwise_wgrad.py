@@ -38,7 +38,7 @@ from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 def conv_depthwise_wgrad_kernel(
     x_ptr,  # [N, D, H, W, K / MULTIPLIER]
     dy_ptr,  # [N, O, P, Q, K]
-    dw_ptr,  # [splits, T, R, S, K], or [K, T, R, S] by its strides
+    dw_ptr,  # [splits, T, R, S, K], or by its strides [K, T, R, S]
     N, D, H, W,
     O, P, Q,
     K,  # in units of VEC
@@ -156,10 +156,7 @@ def conv_depthwise_wgrad_kernel(
 def conv_depthwise_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
 ) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
-
-    Strides in elements, channels_last-dense unless given; dw is [taps, K] if ``taps_outermost``, else [K, taps].
-    """
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels."""
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape
     _, k, *dy_size = lifted.output_shape

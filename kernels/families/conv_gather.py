@@ -320,7 +320,7 @@ def conv_gather_kernel(
 def conv_gather(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
 ) -> Launches:
-    """The launches of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
+    """The launches of fprop (x -> y) or dgrad (dy -> dx).
 
     Operands: source, weight, bias, the epilogue's, the result, and each tile's count, means and squares. If
     ``config["SPLITS"]`` splits the reduction, the first launch takes source, weight and workspace, the second the

@@ -193,8 +193,7 @@ def conv_wgrad(
 ) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
 
-    Strides in elements, channels_last-dense unless given; dy's pixels lie at one distance (`linear_stride`).
-    ``channels_last`` is the layout of dw, which is dense. ``pack`` groups share a tile (`packed_groups`).
+    dy's pixels lie at one distance, and dw is dense. ``pack`` groups share a tile (`packed_groups`).
     """
     lifted = problem.as_rank3
     _, _, *x_size = lifted.input_shape

@@ -159,10 +159,7 @@ def conv_gemm_wgrad_kernel(
 
 
 def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense.
-
-    Strides in elements, channels_last-dense unless given.
-    """
+    """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense."""
     dgrad = direction == "dgrad"
     c, k = problem.in_channels, problem.out_channels
     if dgrad:
@@ -212,10 +209,7 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
 
 
 def conv_gemm_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
-
-    Strides in elements, channels_last-dense unless given; dw is dense.
-    """
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels."""
     c, k, pixels, dtype = problem.in_channels, problem.out_channels, problem.output_pixels, problem.dtype
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     k_block, c_block, m_block = tile.values()
@@ -411,7 +405,7 @@ def _wgrad_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
 
 
 def why_not_flat(direction: str, problem: ConvProblem, source: Strides | None, other: Strides | None) -> str | None:
-    """Why bulk copies cannot feed a convolution as a flat GEMM, or None; pixel strides as `conv_gemm` takes them."""
+    """Why bulk copies cannot feed a convolution as a flat GEMM, or None."""
     if problem.groups > 1:
         return f"{problem.groups} groups"
     if problem.taps > 1:

@@ -105,7 +105,7 @@ def conv_pixels_kernel(
     RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box, as a matrix: an image of a pixel each
+    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images
     WIDTH: tl.constexpr = 2 if ROW else PIXELS  # outputs of a program
     X_PARITY: tl.constexpr = PARITY and not DGRAD
     Y_PARITY: tl.constexpr = PARITY and DGRAD
@@ -233,10 +233,7 @@ def conv_pixels_kernel(
 
 
 def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launch of fprop (x -> y) or dgrad (dy -> dx); strides in elements, channels_last-dense unless given.
-
-    Operands: source, weight, bias, the epilogue's, the result, and each tile's count, means and squares.
-    """
+    """The launch of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`."""
     epilogue = layout.epilogue
     lifted = problem.as_rank3
     dgrad = direction == "dgrad"
@@ -248,10 +245,9 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
     block_n, block_k, block_c = config["BLOCK_N"], config["BLOCK_K"], config["BLOCK_C"]
     pixels, pairs = config["PIXELS"], config["PAIRS"]
     parity = pixels > 1 and lifted.stride[2] > 1
-    # A pair shares the columns that the taps of a row meet.
     assert not parity or has_parities(problem)
-    assert not pairs or lifted.stride[2] == 1
-    assert not pairs or (pairs, pixels, lifted.dilation[2]) == (lifted.filter_size[2], 1, 1)
+    shared = lifted.filter_size[2], 1, 1, 1
+    assert not pairs or (pairs, pixels, lifted.stride[2], lifted.dilation[2]) == shared, "a pair shares a row's columns"
     element = pointer_type(problem.dtype)
     y = pixel_view(problem, y_shape, layout.other_strides, block_n, block_k, pixels, parity and dgrad)
     filters, channels, *_ = lifted.weight_shape
@@ -493,7 +489,7 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
     views = zip(shapes, (layout.source_strides, layout.other_strides), strict=True)
     if not all(bulk(problem.dtype, *view) for view in views):
         return "operands whose pixels do not lie at multiples of 16 bytes"
-    # Asked for by name it is to be measured, whatever is predicted.
+    # A family that is asked for by name is measured, whatever is predicted.
     if named_family() == "pixels":
         return why_not_groups(problem)
     pixels, gather = (make(direction, problem, gpu, layout) for make in (pixels_candidates, gather_candidates))

@@ -9,8 +9,8 @@ fp32 sums go to a workspace, and a second kernel adds them in the order of the s
 bit from run to run. Bytes: dy and x once each, the workspace twice.
 
 If images are few, a box also holds PIXELS neighbours of a row, with a stride of two as in `conv_pixels`. PIXELS divides
-the row, so that no pixel of x meets a tap of another output: the pixel may be infinite, and then not even a zero of dy
-cancels it. On Hopper Triton brings dy of such a box to registers, once for all taps.
+the row, because a box past its end would multiply pixels of x, which may be infinite, by zeros. On Hopper Triton brings
+dy of several pixels to registers, once for all taps.
 
 Images past the last are read as 0 from both operands, and so is x outside its image in the walk that taps share.
 """
@@ -81,7 +81,7 @@ def conv_pixels_wgrad_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,  # images of a step
 ):  # fmt: skip
-    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box, as a matrix: an image of a pixel each
+    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images
     WIDTH: tl.constexpr = PIXELS * COLUMNS  # outputs of a step
     C *= VEC
     K *= VEC
@@ -182,10 +182,7 @@ def conv_pixels_wgrad_kernel(
 def conv_pixels_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
 ) -> Launches:
-    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the walk.
-
-    Strides in elements, channels_last-dense unless given; ``channels_last`` is the layout of dw, which is dense.
-    """
+    """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the walk."""
     lifted = problem.as_rank3
     x_shape, dy_shape = lifted.input_shape, lifted.output_shape
     groups, splits = problem.groups, config["SPLITS"]

@@ -69,11 +69,11 @@ def conv_rows_kernel(
     K,  # in units of VEC_K
     T, R,
     window,  # elements that a row of the filter meets
-    shift,  # elements from the run's begin to the first output's window
+    shift,  # elements from the run's start to the first output's window
     distance,  # between two outputs' windows
     x_stride_n, x_stride_d, x_stride_h,  # in units of VEC, like the next two
     hop,  # between two runs
-    begin,  # where the first run begins in its row
+    begin,  # element of its row at which the first run begins
     y_stride_n, y_stride_d, y_stride_h, y_stride_w,  # in units of VEC_K
     stride_d, stride_h,
     padding_d, padding_h,

@@ -132,7 +132,7 @@ def conv_spatial_kernel(
         )
 
     h = base_h + p * move_h
-    # The padding is subtracted behind the quotient below, which is then never negative.
+    # The padding is subtracted after the quotient below, so that no negative number is divided.
     w = base_w + padding_w * move_w
     c_blocks = tl.cdiv(C, BLOCK_C)
     steps = taps_d * taps_h * taps_w * c_blocks
@@ -196,10 +196,7 @@ def conv_spatial_kernel(
 
 
 def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense.
-
-    Strides in elements, channels_last-dense unless given. ``config["ROWS"]`` is 1 if rows have a stride.
-    """
+    """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense."""
     lifted, dtype = problem.as_rank3, problem.dtype
     dgrad = direction == "dgrad"
     shape = _source_shape(direction, problem)

@@ -474,7 +474,7 @@ def why_not_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout)
     lines = problem.batch * problem.channels * max(prod(problem.input_size[:-1]), prod(problem.output_size[:-1]))
     if max(problem.input_pixels, problem.output_pixels, lines) > INT32_MAX - 2**16:
         return "more than 2^31 pixels"
-    # The begin of an adaptive window is computed in 32 bits.
+    # The start of an adaptive window is computed in 32 bits.
     if problem.adaptive and any(
         (h + 1) * (p + 1) > INT32_MAX for h, p in zip(problem.input_size, problem.output_size, strict=True)
     ):

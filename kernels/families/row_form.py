@@ -25,8 +25,8 @@ class RowForm:
 
     columns: int  # neighbouring outputs that share a run
     vec: int  # of one load
-    shift: int  # from the run's begin to the first output's window
-    used: int  # from the run's begin to the end of the last output's window
+    shift: int  # from the run's start to the first output's window
+    used: int  # from the run's start to the end of the last output's window
     run: int  # ``used`` rounded up to a power of two
 
     @property
@@ -110,7 +110,7 @@ def conv_rows_weight_kernel(
     K,
     rows,
     window,  # elements that a row of the filter meets
-    shift,  # elements from the run's begin to the first output's window
+    shift,  # elements from the run's start to the first output's window
     distance,  # between two outputs' windows
     padded,  # rows in whole steps
     elements,  # of the result
