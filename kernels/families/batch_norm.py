@@ -31,8 +31,6 @@ from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, choose
 from fastconv.kernels.tiles.shapes import INTERPRETED_SIDES, TileSpace, cdiv
 
-MAX_PARTIALS = 256  # with more, statistics are combined by a tree of two levels
-
 Types = tuple[str | None, ...]  # of pointers; None: the operand is absent
 
 

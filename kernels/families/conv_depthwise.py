@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, Work
-from fastconv.kernels.families.depthwise_schedule import MAX_ROW, MAX_STRIDE, blocks, row_schedule, strips
+from fastconv.kernels.families.depthwise_schedule import blocks, row_schedule, strips
 from fastconv.kernels.families.family import DENSE, Family, Layout, why_not_sizes
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import activate, affine_of
 from fastconv.kernels.jit.walk import in_elements, phase_walk
 from fastconv.kernels.launch.launch import Launch, Launches
@@ -258,7 +257,7 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
         grid=(tiles * triton.cdiv(k, config["BLOCK_K"]), 1, 1),
         pointers=(
             *(element, element, element if layout.bias else None, *epilogue.pointers),
-            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element, *epilogue.statistics_pointers),
         ),
         scalars=(
             *(problem.batch, *x_size, *y_size, k // vec, *lifted.filter_size[:2], w_stride // vec, strip),
@@ -277,8 +276,7 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
             "ADVANCE": schedule.advance,
             "FIRST": schedule.first,
             "TAPS": schedule.taps,
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "OUTPUTS": outputs,
             "BLOCK_M": config["BLOCK_M"],
             "BLOCK_K": config["BLOCK_K"],
@@ -366,6 +364,10 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
         )
 
     return Candidates(DEPTHWISE, (direction, problem), work, gpu)
+
+
+MAX_ROW = 31  # taps of a filter's row, which are unrolled
+MAX_STRIDE = 8  # of a row, in dgrad: a thread's outputs are a multiple of it
 
 
 def why_not_depthwise(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:

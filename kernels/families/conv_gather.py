@@ -26,7 +26,6 @@ import triton.language as tl
 from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, phase_walk
 from fastconv.kernels.launch.launch import Launch, Launches
@@ -352,7 +351,7 @@ def conv_gather(
         grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]) * splits, groups, 1),
         pointers=(
             *(element, element, element if layout.bias and splits == 1 else None, *epilogue.pointers),
-            *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element if splits == 1 else "*fp32", *epilogue.statistics_pointers),
         ),
         scalars=(
             *(problem.batch, *x_size, c // vec_c, *y_size, k // vec_k, c // pack // vec_g, k // pack // vec_g),
@@ -374,8 +373,7 @@ def conv_gather(
             "FLAT": taps_share_step(problem.taps, c, pack),
             "WIDE": needs_int64((operands[0], x_strides), (operands[1], y_strides)),
             "PRECISION": fp32_precision(problem.dtype),
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K // min(pack, 2)),
             **tile,
         },

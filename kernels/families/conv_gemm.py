@@ -22,7 +22,6 @@ import triton.language as tl
 from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_bulk_copies
 from fastconv.kernels.families.splits import conv_finish_kernel, split_sum, split_sum_kernel, sum_splits_with_epilogue
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.launch.descriptor import ALIGNMENT, LINE, Descriptor, pitch
 from fastconv.kernels.launch.launch import Launch, Launches
@@ -184,7 +183,7 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
         grid=(k_tiles * (walkers(problem, tiles, k_tiles, config, gpu) if stays else tiles * splits), 1, 1),
         pointers=(
             *(x, w, element if layout.bias and splits == 1 else None, *epilogue.pointers),
-            *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element if splits == 1 else "*fp32", *epilogue.statistics_pointers),
         ),
         scalars=(pixels, c, k // vec, splits, *epilogue.scalars),
         constants={
@@ -194,8 +193,7 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
             "SPLIT": splits > 1,
             "WIDE": pixels * k > INT32_MAX,
             "PRECISION": fp32_precision(problem.dtype),
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "PART_K": k_block if epilogue == PLAIN else min(k_block, PART_K),
             **tile,
         },

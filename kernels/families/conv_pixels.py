@@ -44,7 +44,6 @@ from fastconv.kernels.families.family import (
     why_not_bulk_copies,
     why_not_groups,
 )
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.boxes import apply_epilogue_to_pixels, has_parities, pixel_view, read_pixels
 from fastconv.kernels.jit.walk import taps_in_image
 from fastconv.kernels.launch.descriptor import Descriptor, bulk, pitch
@@ -279,7 +278,7 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
             *epilogue.pointers[:-1],
             y if epilogue.residual else None,
             y,
-            *("*fp32" if epilogue.statistics else None,) * 3,
+            *epilogue.statistics_pointers,
         ),
         scalars=(
             *(problem.batch, *x_shape[2:], c, *y_shape[2:], k, *lifted.filter_size),
@@ -293,8 +292,7 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
             "ROW": pairs,
             "SUMS": sums_of(config),
             "PRECISION": fp32_precision(problem.dtype),
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "BLOCK_C": block_c,

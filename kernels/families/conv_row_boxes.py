@@ -32,7 +32,6 @@ from fastconv.kernels.families.row_form import (
     row_form,
     weight_as_runs,
 )
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.boxes import apply_epilogue_to_pixels, pixel_view
 from fastconv.kernels.jit.walk import taps_in_image
 from fastconv.kernels.launch.descriptor import ALIGNMENT, Descriptor, bulk
@@ -207,7 +206,7 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
         grid=(pixels * triton.cdiv(k, block_k), 1, 1),
         pointers=(
             *(x, w, element if layout.bias else None, *epilogue.pointers[:-1]),
-            *(y if epilogue.residual else None, y, *("*fp32" if epilogue.statistics else None,) * 3),
+            *(y if epilogue.residual else None, y, *epilogue.statistics_pointers),
         ),
         scalars=(
             *(n, *size[:2], *outputs, k, *lifted.filter_size[:2]),
@@ -220,8 +219,7 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
             "COLUMNS": columns,
             "RUN": run,
             "EXACT": columns == 1 and window == run,
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         },

@@ -35,7 +35,6 @@ from fastconv.kernels.families.row_form import (
     row_taps,
     weight_as_runs,
 )
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import PART_K, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
@@ -214,7 +213,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
         grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]), 1, 1),
         pointers=(
             *(element, element, element if layout.bias else None, *epilogue.pointers),
-            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element, *epilogue.statistics_pointers),
         ),
         scalars=(
             *row_scalars(problem, form, x_strides, vec_k),
@@ -232,8 +231,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
             "EXACT": form.columns == 1 and used == window,
             "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, y_strides)),
             "PRECISION": fp32_precision(problem.dtype),
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             # A run's outputs become rows; with half of the columns at once no compiler spills.
             "PART_K": min(tile["BLOCK_K"], PART_K // (2 * form.columns)),
             **tile,

@@ -22,7 +22,6 @@ from fastconv.kernels.families.conv_gather import gather_candidates
 from fastconv.kernels.families.conv_gemm import GEMM_TILES
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, named_family, why_not_bulk_copies
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, phase_walk, taps_in_image
 from fastconv.kernels.launch.descriptor import ALIGNMENT, LINE, Descriptor, pitch
@@ -227,7 +226,7 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
         grid=(tiles * triton.cdiv(k, k_block) * splits, 1, 1),
         pointers=(
             *(x, weight, element if layout.bias and splits == 1 else None, *epilogue.pointers),
-            *(element if splits == 1 else "*fp32", *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element if splits == 1 else "*fp32", *epilogue.statistics_pointers),
         ),
         scalars=(
             *(n, d, h, w, c, *y_size, k // vec, *lifted.filter_size, splits),
@@ -242,8 +241,7 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
             "SPLIT": splits > 1,
             "WIDE": needs_int64((y_shape, y_strides)),
             "PRECISION": fp32_precision(problem.dtype),
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "PART_K": k_block if epilogue == PLAIN else min(k_block, PART_K),
             **tile,
         },

@@ -10,11 +10,6 @@ import triton.language as tl
 
 from fastconv.kernels.problem.conv import ConvProblem
 
-MAX_ROW = 31  # taps of a filter's row: they are unrolled
-WGRAD_ROW = 8  # taps of a row that a program of wgrad takes: it has accumulators for each
-MAX_STRIDE = 8  # along a row, in dgrad, where a thread's outputs are a multiple of it
-STRIP = 4  # groups of neighbours that a program takes along a row before it goes on to the next row
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -71,10 +66,16 @@ def blocks(m, strip, groups, P):
     return m % strips * strip + group, p, m // strips
 
 
+WGRAD_ROW = 8  # taps of a row that a program of wgrad takes: it has accumulators for each
+
+
 def row_schedule(direction: str, problem: ConvProblem, outputs: int) -> Schedule:
     """The schedule of ``outputs`` neighbours and a filter's row, in wgrad the part of it that a program takes."""
     taps = min(problem.filter_size[-1], WGRAD_ROW) if direction == "wgrad" else problem.filter_size[-1]
     return schedule(outputs, taps, problem.stride[-1], problem.padding[-1], problem.dilation[-1], direction == "dgrad")
+
+
+STRIP = 4  # groups of neighbours that a program takes along a row before it goes on to the next row
 
 
 def strips(size: int, outputs: int) -> tuple[int, int]:

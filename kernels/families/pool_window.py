@@ -79,6 +79,53 @@ def winner_of(acc, best):
     return tl.where(nan >= 0, float("nan"), highest), tl.where(nan >= 0, nan, first)
 
 
+@triton.jit
+def raised(x, inside, exponent, sign, NORM: tl.constexpr):
+    """What an lp norm sums for x: a power of it, 0 outside; without a norm x itself."""
+    if NORM == 2:
+        x *= x
+    elif NORM == 3:
+        x = tl.where(inside, power(x, exponent, sign), 0.0)
+    return x
+
+
+@triton.jit
+def root_of(acc, root, root_sign, NORM: tl.constexpr):
+    """The lp norm whose sum of powers is ``acc``."""
+    if NORM == 2:
+        acc = tl.sqrt_rn(acc)
+    elif NORM == 3:
+        acc = power(acc, root, root_sign)
+    return acc
+
+
+@triton.jit
+def scale_of(
+    count, p, H, P, stride, padding, taps, scale,
+    ADAPTIVE: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    INCLUDE_PADDING: tl.constexpr,
+):  # fmt: skip
+    """The factor of window ``p``'s sum; ``count``: its pixels along the other axes."""
+    if UNIFORM:
+        return scale
+    else:
+        # Rows past the last have windows without pixels, which count as one.
+        count *= extent(p, H, P, stride, padding, taps, ADAPTIVE, INCLUDE_PADDING)
+        return scale / tl.maximum(count, 1).to(tl.float32)
+
+
+@triton.jit
+def put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE: tl.constexpr):
+    """Store one output of each row in a dense [N, O, P, Q, C] tensor whose ``line`` is (n, o, p)."""
+    if WIDE:
+        line = line.to(tl.int64)
+    out = (line * Q + q) * C + c
+    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if index_ptr is not None:
+        tl.store(index_ptr + out, best.to(index_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=[
         *("M", "C", "D", "H", "W", "O", "P", "Q", "x_n", "x_d", "x_h", "x_w", "taps_d", "taps_h", "taps_w"),
@@ -237,53 +284,6 @@ def pool_kernel(
         put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE)
 
 
-@triton.jit
-def raised(x, inside, exponent, sign, NORM: tl.constexpr):
-    """What an lp norm sums for x: a power of it, 0 outside; without a norm x itself."""
-    if NORM == 2:
-        x *= x
-    elif NORM == 3:
-        x = tl.where(inside, power(x, exponent, sign), 0.0)
-    return x
-
-
-@triton.jit
-def root_of(acc, root, root_sign, NORM: tl.constexpr):
-    """The lp norm whose sum of powers is ``acc``."""
-    if NORM == 2:
-        acc = tl.sqrt_rn(acc)
-    elif NORM == 3:
-        acc = power(acc, root, root_sign)
-    return acc
-
-
-@triton.jit
-def scale_of(
-    count, p, H, P, stride, padding, taps, scale,
-    ADAPTIVE: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    INCLUDE_PADDING: tl.constexpr,
-):  # fmt: skip
-    """The factor of window ``p``'s sum; ``count``: its pixels along the other axes."""
-    if UNIFORM:
-        return scale
-    else:
-        # Rows past the last have windows without pixels, which count as one.
-        count *= extent(p, H, P, stride, padding, taps, ADAPTIVE, INCLUDE_PADDING)
-        return scale / tl.maximum(count, 1).to(tl.float32)
-
-
-@triton.jit
-def put(y_ptr, index_ptr, acc, best, line, q, c, Q, C, mask, WIDE: tl.constexpr):
-    """Store one output of each row in a dense [N, O, P, Q, C] tensor whose ``line`` is (n, o, p)."""
-    if WIDE:
-        line = line.to(tl.int64)
-    out = (line * Q + q) * C + c
-    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    if index_ptr is not None:
-        tl.store(index_ptr + out, best.to(index_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["splits", "size"])
 def pool_combine_kernel(
     partial_ptr,  # [splits, size], fp32
@@ -380,6 +380,11 @@ def pool_forward(direction: str, problem: PoolProblem, config: Config, gpu: Gpu,
         num_stages=config["num_stages"],
     )
     return first, combine
+
+
+def plane_strides(problem: PoolProblem, size: tuple[int, ...], layout: Layout) -> Strides:
+    """The pixel strides of an operand [N, C, *size] of a pool."""
+    return layout.source_strides or dense_strides((problem.batch, problem.channels, *(1,) * (3 - problem.rank), *size))
 
 
 def whole_image(view: PoolProblem, strides: Strides) -> int | None:
@@ -480,11 +485,6 @@ def why_not_pool(direction: str, problem: PoolProblem, gpu: Gpu, layout: Layout)
     ):
         return "an adaptive axis whose sizes multiply to more than 2^31"
     return why_not_dtype(problem.dtype)
-
-
-def plane_strides(problem: PoolProblem, size: tuple[int, ...], layout: Layout) -> Strides:
-    """The pixel strides of an operand [N, C, *size] of a pool."""
-    return layout.source_strides or dense_strides((problem.batch, problem.channels, *(1,) * (3 - problem.rank), *size))
 
 
 FAMILY = Family("pool", why_not_pool, _candidates, pool_forward)

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.jit.epilogue import Epilogue, apply_epilogue
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
@@ -101,14 +100,13 @@ def sum_splits_with_epilogue(
         grid=(tiles * triton.cdiv(channels, block_k), 1, 1),
         pointers=(
             *("*fp32", element if bias else None, *epilogue.pointers),
-            *(element, *("*fp32" if epilogue.statistics else None,) * 3),
+            *(element, *epilogue.statistics_pointers),
         ),
         scalars=(pixels, channels // vec, splits, *epilogue.scalars),
         constants={
             "VEC": vec,
             "WIDE": pixels * channels > INT32_MAX,
-            "ACT": ACTIVATIONS[epilogue.act].forward,
-            "RESIDUAL_AFTER": epilogue.residual_after,
+            **epilogue.constants,
             "BLOCK_M": block_m,
             "BLOCK_K": block_k,
         },

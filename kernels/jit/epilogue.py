@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.problem.layout import POINTER_TYPES
 
 # Columns that an epilogue takes at a time: with 32 a thread needs no more registers than for the product.
@@ -147,8 +149,16 @@ class Epilogue:
         return self.mean, self.var, self.gamma, self.beta, self.slope, self.residual
 
     @property
+    def statistics_pointers(self) -> tuple[str | None, ...]:
+        return ("*fp32" if self.statistics else None,) * 3
+
+    @property
     def scalars(self) -> tuple[float, float, float]:
         return self.eps, self.a, self.b
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"ACT": ACTIVATIONS[self.act].forward, "RESIDUAL_AFTER": self.residual_after}
 
 
 PLAIN = Epilogue()

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from fastconv.autotune import Config, Gpu
 from fastconv.kernels.families import batch_norm as family
-from fastconv.kernels.families.batch_norm import MAX_PARTIALS, Activated, Pass, Types, pass_tile
+from fastconv.kernels.families.batch_norm import Activated, Pass, Types, pass_tile
 from fastconv.kernels.jit.epilogue import check_operands
 from fastconv.kernels.launch.launch import Launch, run
 from fastconv.kernels.ops.call import Operands, Prepared, Sizes, prepare_and_run, prepared, workspace
 from fastconv.kernels.problem.layout import dense_copy, pointer_type, strides_like
+
+MAX_PARTIALS = 256  # with more, statistics are combined by a tree of two levels
 
 
 def combine_statistics(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
