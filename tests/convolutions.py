@@ -1,23 +1,25 @@
-"""Convolution problems with their references, as the tests of every kernel family that serves them use them."""
+"""Convolution problems with their references, and the checks that tests of kernel families share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import pytest
 import torch
 
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch.launch import LaunchRecord, record
-from fastconv.kernels.ops import conv
+from fastconv.kernels.ops import call, conv
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 from fastconv.kernels.problem.layout import strides_like
 from fastconv.reference.conv import both_sides, pad_argument
 from reference import assert_close, assert_equal, exact_limit, integers
 from tests.marks import DEVICE
 
-# What `expected` and `computed` give.
+# The results that `expected` gives, and `computed` on demand.
 RESULTS = (*DIRECTIONS, "bias gradient")
 
 
@@ -68,22 +70,28 @@ def expected(problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: to
 
 
 def computed(
-    problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, channels_last: bool = True
+    problem: ConvProblem,
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool = True,
+    results: Sequence[str] = RESULTS,
 ) -> tuple[torch.Tensor, ...]:
-    """The same four by our kernels, from tensors in either memory format."""
+    """The ``results`` by our kernels, from tensors in either memory format."""
 
     def operand(t: torch.Tensor) -> torch.Tensor:
         t = t.to(problem.dtype).to(DEVICE)
         return t.new_empty_strided(t.shape, strides_like(t.shape, channels_last)).copy_(t)
 
     x, dy, weight = map(operand, (x, dy, weight))
-    _, padding, *rest = arguments = problem.stride, problem.padding, problem.dilation, problem.groups
-    return (
-        conv.conv_fprop(x, weight, None, problem.stride, padding + trailing(problem), *rest),
-        conv.conv_dgrad(dy, weight, None, problem.input_size, *arguments, channels_last),
-        conv.conv_wgrad(x, dy, problem.filter_size, *arguments, channels_last),
-        conv.channel_sum(dy),
-    )
+    stride, padding, *rest = arguments = problem.stride, problem.padding, problem.dilation, problem.groups
+    each = {
+        "fprop": lambda: conv.conv_fprop(x, weight, None, stride, padding + trailing(problem), *rest),
+        "dgrad": lambda: conv.conv_dgrad(dy, weight, None, problem.input_size, *arguments, channels_last),
+        "wgrad": lambda: conv.conv_wgrad(x, dy, problem.filter_size, *arguments, channels_last),
+        "bias gradient": lambda: conv.channel_sum(dy),
+    }
+    return tuple(each[name]() for name in results)
 
 
 def depths(problem: ConvProblem) -> tuple[int, int, int, int]:
@@ -96,36 +104,83 @@ _FAMILIES = ("conv_rows", "conv_depthwise", "conv_pixels", "conv_gemm", "conv_sp
 
 
 def products_of(records: Iterable[LaunchRecord]) -> list[str]:
-    """The kernels launched, a convolution's by the gather's name whichever family served it, its weight's packing left
-    out."""
+    """The kernels launched, without those that lay out a weight; a convolution's has the gather's name, whichever
+    family served it."""
     names = [record.name for record in records if record.name != "conv_rows_weight_kernel"]
     for family in _FAMILIES:
         names = [name.replace(f"{family}_wgrad", "conv_wgrad").replace(family, "conv_gather") for name in names]
     return names
 
 
-def check_exact(problem: ConvProblem, channels_last: bool) -> list[LaunchRecord]:
-    """All four on integers, bit for bit; the launches that they took."""
-    limit = exact_limit(problem.dtype, max(depths(problem)))
+def exact_operands(problem: ConvProblem, results: Sequence[str] = RESULTS) -> list[torch.Tensor]:
+    """x, dy and weight in fp64: integers whose sums for the ``results`` are exact."""
+    each = dict(zip(RESULTS, depths(problem), strict=True))
+    limit, generator = exact_limit(problem.dtype, max(each[name] for name in results)), torch.Generator().manual_seed(0)
+    return [integers(shape, limit, generator) for shape in _shapes(problem)]
+
+
+def random_operands(problem: ConvProblem) -> list[torch.Tensor]:
+    """x, dy and weight in fp64: values of the problem's dtype."""
     generator = torch.Generator().manual_seed(0)
-    shapes = problem.input_shape, problem.output_shape, problem.weight_shape
-    operands = [integers(shape, limit, generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(problem.dtype).double() for shape in _shapes(problem)]
+
+
+def _shapes(problem: ConvProblem) -> tuple[tuple[int, ...], ...]:
+    return problem.input_shape, problem.output_shape, problem.weight_shape
+
+
+def check_exact(
+    problem: ConvProblem, channels_last: bool = True, results: Sequence[str] = RESULTS, beside: str | None = None
+) -> list[LaunchRecord]:
+    """The ``results`` on integers, bit for bit, and as the family ``beside`` computes them; the launches that they
+    took."""
+    operands = exact_operands(problem, results)
     with record() as records:
-        values = computed(problem, *operands, channels_last)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+        values = computed(problem, *operands, channels_last, results)
+    references = dict(zip(RESULTS, expected(problem, *operands), strict=True))
+    for name, value in zip(results, values, strict=True):
+        assert_equal(value, references[name], f"{name} of {problem.describe()}")
+    if beside is not None:
+        with dispatch.only_family(beside):
+            others = computed(problem, *operands, channels_last, results)
+        for name, value, other in zip(results, values, others, strict=True):
+            assert torch.equal(value, other) and value.stride() == other.stride(), f"{name} by {beside}"
     return records
 
 
-def check_random(problem: ConvProblem) -> None:
-    """All four on random values, within the roundings of their sums."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = problem.input_shape, problem.output_shape, problem.weight_shape
-    operands = [torch.randn(shape, generator=generator).to(problem.dtype).double() for shape in shapes]
+def check_infinities(
+    problem: ConvProblem, operands: Sequence[torch.Tensor], results: Sequence[str] = RESULTS
+) -> list[LaunchRecord]:
+    """The ``results`` of integers among which are infinities or NaN, which reach only what meets them; the launches."""
+    with record() as records:
+        values = computed(problem, *operands, results=results)
+    references = dict(zip(RESULTS, expected(problem, *operands), strict=True))
+    for name, value in zip(results, values, strict=True):
+        value, reference = value.double().cpu(), references[name].to(problem.dtype).double()
+        assert torch.equal(value.isnan(), reference.isnan()), name
+        assert torch.equal(value.nan_to_num(0, 1e9, -1e9), reference.nan_to_num(0, 1e9, -1e9)), name
+    return records
+
+
+def check_wide_offsets(
+    monkeypatch: pytest.MonkeyPatch, problem: ConvProblem, modules: Iterable[Any], results: Sequence[str] = RESULTS
+) -> None:
+    """64-bit offsets, asked for in the families' ``modules``, give the same."""
+    for module in modules:
+        monkeypatch.setattr(module, "needs_int64", lambda *operands: True)
+    monkeypatch.setattr(call, "_calls", {})
+    records = check_exact(problem, results=results)
+    products = [it.launch.constants for it in records if "WIDE" in it.launch.constants]
+    assert products and all(constants["WIDE"] for constants in products)
+
+
+def check_random(problem: ConvProblem, results: Sequence[str] = RESULTS) -> None:
+    """The ``results`` on random values, within the roundings of their sums."""
+    operands = random_operands(problem)
     magnitudes = expected(problem, *(operand.abs() for operand in operands))
-    for name, value, reference, magnitude, depth in zip(
-        RESULTS, computed(problem, *operands), expected(problem, *operands), magnitudes, depths(problem), strict=True
-    ):
+    each = dict(zip(RESULTS, zip(expected(problem, *operands), magnitudes, depths(problem), strict=True), strict=True))
+    for name, value in zip(results, computed(problem, *operands, results=results), strict=True):
+        reference, magnitude, depth = each[name]
         # The GPU's default for fp32 is TF32, as PyTorch's is: operands of a matrix product keep 10 bits of fraction.
         tf32 = 0.0
         if problem.dtype is torch.float32 and DEVICE == "cuda" and name in DIRECTIONS:
@@ -136,9 +191,9 @@ def check_random(problem: ConvProblem) -> None:
 
 @cache
 def of_networks(networks: tuple[str, ...], batches: tuple[int, ...]) -> tuple[tuple[ConvProblem, bool], ...]:
-    """The distinct convolutions of the layer lists of that name, in bf16, each with whether it has a bias. A transposed
-    one is the problem whose dgrad it is, which has none."""
-    # Not at the top: what reads lists needs the packages of the command line.
+    """(problem in bf16, whether it has a bias) of each distinct convolution of the named lists; a transposed one is
+    the problem whose dgrad it is, without a bias."""
+    # Imported here because reading lists needs the command line's packages.
     from fastconv.benchmarks.layer_lists import find
 
     calls = [call for network in networks for call in find(network).calls if not call.pool]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from convolutions import DEVICE, Case, depths, expected, trailing
+from convolutions import DEVICE, Case, check_exact, check_random, check_wide_offsets
 from fastconv.autotune import Config, gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_spatial
@@ -17,8 +16,8 @@ from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import strides_like
-from reference import assert_close, assert_equal, exact_limit, integers
+from reference import assert_equal, integers
+from tests.fused_layers import fused_layer
 from tests.tiles import take_tile
 
 pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
@@ -61,32 +60,8 @@ CASES = (
 )
 
 
-def _operands(problem: ConvProblem, generator: torch.Generator | None = None) -> list[torch.Tensor]:
-    """x, dy and weight: integers whose sums are exact, or random values."""
-    shapes = problem.input_shape, problem.output_shape, problem.weight_shape
-    if generator is not None:
-        return [torch.randn(shape, generator=generator).to(problem.dtype).double() for shape in shapes]
-    limit, generator = exact_limit(problem.dtype, max(depths(problem)[:2])), torch.Generator().manual_seed(0)
-    return [integers(shape, limit, generator) for shape in shapes]
-
-
-def _computed(
-    problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, last: bool = True
-) -> tuple:
-    def operand(t: torch.Tensor) -> torch.Tensor:
-        t = t.to(problem.dtype).to(DEVICE)
-        return t.new_empty_strided(t.shape, strides_like(t.shape, last)).copy_(t)
-
-    x, dy, weight = map(operand, (x, dy, weight))
-    rest = problem.dilation, problem.groups
-    return (
-        conv.conv_fprop(x, weight, None, problem.stride, problem.padding + trailing(problem), *rest),
-        conv.conv_dgrad(dy, weight, None, problem.input_size, problem.stride, problem.padding, *rest, last),
-    )
-
-
 def name_tile(monkeypatch: pytest.MonkeyPatch, rows: int, block_m: int, block_k: int = 32, splits: int = 1) -> None:
-    """Of strided rows a copy takes one."""
+    """A copy takes one row of strided ones."""
 
     def chosen(features: tuple[str, ConvProblem, str]) -> Config:
         direction, problem, _ = features
@@ -101,17 +76,11 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, rows: int, block_m: int, block_k:
 def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
     index = CASES.index(case)
     problem = case.problem(HALVES[index % 2])
-    operands = _operands(problem)
     rows, block_m = ((1, 16), (4, 16), (8, 64), (1, 64))[index % 4]
     name_tile(monkeypatch, rows, block_m)
     # Every third case in the plain format, whose edges are copies.
-    with record() as records, dispatch.only_family("spatial"):
-        values = _computed(problem, *operands, index % 3 > 0)
-    with dispatch.only_family("gather"):
-        others = _computed(problem, *operands, index % 3 > 0)
-    for name, value, reference, other in zip(BOTH, values, expected(problem, *operands), others, strict=False):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
-        assert torch.equal(value, other), f"{name} by the gather"
+    with dispatch.only_family("spatial"):
+        records = check_exact(problem, index % 3 > 0, BOTH, beside="gather")
     assert [r.name for r in records] == ["conv_spatial_kernel"] * 2
     for direction in BOTH:
         record_property("problem", ("spatial", direction, case.name))
@@ -129,12 +98,7 @@ def test_each_direction_has_fifty_problems(direction: str) -> None:
 def test_random_values_within_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = case.problem(HALVES[CASES.index(case) % 2])
     name_tile(monkeypatch, 4, 32)
-    operands = _operands(problem, torch.Generator().manual_seed(0))
-    magnitudes = expected(problem, *(operand.abs() for operand in operands))
-    for name, value, reference, magnitude, depth in zip(
-        BOTH, _computed(problem, *operands), expected(problem, *operands), magnitudes, depths(problem), strict=False
-    ):
-        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}")
+    check_random(problem, BOTH)
 
 
 def test_tiles_as_they_are_chosen() -> None:
@@ -162,22 +126,15 @@ def test_splits_and_tails(case: Case, splits: int, monkeypatch: pytest.MonkeyPat
     """Splits that have no step, tails of rows, columns and both channels, a phase without a tap."""
     name_tile(monkeypatch, 2, 32, 32, splits)
     problem = case.problem(torch.bfloat16)
-    operands = _operands(problem)
-    with record() as records, dispatch.only_family("spatial"):
-        values = _computed(problem, *operands)
-    for name, value, reference in zip(BOTH, values, expected(problem, *operands), strict=False):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    with dispatch.only_family("spatial"):
+        records = check_exact(problem, results=BOTH)
     assert [r.name for r in records] == ["conv_spatial_kernel", "conv_finish_kernel"] * 2
 
 
 def test_fp32_goes_by_tf32_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     name_tile(monkeypatch, 2, 16)
     problem = Case("", 2, 20, 24, (4, 6), (3, 3), (1, 2), (1, 1)).problem()
-    operands = _operands(problem)
-    with record() as records:
-        values = _computed(problem, *operands)
-    for name, value, reference in zip(BOTH, values, expected(problem, *operands), strict=False):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    records = check_exact(problem, results=BOTH)
     assert [r.name for r in records] == ["conv_spatial_kernel", "conv_gather_kernel"]
 
 
@@ -222,37 +179,14 @@ def test_every_activation(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bias, batch norm, residual before and after; the gather's epilogue is the same, and so is its result."""
     index = list(ACTIVATIONS).index(act)
     name_tile(monkeypatch, (1, 4)[index // 2 % 2], 32, splits=1 + index % 5 // 4)
-    generator = torch.Generator().manual_seed(0)
     transposed, after = index % 2 == 1, index % 3 == 0
-    x = torch.randn(2, 24, 5, 6, generator=generator).half()
-    weight = (torch.randn(40, 24, 3, 3, generator=generator) / math.sqrt(9 * 24)).half()
-    bias, mean, gamma, beta, slope = torch.randn(5, 40, generator=generator).unbind()
-    var, bias = torch.rand(40, generator=generator) + 0.5, bias.half()
-    a, b = {"hardtanh": (-0.5, 1.5), "leaky_relu": (0.1, 0.0), "elu": (1.2, 0.0), "softplus": (1.0, 20.0)}.get(
-        act, (0.0, 0.0)
-    )
-    function = torch.conv_transpose2d if transposed else torch.conv2d
-    w = weight.transpose(0, 1).contiguous() if transposed else weight
-    exact = function(x.double(), w.double(), bias.double(), 2, 1)
-    residual = torch.randn(exact.shape, generator=generator).half()
-    normal = torch.batch_norm(exact, *(t.double() for t in (gamma, beta, mean, var)), False, 0.0, 1e-5, False)
-    torch_act = ACTIVATIONS[act].torch
-    parameter = slope.double() if act == "prelu" else a
-    reference = torch_act(normal + (0 if after else residual), parameter, b) + (residual if after else 0)
-    on = [t.to(DEVICE) for t in (x, w, bias, mean, var, gamma, beta)]
-    added = residual.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    layer = fused_layer((2, 24, 5, 6), 40, (3, 3), torch.float16, transposed=transposed, stride=(2, 2), padding=(1, 1))
     values = []
     for family in ("spatial", "gather"):
         with dispatch.only_family(family):
-            values.append(
-                conv.conv_act(
-                    *(*on[:3], tuple(on[3:]), slope.to(DEVICE) if act == "prelu" else None, added),
-                    *(exact.shape[2:] if transposed else None, (2, 2), (1, 1) if transposed else (1,) * 4, (1, 1), 1),
-                    *(1e-5, act, a, b, after),
-                ).cpu()
-            )
-    torch.testing.assert_close(values[0].double(), reference, rtol=3e-3, atol=3e-3)
-    torch.testing.assert_close(values[0], values[1], rtol=1e-3, atol=1e-3)
+            values.append(layer.computed(act, after))
+    torch.testing.assert_close(values[0].double(), layer.expected(act, after), rtol=3e-3, atol=3e-3)
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -260,29 +194,16 @@ def test_every_activation(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_statistics_count_no_pixel_outside(rows: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rectangles reach past the image, and phases have unlike numbers of pixels."""
     name_tile(monkeypatch, rows, 32, 64, splits)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 24, 5, 6, generator=generator).half().to(DEVICE)
-    weight = (torch.randn(40, 24, 3, 3, generator=generator) / math.sqrt(9 * 24)).half().to(DEVICE)
-    bias = 3 * torch.randn(40, generator=generator).half().to(DEVICE)
-    for output_size, stride in ((None, 1), (None, 2), ((9, 11), 2)):
-        w = weight if output_size is None else weight.transpose(0, 1).contiguous()
-        padding = (1,) * (4 if output_size is None else 2)
+    for transposed, stride in ((False, 1), (False, 2), (True, 2)):
+        layer = fused_layer(
+            (2, 24, 5, 6), 40, (3, 3), torch.float16, transposed=transposed, stride=(stride,) * 2, padding=(1, 1)
+        )
         with dispatch.only_family("spatial"):
-            y, mean, var = conv.conv_statistics(x, w, bias, output_size, (stride,) * 2, padding, (1, 1), 1)
-        function = torch.conv2d if output_size is None else torch.conv_transpose2d
-        exact = function(x.double().cpu(), w.double().cpu(), bias.double().cpu(), stride, 1)
-        true_var, true_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
-        torch.testing.assert_close(y.cpu().double(), exact, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(mean.cpu().double(), true_mean, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(var.cpu().double(), true_var, rtol=1e-4, atol=1e-4)
+            layer.check_statistics(2e-3, 1e-4)
 
 
 def test_wide_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     name_tile(monkeypatch, 4, 16)
     problem = Case("", 2, 16, 24, (5, 4), (3, 3), (1, 2), (1, 1)).problem(torch.bfloat16)
-    operands = _operands(problem)
-    monkeypatch.setitem(conv_spatial.conv_spatial.__globals__, "wide", lambda *operands: True)
     with dispatch.only_family("spatial"):
-        values = _computed(problem, *operands)
-    for name, value, reference in zip(BOTH, values, expected(problem, *operands), strict=False):
-        assert_equal(value, reference, name)
+        check_wide_offsets(monkeypatch, problem, [conv_spatial], BOTH)
