@@ -7,7 +7,6 @@ order exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,20 +14,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastconv.autograd.operators import Function, call_kernel, operator, tracked
+from fastconv.autograd.operators import Function, call_kernel, fall_back, operator, tracked
+from fastconv.kernels.launch.launch import Uncovered
 from fastconv.kernels.ops import conv as conv_ops
 from fastconv.kernels.problem.conv import conv_problem
 from fastconv.kernels.problem.layout import is_channels_last, strides_like, weight_format, weight_strides
 from fastconv.reference import conv as conv_reference
 from fastconv.reference.conv import both_sides
 
-_call = partial(call_kernel, conv_ops, conv_reference)
-
-# The operators' implementations; their schemas, below, hold the types.
+# The operators' implementations; their schemas, below, hold the types. The three directions do without `call_kernel`,
+# whose frame would be a part of every warm call's time.
 
 
 def fprop(x, weight, bias, stride, padding, dilation, groups):
-    return _call("conv_fprop", x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    try:
+        return conv_ops.conv_fprop(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    except Uncovered as reason:
+        fall_back("conv_fprop", reason)
+    return conv_reference.conv_fprop(x, weight, bias, stride, padding, dilation, groups)
 
 
 def fprop_fake(x, weight, bias, stride, padding, dilation, groups):
@@ -42,7 +45,11 @@ def fprop_fake(x, weight, bias, stride, padding, dilation, groups):
 
 def dgrad(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
     arguments = tuple(input_size), tuple(stride), tuple(padding), tuple(dilation), groups, channels_last
-    return _call("conv_dgrad", dy, weight, bias, *arguments)
+    try:
+        return conv_ops.conv_dgrad(dy, weight, bias, *arguments)
+    except Uncovered as reason:
+        fall_back("conv_dgrad", reason)
+    return conv_reference.conv_dgrad(dy, weight, bias, *arguments)
 
 
 def dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
@@ -53,7 +60,11 @@ def dgrad_fake(dy, weight, bias, input_size, stride, padding, dilation, groups, 
 
 def _wgrad(x, dy, filter_size, stride, padding, dilation, groups, format):
     arguments = tuple(filter_size), tuple(stride), tuple(padding), tuple(dilation), groups, format
-    return _call("conv_wgrad", x, dy, *arguments)
+    try:
+        return conv_ops.conv_wgrad(x, dy, *arguments)
+    except Uncovered as reason:
+        fall_back("conv_wgrad", reason)
+    return conv_reference.conv_wgrad(x, dy, *arguments)
 
 
 def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
@@ -62,7 +73,7 @@ def _wgrad_fake(x, dy, filter_size, stride, padding, dilation, groups, format):
 
 
 def _channel_sum(x):
-    return _call("channel_sum", x)
+    return call_kernel(conv_ops, conv_reference, "channel_sum", x)
 
 
 def _channel_sum_fake(x):

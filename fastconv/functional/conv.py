@@ -116,7 +116,11 @@ def _conv(rank: int, ours: Any, x: Tensor, weight: Tensor, bias: Tensor | None, 
     if x.dim() != rank + 2 or weight.dim() != rank + 2:
         check_ranks(ours.__name__, rank, x, weight)
     stride, dilation = expand("stride", stride, rank), expand("dilation", dilation, rank)
-    padding = padding_sides(padding, weight.shape[2:], stride, dilation)
+    # Only a name asks for the filter's size.
+    if isinstance(padding, str):
+        padding = padding_sides(padding, weight.shape[2:], stride, dilation)
+    else:
+        padding = expand("padding", padding, rank) * 2
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dim() == rank + 1:
