@@ -1,7 +1,5 @@
 """What tests that compile for GPUs which are not here share: their marks, and what is wrong with any binary."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """What every test shares: who needs a GPU, and the table of problems per kernel family that a run ends with."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Convolution problems with their references, and the checks that tests of kernel families share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache

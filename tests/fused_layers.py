@@ -1,7 +1,5 @@
 """Random convolutions with epilogues and statistics: by our kernels, and by PyTorch in fp64."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Small models to fuse, one step of each, and what a step gives."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

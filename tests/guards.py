@@ -1,7 +1,5 @@
 """What launchers allocate holds nothing that could pass for a result, and kernels touch nothing but their operands."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

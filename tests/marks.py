@@ -1,7 +1,5 @@
 """Who runs a test: the interpreter or a GPU, on which device, and who cannot."""
 
-from __future__ import annotations
-
 import pytest
 
 from fastconv.kernels.launch.interpreter import interpreting

@@ -1,7 +1,5 @@
 """Fused calls noted, and made of PyTorch's own operators: what is compared then is which are made, when, with what."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

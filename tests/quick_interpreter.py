@@ -5,8 +5,6 @@ hundred scalars and tiles of a kernel's step. Here it does so once for each pair
 computes with the data.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import types

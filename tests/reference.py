@@ -1,7 +1,5 @@
 """What the tests of every operator share: exact integers, references in fp64, bounds from dtype and reduction depth."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Tiles that a test names, whatever would be chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

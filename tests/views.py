@@ -1,7 +1,5 @@
 """Tensors that lie in memory as no dense one does, of a tensor's values or of some of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

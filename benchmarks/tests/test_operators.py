@@ -4,8 +4,6 @@ A GPU gets the networks' sizes. Under ``TRITON_INTERPRET=1`` tiny cases run once
 their times mean nothing. Nothing wrong is timed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fused calls noted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

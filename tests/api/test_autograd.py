@@ -3,8 +3,6 @@
 Converted models against torch.nn's in fp64, where torch.nn's run; ours raise if those raise.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

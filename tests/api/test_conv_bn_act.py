@@ -4,8 +4,6 @@ Inputs and weights are small integers, so that the convolution's result is exact
 batch norm, activation and gradients, not which side of a ReLU's kink a rounded value fell on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

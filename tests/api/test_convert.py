@@ -1,7 +1,5 @@
 """convert, revert and report: what is swapped, what is left and why, and that a converted model is the same model."""
 
-from __future__ import annotations
-
 import copy
 import io
 import re

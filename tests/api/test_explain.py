@@ -1,7 +1,5 @@
 """explain: what it names is what runs, PyTorch's share has its reasons, and the model is left as it was."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

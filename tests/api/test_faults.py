@@ -1,8 +1,6 @@
 """What goes wrong around a computation: launches that fail, no memory, damaged or unwritable caches, GPUs that are none
 of ours. One clear error or PyTorch's op with one warning; the model's state unharmed; the next call works."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

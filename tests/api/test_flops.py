@@ -1,7 +1,5 @@
 """PyTorch's FLOP counter sees in our operators what it sees in its own convolutions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

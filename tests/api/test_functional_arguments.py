@@ -1,7 +1,5 @@
 """Arguments of every function against PyTorch's: what it takes is taken, what it refuses raises the same type."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

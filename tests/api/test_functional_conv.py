@@ -1,7 +1,5 @@
 """fastconv.functional's convolutions against torch.nn.functional's: results, gradients, formats, errors, work done."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator

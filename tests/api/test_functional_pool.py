@@ -1,7 +1,5 @@
 """fastconv.functional's pools against torch.nn.functional's: results, gradients of two orders, formats, errors."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -3,8 +3,6 @@
 The fused call is replaced by PyTorch's own operators, so that every value here is compared bit for bit.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Real models' fused layers: how many are found, and a block of each kind trained on the kernels against fp64."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

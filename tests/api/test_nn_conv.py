@@ -1,7 +1,5 @@
 """fastconv.nn's convolution layers against torch.nn's: numbers, state, copies, laziness, torch.fx."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import io

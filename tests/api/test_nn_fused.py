@@ -1,7 +1,5 @@
 """ConvBNAct1d to 3d against torch.nn's three layers: numbers, state, what is hooked, replaced, copied."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """fastconv.nn's pools against torch.nn's, and what convert, revert and report make of pools."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """A call that nobody watches goes past PyTorch's dispatcher, and every other through it, to the same result."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

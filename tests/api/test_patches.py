@@ -1,7 +1,5 @@
 """What users replace on torch.nn's classes and in torch.nn.functional: a converted model runs it, as PyTorch would."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The same bits: in another process, in another order, and with numerics="stable" whatever is tuned."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What wins over what among a context, a call, a variable and the default; and who sees it."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Tools of others on a converted model: each gives what it gives of the plain one, or says to revert first."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Bytes counted by hand for a ResNet bottleneck, in units of one narrow activation, against what is counted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

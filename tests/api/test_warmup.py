@@ -1,7 +1,5 @@
 """Compiling what a model will launch before it does: what is found, what a launch looks up, what is said otherwise."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

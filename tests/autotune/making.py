@@ -1,7 +1,5 @@
 """Records and searches that several tests make."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastconv.autotune.gpus import H200

@@ -1,8 +1,6 @@
 """What three networks ask the autotuner on an H200: bf16, batch 32; each distinct convolution in three directions, each
 pool in two, and the sums over pixels that the gradients of a bias and of batch norm are."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

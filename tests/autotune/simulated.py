@@ -6,8 +6,6 @@ its own of 10% that no model knows; each measurement 1.5% of noise, a slow drift
 times too long.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, field
 from math import exp, sin

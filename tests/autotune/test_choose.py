@@ -1,7 +1,5 @@
 """The tile function: declared spaces, a cost model that knows the GPU, one answer per problem."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

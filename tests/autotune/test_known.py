@@ -1,7 +1,5 @@
 """Where a choice comes from: lock file, own measurements, shipped table, nearest problem, cost model; who measures."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """Statistics of the cost model: by hand on small numbers."""
 
-from __future__ import annotations
-
 import pytest
 
 from fastconv.autotune.ranking import fits, rank_correlation, ranks, regret, summary

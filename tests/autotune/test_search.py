@@ -1,7 +1,5 @@
 """The search against simulated GPUs: near the best of the whole space in sixteen measurements."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec

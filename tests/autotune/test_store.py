@@ -1,7 +1,5 @@
 """The store: nothing is lost but the measurement in flight, whatever ends a process or breaks a file."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """Tables: what is found for a problem, and what a file of them must look like."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

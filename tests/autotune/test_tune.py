@@ -1,7 +1,5 @@
 """Tuning one problem and many, with a simulated GPU and clock: what is kept, what wins, what is never tried again."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

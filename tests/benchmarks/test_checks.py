@@ -1,7 +1,5 @@
 """What ``fastconv check`` compares: right with our kernels, wrong without them or with wrong ones, interpreted."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What needs the compiler: the report of a process of its own, and kernels compiled ahead of their first call."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The benchmark of the host's time. No time is judged here."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Layer lists: those committed are what their networks call, and what is no list is refused with line and field."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

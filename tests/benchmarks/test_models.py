@@ -1,7 +1,5 @@
 """Models by name: torchvision's (with or without its compiled part), timm's, and the user's own."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib.util import find_spec

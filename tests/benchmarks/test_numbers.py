@@ -1,7 +1,5 @@
 """LeNet-5, blocks and networks compared: right with our kernels, wrong without them or with wrong ones, interpreted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What only a GPU can walk of the measuring: events, CUDA graphs, kernels compiled ahead. No time is asked for."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import math

@@ -1,7 +1,5 @@
 """Operators one by one: compared, timed, and what the times mean; tiny, with clocks that are made up or say nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import math

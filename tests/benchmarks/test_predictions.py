@@ -1,7 +1,5 @@
 """What is committed as the cost model's predictions is what it predicts."""
 
-from __future__ import annotations
-
 from fastconv.benchmarks.write_predictions import OPEN, written
 
 

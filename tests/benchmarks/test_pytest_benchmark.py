@@ -1,7 +1,5 @@
 """The registry under pytest-benchmark: one operator of it, so that ``pytest benchmarks/`` works."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The registry: which cases entries have, in which order, and who runs them."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The result file: written part by part, checked on reading, and everything shown is rendered from it."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

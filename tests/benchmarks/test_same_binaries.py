@@ -1,7 +1,5 @@
 """What of a listing tells binaries apart, and what is said of two commits that differ."""
 
-from __future__ import annotations
-
 import pytest
 
 from fastconv.benchmarks.tools.same_binaries import Binary, compared, read

@@ -1,7 +1,5 @@
 """The GPU's road walked on the CPU: providers, layers, host time, with clocks that are made up or mean nothing."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

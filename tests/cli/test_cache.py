@@ -1,7 +1,5 @@
 """``fastconv cache``: what it shows is what the store holds, and what cannot be done changes nothing."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

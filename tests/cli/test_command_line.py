@@ -1,7 +1,5 @@
 """What every command shares: help, exit codes, one line for what cannot be done, and starting over without a GPU."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

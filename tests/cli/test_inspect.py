@@ -1,7 +1,5 @@
 """What a kernel's binary is on a GPU that is not here, as a command: one line for bad usage, tables, JSON, a plot."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """``fastconv tune`` with a worker that pretends to measure: nothing is lost, what fails is not tried again."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Networks small enough to interpret, as a user's ``--model tests/...:factory`` would name them."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -4,8 +4,6 @@ Every value is of four channels and of one size, so that anything can follow any
 it decides by, it also notes how to switch, so that operations change what forwards read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -266,9 +264,9 @@ class Part:
     gives: str
     switches: list[str]
     layers: dict[str, list[str]]
-    children: list[tuple[str, Part]]
+    children: "list[tuple[str, Part]]"
 
-    def instances(self, path: str) -> list[tuple[str, Part]]:
+    def instances(self, path: str) -> "list[tuple[str, Part]]":
         """Itself and the parts below, by the expressions that lead to them."""
         below = [found for name, child in self.children for found in child.instances(f"{path}.{name}")]
         return [(path, self), *below]
@@ -365,7 +363,7 @@ class _Writer:
     methods: Lines = field(default_factory=list)
     switches: Lines = field(default_factory=list)
     layers: dict[str, list[str]] = field(default_factory=dict)
-    children: list[tuple[str, Part]] = field(default_factory=list)
+    children: "list[tuple[str, Part]]" = field(default_factory=list)
     variables: Lines = field(default_factory=lambda: ["x"])
     new: Lines = field(default_factory=list)  # variables that the statement at hand sets
     takes: str = "x"

@@ -3,8 +3,6 @@
 Values that are integers must come out bit for bit, others within the roundings of their sums.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass

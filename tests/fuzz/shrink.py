@@ -1,7 +1,5 @@
 """Takes lines out of a failing case for as long as it fails."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 from tests.fuzz.models import Case

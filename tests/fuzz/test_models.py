@@ -4,8 +4,6 @@ FASTCONV_FUZZ=N: that many models, other ones each time; without it, the same fe
 with lines to paste here.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter

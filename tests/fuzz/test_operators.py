@@ -4,8 +4,6 @@ FASTCONV_FUZZ=N: that many calls of each test, other ones each time; without it,
 to paste.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs a model's source twice, plain and converted, under the same operations, and compares what both show."""
 
-from __future__ import annotations
-
 import copy
 import io
 import linecache

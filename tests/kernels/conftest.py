@@ -1,8 +1,6 @@
 """What every test of a kernel shares: what launchers allocate holds nothing that could pass for a result, and kernels
 touch nothing but their operands."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """What kernels tell the autotuner, and that an ordinary call measures nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib

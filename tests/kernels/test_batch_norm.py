@@ -3,8 +3,6 @@
 Memory is poisoned as in the convolution's tests: what no program wrote is a NaN, and so is what was read past an end.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import nan, prod
 

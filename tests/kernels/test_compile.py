@@ -4,8 +4,6 @@ Three networks at two batch sizes in bf16 are the real tiles; a handful of probl
 code depends on: dtype, precision, rank, groups, 64-bit offsets.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 

@@ -4,8 +4,6 @@ What a stencil at memory speed needs: 16-byte loads and stores along the channel
 enough programs at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -3,8 +3,6 @@
 ResNeXt-50's grouped layers and the first layers of ResNet-50, EfficientNet-B0 and VGG-16, in bf16 at batch 32 and 256.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import pytest

@@ -4,8 +4,6 @@ What an epilogue adds must not spoil the product it follows: no spills, no wgmma
 every tensor of the output's size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

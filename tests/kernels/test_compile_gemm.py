@@ -4,8 +4,6 @@ Slow: at the tiles chosen for ResNet-50, a U-Net and EfficientNet-B0 at batch 64
 and every tile of the spaces with the largest epilogues.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pytest

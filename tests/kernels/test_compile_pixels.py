@@ -4,8 +4,6 @@ Slow: at the tiles chosen for ResNet-50, VGG-16 and a U-Net at batch 64 and 256,
 and every tile of the spaces.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """wgrad of the pixel GEMM compiled for GPUs that are not here: every tile of its space, and those of networks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 

@@ -4,8 +4,6 @@ The pools of ResNet-50, VGG-16 and GoogLeNet in bf16 at two batch sizes are to m
 are everything else that a kernel's code depends on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from math import prod
 

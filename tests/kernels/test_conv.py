@@ -4,8 +4,6 @@ Each case runs fprop, dgrad and wgrad through the family that dispatch picks. Ou
 no program wrote is a NaN and fails.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import prod
 

@@ -3,8 +3,6 @@
 The interpreter's own tiles hold one output a thread, so tiles are named here: groups of neighbours, tails, splits.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The flat GEMM of filters of one tap, against fp64 and bit for bit against the gather."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Every width of a group with every other; what is not the group's own must stay out, infinities included.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import product

@@ -3,8 +3,6 @@
 Maps are small: every program takes the interpreter's time. Plans are those of a GPU with bulk copies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

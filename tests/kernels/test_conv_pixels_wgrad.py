@@ -1,7 +1,5 @@
 """wgrad of the pixel GEMM, on integers: bit for bit PyTorch's in fp64, and the gather's."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import cycle

@@ -6,8 +6,6 @@ its problems are fewer in kind than another family's, and whether a GPU takes th
 for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

@@ -3,8 +3,6 @@
 Runs begin before the window and end after it: what lies there, infinities included, must stay out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

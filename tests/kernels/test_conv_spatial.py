@@ -1,7 +1,5 @@
 """Convolution of few images over rows and rectangles of pixels, against fp64 and bit for bit against the gather."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

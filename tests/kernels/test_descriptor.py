@@ -1,7 +1,5 @@
 """Operands that are moved by bulk copies: their views, and the host's cache of them."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import pytest

@@ -1,7 +1,5 @@
 """Every known GPU has a plan for each of the telling layers; and one family alone, where several would serve a call."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

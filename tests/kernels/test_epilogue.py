@@ -1,7 +1,5 @@
 """Every activation and derivative of the kernels against PyTorch's, over a dense grid, at kinks and past the finite."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import inf, nan
 

@@ -1,7 +1,5 @@
 """Every family of every direction runs in guarded and poisoned memory, and the guards see what they are for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import triton

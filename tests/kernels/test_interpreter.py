@@ -1,7 +1,5 @@
 """The mended interpreter against PyTorch: casts bit by bit, products on integers, and what our kernels rely on."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A launch made again goes past Triton's look at each argument, and gives the binary what a first launch gave it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

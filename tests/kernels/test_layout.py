@@ -1,7 +1,5 @@
 """Memory formats are judged as PyTorch judges them, over generated shapes and strides."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

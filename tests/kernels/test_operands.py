@@ -3,8 +3,6 @@
 Values are small integers, so that whichever kernels serve the two calls, their sums are equal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import count
 from typing import Any

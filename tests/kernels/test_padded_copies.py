@@ -1,8 +1,6 @@
 """Bulk copies of channels that are no multiple of 16 bytes: from where pixels have room behind them, after a copy where
 they have none. Bit for bit PyTorch's on integers, and taken where the cost model says so."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -3,8 +3,6 @@
 Every input has ties, two NaN and a region of -inf; outputs are poisoned, so an element that no program wrote fails.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 from typing import Any

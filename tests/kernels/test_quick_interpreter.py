@@ -1,7 +1,5 @@
 """What the quick interpreter does from the second call on is what Triton did in the first: the same types and bits."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from itertools import product

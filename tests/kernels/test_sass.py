@@ -1,7 +1,5 @@
 """Reading the compiler's output, on listings: what needs no compiler."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """Processes that compile: whatever becomes of one, its call alone has no result, and none outlives the parent."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A worker on a GPU whose configs do harm: ``python -m tests.measuring.faulty HOW DESCRIPTOR``; PyTorch does none."""
 
-from __future__ import annotations
-
 import sys
 
 import torch

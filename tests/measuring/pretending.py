@@ -4,8 +4,6 @@
 `key_of`; ``failures``: how a config fails, by the same keys. Each question is noted in ``FILE.asked``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -1,7 +1,5 @@
 """Errors and what is allowed of them; the precision of fp32 convolutions."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,8 +1,6 @@
 """Captures that fail and leave nothing behind, whatever PyTorch's version undoes itself: with an allocator made up as
 its own is, and on a GPU with that."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any

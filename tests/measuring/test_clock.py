@@ -1,7 +1,5 @@
 """Candidates in turn, medians, and what happens when time runs out or a candidate fails; all with a clock made up."""
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

@@ -1,7 +1,5 @@
 """What configs take of a GPU that is not here, by the compiler, and that the worker is spared what cannot be good."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

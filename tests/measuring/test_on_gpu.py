@@ -1,7 +1,5 @@
 """What only a GPU can walk of measuring: events, CUDA graphs, cuDNN, kernels that kill the process."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Problems as something to run: found again from what tables know of them, right, and checked in every way."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The measuring worker: whatever becomes of it, its parent goes on and knows why there is no time."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Imports point down: no module imports what lies above it, one that imports it, or another's private name."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """The two ways to start the command line."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution

@@ -1,7 +1,5 @@
 """What the wheel and the sdist hold. Built with the environment's own setuptools, so no network is needed."""
 
-from __future__ import annotations
-
 import email
 import shutil
 import subprocess

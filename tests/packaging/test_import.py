@@ -1,7 +1,5 @@
 """Importing: from any folder, nothing heavy, no bare names, and functions that stay functions."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

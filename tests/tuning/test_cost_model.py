@@ -1,7 +1,5 @@
 """The cost model held against what was measured on GPUs and committed, by what ``fastconv tune --report`` computes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """A run that ranks share: who tunes what, what each gets of the others, and four of them on two machines."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
