@@ -28,7 +28,7 @@ from fastconv.kernels.jit.epilogue import activate, affine_of
 from fastconv.kernels.jit.walk import in_elements, phase_walk
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.problem.layout import load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 
@@ -235,20 +235,18 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
     w_stride = problem.out_channels
     if mirrors(direction, problem):
         direction, problem, w_stride = "fprop", mirrored(problem), -w_stride
-    lifted = problem.as_rank3
+    rank3 = problem.as_rank3
     dgrad = direction == "dgrad"
-    operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
-    (_, x_channels, *x_size), (_, k, *y_size) = operands
-    x_strides = layout.source_strides or dense_strides(operands[0])
-    y_strides = layout.other_strides or dense_strides(operands[1])
+    operands = layout.operands(direction, problem)
+    ((_, x_channels, *x_size), x_strides), ((_, k, *y_size), y_strides) = operands
     # If a channel of the result reads a channel of another number, 16 bytes hold no vector of both.
     vec = load_width(problem.dtype, k, x_channels, *x_strides, *y_strides) if x_channels == k else 1
-    gcds, inverses = lifted.phases
+    gcds, inverses = rank3.phases
     outputs = outputs_of(direction, problem, config)
     schedule = row_schedule(direction, problem, outputs)
-    phases = tuple(map(min, lifted.stride[:2], y_size[:2])) if dgrad else (1, 1)
+    phases = tuple(map(min, rank3.stride[:2], y_size[:2])) if dgrad else (1, 1)
     # Phases differ by at most one pixel along an axis; the largest sets the grid.
-    sizes = tuple(map(triton.cdiv, y_size[:2], lifted.stride[:2] if dgrad else phases))
+    sizes = tuple(map(triton.cdiv, y_size[:2], rank3.stride[:2] if dgrad else phases))
     strip, groups = strips(y_size[2], outputs)
     element = pointer_type(problem.dtype)
     tiles = triton.cdiv(problem.batch * prod(sizes) * groups, config["BLOCK_M"]) * prod(phases)
@@ -260,16 +258,16 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
             *(element, *epilogue.statistics_pointers),
         ),
         scalars=(
-            *(problem.batch, *x_size, *y_size, k // vec, *lifted.filter_size[:2], w_stride // vec, strip),
+            *(problem.batch, *x_size, *y_size, k // vec, *rank3.filter_size[:2], w_stride // vec, strip),
             *(stride // vec for stride in (*x_strides, *y_strides)),
-            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2], *gcds[:2], *inverses[:2]),
+            *(*rank3.stride[:2], *rank3.padding[:2], *rank3.dilation[:2], *gcds[:2], *inverses[:2]),
             *epilogue.scalars,
         ),
         constants={
             "VEC": vec,
             "RANK": max(problem.rank, 2),
             "DGRAD": dgrad,
-            "WIDE": needs_int64((operands[0], x_strides), (operands[1], y_strides)),
+            "WIDE": needs_int64(*operands),
             "MULTIPLIER": problem.out_channels // problem.in_channels,
             "S": problem.filter_size[-1],
             "COLUMNS": schedule.columns,
@@ -325,12 +323,12 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
     if mirrors(direction, problem):
         direction, problem = "fprop", mirrored(problem)
     dgrad = direction == "dgrad"
-    lifted = problem.as_rank3
-    _, k, *sizes = lifted.input_shape if dgrad else lifted.output_shape
-    stride = lifted.stride if dgrad else (1, 1, 1)
+    rank3 = problem.as_rank3
+    _, k, *sizes = rank3.input_shape if dgrad else rank3.output_shape
+    stride = rank3.stride if dgrad else (1, 1, 1)
     phases = prod(map(min, stride[:2], sizes[:2]))
     lines = problem.batch * prod(map(cdiv, sizes[:2], stride[:2]))
-    rows = cdiv(prod(lifted.filter_size[:2]) * (problem.out_channels // k if dgrad else 1), phases)
+    rows = cdiv(prod(rank3.filter_size[:2]) * (problem.out_channels // k if dgrad else 1), phases)
     # Elements that are loaded one by one have addresses of their own.
     by_element = 0 if load_width(problem.dtype, k) > 1 and problem.in_channels == problem.out_channels else 8
     taps = problem.filter_size[-1]
@@ -343,7 +341,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
         columns = len(schedule.columns)
         strip, groups = strips(sizes[2], outputs)
         height = max(1, m // strip)
-        step = 1 if dgrad else lifted.stride[1]
+        step = 1 if dgrad else rank3.stride[1]
         # The pixels of x that a block covers come from L2 once.
         covered = ((height - 1) * step + rows) * ((strip - 1) * schedule.advance + columns)
         return Work(

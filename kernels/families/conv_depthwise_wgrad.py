@@ -22,7 +22,7 @@ from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import in_elements
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.problem.layout import load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import INTERPRETED_STENCIL, TileSpace, cdiv
 
@@ -157,11 +157,9 @@ def conv_depthwise_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
 ) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels."""
-    lifted = problem.as_rank3
-    _, _, *x_size = lifted.input_shape
-    _, k, *dy_size = lifted.output_shape
-    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
-    dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
+    rank3 = problem.as_rank3
+    operands = layout.operands(direction, problem)
+    ((_, _, *x_size), x_strides), ((_, k, *dy_size), dy_strides) = operands
     multiplier = problem.out_channels // problem.in_channels
     vec = load_width(problem.dtype, k, *x_strides, *dy_strides) if multiplier == 1 else 1
     outputs = config["OUTPUTS"]
@@ -174,15 +172,15 @@ def conv_depthwise_wgrad(
         grid=(triton.cdiv(k, config["BLOCK_K"]) * filter_parts(problem, config) * splits, 1, 1),
         pointers=(element, element, element if splits == 1 else "*fp32"),
         scalars=(
-            *(problem.batch, *x_size, *dy_size, k // vec, *lifted.filter_size),
+            *(problem.batch, *x_size, *dy_size, k // vec, *rank3.filter_size),
             *(*((k, 1) if layout.taps_outermost or splits > 1 else (1, problem.taps)), strip, splits),
             *(stride // vec for stride in (*x_strides, *dy_strides)),
-            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation),
+            *(*rank3.stride[:2], *rank3.padding[:2], *rank3.dilation),
         ),
         constants={
             "VEC": vec,
             "RANK": max(problem.rank, 2),
-            "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
+            "WIDE": needs_int64(*operands),
             "MULTIPLIER": multiplier,
             "COLUMNS": schedule.columns,
             "ADVANCE": schedule.advance,
@@ -222,8 +220,8 @@ DEPTHWISE_WGRAD_LONG = replace(
 
 
 def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
-    lifted = problem.as_rank3
-    _, k, *sizes = lifted.output_shape
+    rank3 = problem.as_rank3
+    _, k, *sizes = rank3.output_shape
 
     def work(config: Config) -> Work:
         m, n, rows, outputs, splits = (config[name] for name in ("BLOCK_M", "BLOCK_K", "ROWS", "OUTPUTS", "SPLITS"))
@@ -231,7 +229,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
         columns, taps = len(schedule.columns), len(schedule.outputs[0])
         strip, groups = strips(sizes[2], outputs)
         tiles = cdiv(problem.batch * sizes[0] * sizes[1] * groups, m)
-        covered = ((max(1, m // strip) - 1) * lifted.stride[1] + rows) * ((strip - 1) * schedule.advance + columns)
+        covered = ((max(1, m // strip) - 1) * rank3.stride[1] + rows) * ((strip - 1) * schedule.advance + columns)
         per_thread = m * n // (32 * config["num_warps"])
         by_element = 0 if load_width(problem.dtype, k) > 1 and k == problem.in_channels else 12 * per_thread
         return Work(

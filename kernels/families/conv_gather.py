@@ -30,7 +30,7 @@ from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, phase_walk
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import common_width, dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.problem.layout import common_width, load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import (
     INTERPRETED_PRODUCT,
@@ -325,26 +325,24 @@ def conv_gather(
     ``config["SPLITS"]`` splits the reduction, the first launch takes source, weight and workspace, the second the
     workspace and the rest, and y is dense. ``pack`` groups share a tile, whose BLOCK_C covers their reduced channels.
     """
-    lifted = problem.as_rank3
+    rank3 = problem.as_rank3
     dgrad = direction == "dgrad"
-    operands = (lifted.output_shape, lifted.input_shape) if dgrad else (lifted.input_shape, lifted.output_shape)
-    (_, x_channels, *x_size), (_, y_channels, *y_size) = operands
-    x_strides = layout.source_strides or dense_strides(operands[0])
-    y_strides = layout.other_strides or dense_strides(operands[1])
+    operands = layout.operands(direction, problem)
+    ((_, x_channels, *x_size), x_strides), ((_, y_channels, *y_size), y_strides) = operands
     groups = problem.groups // pack
     c, k = x_channels // groups, y_channels // groups
     vec_c, vec_k = load_width(problem.dtype, c, *x_strides), load_width(problem.dtype, k, *y_strides)
     vec_g = common_width(problem.dtype, c // pack, k // pack) if pack > 1 else 1
-    gcds, inverses = lifted.phases
-    phases = tuple(map(min, lifted.stride, y_size)) if dgrad else (1, 1, 1)
+    gcds, inverses = rank3.phases
+    phases = tuple(map(min, rank3.stride, y_size)) if dgrad else (1, 1, 1)
     # Phases differ by at most one pixel along an axis; the largest sets the grid.
-    pixels = problem.batch * prod(map(triton.cdiv, y_size, lifted.stride if dgrad else phases))
+    pixels = problem.batch * prod(map(triton.cdiv, y_size, rank3.stride if dgrad else phases))
     element = pointer_type(problem.dtype)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     assert pack == 1 or tile["BLOCK_C"] >= c
-    splits, finishing = config["SPLITS"], layout.epilogue
+    splits = config["SPLITS"]
     assert splits == 1 or pack == 1, "a packed tile with a NaN is computed again over its whole reduction"
-    epilogue = PLAIN if splits > 1 else finishing
+    epilogue = PLAIN if splits > 1 else layout.epilogue
     tiles = triton.cdiv(pixels, tile["BLOCK_M"]) * prod(phases)
     product = Launch(
         kernel=conv_gather_kernel,
@@ -355,10 +353,10 @@ def conv_gather(
         ),
         scalars=(
             *(problem.batch, *x_size, c // vec_c, *y_size, k // vec_k, c // pack // vec_g, k // pack // vec_g),
-            *(*lifted.filter_size, splits),
+            *(*rank3.filter_size, splits),
             *(stride // vec_c for stride in x_strides),
             *(stride // vec_k for stride in y_strides),
-            *(*lifted.stride, *lifted.padding, *lifted.dilation, *gcds, *inverses, *epilogue.scalars),
+            *(*rank3.stride, *rank3.padding, *rank3.dilation, *gcds, *inverses, *epilogue.scalars),
         ),
         constants={
             "VEC_C": vec_c,
@@ -371,7 +369,7 @@ def conv_gather(
             "POINTWISE": problem.taps == 1 and not problem.padded(direction),
             "SPLIT": splits > 1,
             "FLAT": taps_share_step(problem.taps, c, pack),
-            "WIDE": needs_int64((operands[0], x_strides), (operands[1], y_strides)),
+            "WIDE": needs_int64(*operands),
             "PRECISION": fp32_precision(problem.dtype),
             **epilogue.constants,
             "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K // min(pack, 2)),
@@ -384,7 +382,7 @@ def conv_gather(
     if splits == 1:
         return (product,)
     return product, sum_splits_with_epilogue(
-        problem.batch * prod(y_size), y_channels, splits, problem.dtype, layout.bias, finishing
+        problem.batch * prod(y_size), y_channels, splits, problem.dtype, layout.bias, layout.epilogue
     )
 
 
@@ -461,8 +459,8 @@ def gather_candidates(
         pixels = cdiv(problem.input_pixels, phases)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
     # Each (tap, channel) pair has coordinates of its own.
-    pairs = taps_share_step(problem.taps, c, pack)
-    source = (8 if problem.rank == 3 else 5) if pairs else element_registers(problem, c)
+    flat = taps_share_step(problem.taps, c, pack)
+    source = (8 if problem.rank == 3 else 5) if flat else element_registers(problem, c)
     result = 6 if element_registers(problem, k) else 0
     weight: float = element_registers(problem, k) if direction == "dgrad" else source
     if pack > 1:
@@ -472,9 +470,9 @@ def gather_candidates(
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
         splits = config["SPLITS"]
-        steps = cdiv(problem.taps * c, depth) if pairs else problem.taps * cdiv(c, depth)
+        steps = cdiv(problem.taps * c, depth) if flat else problem.taps * cdiv(c, depth)
         registers = matrix_registers(config, "BLOCK_M", "BLOCK_K", "BLOCK_C", by_element, share == 0, gpu)
-        if pairs and share == 0 and n > 32:
+        if flat and share == 0 and n > 32:
             registers += 256  # as Triton 3.9 compiles it
         if pack > 1:
             # What computing a NaN's tile again takes; its rows are shared between threads or held by each.

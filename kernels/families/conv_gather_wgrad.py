@@ -27,7 +27,7 @@ from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, linear_stride, load_width, needs_int64, pointer_type
+from fastconv.kernels.problem.layout import linear_stride, load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import (
     INTERPRETED_PRODUCT,
@@ -195,27 +195,22 @@ def conv_wgrad(
 
     dy's pixels lie at one distance, and dw is dense. ``pack`` groups share a tile (`packed_groups`).
     """
-    lifted = problem.as_rank3
-    _, _, *x_size = lifted.input_shape
-    _, _, *dy_size = lifted.output_shape
-    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
-    dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
-    dy_stride = linear_stride(lifted.output_shape, dy_strides)
+    rank3 = problem.as_rank3
+    x, dy = layout.operands(direction, problem)
+    x_strides, dy_stride = x[1], linear_stride(*dy)
     assert dy_stride is not None, "the launcher copies such a dy"
-    # Asked of the given strides, because the linear walk's say nothing of rows and images.
-    is_wide = needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides))
     x_stride = None
-    if problem.taps == 1 and lifted.input_size == lifted.output_size and not problem.padded("wgrad"):
-        x_stride = linear_stride(lifted.input_shape, x_strides)
+    if problem.taps == 1 and rank3.input_size == rank3.output_size and not problem.padded("wgrad"):
+        x_stride = linear_stride(*x)
     if x_stride is not None:
         x_strides = (0, 0, 0, x_stride)
     groups = problem.groups // pack
     c, k = problem.in_channels // groups, problem.out_channels // groups
     vec_c, vec_k = load_width(problem.dtype, c, *x_strides), load_width(problem.dtype, k, dy_stride)
-    pairs = taps_share_tile(problem.taps, c, pack)
+    flat = taps_share_tile(problem.taps, c, pack)
     tile = {name: config[name] for name in ("BLOCK_K", "BLOCK_C", "BLOCK_M")}
     block_c = tile["BLOCK_C"]
-    columns = triton.cdiv(problem.taps * c, block_c) if pairs else problem.taps * triton.cdiv(c, block_c)
+    columns = triton.cdiv(problem.taps * c, block_c) if flat else problem.taps * triton.cdiv(c, block_c)
     splits = config["SPLITS"]
     element = pointer_type(problem.dtype)
     product = Launch(
@@ -223,9 +218,10 @@ def conv_wgrad(
         grid=(triton.cdiv(k, tile["BLOCK_K"]) * columns * splits, groups, 1),
         pointers=(element, element, element if splits == 1 else "*fp32"),
         scalars=(
-            *(problem.batch, *x_size, c // vec_c, *dy_size, k // vec_k, c // pack, k // pack, *lifted.filter_size),
+            *(problem.batch, *rank3.input_size, c // vec_c, *rank3.output_size, k // vec_k),
+            *(c // pack, k // pack, *rank3.filter_size),
             *(stride // vec_c for stride in x_strides),
-            *(dy_stride // vec_k, *lifted.stride, *lifted.padding, *lifted.dilation, splits),
+            *(dy_stride // vec_k, *rank3.stride, *rank3.padding, *rank3.dilation, splits),
         ),
         constants={
             "VEC_C": vec_c,
@@ -234,9 +230,9 @@ def conv_wgrad(
             "CACHE": x_cache_modifier(problem.taps, pack),
             "RANK": max(problem.rank, 2),
             "LINEAR": x_stride is not None,
-            "FLAT": pairs,
+            "FLAT": flat,
             "CHANNELS_LAST": layout.channels_last or splits > 1 or problem.taps == 1,
-            "WIDE": is_wide,
+            "WIDE": needs_int64(x, dy),
             "PRECISION": fp32_precision(problem.dtype),
             **tile,
         },
@@ -287,15 +283,15 @@ def wgrad_candidates(
     groups = problem.groups // pack
     k, c = problem.out_channels // groups, problem.in_channels // groups
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    pairs = taps_share_tile(problem.taps, c, pack)
+    flat = taps_share_tile(problem.taps, c, pack)
     # Each pair has coordinates of its own; if channels are read by 16 bytes, each run of pairs has.
-    source = element_registers(problem, c) if not pairs else 8 if load_width(problem.dtype, c) == 1 else 2
+    source = element_registers(problem, c) if not flat else 8 if load_width(problem.dtype, c) == 1 else 2
     by_element = source, element_registers(problem, k), 0
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_K"], config["BLOCK_C"], config["BLOCK_M"], config["num_warps"]
         splits = config["SPLITS"]
-        columns = cdiv(problem.taps * c, n) if pairs else problem.taps * cdiv(c, n)
+        columns = cdiv(problem.taps * c, n) if flat else problem.taps * cdiv(c, n)
         steps = cdiv(problem.output_pixels, depth)
         workspace = 2 * splits * prod(problem.weight_shape) * 4 if splits > 1 else 0
         return Work(

@@ -32,7 +32,7 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 
 
 @triton.jit
-def _finish_tile(
+def _apply_tile_epilogue(
     acc, tile, k, M, K, operands, tile_count_ptr, eps, a, b,
     WIDE: tl.constexpr,
     ACT: tl.constexpr,
@@ -96,7 +96,7 @@ def conv_gemm_kernel(
         w_tile = w_desc.load([0, k]) if DGRAD else w_desc.load([k, 0]).T
         for i in range(tile, tl.cdiv(M, BLOCK_M), tl.num_programs(0) // k_tiles):
             acc = tl.dot(x_desc.load([i * BLOCK_M, 0]), w_tile, input_precision=PRECISION)
-            _finish_tile(
+            _apply_tile_epilogue(
                 acc, i, k, M, K, operands, tile_count_ptr, eps, a, b,
                 WIDE, ACT, RESIDUAL_AFTER, PART_K, BLOCK_M, BLOCK_K,
             )  # fmt: skip
@@ -113,7 +113,7 @@ def conv_gemm_kernel(
                 w_step = w_desc.load([c, k]) if DGRAD else w_desc.load([k, c]).T
                 acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
                 c += BLOCK_C
-        _finish_tile(
+        _apply_tile_epilogue(
             acc, tile, k, M, K, operands, tile_count_ptr, eps, a, b,
             WIDE, ACT, RESIDUAL_AFTER, PART_K, BLOCK_M, BLOCK_K,
         )  # fmt: skip
@@ -172,8 +172,8 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
     x = Descriptor(dtype, (pixels, c), (stride, 1), (m_block, c_block))
     sides, box = ((c, k), (c_block, k_block)) if dgrad else ((k, c), (k_block, c_block))
     w = Descriptor(dtype, sides, (pitch(problem.in_channels, dtype), 1), box)
-    splits, finishing = config["SPLITS"], layout.epilogue
-    epilogue = PLAIN if splits > 1 else finishing
+    splits = config["SPLITS"]
+    epilogue = PLAIN if splits > 1 else layout.epilogue
     stays = resident(c, dtype)
     assert not stays or (c_block >= c and splits == 1), "one step is the whole reduction"
     element, vec = pointer_type(dtype), load_width(dtype, k)
@@ -203,7 +203,7 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
     )
     if splits == 1:
         return (product,)
-    return product, sum_splits_with_epilogue(pixels, k, splits, dtype, layout.bias, finishing)
+    return product, sum_splits_with_epilogue(pixels, k, splits, dtype, layout.bias, layout.epilogue)
 
 
 def conv_gemm_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
@@ -423,8 +423,8 @@ def why_not_flat(direction: str, problem: ConvProblem, source: Strides | None, o
 
 
 def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:
-    flat = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
-    return flat or why_not_bulk_copies(problem, gpu, layout)
+    reason = why_not_flat(direction, problem, layout.source_strides, layout.other_strides)
+    return reason or why_not_bulk_copies(problem, gpu, layout)
 
 
 FAMILY = Family("gemm", _why_not, _candidates, conv_gemm, ("source",))

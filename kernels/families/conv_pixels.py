@@ -12,13 +12,8 @@ a pair that shares the S taps of a row and all but one of their columns: S + 1 b
 If registers allow, each product of a pair's step has a sum of its own, because wgmma waits for a product that adds to
 the same sum, and tcgen05 moves that sum through registers.
 
-The product is [BLOCK_K, images]: tensor-core tiles have at least 64 rows, which channels fill even if images are few.
-In the epilogue a thread then holds few of a channel's numbers, and 128x128 fits twice on a multiprocessor with any
-epilogue. Images past the batch and channels past the last are read as 0 and not written; only statistics need a mask.
-
-The grid is not persistent. A walk over tiles would hide a program's first copies and its epilogue, which are short
-beside the steps of all taps and mostly hidden by a second program on the multiprocessor. If one step is the whole
-product, `conv_gemm` serves and walks.
+The product is [BLOCK_K, images]: channels fill the rows of tensor-core tiles even if images are few (README.md).
+Images past the batch and channels past the last are read as 0 and not written; only statistics need a mask.
 """
 
 from __future__ import annotations
@@ -49,7 +44,7 @@ from fastconv.kernels.jit.walk import taps_in_image
 from fastconv.kernels.launch.descriptor import Descriptor, bulk, pitch
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, pointer_type
+from fastconv.kernels.problem.layout import pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, predicted
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, matrix_share
 
@@ -234,40 +229,31 @@ def conv_pixels_kernel(
 def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launch of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`."""
     epilogue = layout.epilogue
-    lifted = problem.as_rank3
+    rank3 = problem.as_rank3
     dgrad = direction == "dgrad"
-    x_shape, y_shape = lifted.input_shape, lifted.output_shape
-    if dgrad:
-        x_shape, y_shape = y_shape, x_shape
+    source, result = layout.operands(direction, problem)
+    ((_, c, *x_size), _), ((_, k, *y_size), _) = source, result
     groups = problem.groups
-    c, k = x_shape[1] // groups, y_shape[1] // groups
+    c, k = c // groups, k // groups
     block_n, block_k, block_c = config["BLOCK_N"], config["BLOCK_K"], config["BLOCK_C"]
     pixels, pairs = config["PIXELS"], config["PAIRS"]
-    parity = pixels > 1 and lifted.stride[2] > 1
+    parity = pixels > 1 and rank3.stride[2] > 1
     assert not parity or has_parities(problem)
-    shared = lifted.filter_size[2], 1, 1, 1
-    assert not pairs or (pairs, pixels, lifted.stride[2], lifted.dilation[2]) == shared, "a pair shares a row's columns"
+    shared = rank3.filter_size[2], 1, 1, 1
+    assert not pairs or (pairs, pixels, rank3.stride[2], rank3.dilation[2]) == shared, "a pair shares a row's columns"
     element = pointer_type(problem.dtype)
-    y = pixel_view(problem, y_shape, layout.other_strides, block_n, block_k, pixels, parity and dgrad)
-    filters, channels, *_ = lifted.weight_shape
+    x = pixel_view(problem, *source, block_n, block_c, pixels, parity and not dgrad)
+    y = pixel_view(problem, *result, block_n, block_k, pixels, parity and dgrad)
+    filters, channels, *_ = rank3.weight_shape
     step = pitch(channels, problem.dtype)
-    o, p, _ = y_shape[2:]
     columns = boxes_of_row(direction, problem, 2 if pairs else pixels)
-    tiles = triton.cdiv(problem.batch, block_n) * o * p * columns
-    gcds, inverses = lifted.phases
+    tiles = triton.cdiv(problem.batch, block_n) * y_size[0] * y_size[1] * columns
+    gcds, inverses = rank3.phases
     launch = Launch(
         kernel=conv_pixels_kernel,
         grid=(tiles * triton.cdiv(k, block_k), groups, 1),
         pointers=(
-            pixel_view(
-                problem,
-                x_shape,
-                layout.source_strides or dense_strides(x_shape),
-                block_n,
-                block_c,
-                pixels,
-                parity and not dgrad,
-            ),
+            x,
             Descriptor(
                 problem.dtype,
                 (problem.taps, filters, channels),
@@ -281,8 +267,8 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
             *epilogue.statistics_pointers,
         ),
         scalars=(
-            *(problem.batch, *x_shape[2:], c, *y_shape[2:], k, *lifted.filter_size),
-            *(*lifted.stride, *lifted.padding, *lifted.dilation, *gcds, *inverses, *epilogue.scalars),
+            *(problem.batch, *x_size, c, *y_size, k, *rank3.filter_size),
+            *(*rank3.stride, *rank3.padding, *rank3.dilation, *gcds, *inverses, *epilogue.scalars),
         ),
         constants={
             "RANK": max(problem.rank, 2),
@@ -315,14 +301,14 @@ def sums_of(config: Config) -> int:
 @cache
 def taps_walked(direction: str, problem: ConvProblem, pixels: int, pairs: int) -> float:
     """Taps that a program walks, on average; for ``pairs``, rows of taps."""
-    lifted = problem.as_rank3
-    source, size = lifted.input_size, lifted.output_size
+    rank3 = problem.as_rank3
+    source, size = rank3.input_size, rank3.output_size
     if direction == "dgrad":
         source, size = size, source
     walked = 1.0
     for axis in range(2 if pairs else 3):
         r, stride, padding, dilation = (
-            values[axis] for values in (lifted.filter_size, lifted.stride, lifted.padding, lifted.dilation)
+            values[axis] for values in (rank3.filter_size, rank3.stride, rank3.padding, rank3.dilation)
         )
         met = 0
         width = pixels if axis == 2 else 1
@@ -418,16 +404,16 @@ CONV_PIXELS_FP32 = replace(
 
 
 def pixels_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
-    lifted, groups, element = problem.as_rank3, problem.groups, problem.dtype.itemsize
+    rank3, groups, element = problem.as_rank3, problem.groups, problem.dtype.itemsize
     precision = fp32_precision(problem.dtype)
     share = matrix_share(problem.dtype, precision)
-    (_, c, *source), (_, k, *size) = lifted.input_shape, lifted.output_shape
+    (_, c, *source), (_, k, *size) = rank3.input_shape, rank3.output_shape
     if direction == "dgrad":
         (c, source), (k, size) = (k, size), (c, source)
     c, k = c // groups, k // groups
-    shared = lifted.filter_size[2]  # taps of a row
+    shared = rank3.filter_size[2]  # taps of a row
     # What the filter reaches around a row of outputs, or around a plane, is read from DRAM once if L2 holds it.
-    reach = [min(n, d * (r - 1) + 1) for n, r, d in zip(source, lifted.filter_size, lifted.dilation, strict=True)]
+    reach = [min(n, d * (r - 1) + 1) for n, r, d in zip(source, rank3.filter_size, rank3.dilation, strict=True)]
 
     def work(config: Config) -> Work:
         n, m, pixels, pairs = (config[name] for name in ("BLOCK_N", "BLOCK_K", "PIXELS", "PAIRS"))
@@ -462,9 +448,9 @@ def pixels_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: La
     narrow = {"BLOCK_N": tuple(n for n in space.ranges["BLOCK_N"] if n < 2 * problem.batch)}
     if k <= 64 or groups > 1:
         narrow["BLOCK_K"] = (64,)
-    if lifted.stride[2] > 1 and not has_parities(problem):
+    if rank3.stride[2] > 1 and not has_parities(problem):
         narrow["PIXELS"] = (1,)
-    paired = lifted.stride[2] == lifted.dilation[2] == 1
+    paired = rank3.stride[2] == rank3.dilation[2] == 1
     narrow["PAIRS"] = tuple(taps for taps in space.ranges["PAIRS"] if taps in (0, paired * shared))
     space = space.narrowed(only=narrow)
     return Candidates(space, (direction, problem, precision), work, gpu)

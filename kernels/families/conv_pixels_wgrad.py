@@ -9,8 +9,7 @@ fp32 sums go to a workspace, and a second kernel adds them in the order of the s
 bit from run to run. Bytes: dy and x once each, the workspace twice.
 
 If images are few, a box also holds PIXELS neighbours of a row, with a stride of two as in `conv_pixels`. PIXELS divides
-the row, because a box past its end would multiply pixels of x, which may be infinite, by zeros. On Hopper Triton brings
-dy of several pixels to registers, once for all taps.
+the row, because a box past its end would multiply pixels of x, which may be infinite, by zeros.
 
 Images past the last are read as 0 from both operands, and so is x outside its image in the walk that taps share.
 """
@@ -36,7 +35,7 @@ from fastconv.kernels.jit.walk import unravel
 from fastconv.kernels.launch.descriptor import bulk
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, load_width, pointer_type
+from fastconv.kernels.problem.layout import load_width, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 
@@ -183,13 +182,13 @@ def conv_pixels_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE
 ) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the walk."""
-    lifted = problem.as_rank3
-    x_shape, dy_shape = lifted.input_shape, lifted.output_shape
+    rank3 = problem.as_rank3
+    x, dy = layout.operands(direction, problem)
     groups, splits = problem.groups, config["SPLITS"]
     c, k = problem.in_channels // groups, problem.out_channels // groups
     tile = {name: config[name] for name in ("TAPS", "COLUMNS", "PIXELS", "BLOCK_K", "BLOCK_C", "BLOCK_N")}
     images, pixels, vec = tile["BLOCK_N"], tile["PIXELS"], load_width(problem.dtype, c, k)
-    parity = pixels > 1 and lifted.stride[2] > 1
+    parity = pixels > 1 and rank3.stride[2] > 1
     assert tile["COLUMNS"] == 1 or (pixels == 1 and pairs_of_outputs(problem, tile["TAPS"]))
     assert pixels == 1 or pixels in neighbours(problem)
     element = pointer_type(problem.dtype)
@@ -198,23 +197,13 @@ def conv_pixels_wgrad(
         kernel=conv_pixels_wgrad_kernel,
         grid=(tiles * runs_of_taps(problem, tile["TAPS"]) * splits, 1, 1),
         pointers=(
-            pixel_view(
-                problem,
-                x_shape,
-                layout.source_strides or dense_strides(x_shape),
-                images,
-                tile["BLOCK_C"],
-                pixels,
-                parity,
-            ),
-            pixel_view(
-                problem, dy_shape, layout.other_strides or dense_strides(dy_shape), images, tile["BLOCK_K"], pixels
-            ),
+            pixel_view(problem, *x, images, tile["BLOCK_C"], pixels, parity),
+            pixel_view(problem, *dy, images, tile["BLOCK_K"], pixels),
             element if splits == 1 else "*fp32",
         ),
         scalars=(
-            *(problem.batch, *x_shape[2:], c // vec, *dy_shape[2:], k // vec, groups, *lifted.filter_size),
-            *(*lifted.stride, *lifted.padding, *lifted.dilation, splits),
+            *(problem.batch, *rank3.input_size, c // vec, *rank3.output_size, k // vec, groups, *rank3.filter_size),
+            *(*rank3.stride, *rank3.padding, *rank3.dilation, splits),
         ),
         constants={
             "VEC": vec,

@@ -37,7 +37,7 @@ from fastconv.kernels.jit.walk import taps_in_image
 from fastconv.kernels.launch.descriptor import ALIGNMENT, Descriptor, bulk
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, pointer_type
+from fastconv.kernels.problem.layout import pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, predicted
 from fastconv.kernels.tiles.shapes import TileSpace, cdiv
 
@@ -179,14 +179,14 @@ def conv_row_boxes_kernel(
 def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop: weight -> runs, then that of `conv_pixels` with the runs as its weight."""
     form, epilogue = form_of_call(problem, layout, box_form), layout.epilogue
-    lifted, dtype = problem.as_rank3, problem.dtype
-    n, c, *size = lifted.input_shape
-    _, k, *outputs = lifted.output_shape
+    rank3, dtype = problem.as_rank3, problem.dtype
+    source, result = layout.operands(direction, problem)
+    (n, c, *size), (stride_n, *steps, _) = source
+    _, k, *outputs = rank3.output_shape
     rows, run, columns = filter_rows(problem), form.run, form.columns
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
-    window, distance = lifted.filter_size[-1] * c, lifted.stride[-1] * c
+    window, distance = rank3.filter_size[-1] * c, rank3.stride[-1] * c
     element = pointer_type(dtype)
-    stride_n, *steps, _ = layout.source_strides or dense_strides(lifted.input_shape)
     outer = 3 - max(problem.rank, 2)
     axes = list(zip((*size[outer:2], n), (*steps[outer:], stride_n), strict=True))
     x = Descriptor(
@@ -197,9 +197,7 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
         (*(1,) * (2 - outer), block_n, run),
     )
     w = Descriptor(dtype, (columns * k, rows * run), (rows * run, 1), (block_k, run))
-    y = pixel_view(
-        problem, lifted.output_shape, layout.other_strides or dense_strides(lifted.output_shape), block_n, block_k
-    )
+    y = pixel_view(problem, *result, block_n, block_k)
     pixels = triton.cdiv(n, block_n) * outputs[0] * outputs[1] * triton.cdiv(outputs[2], columns)
     product = Launch(
         kernel=conv_row_boxes_kernel,
@@ -209,9 +207,9 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
             *(y if epilogue.residual else None, y, *epilogue.statistics_pointers),
         ),
         scalars=(
-            *(n, *size[:2], *outputs, k, *lifted.filter_size[:2]),
-            *(columns * distance, -lifted.padding[-1] * c, window),
-            *(*lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2]),
+            *(n, *size[:2], *outputs, k, *rank3.filter_size[:2]),
+            *(columns * distance, -rank3.padding[-1] * c, window),
+            *(*rank3.stride[:2], *rank3.padding[:2], *rank3.dilation[:2]),
             *epilogue.scalars,
         ),
         constants={

@@ -39,7 +39,7 @@ from fastconv.kernels.jit.epilogue import PART_K, apply_epilogue
 from fastconv.kernels.jit.walk import in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, load_width, needs_int64, pointer_type
+from fastconv.kernels.problem.layout import load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, element_registers, matrix_share
 
@@ -197,9 +197,8 @@ def conv_rows_kernel(
 def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop: weight -> runs, then that of `conv_gather` with the runs as its weight."""
     form, epilogue = form_of_call(problem, layout), layout.epilogue
-    lifted = problem.as_rank3
-    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
-    y_strides = layout.other_strides or dense_strides(lifted.output_shape)
+    rank3 = problem.as_rank3
+    (_, x_strides), (_, y_strides) = operands = layout.operands(direction, problem)
     k, element = problem.out_channels, pointer_type(problem.dtype)
     vec_k = load_width(problem.dtype, k, *y_strides)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
@@ -218,7 +217,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
         scalars=(
             *row_scalars(problem, form, x_strides, vec_k),
             *(stride // vec_k for stride in y_strides),
-            *row_taps(lifted),
+            *row_taps(rank3),
             *epilogue.scalars,
         ),
         constants={
@@ -229,7 +228,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
             "RUN": form.run,
             "USED": used,
             "EXACT": form.columns == 1 and used == window,
-            "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, y_strides)),
+            "WIDE": needs_int64(*operands),
             "PRECISION": fp32_precision(problem.dtype),
             **epilogue.constants,
             # A run's outputs become rows; with half of the columns at once no compiler spills.

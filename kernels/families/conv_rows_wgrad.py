@@ -22,7 +22,7 @@ from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import dense_strides, linear_stride, load_width, needs_int64, pointer_type
+from fastconv.kernels.problem.layout import linear_stride, load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
 from fastconv.kernels.tiles.shapes import cdiv, element_registers, matrix_registers, matrix_share
 
@@ -149,10 +149,9 @@ def conv_rows_wgrad_kernel(
 def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of wgrad, like those of `conv_wgrad`; the workspace holds each split's gradient of every column."""
     form = form_of_call(problem, layout)
-    lifted = problem.as_rank3
-    x_strides = layout.source_strides or dense_strides(lifted.input_shape)
-    dy_strides = layout.other_strides or dense_strides(lifted.output_shape)
-    dy_stride = linear_stride(lifted.output_shape, dy_strides)
+    rank3 = problem.as_rank3
+    (_, x_strides), dy = operands = layout.operands(direction, problem)
+    dy_stride = linear_stride(*dy)
     assert dy_stride is not None, "the launcher copies such a dy"
     c, k = problem.in_channels, problem.out_channels
     vec_k = load_width(problem.dtype, k, dy_stride)
@@ -168,7 +167,7 @@ def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
         kernel=conv_rows_wgrad_kernel,
         grid=(tiles * splits, 1, 1),
         pointers=(element, element, element if direct else "*fp32"),
-        scalars=(*row_scalars(problem, form, x_strides, vec_k), dy_stride // vec_k, *row_taps(lifted), splits),
+        scalars=(*row_scalars(problem, form, x_strides, vec_k), dy_stride // vec_k, *row_taps(rank3), splits),
         constants={
             "VEC": form.vec,
             "VEC_K": vec_k,
@@ -176,7 +175,7 @@ def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
             "COLUMNS": form.columns,
             "RUN": form.run,
             "USED": triton.cdiv(form.used, form.vec) * form.vec,
-            "WIDE": needs_int64((lifted.input_shape, x_strides), (lifted.output_shape, dy_strides)),
+            "WIDE": needs_int64(*operands),
             "PRECISION": fp32_precision(problem.dtype),
             **tile,
         },

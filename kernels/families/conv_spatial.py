@@ -196,16 +196,14 @@ def conv_spatial_kernel(
 
 def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
     """The launches of fprop (x -> y) or dgrad (dy -> dx), with the operands of `conv_gather`; the result is dense."""
-    lifted, dtype = problem.as_rank3, problem.dtype
+    rank3, dtype = problem.as_rank3, problem.dtype
     dgrad = direction == "dgrad"
-    shape = _source_shape(direction, problem)
-    y_shape = lifted.input_shape if dgrad else lifted.output_shape
-    (n, c, d, h, w), (_, k, *y_size) = shape, y_shape
-    strides, y_strides = layout.source_strides or dense_strides(shape), dense_strides(y_shape)
+    (shape, strides), (y_shape, _) = layout.operands(direction, problem)
+    (n, c, d, h, w), (_, k, *y_size), y_strides = shape, y_shape, dense_strides(y_shape)
     tile = {name: config[name] for name in ("ROWS", "BLOCK_M", "BLOCK_K", "BLOCK_C")}
     rows, m_block, k_block, c_block = tile.values()
-    assert rows == 1 or dgrad or lifted.stride[1] == 1, "a copy takes neighbouring rows"
-    phases = 1 if dgrad else lifted.stride[2]
+    assert rows == 1 or dgrad or rank3.stride[1] == 1, "a copy takes neighbouring rows"
+    phases = 1 if dgrad else rank3.stride[2]
     image, row, column = (stride or pitch(c, dtype) for stride in (_image_stride(shape, strides) or 0, *strides[2:]))
     x = Descriptor(
         *(dtype, (n * d, phases, h, w // phases, c), (image, column, row, phases * column, 1)),
@@ -216,9 +214,9 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
     step = pitch(problem.in_channels, dtype)
     reduced = (c_block, k_block) if dgrad else (k_block, c_block)
     weight = Descriptor(dtype, (taps, problem.out_channels, problem.in_channels), (step, taps * step, 1), (1, *reduced))
-    gcds, inverses = lifted.phases
-    splits, finishing = config["SPLITS"], layout.epilogue
-    epilogue = PLAIN if splits > 1 else finishing
+    gcds, inverses = rank3.phases
+    splits = config["SPLITS"]
+    epilogue = PLAIN if splits > 1 else layout.epilogue
     element, vec = pointer_type(dtype), load_width(dtype, k)
     tiles = rectangles(direction, problem, config)
     product = Launch(
@@ -229,9 +227,9 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
             *(element if splits == 1 else "*fp32", *epilogue.statistics_pointers),
         ),
         scalars=(
-            *(n, d, h, w, c, *y_size, k // vec, *lifted.filter_size, splits),
+            *(n, d, h, w, c, *y_size, k // vec, *rank3.filter_size, splits),
             *(stride // vec for stride in y_strides),
-            *(*lifted.stride, *lifted.padding, *lifted.dilation, *gcds, *inverses, *epilogue.scalars),
+            *(*rank3.stride, *rank3.padding, *rank3.dilation, *gcds, *inverses, *epilogue.scalars),
         ),
         constants={
             "VEC": vec,
@@ -251,15 +249,15 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
     )
     if splits == 1:
         return (product,)
-    return product, sum_splits_with_epilogue(n * prod(y_size), k, splits, dtype, layout.bias, finishing)
+    return product, sum_splits_with_epilogue(n * prod(y_size), k, splits, dtype, layout.bias, layout.epilogue)
 
 
 def rectangles(direction: str, problem: ConvProblem, config: Config) -> int:
     """The number of tiles of pixels, in all phases."""
-    lifted = problem.as_rank3
-    size, phases = lifted.output_size, [1, 1, 1]
+    rank3 = problem.as_rank3
+    size, phases = rank3.output_size, [1, 1, 1]
     if direction == "dgrad":
-        size, phases = lifted.input_size, list(map(min, lifted.stride, lifted.input_size))
+        size, phases = rank3.input_size, list(map(min, rank3.stride, rank3.input_size))
     tile = 1, config["ROWS"], config["BLOCK_M"] // config["ROWS"]
     return problem.batch * prod(phases) * prod(map(triton.cdiv, map(triton.cdiv, size, phases), tile))
 

@@ -13,8 +13,10 @@ from fastconv.autotune import Choice, Config, Gpu
 from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch.launch import Launches
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import INT32_MAX, POINTER_TYPES, Strides
+from fastconv.kernels.problem.layout import INT32_MAX, POINTER_TYPES, Strides, dense_strides
 from fastconv.kernels.tiles.autotuned import Candidates, choose
+
+Operand = tuple[tuple[int, ...], Strides]  # shape [N, C, D, H, W], pixel strides
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Layout:
     taps_outermost: bool = False  # a depthwise convolution's dw is [taps, K]
     starts_aligned: bool = True  # every operand starts where a bulk copy may
     precopied: tuple[str, ...] = ()  # "source", "other": copied before the launches of every family
+
+    def operands(self, direction: str, problem: ConvProblem) -> tuple[Operand, Operand]:
+        """The source and the other operand of a convolution, in rank 3."""
+        shapes = problem.as_rank3.input_shape, problem.as_rank3.output_shape
+        x, y = shapes[::-1] if direction == "dgrad" else shapes
+        return (x, self.source_strides or dense_strides(x)), (y, self.other_strides or dense_strides(y))
 
 
 DENSE = Layout()

@@ -61,7 +61,7 @@ def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strid
     """index, x -> y; if ``strides`` of x are None: index, None -> PyTorch's index, in int64."""
     view = problem.as_rank3 if channels_last else problem.as_rank3.planes
     assert problem.index is not None
-    flat = strides is None
+    numbers = strides is None
     steps = strides or (0, 0, 0, 0)
     vec = load_width(problem.dtype, view.channels, *steps)
     programs, rows, blocks = pool_blocks(view, view.output_size, channels_last, {"BLOCK": config["BLOCK"]})
@@ -69,7 +69,7 @@ def pool_gather(problem: PoolProblem, config: Config, channels_last: bool, strid
     return Launch(
         kernel=pool_gather_kernel,
         grid=(programs, 1, 1),
-        pointers=(INDEX_TYPES[problem.index], None if flat else element, "*i64" if flat else element),
+        pointers=(INDEX_TYPES[problem.index], None if numbers else element, "*i64" if numbers else element),
         scalars=(
             *(rows, view.channels // vec, *view.input_size, *view.output_size),
             *(stride // vec for stride in steps),

@@ -147,20 +147,20 @@ def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
 
 
 def row_scalars(problem: ConvProblem, form: RowForm, x_strides: Strides, vec_k: int) -> tuple[int, ...]:
-    lifted, c = problem.as_rank3, problem.in_channels
-    depth, height, width = lifted.input_size
-    distance = lifted.stride[-1] * c
+    rank3, c = problem.as_rank3, problem.in_channels
+    depth, height, width = rank3.input_size
+    distance = rank3.stride[-1] * c
     return (
         *(problem.batch, depth, height, width * c // form.vec),
-        *lifted.output_size,
+        *rank3.output_size,
         problem.out_channels // vec_k,
-        *lifted.filter_size[:2],
-        *(lifted.filter_size[-1] * c, form.shift, distance),
+        *rank3.filter_size[:2],
+        *(rank3.filter_size[-1] * c, form.shift, distance),
         *(stride // form.vec for stride in x_strides[:3]),
         form.columns * distance // form.vec,
-        -(lifted.padding[-1] * c + form.shift) // form.vec,
+        -(rank3.padding[-1] * c + form.shift) // form.vec,
     )
 
 
-def row_taps(lifted: ConvProblem) -> tuple[int, ...]:
-    return *lifted.stride[:2], *lifted.padding[:2], *lifted.dilation[:2]
+def row_taps(rank3: ConvProblem) -> tuple[int, ...]:
+    return *rank3.stride[:2], *rank3.padding[:2], *rank3.dilation[:2]
