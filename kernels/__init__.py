@@ -27,7 +27,7 @@ The vocabulary:
     pack       neighbouring groups of a convolution in one tile
     VEC        elements of one 16-byte access
 
-To add a family, write one file in families/ that ends with ``FAMILY``, one line in dispatch.py, one test file.
+CONTRIBUTING.md says how to add an operator, a family, a search space or an activation.
 """
 
 from importlib.util import find_spec
