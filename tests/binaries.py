@@ -12,10 +12,7 @@ from fastconv.kernels.compile.sass import Compiled
 from tests.marks import compiling
 
 # A file's pytestmark.
-COMPILING = [
-    pytest.mark.compile,
-    compiling,
-]
+COMPILING = [pytest.mark.compile, compiling]
 # Processes of pytest-xdist share the cores; the last one at work takes two.
 JOBS = max(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}

@@ -56,7 +56,6 @@ def quicken() -> None:
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     unpatched = interpreter._LangPatchScope()
     interpreter._patch_lang = lambda function: unpatched
-
     tensor.__init__ = _init
     tensor.__getitem__ = _index(tensor.__getitem__)
     for name, (compute, dtypes) in _OPERATORS.items():

@@ -19,7 +19,6 @@ from fastconv.measuring.clock import synchronize
 GPU = torch.cuda.is_available() and not interpreter.interpreting()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
 ROUNDS, WARM_UP = (50, 3) if GPU else (1, 0)
-
 pytestmark = pytest.mark.skipif(
     not (GPU or interpreter.interpreting()), reason="no GPU that PyTorch can use, and TRITON_INTERPRET is not set"
 )

@@ -924,7 +924,6 @@ def test_statistics_over_a_process_group(tmp_path: Path) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-
     exact = {name: t.double() for name, t in operands.items()}
     leaves = [exact[name].requires_grad_() for name in ("x", "weight", "gamma", "beta", "residual")]
     x, weight, gamma, beta, residual = leaves

@@ -17,9 +17,7 @@ from fastconv.kernels.launch.launch import record
 from tests.marks import DEVICE, runs_kernels
 
 pytestmark = runs_kernels
-
 CLASSES = [name for name in nn.__all__ if hasattr(torch.nn, name) and "Conv" in name]
-
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 
 

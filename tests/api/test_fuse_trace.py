@@ -127,11 +127,8 @@ def generates(m: Any, x: Any) -> Any:
 
 
 CALLS = 0
-
 CONTROL_FLOW = "does what torch.fx cannot trace: .*control flow"
-
 CONTEXT = r"enters a context \(no_grad, autocast or the like\)"
-
 UNTRACEABLE = {
     "values": (lambda m, x: m.bn1(m.conv1(x)) if x.sum() > -1e9 else x, CONTROL_FLOW),
     "size": (lambda m, x: m.bn1(m.conv1(x)) if x.shape[0] > 0 else x, CONTROL_FLOW),
@@ -174,7 +171,6 @@ UNTRACEABLE = {
 }
 
 ONE = torch.ones(())
-
 OUTSIDE = nn.Conv2d(4, 4, 1)
 
 
@@ -239,7 +235,6 @@ def with_default(m: Any, answer: bool = True) -> bool:
 
 
 FLAG = True
-
 SPACE = SimpleNamespace(flag=True)
 
 

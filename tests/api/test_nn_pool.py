@@ -14,7 +14,6 @@ from fastconv.kernels.launch.launch import record
 from tests.marks import DEVICE, runs_kernels
 
 pytestmark = runs_kernels
-
 SHAPES = {"1": (2, 3, 9), "2": (2, 3, 9, 8), "3": (1, 3, 5, 6, 5)}
 KINDS: dict[str, dict[str, Any]] = {
     "MaxPool": {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "ceil_mode": True, "return_indices": True},

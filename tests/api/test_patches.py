@@ -19,7 +19,6 @@ from fastconv.nn.fused_call import _FUNCTIONS, NORMS, SKIPPED
 from tests.marks import DEVICE, runs_kernels
 
 pytestmark = runs_kernels
-
 POOLS = [name for name in nn.__all__ if "Pool" in name]
 F = torch.nn.functional
 

@@ -15,7 +15,6 @@ from fastconv.traffic import Traffic
 from tests.marks import DEVICE, runs_kernels
 
 pytestmark = runs_kernels
-
 WIDTH, BATCH, SIZE = 16, 8, 16
 UNIT = BATCH * SIZE * SIZE * WIDTH * 2  # bytes of the narrow activation in bfloat16
 LAYERS = ((4 * WIDTH, WIDTH, 1), (WIDTH, WIDTH, 3), (WIDTH, 4 * WIDTH, 1))

@@ -19,7 +19,6 @@ from tests.autotune.simulated import Timer
 
 SEEDS = 20
 TRIALS = 16
-
 SPACE = Space(
     "tied",
     {"M": (64, 128), "N": (32, 64, 128), "stages": (3, 4)},

@@ -20,7 +20,6 @@ from fastconv.kernels.launch.launch import decisions
 from tests.marks import interpreted
 
 pytestmark = interpreted
-
 CPU = torch.device("cpu")
 
 

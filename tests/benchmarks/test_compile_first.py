@@ -20,7 +20,6 @@ from fastconv.kernels.compile.ahead import compile_each
 from tests.marks import interpreted
 
 CPU = torch.device("cpu")
-
 ROW = {"kernel": "conv_gather_kernel", "direction": "fprop", "target": "NVIDIA A100", "spills": 0}
 ROW |= {"registers": 128, "shared_memory": 4096, "occupancy": 2, "tensor_cores": "mma", "load_bytes": {"16": 8}}
 ROW |= {"wgmma_serialised": False}

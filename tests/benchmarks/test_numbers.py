@@ -15,7 +15,6 @@ from fastconv.cli import run
 from tests.marks import interpreted
 
 pytestmark = interpreted
-
 CPU = torch.device("cpu")
 CONVERT = fastconv.convert
 

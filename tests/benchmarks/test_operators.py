@@ -28,7 +28,6 @@ from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave
 from tests.marks import interpreted
 
 pytestmark = interpreted
-
 CPU = torch.device("cpu")
 SETUP = operator_times.Setup(torch.bfloat16, CPU, HostClock())
 LIMITS = ceilings.Ceilings(bandwidth=4e12, matrix=8e14)
@@ -126,7 +125,6 @@ def test_rows_without_time_and_wrong_ones_say_so(progress: Progress, monkeypatch
     (part,) = measured(races("depthwise"), progress, 0.0).values()
     assert {(row["status"], row["reason"]) for row in part["rows"]} == {("skipped", "no time left")}
     assert (part["verdict"], part["means"], part["families"]) == ("skipped", [], {})
-
     again, right = races("depthwise"), fastconv.functional.conv2d
     monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     (part,) = measured(again, progress).values()

@@ -26,7 +26,6 @@ from fastconv.measuring.clock import HostClock, Rounds, Sample, interleave, with
 from tests.marks import interpreted
 
 pytestmark = interpreted
-
 CPU = torch.device("cpu")
 
 
@@ -102,7 +101,6 @@ def test_what_compiles_for_long_comes_after_times_are_saved(
     with pytest.raises(KeyboardInterrupt):
         measured(work, COMPARED, returned_clock, math.inf, progress, saved.append)
     assert by_name(saved[-1])["eager"]["step_ms"]["median"] == 3.0
-
     providers(monkeypatch, {"eager": taking(3.0)}, {"compiled": killed}, seconds=60.0)
     part = measured(work, COMPARED, returned_clock, time.monotonic() + 30, progress, lambda part: None)
     assert by_name(part)["compiled"]["reason"] == "no time left"

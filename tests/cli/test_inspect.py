@@ -303,14 +303,12 @@ def test_json_has_what_the_tables_show(tmp_path: Path, capsys: pytest.CaptureFix
     assert (launch["tensor_cores"], launch["spills"], launch["wgmma_waits"]) == ("wgmma", 0, [1])
     assert sum(launch["mix"].values()) > launch["step_instructions"] == sum(launch["step_mix"].values())
     assert "sass" not in launch
-
     plot = tmp_path / "space.svg"
     assert run([*line.split(), *compare, "--plot", str(plot)]) == 0
     shown = capsys.readouterr().out
     for words in ("A conv_gather", "B conv_gather", "registers a thread", "copies in flight", "roofline", "predicted"):
         assert words in shown
     assert "roofline" in plot.read_text() and "copies in flight for another step size" in plot.read_text()
-
     assert run([*line.split(), "--config", "BLOCK_M=128,BLOCK_K=64", "--sass", "--ttgir"]) == 0
     listing = capsys.readouterr().out
     assert "// conv_gather_kernel, fprop, NVIDIA H200, sass" in listing and "HGMMA" in listing

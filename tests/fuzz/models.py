@@ -12,7 +12,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Lines = list[str]
-
 _CONVS = (
     "nn.Conv2d(4, 4, 1)",
     "nn.Conv2d(4, 4, 3, padding=1, bias=False)",

@@ -19,7 +19,6 @@ from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem, conv_problem
 
 pytestmark = COMPILING
-
 NETWORKS = ("resnet50", "vgg16", "efficientnet_b0")
 BATCHES = (32, 256)
 # The batch is a side of the pixel GEMM's tiles, so that two batches share few of its binaries.

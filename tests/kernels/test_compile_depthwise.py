@@ -19,18 +19,12 @@ from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import DIRECTIONS, conv_problem
 
 pytestmark = COMPILING
-
 NETWORKS = ("mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 BATCHES = (32, 256)
 each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
 on_hopper_at_least = each(GPUS, slow=lambda gpu: not gpu.wgmma)
-
 NORM = ("*fp32",) * 4
-EPILOGUES = {
-    "plain": PLAIN,
-    "inference": Epilogue(*NORM, act="silu"),
-    "statistics": Epilogue(statistics=True),
-}
+EPILOGUES = {"plain": PLAIN, "inference": Epilogue(*NORM, act="silu"), "statistics": Epilogue(statistics=True)}
 
 
 def compiled(found: dict[tuple, tuple[str, Launch]], gpu: Gpu) -> Iterator[tuple[str, Launch, Compiled]]:

@@ -18,7 +18,6 @@ from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 
 pytestmark = COMPILING
-
 each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
 on_hopper_at_least = each(GPUS, slow=lambda gpu: not gpu.wgmma)
 EPILOGUES = {

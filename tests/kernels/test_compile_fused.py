@@ -22,9 +22,7 @@ from fastconv.kernels.ops import batch_norm
 from fastconv.kernels.problem.conv import ConvProblem, conv_transpose_problem
 
 pytestmark = COMPILING
-
 each_gpu = each(GPUS, slow=lambda gpu: not gpu.wgmma)
-
 NORM = ("*fp32",) * 4
 # Batch norm's vectors stay fp32 under a bf16 convolution.
 EPILOGUES = {

@@ -31,7 +31,6 @@ from fastconv.kernels.problem.conv import DIRECTIONS
 from fastconv.kernels.problem.layout import pointer_type
 
 pytestmark = COMPILING
-
 NETWORKS, BATCHES = ("resnet50", "unet", "efficientnet_b0"), (64, 256)
 PRODUCTS = ("conv_gemm_kernel", "conv_gemm_wgrad_kernel", "conv_spatial_kernel")
 STATISTICS = Epilogue(statistics=True)

@@ -23,7 +23,6 @@ from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import pointer_type
 
 pytestmark = COMPILING
-
 NETWORKS, BATCHES = ("resnet50", "vgg16", "unet"), (64, 256)
 each_gpu = each(GPUS[1:])
 

@@ -18,7 +18,6 @@ from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem, conv_problem
 
 pytestmark = COMPILING
-
 NETWORKS, BATCHES = ("resnet50", "vgg16", "unet"), (64, 256)
 # The product in Triton's GPU dialect, with both of its operands in shared memory.
 PRODUCT = r"ttng\.(?:warp_group_dot|tc_gen5_mma) "

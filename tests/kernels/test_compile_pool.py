@@ -21,7 +21,6 @@ from fastconv.kernels.problem.layout import dense_strides
 from fastconv.kernels.problem.pool import POOL_DIRECTIONS, PoolProblem, index_type, largest_share
 
 pytestmark = COMPILING
-
 each_gpu = each(GPUS, slow=lambda gpu: gpu.tcgen05)
 on_hopper_at_least = each(GPUS, slow=lambda gpu: not gpu.wgmma)
 

@@ -168,8 +168,7 @@ def test_epilogue_and_statistics_of_packed_groups() -> None:
     for value, reference in ((y, exact), (found_mean, true_mean), (found_var, true_var)):
         torch.testing.assert_close(value.cpu().double(), reference, **tolerance)
     z = conv.conv_act(
-        *(*on[:3], tuple(on[3:]), None, on[0].new_ones(exact.shape), None),
-        *(*arguments, 1e-5, "relu", 0.0, 0.0, False),
+        *(*on[:3], tuple(on[3:]), None, on[0].new_ones(exact.shape), None), *(*arguments, 1e-5, "relu", 0.0, 0.0, False)
     )
     normal = torch.batch_norm(exact, *(t.double() for t in (gamma, beta, mean, var)), False, 0.1, 1e-5, False)
     torch.testing.assert_close(z.cpu().double(), (normal + 1).relu(), **tolerance)

@@ -24,7 +24,6 @@ from reference import assert_equal, exact_limit, integers
 from tests.tiles import take_tile
 
 pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
-
 STEM = Case("ResNet's", 32, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3))
 EVEN = (
     Case("pairs of outputs", 17, 4, 24, (4, 6), (5, 5), (2, 2), (2, 2)),

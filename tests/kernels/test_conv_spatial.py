@@ -141,10 +141,7 @@ def test_fp32_goes_by_tf32_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (Case("", 16, 64, 64, (9, 8), (3, 3)), "16 images, more than 15"),
         (Case("", 2, 192, 192, (9, 8), (3, 3), groups=2), "2 groups"),
-        (
-            Case("", 2, 64, 64, (9, 9), (3, 3), (2, 2)),
-            "rows of 9 pixels, of which phases of 2 have not as many each",
-        ),
+        (Case("", 2, 64, 64, (9, 9), (3, 3), (2, 2)), "rows of 9 pixels, of which phases of 2 have not as many each"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

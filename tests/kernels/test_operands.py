@@ -18,7 +18,6 @@ from tests.marks import runs_kernels
 from views import KEEPING, VIEWS, dense
 
 pytestmark = runs_kernels
-
 WINDOW = [2, 3], [2, 1], [0, 0], [1, 1]
 SHARES: tuple[list[int], ...] = [], [], [], []
 STRIDE, PADDING, DILATION = [2, 1], [1, 0], [1, 1]

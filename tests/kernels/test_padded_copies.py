@@ -22,7 +22,6 @@ from fastconv.kernels.problem.layout import strides_like
 from reference import assert_equal, exact_limit, integers
 
 pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
-
 SERVED = {"gemm": DIRECTIONS, "pixels": DIRECTIONS, "spatial": DIRECTIONS[:2]}
 CASES = (
     ("gemm", Case("both odd", 2, 19, 21, (5, 7), (1, 1))),
