@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -292,7 +291,7 @@ def test_tails_of_the_batch_stay_out_of_the_statistics(batch: int, weight: tuple
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_a_mean_far_from_zero(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mean_far_from_zero(channels_last: bool, monkeypatch) -> None:
     """Mean 1000, variance 1e-3. A filter that copies keeps the convolution's own roundings out of it."""
     # A tile of a GPU's size: the interpreter adds up a column one by one, and its own tiles are longer.
     take_tile(monkeypatch, {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_C": 16, "SPLITS": 1})
@@ -730,7 +729,7 @@ def test_what_no_kernel_serves_is_pytorchs(name: str, training: bool) -> None:
 
 @each_mode
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
-def test_a_convolution_without_a_kernel(grad: bool, training: bool, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_convolution_without_a_kernel(grad: bool, training: bool, monkeypatch, caplog) -> None:
     monkeypatch.setattr(call, "_calls", {})
     refusing = replace(conv_gather.FAMILY, why_not=lambda *a: "not today")
     monkeypatch.setattr(dispatch, "FAMILIES", dict.fromkeys(conv.DIRECTIONS, (refusing,)))
@@ -897,7 +896,7 @@ os._exit(0)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="its processes meet over gloo and interpret the kernels")
-def test_statistics_over_a_process_group(tmp_path: Path) -> None:
+def test_statistics_over_a_process_group(tmp_path) -> None:
     """Two processes with uneven shares of a batch, once with nothing at all, against one process with all of it."""
     draw = torch.Generator().manual_seed(0)
     operands = {

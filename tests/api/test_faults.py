@@ -95,7 +95,7 @@ def at_the(number: int, error: Exception, function: Callable[..., Any]) -> tuple
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["launch", "memory"])
-def test_a_step_that_fails_anywhere_harms_no_state(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_anywhere_harms_no_state(what: str, monkeypatch) -> None:
     from triton.runtime.interpreter import GridExecutor
 
     owner, name = (GridExecutor, "__call__") if what == "launch" else (torch.Tensor, "new_empty_strided")
@@ -167,7 +167,7 @@ def out_of_resources() -> Exception:
     ids=lambda error: type(error).__name__,
 )
 def test_what_does_not_compile_is_pytorchs_with_one_warning(
-    error: Exception, gpu_of_the_cpu: None, warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    error: Exception, gpu_of_the_cpu: None, warnings: Callable[[], list[str]], monkeypatch
 ) -> None:
     from triton.runtime.interpreter import GridExecutor
 
@@ -198,7 +198,7 @@ def test_what_does_not_compile_is_pytorchs_with_one_warning(
 
 
 @interpreted
-def test_a_pass_that_pytorch_has_not_says_what_failed(gpu_of_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_pytorch_has_not_says_what_failed(gpu_of_the_cpu: None, monkeypatch) -> None:
     from triton.runtime.interpreter import GridExecutor
 
     model, x = network()
@@ -276,7 +276,7 @@ def _in_two(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
 @interpreted
 @pytest.mark.parametrize("compute", [_split_convolution, _split_pools, _split_norm])
 def test_where_partial_sums_find_no_memory_there_are_none(
-    compute: Callable[[], Tensor], warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    compute: Callable[[], Tensor], warnings: Callable[[], list[str]], monkeypatch
 ) -> None:
     with (
         dispatch.use_target(gpus.A100 if compute is _split_pools else gpus.INTERPRETER),
@@ -304,7 +304,7 @@ def test_where_partial_sums_find_no_memory_there_are_none(
         assert crowded.refused == refused, "what found no memory does not ask again"
 
 
-def test_no_tile_takes_a_workspace_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tile_takes_a_workspace_over_the_limit(monkeypatch) -> None:
     problem = conv_problem((256, 512, 65, 65), (512, 512, 3, 3), None, (1, 1), (2,) * 4, (2, 2), 1, torch.bfloat16)
     moved: list[int] = []
 
@@ -324,7 +324,7 @@ def test_no_tile_takes_a_workspace_over_the_limit(monkeypatch: pytest.MonkeyPatc
 @interpreted
 @pytest.mark.parametrize("fault", ["file", "garbage", "homeless"])
 def test_a_store_that_is_damaged_or_unwritable_costs_a_warning(
-    fault: str, tmp_path: Path, warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    fault: str, tmp_path, warnings: Callable[[], list[str]], monkeypatch
 ) -> None:
     place = tmp_path / "cache"
     monkeypatch.setenv("FASTCONV_CACHE_DIR", str(place))
@@ -350,7 +350,7 @@ def test_a_store_that_is_damaged_or_unwritable_costs_a_warning(
 
 
 def test_a_gpu_of_another_maker_or_too_old_is_pytorchs_with_one_warning(
-    warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    warnings: Callable[[], list[str]], monkeypatch
 ) -> None:
     x: Any = SimpleNamespace(dtype=torch.float32, layout=torch.strided, is_cuda=True, get_device=lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -289,7 +289,7 @@ def test_empty_batch(function: str) -> None:
     assert x.grad.shape == x.shape and not weight.grad.any() and not bias.grad.any()
 
 
-def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch, caplog) -> None:
     from fastconv.autograd import operators
     from fastconv.kernels import dispatch
     from fastconv.kernels.families import conv_gather
@@ -312,7 +312,7 @@ def test_a_call_without_a_kernel_runs_pytorchs_op_or_raises(monkeypatch: pytest.
     assert "not today" in caplog.text
 
 
-def test_backward_on_another_thread_is_strict_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_on_another_thread_is_strict_too(monkeypatch) -> None:
     """Autograd runs a GPU's backward on threads that see no context of the user's."""
     from fastconv.kernels import dispatch
     from fastconv.kernels.families import conv_gather

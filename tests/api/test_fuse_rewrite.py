@@ -211,7 +211,7 @@ def test_a_report_of_a_forward_of_the_instance() -> None:
     assert reasons["1.bn"] == "a forward of its own on its ConvBNAct2d"
 
 
-def test_a_report_of_models_converted_around_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_models_converted_around_a_patch(monkeypatch) -> None:
     first = fastconv.convert(Block(added_behind, f=sequence()))
     with monkeypatch.context() as patch:
         forward = nn.Sequential.forward

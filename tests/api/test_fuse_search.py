@@ -493,7 +493,7 @@ def test_a_convolution_replaced_by_something_else(calls: list[Any]) -> None:
     assert not calls
 
 
-def test_a_function_is_not_the_module_of_its_name(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_is_not_the_module_of_its_name(calls: list[Any], monkeypatch) -> None:
     """Who replaces or hooks nn.ReLU does not mean F.relu."""
     model, plain = pair(Block(lambda m, x: F.relu(m.bn1(m.conv1(x))) * F.relu(m.conv2(x))))
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 0)

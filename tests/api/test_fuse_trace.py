@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable
 from enum import Enum
 from functools import partial, partialmethod
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,7 +174,7 @@ OUTSIDE = nn.Conv2d(4, 4, 1)
 
 
 @pytest.mark.parametrize("name", UNTRACEABLE)
-def test_untraceable(name: str, calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_untraceable(name: str, calls: list[Any], capsys) -> None:
     body, reason = UNTRACEABLE[name]
     module: Any = Block(body, block=Block(plain_block))
     module.log, module.options, module.objects, module.counting = [], {"sizes": []}, [object()], Counting()
@@ -320,9 +319,7 @@ def asked(m: Any) -> bool:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", DECIDED)
-def test_what_a_forward_decides_by(
-    name: str, training: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_forward_decides_by(name: str, training: bool, calls: list[Any], monkeypatch) -> None:
     how, change = DECIDED[name]
     model, plain = pair(Deciding(how))
     plain.train(training)
@@ -581,7 +578,7 @@ def test_a_class_of_somebodys_behind_a_fused_one(calls: list[Any]) -> None:
     assert torch.equal(twin(images()), plain(images()) * 2) and calls == []
 
 
-def test_wrappers_of_wrappers(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrappers_of_wrappers(calls: list[Any], monkeypatch) -> None:
     """Each around what it has found on the converted model's class; the other models of that class have them too."""
     model, plain = pair(Unit())
     expected = plain(images())
@@ -680,7 +677,7 @@ class Writes(nn.Module):
         return x.mul_(2)
 
 
-def test_a_source_that_has_changed_is_not_believed(tmp_path: Path) -> None:
+def test_a_source_that_has_changed_is_not_believed(tmp_path) -> None:
     text = "from torch.nn import Module\nclass Net(Module):\n    def forward(self, x): return self.bn(self.conv(x))\n"
     file = tmp_path / "net_of_a_file.py"
     file.write_text(text)

@@ -129,7 +129,7 @@ def test_statistics_are_kept_by_the_module(calls: list[Any]) -> None:
         assert torch.equal(a, b)
 
 
-def test_a_synchronised_norm_takes_statistics_over_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronised_norm_takes_statistics_over_its_group(monkeypatch) -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(fastconv.convert(Block(plain_block)), "the group").to(DEVICE)
     assert fastconv.report(model).fused == [f"{BN1} + relu", f"{BN2} + residual + relu"]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

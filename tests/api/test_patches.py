@@ -77,7 +77,7 @@ PATCHES: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", PATCHES)
-def test_a_patch_is_run_and_taken_back(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_is_run_and_taken_back(name: str, when: str, monkeypatch) -> None:
     owner, attribute, affected = PATCHES[name]
     model = layers()
     plain = copy.deepcopy(model)
@@ -104,7 +104,7 @@ def test_a_patch_is_run_and_taken_back(name: str, when: str, monkeypatch: pytest
     assert (report.left, report.unfused, [pool.reason for pool in report.pools]) == ([], [], [None])
 
 
-def test_a_patch_of_forward_may_come_to_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_of_forward_may_come_to_our_kernels(monkeypatch) -> None:
     """A web UI casts weights and calls what it found."""
     model = fastconv.convert(torch.nn.Conv2d(3, 4, 3).to(DEVICE))
     expected = model(X)
@@ -115,7 +115,7 @@ def test_a_patch_of_forward_may_come_to_our_kernels(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("attribute", ["forward", "_conv_forward", "__call__"])
-def test_a_patch_of_our_class(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_of_our_class(attribute: str, monkeypatch) -> None:
     model = fastconv.convert(layers())
     kind = type(model[0])
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_patch_of_one_layer(attribute: str) -> None:
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_every_pool_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pool_notices(name: str, monkeypatch) -> None:
     arguments = {"output_size": 2} if "Adaptive" in name else {"kernel_size": 2}
     pool = getattr(nn, name)(**arguments, **({"norm_type": 2} if "LP" in name else {}))
     theirs = getattr(torch.nn, name)
@@ -146,7 +146,7 @@ def test_every_pool_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in nn.__all__ if name.startswith("Conv") and "BN" not in name])
-def test_every_convolution_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_convolution_notices(name: str, monkeypatch) -> None:
     layer = getattr(nn, name)(2, 2, 2).to(DEVICE)
     attribute = "forward" if "Transpose" in name else "_conv_forward"
     monkeypatch.setattr(getattr(torch.nn, name), attribute, lambda self, x, *_: "patched")
@@ -162,7 +162,7 @@ def test_nothing_is_taken_for_a_patch(kind: Any) -> None:
     assert patches.patched(kind) is None
 
 
-def test_a_patch_of_a_function_that_a_forward_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_of_a_function_that_a_forward_calls(monkeypatch) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -180,7 +180,7 @@ def test_a_patch_of_a_function_that_a_forward_calls(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("attribute", ["forward", "__call__"])
-def test_a_child_whose_fused_layer_continues_in_its_caller(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_whose_fused_layer_continues_in_its_caller(attribute: str, monkeypatch) -> None:
     class Caller(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -196,7 +196,7 @@ def test_a_child_whose_fused_layer_continues_in_its_caller(attribute: str, monke
         close(model(X), expected + 1)
 
 
-def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled(monkeypatch) -> None:
     torch._dynamo.reset()
     model = fastconv.convert(layers())
     plain = fastconv.revert(copy.deepcopy(model))
@@ -206,7 +206,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-def test_traced_by_fx(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traced_by_fx(monkeypatch) -> None:
     model = fastconv.convert(layers())
     plain = fastconv.revert(copy.deepcopy(model))
     monkeypatch.setattr(F, "conv2d", plus_one(F.conv2d))
@@ -214,7 +214,7 @@ def test_traced_by_fx(monkeypatch: pytest.MonkeyPatch) -> None:
         close(torch.fx.symbolic_trace(model)(X), plain(X))
 
 
-def test_explain_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_names_it(monkeypatch) -> None:
     model = fastconv.convert(layers())
     monkeypatch.setattr(F, "relu", plus_one(F.relu))
     monkeypatch.setattr(F, "max_pool2d", plus_one(F.max_pool2d))

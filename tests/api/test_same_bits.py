@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,7 +183,7 @@ def main(mode: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not interpreter.interpreting(), reason="plans for another GPU: needs TRITON_INTERPRET=1")
-def test_every_operator_gives_the_same_bits_in_any_process_and_whatever_is_tuned(tmp_path: Path) -> None:
+def test_every_operator_gives_the_same_bits_in_any_process_and_whatever_is_tuned(tmp_path) -> None:
     children = {}
     for number, mode in enumerate(("plain", "tuned")):
         environment = {**os.environ, "PYTHONHASHSEED": str(number), "FASTCONV_CACHE_DIR": str(tmp_path / mode)}

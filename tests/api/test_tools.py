@@ -4,7 +4,6 @@ import copy
 import io
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +121,7 @@ def test_exported(gradients: bool) -> None:
 @needs_onnx
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("reverted", [True, False], ids=["reverted", "converted"])
-def test_onnx(reverted: bool, dynamo: bool, tmp_path: Path) -> None:
+def test_onnx(reverted: bool, dynamo: bool, tmp_path) -> None:
     import onnxruntime
 
     model, plain, x = both()
@@ -265,7 +264,7 @@ def test_works_on_a_converted_model(tool: Callable[..., Any]) -> None:
 # What counts
 
 
-def test_a_counter_that_patches_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_that_patches_functions(monkeypatch) -> None:
     """As the profilers of DeepSpeed and ptflops."""
     model, plain, x = both()
     counted: list[str] = []

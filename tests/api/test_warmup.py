@@ -109,14 +109,14 @@ def test_a_model_that_asks_for_values_runs_on_a_copy() -> None:
 
 
 @interpreted
-def test_the_interpreter_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_interpreter_compiles_nothing(caplog) -> None:
     done = warmup(converted(Block()), image(2, 3, 12, 12), gpu="H200")
     assert (done.kernels, done.gpu) == (0, None)
     assert str(done).startswith("nothing to compile: kernels are interpreted")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_it_looks_at_what_the_first_call_will_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_looks_at_what_the_first_call_will_measure(monkeypatch) -> None:
     regimes = []
 
     def listen(space: Any, features: Any, work: Any, gpu: Any, choice: Any) -> Any:
@@ -155,9 +155,7 @@ def test_a_line_says_what_was_done() -> None:
     [(converted(Block()), None, "on the CPU"), (nn.Conv2d(3, 4, 1), "H200", "fastconv.convert")],
     ids=["no GPU", "no layers"],
 )
-def test_where_there_is_nothing_one_line_says_so(
-    model: nn.Module, gpu: str | None, why: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_there_is_nothing_one_line_says_so(model: nn.Module, gpu: str | None, why: str, caplog) -> None:
     if torch.cuda.is_available() and gpu is None:
         pytest.skip("a GPU is here")
     assert why in str(warmup(model, image(2, 3, 12, 12), gpu=gpu))
@@ -218,7 +216,7 @@ def test_a_launch_finds_what_was_compiled(h200: list[bool]) -> None:
 
 @pytest.mark.compile
 @compiling
-def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def no_tool(arch: int) -> None:
@@ -267,7 +265,7 @@ def test_during_capture_a_miss_names_the_warmup_call() -> None:
 
 
 @pytest.mark.usefixtures("capturing")
-def test_during_capture_what_was_made_or_warmed_up_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_during_capture_what_was_made_or_warmed_up_is_launched(monkeypatch) -> None:
     kernel, made = Kernel(), a_launch(Kernel())
     with monkeypatch.context() as before:
         before.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -73,7 +73,7 @@ def entry(tile: int, order: int = 1, **changes: Any) -> Tuned:
     return tuned(**{"config": config(tile, order), "default": DEFAULT, **changes})
 
 
-def test_sources_in_their_order(ask: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_in_their_order(ask: Asker, tmp_path, monkeypatch) -> None:
     def asked() -> tuple[str, dict[str, int]]:
         choice = ask()
         return choice.source, dict(choice.config)
@@ -99,7 +99,7 @@ def test_sources_in_their_order(ask: Asker, tmp_path: Path, monkeypatch: pytest.
     assert asked() == ("measured here", config(3)), "it was stored"
 
 
-def test_lock_file_by_the_environment(ask: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_file_by_the_environment(ask: Asker, tmp_path, monkeypatch) -> None:
     lock = tmp_path / "lock.json"
     write_table(lock, [entry(1)], "abc", DATE)
     monkeypatch.setenv("FASTCONV_LOCK", str(lock))
@@ -113,9 +113,7 @@ def test_lock_file_by_the_environment(ask: Asker, tmp_path: Path, monkeypatch: p
         ask()
 
 
-def test_lock_of_another_gpu_is_left_out_and_said_once(
-    ask: Asker, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lock_of_another_gpu_is_left_out_and_said_once(ask: Asker, tmp_path, caplog) -> None:
     write_table(tmp_path / "l", [entry(1, gpu=A100)], "abc", DATE)
     known.load_lock(tmp_path / "l")
     with caplog.at_level(logging.WARNING, "fastconv"):
@@ -125,9 +123,7 @@ def test_lock_of_another_gpu_is_left_out_and_said_once(
     ]
 
 
-def test_lock_of_another_version_is_left_out_and_said_once(
-    ask: Asker, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lock_of_another_version_is_left_out_and_said_once(ask: Asker, tmp_path, caplog) -> None:
     write_table(tmp_path / "l", [entry(1, version=dataclasses.replace(VERSION, triton="3.6.0"))], "abc", DATE)
     known.load_lock(tmp_path / "l")
     assert ask().source == ask(N=33).source == "cost model"
@@ -207,7 +203,7 @@ def test_ordinary_call_measures_nothing_and_writes_what_it_met(ask: Asker) -> No
     assert len(Store().read()) == 2, "nor again in the next process"
 
 
-def test_first_measures_what_is_unknown_once(ask: Asker, caplog: pytest.LogCaptureFixture) -> None:
+def test_first_measures_what_is_unknown_once(ask: Asker, caplog) -> None:
     measured: list[Any] = []
 
     def measurer(question: Any) -> Tuned:
@@ -270,7 +266,7 @@ def test_what_is_chosen_while_looking_is_measured_when_it_is_met(ask: Asker, tun
     assert ask().config == config(2)
 
 
-def test_measurer_that_fails_costs_a_warning(ask: Asker, caplog: pytest.LogCaptureFixture) -> None:
+def test_measurer_that_fails_costs_a_warning(ask: Asker, caplog) -> None:
     def measurer(question: Any) -> Tuned:
         raise RuntimeError("no GPU left")
 
@@ -281,7 +277,7 @@ def test_measurer_that_fails_costs_a_warning(ask: Asker, caplog: pytest.LogCaptu
     assert "RuntimeError: no GPU left" in caplog.text
 
 
-def test_interpreter_and_callers_without_tables_read_nothing(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_and_callers_without_tables_read_nothing(ask: Asker, monkeypatch) -> None:
     monkeypatch.setattr(known, "tables", lambda *_: pytest.fail("read"))
     assert ask(INTERPRETER).source == "cost model"
     assert choose(SPACE, problem(), work, H200).source == "cost model"

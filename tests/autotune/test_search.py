@@ -117,7 +117,7 @@ def search_for(timer: Timer, question: Question, works: dict[Key, Work]) -> tupl
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
-def test_sixteen_measurements_come_within_5_percent_of_the_best(record_property: Any) -> None:
+def test_sixteen_measurements_come_within_5_percent_of_the_best(record_property) -> None:
     from tests.autotune.networks import questions
 
     problems = []

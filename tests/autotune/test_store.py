@@ -104,7 +104,7 @@ def test_what_is_appended_is_read(store: Store) -> None:
     assert Store(store.folder).damage() == []
 
 
-def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_dir_follows_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("FASTCONV_CACHE_DIR", "/y")
     assert cache_dir() == Path("/y") and Store().folder == Path("/y/tune")
@@ -115,9 +115,7 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ("tuned",)], ids=str)
-def test_torn_line_costs_itself_and_one_warning(
-    store: Store, kinds: tuple[str, ...], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_torn_line_costs_itself_and_one_warning(store: Store, kinds: tuple[str, ...], caplog) -> None:
     for index in range(3):
         store.append(tuned(problem(N=index)))
     path = shards(store)[0]
@@ -130,7 +128,7 @@ def test_torn_line_costs_itself_and_one_warning(
     assert len(reader.damage()) == 1
 
 
-def test_corrupt_shard_costs_its_damaged_lines(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_corrupt_shard_costs_its_damaged_lines(store: Store, caplog) -> None:
     store.append(measured(1))
     other = Store(store.folder)
     for index in (2, 3):
@@ -143,7 +141,7 @@ def test_corrupt_shard_costs_its_damaged_lines(store: Store, caplog: pytest.LogC
     assert len(caplog.records) == 1 and "and 3 more" in caplog.text
 
 
-def test_newer_schema_is_refused_with_one_line(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_newer_schema_is_refused_with_one_line(store: Store, caplog) -> None:
     store.append(measured(1))
     store.append(measured(2))
     path = shards(store)[0]
@@ -169,7 +167,7 @@ def test_forked_process_writes_a_shard_of_its_own(store: Store) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/proc/fastconv", "/dev/null/fastconv"])
-def test_store_that_cannot_be_made_warns_once(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_store_that_cannot_be_made_warns_once(folder: str, caplog) -> None:
     store = Store(Path(folder))
     assert not store.append(measured()) and not store.append(measured())
     assert [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
@@ -177,9 +175,7 @@ def test_store_that_cannot_be_made_warns_once(folder: str, caplog: pytest.LogCap
     assert store.read() == []
 
 
-def test_read_only_store_is_read_and_warned_of_once(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_read_only_store_is_read_and_warned_of_once(store: Store, monkeypatch, caplog) -> None:
     store.append(measured(1))
     opened = os.open
 
@@ -195,9 +191,7 @@ def test_read_only_store_is_read_and_warned_of_once(
     assert len(caplog.records) == 1 and "Read-only file system" in caplog.text
 
 
-def test_full_disk_warns_once_and_tears_nothing(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_warns_once_and_tears_nothing(store: Store, monkeypatch, caplog) -> None:
     """A write of half a line, as a disk gives that fills up; then none; then, room made, the store goes on."""
     store.append(measured(1))
     write = os.write
@@ -270,9 +264,7 @@ for line in sys.stdin:
 """
 
 
-def test_kill_at_any_moment_loses_the_measurement_in_flight_alone(
-    store: Store, record_property: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kill_at_any_moment_loses_the_measurement_in_flight_alone(store: Store, record_property, caplog) -> None:
     generator = random.Random(0)
     process = subprocess.Popen(
         [sys.executable, "-c", WRITERS, str(store.folder)],
@@ -312,7 +304,7 @@ def test_kill_at_any_moment_loses_the_measurement_in_flight_alone(
     record_property("line", f"store: 200 kills, {total} measurements written, none lost but those in flight")
 
 
-def test_sixteen_writers_at_once(store: Store, record_property: Any) -> None:
+def test_sixteen_writers_at_once(store: Store, record_property) -> None:
     code = """
 import os, sys
 from pathlib import Path
@@ -361,7 +353,7 @@ def test_merge_leaves_a_shard_in_use(store: Store) -> None:
     assert sorted(found) == [1, 2, 3, 4, 5, 9]
 
 
-def test_merge_makes_nothing_too_large_to_be_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_makes_nothing_too_large_to_be_read(store: Store, monkeypatch) -> None:
     for index in (1, 2, 3):
         ended = Store(store.folder)
         ended.append(measured(index))
@@ -379,7 +371,7 @@ def test_cleared_store_goes_on(store: Store) -> None:
     assert Store(store.folder).read() == [measured(2)]
 
 
-def test_export_and_import(store: Store, tmp_path: Path) -> None:
+def test_export_and_import(store: Store, tmp_path) -> None:
     for index in (1, 2, 2):
         store.append(measured(index))
     path = tmp_path / "out.jsonl"
@@ -393,7 +385,7 @@ def test_export_and_import(store: Store, tmp_path: Path) -> None:
         read_lines(path)
 
 
-def test_on_a_full_disk_all_is_added_or_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_full_disk_all_is_added_or_nothing(store: Store, monkeypatch) -> None:
     store.append(measured(1))
 
     def full(file: int) -> None:
@@ -411,7 +403,7 @@ def test_on_a_full_disk_all_is_added_or_nothing(store: Store, monkeypatch: pytes
     assert sorted(r.config["TILE"] for r in store.read()) == [1, 2, 3]  # type: ignore[attr-defined]
 
 
-def test_publishing_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_is_whole_or_nothing(tmp_path, monkeypatch) -> None:
     path = tmp_path / "table"
     publish(path, b"old")
     with monkeypatch.context() as context:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,7 +59,7 @@ def test_stale_entries_seed() -> None:
     assert names(table.nearest(problem(), VERSION)) == [64]
 
 
-def test_table_survives_its_file_sorted(tmp_path: Path) -> None:
+def test_table_survives_its_file_sorted(tmp_path) -> None:
     entries = [
         tuned(problem(N=n), version=version, pytorch=3e-5, also=(({"TILE": 3}, 2e-5),))
         for n in (64, 2, 128)
@@ -79,7 +78,7 @@ def test_table_survives_its_file_sorted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entries", [[], [tuned(), tuned(gpu=A100)]], ids=["none", "two GPUs"])
-def test_table_is_of_one_gpu(tmp_path: Path, entries: Any) -> None:
+def test_table_is_of_one_gpu(tmp_path, entries: Any) -> None:
     with pytest.raises(ValueError, match="measurements of one GPU"):
         write_table(tmp_path / "t.json", entries, "abc", DATE)
     assert not list(tmp_path.iterdir())
@@ -103,7 +102,7 @@ def test_table_is_of_one_gpu(tmp_path: Path, entries: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_mistake_in_a_file_is_named(tmp_path: Path, change: Any, error: str) -> None:
+def test_mistake_in_a_file_is_named(tmp_path, change: Any, error: str) -> None:
     path = tmp_path / "table.json"
     write_table(path, [tuned()], "abc", DATE)
     whole = json.loads(path.read_text())
@@ -118,14 +117,14 @@ def test_mistake_in_a_file_is_named(tmp_path: Path, change: Any, error: str) -> 
 @pytest.mark.parametrize(
     "content", [b"", b"\x80", b"[" * 10**5, b"[]", b'{"schema": 1, "gpu": NaN}'], ids=lambda it: repr(it[:20])
 )
-def test_what_is_no_table_is_one_error(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_table_is_one_error(tmp_path, content: bytes) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(content)
     with pytest.raises(SchemaError):
         read_table(path)
 
 
-def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
+def test_a_file_too_large_is_not_read(tmp_path) -> None:
     path = tmp_path / "t.json"
     with open(path, "wb") as file:
         file.truncate((1 << 25) + 1)

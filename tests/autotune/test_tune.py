@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,7 +244,7 @@ def test_deadline_ends_the_search_and_not_the_last_run() -> None:
     assert kept(runner, deadline=0.0)[0] is None and not runner.run_configs
 
 
-def test_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_killed_search_goes_on_where_it_was(tmp_path) -> None:
     store = Store(tmp_path)
     first, limit = Runner(new_question()), 7
     run = first.run

@@ -108,7 +108,7 @@ def test_memory_is_poisoned_only_inside() -> None:
 
 
 @pytest.mark.usefixtures("one_problem")
-def test_check_names_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_names_the_kernels(capsys) -> None:
     assert run(["check", "--quick"]) == 0
     shown = capsys.readouterr().out
     for kernel in ("conv_gather", "conv_wgrad", "channel_sum"):
@@ -123,7 +123,7 @@ def test_check_is_right(options: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("one_problem")
-def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_a_wrong_kernel(monkeypatch, capsys) -> None:
     right = fastconv.functional.conv2d
     monkeypatch.setattr(fastconv.functional, "conv2d", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     assert run(["check", "--quick"]) == 1
@@ -132,15 +132,13 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.usefixtures("one_problem")
-def test_check_finds_a_fallback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_a_fallback(monkeypatch, capsys) -> None:
     monkeypatch.setattr(fastconv.functional, "conv2d", torch.nn.functional.conv2d)
     assert run(["check", "--quick"]) == 1
     assert "no kernel ran" in capsys.readouterr().out
 
 
-def test_check_goes_on_after_a_problem_that_raises(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_goes_on_after_a_problem_that_raises(monkeypatch, capsys) -> None:
     cases = (conv.case("too few channels", (1, 2, 5, 5), (4, 3, 3, 3), quick=True), conv.CONVOLUTION.cases[0])
     monkeypatch.setattr(checks, "CHECKS", (dataclasses.replace(conv.CONVOLUTION, cases=cases),))
     assert run(["check", "--quick"]) == 1

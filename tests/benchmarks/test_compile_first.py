@@ -54,7 +54,7 @@ def test_the_report_of_another_process(command: tuple[str, ...], verdict: str, r
     assert part["reason"] == reason or command[-1] == "fastconv.nowhere"
 
 
-def test_the_other_process_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_process_does_not_interpret(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     script = "import os, json; print(json.dumps({'kernels': [os.environ.get('TRITON_INTERPRET')]}))"
     compilation = Compilation((sys.executable, "-c", script))
@@ -70,9 +70,7 @@ def test_the_other_process_ends_with_the_block() -> None:
 
 @interpreted
 @pytest.mark.parametrize(("verdict", "code"), [("right", 0), ("failed", 1)])
-def test_the_road_without_a_gpu(
-    verdict: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_road_without_a_gpu(verdict: str, code: int, tmp_path, monkeypatch, capsys) -> None:
     command = printing(json.dumps({"kernels": [ROW]} if verdict == "right" else {}))
     monkeypatch.setattr(compiler_report, "Compilation", lambda _: Compilation(command))
     monkeypatch.setattr(bench_run, "QUICK_STEPS", 2)
@@ -85,7 +83,7 @@ def test_the_road_without_a_gpu(
 
 
 @pytest.mark.slow
-def test_the_whole_road_without_a_gpu(tmp_path: Path) -> None:
+def test_the_whole_road_without_a_gpu(tmp_path) -> None:
     assert run(["bench", "--out", str(tmp_path)]) == 0
     training, *_, compiled = results.read(tmp_path / "bench.json")["parts"]
     assert len(training["losses"]["fastconv"]) == lenet.STEPS == 60

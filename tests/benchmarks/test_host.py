@@ -11,7 +11,7 @@ from tests.marks import compiling
 
 @pytest.mark.compile
 @compiling
-def test_every_kind_of_call_has_a_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_call_has_a_time(capsys, monkeypatch) -> None:
     monkeypatch.setattr(host, "ROUNDS", 1)
     monkeypatch.setattr(host, "CALLS", 2)
     assert host.main(["--only", "gemm", "--only", "max_pool", "--json"]) == 0

@@ -63,7 +63,7 @@ def test_calls_are_alike_however_they_are_written() -> None:
     assert next(iter(found)).directions == ("forward", "forward, training")  # of an image
 
 
-def test_a_users_list_is_read(tmp_path: Path) -> None:
+def test_a_users_list_is_read(tmp_path) -> None:
     strided = CONV | {"stride": [2, 2], "padding": "valid", "bias": True, "needs_dx": False}
     path = written(tmp_path, HEADER, CONV, strided, CONV, POOL | {"padding": [1, 0]})
     found = layer_lists.find(str(path))
@@ -141,7 +141,7 @@ def test_a_users_list_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_list_is_refused_by_line_and_field(lines: list[Any], expected: str, tmp_path: Path) -> None:
+def test_what_is_no_list_is_refused_by_line_and_field(lines: list[Any], expected: str, tmp_path) -> None:
     path = written(tmp_path, *lines)
     with pytest.raises(ValueError, match=f"^{path}, {expected}") as refusal:
         layer_lists.find(str(path))

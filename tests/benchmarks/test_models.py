@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,9 +37,7 @@ def test_a_factory_that_makes_no_module_is_bad_usage() -> None:
 @pytest.mark.parametrize(
     ("code", "expected"), [("def f(:", "SyntaxError"), ("import os; os.nothing", "no attribute 'nothing'")]
 )
-def test_a_module_that_does_not_import_is_bad_usage(
-    code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_does_not_import_is_bad_usage(code: str, expected: str, tmp_path, monkeypatch) -> None:
     (tmp_path / "a_users_broken_module.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())

@@ -1,6 +1,5 @@
 """LeNet-5, blocks and networks compared: right with our kernels, wrong without them or with wrong ones, interpreted."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +56,7 @@ def test_lenet_finds_what_is_broken(broken: str) -> None:
     assert ("no kernel" if broken == "not_converted" else "losses differ") in part["reason"]
 
 
-def test_lenet_asks_for_accuracy_only_of_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lenet_asks_for_accuracy_only_of_a_whole_run(monkeypatch) -> None:
     monkeypatch.setattr(lenet, "STEPS", 2)
     part = lenet.run(2)
     assert part["verdict"] == "wrong"
@@ -121,13 +120,13 @@ def test_one_image_of_one_pixel_infers() -> None:
     assert part["verdict"] == "right"
 
 
-def test_a_network_with_nothing_to_convert_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_with_nothing_to_convert_is_no_error(tmp_path, capsys) -> None:
     line = ["bench", "--model", "tests.cli.tiny:perceptron", "--size", "4", "--out", str(tmp_path)]
     assert run(line) == 0
     assert capsys.readouterr().out.count("skipped (nothing to convert") == 2
 
 
-def test_a_conversion_that_raises_is_a_failed_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_raises_is_a_failed_part(monkeypatch) -> None:
     def raises(model: nn.Module, **options: Any) -> nn.Module:
         raise NotImplementedError("not today")
 

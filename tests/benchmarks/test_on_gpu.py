@@ -33,7 +33,7 @@ def test_each_operator_is_right_on_its_first_problem(operator: checks.Check) -> 
     assert [row for row in compare(operator, case, "tf32", GPU) if not row["right"]] == []
 
 
-def test_a_block_is_replayed_from_cuda_graphs(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_replayed_from_cuda_graphs(progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(blocks, "COMPILE_SECONDS", NEVER)
     loaded = blocks.load_blocks(blocks.DRY, 16, 64)
     part = blocks.measure(loaded, network.MODES, torch.bfloat16, GPU, CudaClock(), 1e12, progress, lambda part: None)
@@ -46,7 +46,7 @@ def test_a_block_is_replayed_from_cuda_graphs(progress: Progress, monkeypatch: p
             assert provider["ms"]["median"] > 0 and provider["gb_per_s"] > 0 and provider["peak_bytes"] > 0
 
 
-def test_an_operator_of_each_entry_is_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_of_each_entry_is_timed(progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(operator_times, "COMPILE_SECONDS", math.inf)
     monkeypatch.setattr(operator_times, "DOUBTED", 0.0)  # so that every row is measured in the other way too
     entries = [dataclasses.replace(entry, batches=(4,)) for entry in registry.ENTRIES]
@@ -71,9 +71,7 @@ def test_an_operator_of_each_entry_is_timed(progress: Progress, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("mode", network.MODES)
-def test_a_network_is_timed_by_every_provider_but_the_compiled(
-    mode: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_is_timed_by_every_provider_but_the_compiled(mode: str, progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(network, "COMPILE_SECONDS", NEVER)
     work = network.Workload(models.load("resnet18", 32, 128), mode, torch.bfloat16, GPU)
     compared = network.check(work)

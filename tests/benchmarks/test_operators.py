@@ -121,7 +121,7 @@ def test_what_is_launched_is_found_without_data() -> None:
             assert {record.launch.compile_key for record in records} <= found
 
 
-def test_rows_without_time_and_wrong_ones_say_so(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_time_and_wrong_ones_say_so(progress: Progress, monkeypatch) -> None:
     (part,) = measured(races("depthwise"), progress, 0.0).values()
     assert {(row["status"], row["reason"]) for row in part["rows"]} == {("skipped", "no time left")}
     assert (part["verdict"], part["means"], part["families"]) == ("skipped", [], {})
@@ -139,7 +139,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[[Any
 
 
 def test_another_sides_failure_or_wrong_result_is_its_entry_and_the_rest_goes_on(
-    progress: Progress, monkeypatch: pytest.MonkeyPatch
+    progress: Progress, monkeypatch
 ) -> None:
     def out_of_memory(*operands: Any, **keywords: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
@@ -159,7 +159,7 @@ def test_another_sides_failure_or_wrong_result_is_its_entry_and_the_rest_goes_on
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.1, "wrong")])
 def test_where_the_yardstick_fails_ours_is_held_to_a_fixed_tolerance(
-    factor: float, status: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    factor: float, status: str, progress: Progress, monkeypatch
 ) -> None:
     chosen, ours, theirs = races("grouped", providers=(OURS, EAGER_NCHW)), fastconv.functional.conv2d, F.conv2d
 
@@ -179,7 +179,7 @@ def test_where_the_yardstick_fails_ours_is_held_to_a_fixed_tolerance(
             assert (entries[EAGER]["status"], row["speed"]) == ("failed", None) and "ms" in entries[OURS]
 
 
-def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_failure_is_the_rows(progress: Progress, monkeypatch) -> None:
     chosen = races("pool")
 
     def fails(*operands: Any, **keywords: Any) -> torch.Tensor:
@@ -221,9 +221,7 @@ def test_a_row_is_of_the_first_provider_of_ours_that_serves_it(progress: Progres
 
 
 @pytest.mark.parametrize(("family", "width"), [("pixels", 2), ("gemm", 1)])
-def test_families_of_bulk_copies_are_measured(
-    family: str, width: int, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_families_of_bulk_copies_are_measured(family: str, width: int, progress: Progress, monkeypatch) -> None:
     """As on a GPU that has them, which the interpreter's has not: planned, compared, timed, and all that again."""
     monkeypatch.setattr(operator_times, "DOUBTED", 0.0)
     (race,) = races("dense", providers=(f"fastconv:{family}",))
@@ -238,7 +236,7 @@ def test_families_of_bulk_copies_are_measured(
     assert {row["direction"] for row in part["rows"]} == DIRECTIONS["dense"]
 
 
-def test_plain_fastconv_that_cannot_be_planned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_fastconv_that_cannot_be_planned_is_a_failure(monkeypatch) -> None:
     plans = operators._plans
 
     def raising(provider: registry.Provider, *given: Any) -> Any:
@@ -255,7 +253,7 @@ def test_plain_fastconv_that_cannot_be_planned_is_a_failure(monkeypatch: pytest.
             assert {entry["provider"]: entry["status"] for entry in row["providers"]} == {OURS: "failed"}
 
 
-def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(operators, "ROW_SECONDS", 0.0)
     monkeypatch.setattr(operators, "COMPILE_SECONDS", 1000.0)
     monkeypatch.setattr(operator_times, "COMPILE_SECONDS", 1000.0)
@@ -267,9 +265,7 @@ def test_torch_compile_gets_time_where_it_is_a_rival_first(progress: Progress, m
     assert statuses == {"dense": {"skipped"}, "pool": {"ok"}}
 
 
-def test_torch_compile_has_its_share_where_not_every_row_can_be_measured(
-    progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_compile_has_its_share_where_not_every_row_can_be_measured(progress: Progress, monkeypatch) -> None:
     granted: list[float] = []
     monkeypatch.setattr(operators, "ROW_SECONDS", 600.0)
     monkeypatch.setattr(operators, "_typical", lambda seconds, guess: guess)
@@ -295,9 +291,7 @@ def test_torch_compile_is_first_planned_where_it_is_owed() -> None:
     assert (pace.share, pace.rows[-1], pace.compiled[-1]) == (15.0, 2.0, 5.0)
 
 
-def test_what_is_much_faster_than_eager_is_measured_in_another_way(
-    progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_much_faster_than_eager_is_measured_in_another_way(progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(operator_times, "DOUBTED", 0.0)
     (part,) = measured(races("first-layer", providers=(OURS,)), progress).values()
     for row in part["rows"]:
@@ -308,7 +302,7 @@ def test_what_is_much_faster_than_eager_is_measured_in_another_way(
         )
 
 
-def test_a_clock_alone_has_the_hosts_time_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_alone_has_the_hosts_time_in_it(monkeypatch) -> None:
     asked: Counter[bool] = Counter()
 
     def clock(call: Any, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
@@ -410,7 +404,7 @@ def test_means_are_geometric_and_weighted_by_occurrence() -> None:
     [((0.9, 0.9), 2, True), ((0.9, 0.9), 3, None), ((0.5, 2.0), 3, False), ((0.7, 0.8), 2, False), ((), 2, None)],
 )
 def test_a_target_is_met_where_every_layer_was_measured_and_none_is_slow(
-    speeds: tuple[float, ...], of: int, met: bool | None, monkeypatch: pytest.MonkeyPatch
+    speeds: tuple[float, ...], of: int, met: bool | None, monkeypatch
 ) -> None:
     monkeypatch.setattr(registry.Target, "layers", lambda target, direction: of)
     target = registry.Target(("a", "b"), (64,), {"fprop": 0.85, "dgrad": 0.9}, least=0.6)

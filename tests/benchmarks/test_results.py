@@ -154,7 +154,7 @@ def text(renderable: Any, width: int = 200) -> str:
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_run_that_is_killed_keeps_its_parts(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_keeps_its_parts(tmp_path) -> None:
     results = Results(tmp_path / "new" / "folder")
     assert read(results.path)["parts"] == []
     results.put(PARTS["training"])
@@ -166,16 +166,14 @@ def test_a_run_that_is_killed_keeps_its_parts(tmp_path: Path) -> None:
     assert list(results.path.parent.iterdir()) == [results.path]
 
 
-def test_the_environment_names_what_a_figure_depends_on(tmp_path: Path) -> None:
+def test_the_environment_names_what_a_figure_depends_on(tmp_path) -> None:
     environment = Results(tmp_path).data["environment"]
     assert {"gpu", "driver", "torch", "triton", "cudnn", "commit"} <= environment.keys()
     assert environment["torch"]
     assert environment["triton"]
 
 
-def test_the_commit_is_what_one_is_told_or_what_git_says_of_the_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_is_what_one_is_told_or_what_git_says_of_the_checkout(tmp_path, monkeypatch) -> None:
     def git(*arguments: str, folder: Path = tmp_path / "checkout") -> str:
         names = ("-c", "user.name=a", "-c", "user.email=a@example.org")
         done = subprocess.run(["git", *names, *arguments], cwd=folder, capture_output=True, text=True, check=True)
@@ -196,13 +194,13 @@ def test_the_commit_is_what_one_is_told_or_what_git_says_of_the_checkout(
 
 
 @pytest.mark.parametrize("verdict", ["right", "skipped", "wrong", "failed"])
-def test_only_wrong_and_failed_parts_make_a_run_wrong(verdict: str, tmp_path: Path) -> None:
+def test_only_wrong_and_failed_parts_make_a_run_wrong(verdict: str, tmp_path) -> None:
     results = Results(tmp_path)
     results.put({**PARTS["time"], "verdict": verdict})
     assert results.wrong is (verdict in ("wrong", "failed"))
 
 
-def test_a_folder_that_cannot_be_written_any_more_is_bad_usage(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_any_more_is_bad_usage(tmp_path) -> None:
     results = Results(tmp_path / "out")
     results.path.unlink()
     (tmp_path / "out").rmdir()
@@ -219,13 +217,13 @@ def test_a_folder_that_cannot_be_written_any_more_is_bad_usage(tmp_path: Path) -
         (json.dumps({"schema": SCHEMA}), "lacks command, created"),
     ],
 )
-def test_what_is_no_result_file_is_refused(content: str, expected: str, tmp_path: Path) -> None:
+def test_what_is_no_result_file_is_refused(content: str, expected: str, tmp_path) -> None:
     (tmp_path / "bench.json").write_text(content)
     with pytest.raises(ValueError, match=expected):
         read(tmp_path / "bench.json")
 
 
-def test_a_part_without_its_keys_is_refused(tmp_path: Path) -> None:
+def test_a_part_without_its_keys_is_refused(tmp_path) -> None:
     results = Results(tmp_path)
     with pytest.raises(ValueError, match="lacks verdict"):
         results.put({key: value for key, value in PARTS["time"].items() if key != "verdict"})
@@ -255,16 +253,14 @@ WHOLE = {"schema": SCHEMA, "created": "", "command": [], "dry_run": False, "envi
         ({"parts": [{**PARTS["training"], "tolerance": None}]}, "bench.json is damaged: TypeError: "),
     ],
 )
-def test_a_damaged_file_is_one_line(
-    damage: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_is_one_line(damage: dict[str, Any], expected: str, tmp_path, capsys) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(WHOLE | damage))
     assert run(["bench", "--show", str(tmp_path / "bench.json")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected in error
 
 
-def test_plots_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_that_cannot_be_written_are_one_line(tmp_path, capsys) -> None:
     (tmp_path / "training.png").mkdir()
     screen = Console(file=io.StringIO(), width=1000)
     with bench_run.Output(tmp_path, bench_run.Options(), screen) as output:
@@ -275,7 +271,7 @@ def test_plots_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err.startswith("fastconv: cannot write the plots: [Errno 21] Is a directory: ")
 
 
-def test_what_errors_say_in_brackets_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_errors_say_in_brackets_is_shown(tmp_path, capsys) -> None:
     said = "RuntimeError: expected [n, c] of [/cpu]"
     row = PARTS["host"]["rows"][1] | {"reason": said}
     content = WHOLE | {"parts": [{**PARTS["host"], "rows": [row]}]}
@@ -347,7 +343,7 @@ def test_a_part_that_was_not_reached_shows_its_reason() -> None:
         assert "skipped (no time left)" in shown
 
 
-def test_plots_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
+def test_plots_are_drawn_from_the_file_alone(tmp_path) -> None:
     results = Results(tmp_path, dry_run=True)
     for content in PARTS.values():
         results.put(content)

@@ -5,7 +5,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +75,7 @@ def by_name(part: Part) -> dict[str, dict[str, Any]]:
 
 
 def test_times_are_relative_to_eager_and_its_second_self_is_the_noise(
-    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    work: network.Workload, progress: Progress, monkeypatch
 ) -> None:
     monkeypatch.setattr(network, "YARDSTICK_PROVIDER", "eager")
     providers(monkeypatch, {"eager": taking(3.0), "ours": taking(2.0)})
@@ -90,7 +89,7 @@ def test_times_are_relative_to_eager_and_its_second_self_is_the_noise(
 
 
 def test_what_compiles_for_long_comes_after_times_are_saved(
-    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
+    work: network.Workload, progress: Progress, monkeypatch
 ) -> None:
     saved: list[Part] = []
 
@@ -106,9 +105,7 @@ def test_what_compiles_for_long_comes_after_times_are_saved(
     assert by_name(part)["compiled"]["reason"] == "no time left"
 
 
-def test_failing_providers_are_rows(
-    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_providers_are_rows(work: network.Workload, progress: Progress, monkeypatch) -> None:
     calls = itertools.count()
 
     def late() -> torch.Tensor:
@@ -128,7 +125,7 @@ def test_failing_providers_are_rows(
     assert rows["late"]["reason"] == "RuntimeError: CUDA error"
 
 
-def test_a_provider_with_another_output_is_not_timed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_with_another_output_is_not_timed(progress: Progress, monkeypatch) -> None:
     work = network.Workload(models.load("tests.cli.tiny:network", 4, 9), "infer", torch.float32, CPU)
     providers(monkeypatch, {"eager": taking(1.0), "near": taking(1.01), "far": taking(1.1), "nan": taking(math.nan)})
     part = measured(work, COMPARED, returned_clock, math.inf, progress, lambda part: None)
@@ -142,9 +139,7 @@ def test_a_provider_with_another_output_is_not_timed(progress: Progress, monkeyp
     assert "step_ms" not in by_name(part)["far"]
 
 
-def test_providers_without_time_are_rows(
-    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_providers_without_time_are_rows(work: network.Workload, progress: Progress, monkeypatch) -> None:
     def slow() -> torch.Tensor:
         time.sleep(0.1)
         return torch.tensor(1.0)
@@ -165,7 +160,7 @@ def test_no_time_is_taken_where_the_numbers_are_wrong(work: network.Workload, pr
 
 
 @pytest.mark.parametrize("mode", network.MODES)
-def test_every_provider_runs_where_it_can(mode: str, progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_provider_runs_where_it_can(mode: str, progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(network, "interleave", one_round)
     work = network.Workload(models.load("tests.cli.tiny:network", 2, 5), mode, torch.bfloat16, CPU)
     part = measured(work, COMPARED, HostClock(), math.inf, progress, lambda part: None)
@@ -209,9 +204,7 @@ def test_modes_take_turns_stage_by_stage(work: network.Workload, progress: Progr
     assert len(list(run)) == 1
 
 
-def test_a_compiler_that_does_not_end_is_stopped(
-    work: network.Workload, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_that_does_not_end_is_stopped(work: network.Workload, progress: Progress, monkeypatch) -> None:
     def endless() -> torch.Tensor:
         while True:
             time.sleep(0.01)
@@ -244,9 +237,7 @@ def block_part(block: blocks.Block, progress: Progress, deadline: float = math.i
     return part
 
 
-def test_a_block_is_compared_then_timed_beside_its_bytes(
-    block: blocks.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_is_compared_then_timed_beside_its_bytes(block: blocks.Block, progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(blocks, "interleave", one_round)
     part = block_part(block, progress)
     (row,) = part["rows"]
@@ -262,9 +253,7 @@ def test_a_block_is_compared_then_timed_beside_its_bytes(
     assert eager["speed"] == 1.0
 
 
-def test_one_blocks_failing_provider_leaves_the_others(
-    block: blocks.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_blocks_failing_provider_leaves_the_others(block: blocks.Block, progress: Progress, monkeypatch) -> None:
     monkeypatch.setattr(blocks, "interleave", one_round)
 
     def fails() -> Any:
@@ -283,9 +272,7 @@ def test_one_blocks_failing_provider_leaves_the_others(
     assert row["providers"][2]["reason"] == "no time left"
 
 
-def test_blocks_without_time_and_wrong_blocks_are_rows(
-    block: blocks.Block, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_without_time_and_wrong_blocks_are_rows(block: blocks.Block, progress: Progress, monkeypatch) -> None:
     part = block_part(block, progress, 0.0)
     assert (part["verdict"], part["rows"][0]["status"]) == ("skipped", "skipped")
     monkeypatch.setattr(network, "check", lambda work: {"verdict": "wrong", "reason": "too far off"})
@@ -321,11 +308,7 @@ M11 = ["operators-pool", "operators-first-layer"]
     ids=["network", "blocks", "operators", "layers"],
 )
 def test_a_dry_run_leaves_the_file_and_its_plot(
-    options: list[str],
-    parts: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: list[str], parts: list[str], tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(network, "interleave", one_round)
     monkeypatch.setattr(operator_times, "interleave", one_round)

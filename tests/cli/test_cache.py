@@ -25,7 +25,7 @@ def files(store: Store) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.folder.glob("*")} if store.folder.exists() else {}
 
 
-def test_list_counts_by_gpu_and_kernel(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_counts_by_gpu_and_kernel(store: Store, capsys) -> None:
     assert run(["cache", "list"]) == 0
     assert "0 records in 0 files" in capsys.readouterr().out
     fresh = problem("conv_gather")
@@ -44,7 +44,7 @@ def test_list_counts_by_gpu_and_kernel(store: Store, capsys: pytest.CaptureFixtu
     assert "A100" in out
 
 
-def test_show_names_winner_default_and_what_is_stale(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_names_winner_default_and_what_is_stale(store: Store, capsys) -> None:
     tiles = {"config": {"TILE": 2}, "default": {"TILE": 4}}
     store.append(tuned(problem("conv_gather"), version_of("conv_gather"), pytorch=3e-5, **tiles))
     store.append(tuned(problem("conv_wgrad", C=128), gpu=A100))
@@ -60,9 +60,7 @@ def test_show_names_winner_default_and_what_is_stale(store: Store, capsys: pytes
     assert "A100" not in capsys.readouterr().out
 
 
-def test_export_import_merge_and_clear(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_import_merge_and_clear(store: Store, tmp_path, monkeypatch, capsys) -> None:
     records = [measured(1), tuned(), met()]
     for record in records:
         store.append(record)
@@ -82,9 +80,7 @@ def test_export_import_merge_and_clear(
     assert Store().read() == [] and Store(tmp_path / "cache/tune").read() == records
 
 
-def test_of_several_gpus_all_or_one_are_taken(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_several_gpus_all_or_one_are_taken(store: Store, tmp_path, monkeypatch, capsys) -> None:
     other = replace(A100, name="NVIDIA GTX 1650", multiprocessors=14)  # the table has none of that name
     records = [tuned(), tuned(gpu=A100), tuned(gpu=other)]
     for record in records:
@@ -107,7 +103,7 @@ def test_of_several_gpus_all_or_one_are_taken(
         assert record.gpu in capsys.readouterr().out
 
 
-def test_tables_are_imported_too(store: Store, tmp_path: Path) -> None:
+def test_tables_are_imported_too(store: Store, tmp_path) -> None:
     path = tmp_path / "table.json"
     write_table(path, [tuned()], "0.1.0", DATE, "resnet50")
     for indent in (None, 2):  # as other tools write it
@@ -116,7 +112,7 @@ def test_tables_are_imported_too(store: Store, tmp_path: Path) -> None:
     assert store.read() == [tuned()]
 
 
-def test_verify_names_what_cannot_be_read(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_what_cannot_be_read(store: Store, tmp_path, capsys) -> None:
     store.append(tuned())
     assert run(["cache", "verify"]) == 0
     assert "1 records, all sound" in capsys.readouterr().out
@@ -130,9 +126,7 @@ def test_verify_names_what_cannot_be_read(store: Store, tmp_path: Path, capsys: 
     assert "problems[0]" in capsys.readouterr().out
 
 
-def test_verify_reads_every_shipped_table(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_reads_every_shipped_table(store: Store, tmp_path, monkeypatch, capsys) -> None:
     """Whatever product of a known GPU it is of."""
     monkeypatch.setattr(table, "FOLDER", tmp_path)
     (tmp_path / "nvidia-a100-pcie-40gb.json").write_text("{}")
@@ -140,9 +134,7 @@ def test_verify_reads_every_shipped_table(
     assert "nvidia-a100-pcie-40gb.json" in capsys.readouterr().out
 
 
-def test_verify_names_what_is_left_out(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_names_what_is_left_out(store: Store, tmp_path, monkeypatch, capsys) -> None:
     store.append(tuned())
     (store.folder / "folder.jsonl").mkdir()
     with (store.folder / "large.jsonl").open("wb") as file:
@@ -170,7 +162,7 @@ def test_verify_names_what_is_left_out(
     ],
 )
 def test_what_cannot_be_imported_is_one_line_and_changes_nothing(
-    content: str, why: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, why: str, store: Store, tmp_path, capsys
 ) -> None:
     store.append(measured())
     before = files(store)
@@ -199,7 +191,7 @@ def test_what_cannot_be_imported_is_one_line_and_changes_nothing(
         ("cache export /proc/nowhere/file", "/proc/nowhere"),
     ],
 )
-def test_bad_usage_is_one_line(line: str, why: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_one_line(line: str, why: str, store: Store, capsys) -> None:
     store.append(measured())
     before = files(store)
     assert run(line.split()) == 2
@@ -208,9 +200,7 @@ def test_bad_usage_is_one_line(line: str, why: str, store: Store, capsys: pytest
     assert files(store) == before
 
 
-def test_a_store_that_cannot_be_written_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "file"
     path.write_text(tuned().line)
     monkeypatch.setenv("FASTCONV_CACHE_DIR", str(path))  # a file where a folder is needed

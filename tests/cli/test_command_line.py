@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -34,7 +33,7 @@ def test_version_needs_neither_torch_nor_typer() -> None:
     assert (done.returncode, done.stdout) == (0, f"fastconv {fastconv.__version__}\n"), done.stderr
 
 
-def test_a_wrong_environment_is_one_line_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_wrong_environment_is_one_line_before_torch_is_imported(tmp_path) -> None:
     lock = {name: tmp_path / f"{name}.json" for name in ("missing", "text", "binary", "newer", "list", "cut")}
     lock["text"].write_text("tiles, please")
     lock["binary"].write_bytes(bytes(range(256)))
@@ -134,9 +133,7 @@ assert all(run([command]) == 2 for command in COMMANDS)
         ("explain --model tests.cli.tiny:large --size 4", "does not run on a batch of 1x3x4x4: RuntimeError"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(
-    line: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_usage_is_one_line_and_exit_code_2(line: str, expected: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(line.split()) == 2
     error = capsys.readouterr().err
@@ -147,7 +144,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 
 
 @interpreted
-def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_does_not_run_is_bad_usage(tmp_path, capsys) -> None:
     line = ["bench", "--model", "tests.cli.tiny:network", "--size", "1", "--batch", "1", "--out", str(tmp_path)]
     assert run(line) == 2
     error = capsys.readouterr().err
@@ -165,9 +162,7 @@ def test_a_model_that_does_not_run_is_bad_usage(tmp_path: Path, capsys: pytest.C
         ("--model resnt18", "resnet18"),
     ],
 )
-def test_what_is_missed_leaves_an_earlier_result_as_it_is(
-    line: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_missed_leaves_an_earlier_result_as_it_is(line: str, expected: str, tmp_path, capsys) -> None:
     (tmp_path / "bench.json").write_text("an earlier run's")
     assert run(["bench", "--dry-run", *line.split(), "--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
@@ -176,7 +171,7 @@ def test_what_is_missed_leaves_an_earlier_result_as_it_is(
 
 
 @interpreted
-def test_a_layer_list_that_is_none_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_list_that_is_none_is_bad_usage(tmp_path, capsys) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(
         '{"schema": "fastconv-layers/1", "network": "mine", "image": [3, 8, 8]}\n{"count": 1, "funktion": 2}\n'
@@ -189,13 +184,13 @@ def test_a_layer_list_that_is_none_is_bad_usage(tmp_path: Path, capsys: pytest.C
 
 
 @interpreted
-def test_an_out_that_is_a_file_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_that_is_a_file_is_bad_usage(tmp_path, capsys) -> None:
     (tmp_path / "file").touch()
     assert run(["bench", "--dry-run", "--out", str(tmp_path / "file")]) == 2
     assert "--out" in capsys.readouterr().err
 
 
-def test_without_typer_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_typer_the_extra_is_named(monkeypatch, capsys) -> None:
     monkeypatch.setattr(fastconv.cli, "find_spec", lambda name: None)
     assert run(["bench"]) == 2
     assert capsys.readouterr().err == "fastconv: the commands need typer and rich: pip install 'fastconv[cli]'\n"
@@ -221,9 +216,7 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str,
 
 
 @pytest.mark.parametrize("command", fastconv.cli.NUMERIC)
-def test_without_a_gpu_the_console_entry_starts_over_interpreted(
-    command: str, restarts: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gpu_the_console_entry_starts_over_interpreted(command: str, restarts: list, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fastconv", command, "--quick"])
     with pytest.raises(Restarted):
         fastconv.cli.main()
@@ -233,19 +226,19 @@ def test_without_a_gpu_the_console_entry_starts_over_interpreted(
 
 
 @pytest.mark.parametrize("switch", ["0", "1"])
-def test_whoever_set_the_switch_is_not_restarted(switch: str, restarts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_set_the_switch_is_not_restarted(switch: str, restarts: list, monkeypatch) -> None:
     monkeypatch.setenv(interpreter.SWITCH, switch)
     interpreter.enter_interpreter()
     assert not restarts
 
 
-def test_with_a_gpu_nothing_is_restarted(restarts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_gpu_nothing_is_restarted(restarts: list, monkeypatch) -> None:
     monkeypatch.setattr(interpreter, "gpu_present", lambda: True)
     interpreter.enter_interpreter()
     assert not restarts
 
 
-def test_help_is_not_restarted(restarts: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_not_restarted(restarts: list, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fastconv", "bench", "--help"])
     with pytest.raises(SystemExit) as exit_code:
         fastconv.cli.main()
@@ -253,7 +246,7 @@ def test_help_is_not_restarted(restarts: list, monkeypatch: pytest.MonkeyPatch) 
     assert not restarts
 
 
-def test_a_driver_counts_only_under_a_torch_built_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_counts_only_under_a_torch_built_for_it(monkeypatch) -> None:
     monkeypatch.setattr(interpreter, "_driver_devices", lambda: 2)
     for built, expected in ((False, False), (True, True)):
         monkeypatch.setattr(interpreter, "_torch_has_cuda", lambda built=built: built)
@@ -270,7 +263,7 @@ def test_torch_is_asked_for_cuda_without_being_imported() -> None:
 
 @interpreted
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_explain_says_what_is_fused_and_what_moves(train: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_what_is_fused_and_what_moves(train: bool, capsys) -> None:
     line = "explain --model tests.cli.tiny:network --batch 2 --size 16 --gpu H200 --dtype float32"
     assert run([*line.split(), *["--train"] * train]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -89,9 +88,7 @@ PIXELS = "inspect conv2d --input 64x64x9x9 --weight 64x64x3x3 --padding 1 --fami
         ("inspect --gpu GTX", "--gpu 'GTX' is not one of A100"),
     ],
 )
-def test_bad_usage_is_one_line_and_nothing_is_done(
-    line: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_usage_is_one_line_and_nothing_is_done(line: str, expected: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inspect_operator, "compile_all", pytest.fail)
     assert run(line.split()) == 2
@@ -103,12 +100,12 @@ def test_bad_usage_is_one_line_and_nothing_is_done(
 
 @interpreted
 @pytest.mark.parametrize("line", ["inspect", CONV])
-def test_the_interpreter_is_refused_in_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_interpreter_is_refused_in_one_line(line: str, capsys) -> None:
     assert run(line.split()) == 2
     assert capsys.readouterr().err == "fastconv: TRITON_INTERPRET is set: kernels cannot be compiled in this process\n"
 
 
-def test_the_console_entry_leaves_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_console_entry_leaves_the_interpreter(monkeypatch) -> None:
     seen: list[dict[str, str]] = []
     monkeypatch.setattr(os, "execve", lambda path, arguments, environment: seen.append(environment))
     monkeypatch.setenv(interpreter.SWITCH, "1")
@@ -265,7 +262,7 @@ def test_float32_is_inspected_at_either_precision() -> None:
         assert found.launches[0].launch.constants["PRECISION"] == precision
 
 
-def test_a_plot_names_every_tile_and_marks_those_compared(tmp_path: Path) -> None:
+def test_a_plot_names_every_tile_and_marks_those_compared(tmp_path) -> None:
     call = Call("conv2d", (64, 64, 9, 9), (64, 64, 3, 3), {"padding": 1}, torch.bfloat16)
     found = [
         [Inspected(passed, it, (), H200, "tf32") for passed, it in _passes(call, H200, "pixels", "fprop", config)]
@@ -285,7 +282,7 @@ def test_a_plot_names_every_tile_and_marks_those_compared(tmp_path: Path) -> Non
 
 @pytest.mark.compile
 @compiling
-def test_json_has_what_the_tables_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_what_the_tables_show(tmp_path, capsys) -> None:
     line = (
         "inspect conv2d --input 64x64x28x28 --weight 64x64x3x3 --padding 1 --direction fprop --gpu h200 "
         "--family gather --bn --act relu"

@@ -95,7 +95,7 @@ def tuned_by(store: Store) -> list[Tuned]:
 
 
 def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
-    layers: Path, store: Store, pretend: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    layers: Path, store: Store, pretend: Any, capsys, tmp_path
 ) -> None:
     tasks = tasks_of(layers)
     times = times_of(tasks)
@@ -133,7 +133,7 @@ def test_finds_winners_keeps_all_and_has_nothing_to_do_again(
     assert len(pretending.asked(plan)) > before
 
 
-def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend: Any) -> None:
+def test_a_lock_file_decides(layers: Path, store: Store, tmp_path, pretend: Any) -> None:
     from fastconv.autotune.choose import choose
     from fastconv.kernels.dispatch import ADAPTER
 
@@ -156,7 +156,7 @@ def test_a_lock_file_decides(layers: Path, store: Store, tmp_path: Path, pretend
 
 
 def test_what_fails_is_told_and_tried_again_where_it_may_be_the_gpus_fault(
-    layers: Path, store: Store, pretend: Any, capsys: pytest.CaptureFixture[str]
+    layers: Path, store: Store, pretend: Any, capsys
 ) -> None:
     """A config is planted for every way to fail, each the fastest if it were measured."""
     tasks = tasks_of(layers)
@@ -244,7 +244,7 @@ def test_interrupted_runs_lose_nothing_and_go_on(number: int, layers: Path, stor
 
 @pytest.mark.slow
 def test_under_torchrun_a_rank_that_cannot_measure_leaves_all_to_the_others(
-    layers: Path, store: Store, tmp_path: Path
+    layers: Path, store: Store, tmp_path
 ) -> None:
     """And a wrong result, whichever rank met it, ends nobody before the lock file is written."""
     tasks = tasks_of(layers)
@@ -279,7 +279,7 @@ def test_the_budget_ends_a_run(layers: Path, store: Store, pretend: Any) -> None
     assert found.measurements < 12, "the search was cut short, its winner is held against the default all the same"
 
 
-def test_dry_run_measures_nothing(layers: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_measures_nothing(layers: Path, store: Store, capsys) -> None:
     assert run(["tune", "--layers", str(layers), "--batch", "8", "--train", "--gpu", "A100", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "Predicted for the NVIDIA A100; nothing is measured" in out
@@ -287,9 +287,7 @@ def test_dry_run_measures_nothing(layers: Path, store: Store, capsys: pytest.Cap
     assert not store.folder.exists()
 
 
-def test_the_stage_of_the_gpu_machine_walks_its_road(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_stage_of_the_gpu_machine_walks_its_road(store: Store, tmp_path, capsys) -> None:
     """The command of ``make gpu``, for a GPU that is not here."""
     (line,) = [line for line in (ROOT / ".ci/gpu").read_text().splitlines() if "fastconv tune" in line]
     words = (
@@ -305,9 +303,7 @@ def test_the_stage_of_the_gpu_machine_walks_its_road(
     assert len(read_table(tmp_path / "nvidia-h200.json")) == 1
 
 
-def test_the_log_is_what_programs_met(
-    store: Store, pretend: Any, layers: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_log_is_what_programs_met(store: Store, pretend: Any, layers: Path, capsys) -> None:
     tasks = tasks_of(layers)
     question = tasks[0].question
     for each in (question.problem, problem("of_another_version")):
@@ -319,7 +315,7 @@ def test_the_log_is_what_programs_met(
     assert [entry.problem for entry in tuned_by(store)] == [question.problem]
 
 
-def test_a_models_problems_and_only_those_of_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_models_problems_and_only_those_of_a_kernel(capsys) -> None:
     line = "tune --model tests.cli.tiny:every_kind --size 32 --batch 4 --train --dry-run --gpu H200"
     assert run(line.split()) == 0
     out = capsys.readouterr().out
@@ -331,7 +327,7 @@ def test_a_models_problems_and_only_those_of_a_kernel(capsys: pytest.CaptureFixt
     assert {line.split()[1] for line in out.splitlines() if line.startswith("│ ") and " N4 " in line} == {wanted}
 
 
-def test_the_report_holds_the_cost_model_against_measurements(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_holds_the_cost_model_against_measurements(store: Store, capsys) -> None:
     assert run(["tune", "--report", "--gpu", "H200"]) == 0
     assert "nothing is measured yet on the NVIDIA H200" in capsys.readouterr().out
     times = {1: (1e-5, 2e-5), 2: (2e-5, 1e-5), 4: (3e-5, 3e-5), 8: (4e-5, 4e-5)}
@@ -393,12 +389,7 @@ def test_the_report_holds_the_cost_model_against_measurements(store: Store, caps
     ],
 )
 def test_bad_usage_is_one_line_and_changes_nothing(
-    line: str,
-    why: str,
-    layers: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    line: str, why: str, layers: Path, tmp_path, monkeypatch, capsys
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(LAYERS.replace('"count": 3', '"count": 0'))
@@ -413,7 +404,7 @@ def test_bad_usage_is_one_line_and_changes_nothing(
 
 
 def test_a_store_that_cannot_be_written_ends_it_before_anything_is_measured(
-    layers: Path, pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    layers: Path, pretend: Any, tmp_path, monkeypatch, capsys
 ) -> None:
     plan = pretend({})
     monkeypatch.setenv("FASTCONV_CACHE_DIR", str(layers))  # a file where a folder is needed
@@ -423,17 +414,13 @@ def test_a_store_that_cannot_be_written_ends_it_before_anything_is_measured(
     assert "cannot be written" in error and error.count("\n") == 1 and not pretending.asked(plan)
 
 
-def test_a_lock_that_cannot_be_read_is_not_the_networks_fault(
-    layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lock_that_cannot_be_read_is_not_the_networks_fault(layers: Path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("FASTCONV_LOCK", str(tmp_path / "nowhere"))
     assert run(["tune", "--layers", str(layers), "--dry-run", "--gpu", "H200"]) == 2
     assert capsys.readouterr().err.startswith("fastconv: FASTCONV_LOCK: No such file or directory: ")
 
 
-def test_a_worker_that_does_not_start_is_one_line(
-    layers: Path, pretend: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_worker_that_does_not_start_is_one_line(layers: Path, pretend: Any, capsys) -> None:
     pretend({}, refuses="the driver is too old")
     assert run(["tune", "--layers", str(layers)]) == 2
     error = capsys.readouterr().err
@@ -442,7 +429,7 @@ def test_a_worker_that_does_not_start_is_one_line(
 
 @interpreted
 @pytest.mark.parametrize("tune", ["first", "force"])
-def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_ask_for_measuring_do_nothing_without_a_gpu(tune: str, monkeypatch) -> None:
     import fastconv
     from fastconv.measuring import first
 
@@ -498,9 +485,7 @@ def test_asked_for_a_problem_is_tuned_with_the_worker(measuring: tuple[TuningTas
     assert twice - once < once == len(pretending.asked(plan)) - twice
 
 
-def test_asked_for_compiling_takes_none_of_a_problems_time(
-    measuring: tuple[TuningTask, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asked_for_compiling_takes_none_of_a_problems_time(measuring: tuple[TuningTask, Path], monkeypatch) -> None:
     from fastconv.measuring import first
 
     def slowly(self: Any, question: Question, configs: Sequence[Any]) -> list[Footprint | Failed]:

@@ -29,7 +29,7 @@ FIRST = random.SystemRandom().randrange(10**9) if NUMBER else 0
 
 # How it is computed, how many models.
 @pytest.mark.parametrize(("real", "few"), [(False, 220), (True, 10)], ids=["by torch", "by kernels"])
-def test_models(real: bool, few: int, record_property: Any) -> None:
+def test_models(real: bool, few: int, record_property) -> None:
     def run(case: Case) -> list[str]:
         with fused_calls() if real else fused_by_torch(float64=True) as made:
             check(case.source, case.operations, real)

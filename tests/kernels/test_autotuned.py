@@ -176,7 +176,7 @@ def test_space_of_another_release_has_a_version_of_its_own() -> None:
     assert dispatch.version_of("winograd").source not in versions
 
 
-def test_source_is_the_kernels_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_is_the_kernels_code_alone(tmp_path, monkeypatch) -> None:
     original = """
 import triton
 from {other} import stranger
@@ -256,7 +256,7 @@ def test_source_holds_every_kernel_that_is_launched(gpu: Any) -> None:
         assert {"conv_gemm", "conv_spatial"} <= finished
 
 
-def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capturing, tune in ((False, "first"), (True, "cached")):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
@@ -310,7 +310,7 @@ def test_refused_call_is_refused_again_without_being_prepared() -> None:
 
 
 @pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels in the interpreter")
-def test_pytorchs_op_runs_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorchs_op_runs_where_it_was_measured_faster(monkeypatch) -> None:
     """Strict or not: it is no fallback. Fused calls, which were not measured, and ``prefer="triton"`` run ours."""
     ask = autotuned.ask
     measured = lambda *question: replace(ask(*question), pytorch_faster=autotuned.policy().fastest)  # noqa: E731
@@ -339,7 +339,7 @@ def test_planning_for_a_gpu_elsewhere_is_no_user_of_it() -> None:
     assert not autotuned.live(H200)
 
 
-def test_a_product_of_a_known_gpu_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_of_a_known_gpu_keeps_its_name(monkeypatch) -> None:
     device = SimpleNamespace(name="NVIDIA A100-PCIE-40GB", multi_processor_count=108)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device.name)
@@ -350,7 +350,7 @@ def test_a_product_of_a_known_gpu_keeps_its_name(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels in the interpreter")
-def test_ordinary_call_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ordinary_call_measures_nothing(monkeypatch, tmp_path) -> None:
     """Forward and backward, and the plans of a GPU: no timer, no event, no benchmark, no search, no file."""
     import time
 
@@ -439,7 +439,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 @pytest.mark.slow
-def test_ranks_take_the_tables_of_rank_0(tmp_path: Path) -> None:
+def test_ranks_take_the_tables_of_rank_0(tmp_path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", RANKS, str(tmp_path / "job")],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -504,7 +504,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     known.forget()
 
 
-def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog) -> None:
     """Calls that rank 1 had decided by its own tables are decided again, at the first that is new."""
     for rank in range(2):
         with job.as_rank(rank):
@@ -531,7 +531,7 @@ def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog: pytest.Lo
     assert "rank 1: its tuned tables of NVIDIA H200 were others than rank 0's" in caplog.text
 
 
-def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog) -> None:
     """Rank 1 loads it first, and finds what rank 0 published before it did."""
     job.size = 2
     lock = job.folder / "lock.json"

@@ -72,7 +72,7 @@ def partials(x: Tensor, *rows: int) -> tuple[Tensor, Tensor, Tensor]:
     ],
 )
 def test_partials_combine_to_the_whole(
-    pixels: int, rows: int, channels: int, spread: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+    pixels: int, rows: int, channels: int, spread: tuple[float, float], monkeypatch
 ) -> None:
     monkeypatch.setattr(batch_norm, "MAX_PARTIALS", 8)
     mean, var = spread
@@ -102,7 +102,7 @@ def test_partials_differ_wildly() -> None:
 
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
-def test_partials_of_any_size(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partials_of_any_size(mean: float, monkeypatch) -> None:
     """As the phases of a transposed convolution leave them, some without a row: first, last, a whole share of them."""
     monkeypatch.setattr(batch_norm, "MAX_PARTIALS", 4)
     x = (torch.randn(37, 5, dtype=torch.float64, generator=generator()) + mean).float().double()
@@ -123,7 +123,7 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     ids=str,
 )
 def test_statistics_from_the_accumulator(
-    shape: tuple[int, ...], outputs: int, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], outputs: int, groups: int, dtype: torch.dtype, monkeypatch
 ) -> None:
     """Of the fp32 result, before it is rounded; rows past the last pixel, where a bias would count, are left out."""
     name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=1)
@@ -139,7 +139,7 @@ def test_statistics_from_the_accumulator(
     assert_statistics(mean, var, exact.transpose(0, 1).flatten(1).T, f"{shape} in {dtype}")
 
 
-def test_statistics_of_a_mean_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_a_mean_far_from_zero(monkeypatch) -> None:
     """Mean 1000, variance 1e-3. A filter that copies keeps the convolution's own roundings out of it."""
     name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=1)
     x = (1000 + torch.randn(9, 6, 5, 3, generator=generator()) * 1e-3**0.5).to(DEVICE)
@@ -332,7 +332,7 @@ TILES = {
     ],
     ids=lambda case: case.name,
 )
-def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch) -> None:
     """The interpreter's own tiles swallow small problems whole; here the tile is named."""
     name_tile(monkeypatch, **tile)
     with record() as records:
@@ -342,7 +342,7 @@ def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[14]], ids=lambda case: case.name)
-def test_wide_offsets_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(case: Case, monkeypatch) -> None:
     monkeypatch.setattr(family, "INT32_MAX", 0)
     monkeypatch.setattr(call, "_calls", {})
     with record() as records:
@@ -407,7 +407,7 @@ def test_operands_that_do_not_fit_are_named() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
-def test_a_split_reduction_ends_in_the_same_epilogue(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_reduction_ends_in_the_same_epilogue(transposed: bool, monkeypatch) -> None:
     """Bias, statistics, batch norm, activation and residual on sums that several programs have made."""
     x, weight = torch.randn(3, 20, 5, 4, generator=generator()), torch.randn(20, 20, 3, 3, generator=generator()) / 9
     bias, mean, beta = torch.randn(3, 20, generator=generator())

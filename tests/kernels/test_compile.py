@@ -97,7 +97,7 @@ def test_dense_layers_use_the_hardware(gpu: Gpu) -> None:
 
 @needs_networks
 @each_gpu
-def test_networks_share_binaries(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
+def test_networks_share_binaries(gpu: Gpu, record_property) -> None:
     launches = distinct(of_networks(NETWORKS, BATCHES), gpu)
     record_property("line", f"{len(launches)} distinct compiles for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
     assert len(launches) < MOST_COMPILES[gpu.bulk]

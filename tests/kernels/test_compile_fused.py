@@ -136,7 +136,7 @@ def passes(shape: tuple[int, ...], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_networks
 @each_gpu
-def test_passes_move_16_bytes_at_a_time(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_move_16_bytes_at_a_time(gpu: Gpu, monkeypatch) -> None:
     launches: dict[tuple, tuple[str, Launch]] = {}
     for shape in {problem.output_shape for problem in problems()}:
         for name, launch in passes(shape, gpu, monkeypatch):

@@ -1,7 +1,7 @@
 """wgrad of the pixel GEMM compiled for GPUs that are not here: every tile of its space, and those of networks."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_every_tile_and_variant(gpu: Gpu) -> None:
 
 @needs_networks
 @each_gpu
-def test_networks_take_few_tiles_of_the_space(gpu: Gpu, record_property: Callable[[str, object], None]) -> None:
+def test_networks_take_few_tiles_of_the_space(gpu: Gpu, record_property) -> None:
     """Those that are stored without a split are compiled too; the others are the space's."""
     plans = [dispatch.plan("wgrad", problem, gpu) for problem, _ in of_networks(NETWORKS, BATCHES)]
     launches = {plan.launches[0].compile_key: plan.launches[0] for plan in plans if plan.family == "pixels"}

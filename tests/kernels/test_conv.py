@@ -137,7 +137,7 @@ TILES = {
     ],
     ids=lambda case: case.name,
 )
-def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch) -> None:
     """The interpreter's own tiles swallow small problems whole; here the tile is named."""
     problem = case.problem()
     take_tile(monkeypatch, tile, ("conv", "pass"))
@@ -235,7 +235,7 @@ def test_linear_wgrad_is_wide_where_either_operand_is(c: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1)).problem()
     generator = torch.Generator().manual_seed(0)
     operands = [
@@ -251,7 +251,7 @@ def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's products")
 @pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (3, 1), (4, 2), (2, 2)])
-def test_dgrad_multiplies_no_zeros(stride: int, dilation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dgrad_multiplies_no_zeros(stride: int, dilation: int, monkeypatch) -> None:
     """Over all phases together each tap is multiplied once; by zeros put between pixels it would be once a phase."""
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -286,7 +286,7 @@ def test_uncovered_problems_say_why() -> None:
     assert "7.5" in dispatch.plan("fprop", Case("", 1, 16, 16, (4, 4), (1, 1)).problem(), old).reasons[-1][1]
 
 
-def test_known_calls_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_calls_are_planned_once(monkeypatch) -> None:
     planned = []
     plan = dispatch.plan
     monkeypatch.setattr(dispatch, "plan", lambda *a: planned.append(a) or plan(*a))

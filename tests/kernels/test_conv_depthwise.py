@@ -89,7 +89,7 @@ TILES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_on_integers(case: Case, record_property, monkeypatch) -> None:
     """Dtypes, tiles and formats in turn: each meets each."""
     number = CASES.index(case)
     problem = case.problem(DTYPES[number % 3])
@@ -104,7 +104,7 @@ def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[:29:4], ids=lambda case: case.name)
-def test_random_values_within_rounding(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_values_within_rounding(case: Case, dtype: torch.dtype, monkeypatch) -> None:
     if DEVICE == "cpu":
         take_tile(monkeypatch, TILES[0])
     check_random(case.problem(dtype))
@@ -143,7 +143,7 @@ def test_no_tap_multiplies_a_zero(stride: int, outputs: int) -> None:
     assert sorted(tap for taps in plan.first for tap in taps) == [0, 1, 2, 3, 4]
 
 
-def test_infinity_beside_the_window_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinity_beside_the_window_stays_out(monkeypatch) -> None:
     take_tile(monkeypatch, TILES[0])
     x = torch.zeros(1, 8, 3, 9)
     x[..., 6] = math.inf
@@ -154,9 +154,7 @@ def test_infinity_beside_the_window_stays_out(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("multiplier", [1, 2])
-def test_a_weight_with_its_taps_outermost_is_not_copied(
-    rank: int, multiplier: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weight_with_its_taps_outermost_is_not_copied(rank: int, multiplier: int, monkeypatch) -> None:
     weight = torch.randn(6 * multiplier, 1, *(3, 2, 2)[:rank]).to(DEVICE)
     outermost = weight.new_empty_strided(weight.shape, taps_outermost(weight.shape)).copy_(weight)
     assert (
@@ -182,7 +180,7 @@ def test_a_weight_with_its_taps_outermost_is_not_copied(
         assert torch.equal(a, b)
 
 
-def test_statistics_leave_out_what_lies_past_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_leave_out_what_lies_past_the_row(monkeypatch) -> None:
     """A bias is what every output past the end of a row, or past the last image, would hold."""
     take_tile(monkeypatch, TILES[1])
     generator = torch.Generator().manual_seed(0)
@@ -203,7 +201,7 @@ def test_statistics_leave_out_what_lies_past_the_row(monkeypatch: pytest.MonkeyP
     [("relu", False, 1), ("silu", True, 2), (torch.nn.PReLU(24, init=0.3), False, 1), (None, False, 2)],
     ids=str,
 )
-def test_fused_layers(act: Any, after: bool, stride: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers(act: Any, after: bool, stride: int, training: bool, monkeypatch) -> None:
     """Batch norm, activation and residual on groups of neighbours, the last of a row partly past its end."""
     take_tile(monkeypatch, TILES[0])
     generator = torch.Generator().manual_seed(0)

@@ -146,7 +146,7 @@ def test_wgrad_reads_both_where_they_lie() -> None:
     [((40, 56), 1, gpus.H200), ((40, 56), 5, SMALL), ((296, 136), 1, SMALL), ((296, 136), 3, SMALL)],
     ids=["tiles of programs", "walks of programs", "deep", "splits"],
 )
-def test_tile_edges(channels: tuple[int, int], splits: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_edges(channels: tuple[int, int], splits: int, gpu: Gpu, monkeypatch) -> None:
     """Tails of every side, splits that have no step, programs that walk several tiles."""
     tile = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_C": 64, "SPLITS": splits}
     take_tile(monkeypatch, tile)
@@ -184,9 +184,7 @@ def test_every_activation(act: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["fprop", "dgrad"])
 @pytest.mark.parametrize("after", [False, True])
-def test_epilogue_of_a_long_and_of_a_split_reduction(
-    transposed: bool, after: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_epilogue_of_a_long_and_of_a_split_reduction(transposed: bool, after: bool, monkeypatch) -> None:
     layer = fused_layer((3, 264, 7, 9), 72, (1, 1), torch.float16, transposed=transposed)
     for splits in (1, 2):
         take_tile(monkeypatch, {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": splits, "num_stages": 4})
@@ -197,9 +195,7 @@ def test_epilogue_of_a_long_and_of_a_split_reduction(
 
 @pytest.mark.parametrize("gpu", [gpus.H200, SMALL], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize(("c", "splits"), [(24, 1), (264, 1), (264, 3)])
-def test_statistics_count_no_row_past_the_last_pixel(
-    c: int, splits: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_count_no_row_past_the_last_pixel(c: int, splits: int, gpu: Gpu, monkeypatch) -> None:
     if splits > 1:
         take_tile(monkeypatch, {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_C": 64, "SPLITS": splits, "num_stages": 4})
     for transposed in (False, True):
@@ -218,7 +214,7 @@ def test_infinity_stays_in_its_row_or_column(direction: str) -> None:
         check_infinities(problem, operands, (direction,))
 
 
-def test_wide_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(monkeypatch) -> None:
     for c in (24, 264):
         problem = Case("", 2, c, 72, (7, 9), (1, 1)).problem(torch.bfloat16)
         monkeypatch.setattr(conv_gemm, "INT32_MAX", 0)

@@ -119,7 +119,7 @@ TILES = {
 
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_tile_edges(tile: dict[str, int], channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_edges(tile: dict[str, int], channels_last: bool, monkeypatch) -> None:
     problem = Case("", 2, 32, 48, (5, 6), (3, 2), (2, 1), (1, 1), groups=8).problem()
     take_tile(monkeypatch, {**tile, "SPLITS": 1}, ("conv_gather",))
     take_tile(monkeypatch, tile, ("conv_wgrad",))
@@ -186,7 +186,7 @@ def test_a_slice_of_channels_is_read_where_it_lies() -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1), groups=4).problem()
     generator = torch.Generator().manual_seed(0)
     operands = [

@@ -125,7 +125,7 @@ def computed(direction: str, problem: ConvProblem, operands: tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_exact_on_integers(case: Case, monkeypatch: pytest.MonkeyPatch, record_property) -> None:
+def test_exact_on_integers(case: Case, monkeypatch, record_property) -> None:
     index = CASES.index(case)
     problem = case.problem(DTYPES[index % 2])
     sides = next(it for it in (PAIRS, FOUR, ONE)[index % 3 :] if suits(it, problem))
@@ -163,7 +163,7 @@ def test_the_cost_model_counts_the_taps_that_are_walked(case: Case) -> None:
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
 @pytest.mark.parametrize("sides", [ONE, FOUR, PAIRS, (32, 16, 16, 2, 0)], ids=str)
-def test_every_tile_at_its_edges(direction: str, sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile_at_its_edges(direction: str, sides: tuple[int, ...], monkeypatch) -> None:
     """Images, channels of both sides and an odd number of pixels past their tiles, in each rank."""
     name_tile(monkeypatch, sides)
     for case in (
@@ -184,7 +184,7 @@ def test_every_tile_at_its_edges(direction: str, sides: tuple[int, ...], monkeyp
 
 
 @pytest.mark.skipif(not interpreter.interpreting(), reason="the interpreter runs one program after the other")
-def test_programs_that_share_what_they_read_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_share_what_they_read_follow_each_other(monkeypatch) -> None:
     """Channel tiles of one pixel, then the pixels of a row, rows, and images last."""
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -201,7 +201,7 @@ def test_programs_that_share_what_they_read_follow_each_other(monkeypatch: pytes
     assert written == [[h, w, n, k] for n in (0, 16) for h in range(2) for w in range(3) for k in (0, 32)]
 
 
-def test_fp32_in_fprop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_in_fprop(monkeypatch) -> None:
     name_tile(monkeypatch, ONE)
     problem = Case("", 17, 12, 20, (2, 2), (3, 3), (1, 1), (1, 1)).problem(torch.float32)
     operands = operands_of(problem, channels_last=True)
@@ -210,7 +210,7 @@ def test_fp32_in_fprop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-def test_products_that_add_to_each_others_sums(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_add_to_each_others_sums(direction: str, monkeypatch) -> None:
     """A pair's tile that has no registers for a sum of each product."""
     sides = (64, 128, 16, 1, 1)
     name_tile(monkeypatch, sides)
@@ -224,7 +224,7 @@ def test_products_that_add_to_each_others_sums(direction: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-def test_random_values_within_rounding(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_values_within_rounding(direction: str, monkeypatch) -> None:
     name_tile(monkeypatch, ONE)
     problem = Case("", 17, 24, 40, (2, 2), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +248,7 @@ EPILOGUES = {
 @pytest.mark.parametrize("transposed", [False, True], ids=["fprop", "dgrad"])
 @pytest.mark.parametrize("sides", [ONE, FOUR, PAIRS], ids=str)
 @pytest.mark.parametrize("how", EPILOGUES.values(), ids=EPILOGUES.keys())
-def test_epilogue(how, sides: tuple[int, ...], transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epilogue(how, sides: tuple[int, ...], transposed: bool, monkeypatch) -> None:
     """Bias, batch norm, activation and residual, where images, channels and pixels all leave a tail."""
     act, a, b, after = how
     name_tile(monkeypatch, sides)
@@ -286,7 +286,7 @@ def test_epilogue(how, sides: tuple[int, ...], transposed: bool, monkeypatch: py
     [*((sides, transposed, 1) for sides in (ONE, FOUR, PAIRS) for transposed in (False, True)), (FOUR, True, 2)],
     ids=str,
 )
-def test_statistics(sides: tuple[int, ...], transposed: bool, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics(sides: tuple[int, ...], transposed: bool, step: int, monkeypatch) -> None:
     """Only images and pixels that are there count, and of a transposed convolution pixels without any tap too."""
     name_tile(monkeypatch, sides)
     generator = torch.Generator().manual_seed(0)

@@ -117,7 +117,7 @@ def exact(problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_on_integers(case: Case, record_property, monkeypatch) -> None:
     index = CASES.index(case)
     problem = case.problem(DTYPES[index % 2])
     name_tile(monkeypatch, TILES[index % len(TILES)])
@@ -137,7 +137,7 @@ def test_there_are_fifty_problems() -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile.values())))
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_every_tile(tile: Config, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile(tile: Config, channels_last: bool, monkeypatch) -> None:
     """Pairs of outputs, which only even rows have; tails of every side; more splits than steps."""
     name_tile(monkeypatch, tile)
     problem = Case("", 18, 40, 48, (2, 4), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
@@ -164,7 +164,7 @@ FEW = (
 
 @pytest.mark.parametrize(("case", "images", "pixels"), FEW, ids=[case.name for case, *_ in FEW])
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_few_images(case: Case, images: int, pixels: int, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images(case: Case, images: int, pixels: int, record_property, monkeypatch) -> None:
     """Exact, and an infinite pixel of x reaches the taps that meet it alone."""
     problem = case.problem(torch.bfloat16)
     sides = {"BLOCK_K": 64, "BLOCK_C": 32, "BLOCK_N": images, "PIXELS": pixels, "COLUMNS": 1}
@@ -201,7 +201,7 @@ def test_random_values_within_rounding_at_the_chosen_tile(case: Case) -> None:
     assert_close(wgrad(problem, x, dy), exact(problem, x, dy), magnitude, depths(problem)[2], problem.describe())
 
 
-def test_the_same_from_run_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_from_run_to_run(monkeypatch) -> None:
     name_tile(monkeypatch, TILES[2])
     problem = Case("", 33, 16, 16, (3, 4), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
     x, dy = torch.randn(problem.input_shape), torch.randn(problem.output_shape)
@@ -240,9 +240,7 @@ def test_outputs_come_in_pairs(case: Case, taps: int, pairs: bool) -> None:
 @pytest.mark.parametrize("tile", TILES[:2], ids=["pairs", "single"])
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_infinity_reaches_the_taps_that_meet_it_alone(
-    tile: Config, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_infinity_reaches_the_taps_that_meet_it_alone(tile: Config, value: float, monkeypatch) -> None:
     """Of padded rows, of rows whose last columns no output meets, of a group beside the tile's own."""
     name_tile(monkeypatch, tile)
     for case in (

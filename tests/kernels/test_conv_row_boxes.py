@@ -98,7 +98,7 @@ def check_fprop(case: Case, problem: ConvProblem, record_property: Callable[...,
 
 @pytest.mark.usefixtures("small_tile")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_every_filter_and_stride(case: Case, record_property: Callable[..., None]) -> None:
+def test_every_filter_and_stride(case: Case, record_property) -> None:
     check_fprop(case, case.problem((torch.bfloat16, torch.float16)[SMALL.index(case) % 2]), record_property)
 
 
@@ -112,7 +112,7 @@ def test_small_problems_are_of_every_kind() -> None:
 
 @pytest.mark.usefixtures("small_tile")
 @pytest.mark.parametrize("case", EVEN if interpreter.interpreting() else EVEN + ANYWHERE, ids=lambda case: case.name)
-def test_exact_on_integers(case: Case, record_property: Callable[..., None]) -> None:
+def test_exact_on_integers(case: Case, record_property) -> None:
     problem = case.problem(torch.bfloat16)
     y = check_fprop(case, problem, record_property)
     x, weight, reference = operands_of(problem)

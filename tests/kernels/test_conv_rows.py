@@ -112,7 +112,7 @@ def test_what_it_does_not_serve(case: Case, reason: str) -> None:
 @pytest.mark.parametrize("splits", [1, 3, 40])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch) -> None:
     """Tails of runs, channels, rows of a step, and of splits that have no step."""
     take_tile(monkeypatch, {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_C": 64, "SPLITS": splits})
     problem = Case("", 2, channels, 40, (9, 14), (5, 3), (2, 2), (2, 1)).problem(torch.bfloat16)
@@ -189,7 +189,7 @@ def test_rows_apart_are_read_where_they_lie() -> None:
 
 
 @pytest.mark.parametrize("direction", ["fprop", "wgrad"])
-def test_wide_offsets_give_the_same(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 3, 16, (5, 8), (3, 3), (2, 1), (1, 1)).problem()
     generator = torch.Generator().manual_seed(0)
     operands = [

@@ -71,7 +71,7 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, rows: int, block_m: int, block_k:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_exact_on_integers(case: Case, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_on_integers(case: Case, record_property, monkeypatch) -> None:
     index = CASES.index(case)
     problem = case.problem(HALVES[index % 2])
     rows, block_m = ((1, 16), (4, 16), (8, 64), (1, 64))[index % 4]
@@ -93,7 +93,7 @@ def test_each_direction_has_fifty_problems(direction: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)
-def test_random_values_within_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_values_within_rounding(case: Case, monkeypatch) -> None:
     problem = case.problem(HALVES[CASES.index(case) % 2])
     name_tile(monkeypatch, 4, 32)
     check_random(problem, BOTH)
@@ -120,7 +120,7 @@ def test_tiles_as_they_are_chosen() -> None:
     ],
     ids=lambda case: case.name,
 )
-def test_splits_and_tails(case: Case, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_and_tails(case: Case, splits: int, monkeypatch) -> None:
     """Splits that have no step, tails of rows, columns and both channels, a phase without a tap."""
     name_tile(monkeypatch, 2, 32, 32, splits)
     problem = case.problem(torch.bfloat16)
@@ -129,7 +129,7 @@ def test_splits_and_tails(case: Case, splits: int, monkeypatch: pytest.MonkeyPat
     assert [r.name for r in records] == ["conv_spatial_kernel", "conv_finish_kernel"] * 2
 
 
-def test_fp32_goes_by_tf32_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_goes_by_tf32_forward(monkeypatch) -> None:
     name_tile(monkeypatch, 2, 16)
     problem = Case("", 2, 20, 24, (4, 6), (3, 3), (1, 2), (1, 1)).problem()
     records = check_exact(problem, results=BOTH)
@@ -150,7 +150,7 @@ def test_what_it_does_not_serve(case: Case, reason: str) -> None:
         assert dispatch.plan("fprop", case.problem(torch.bfloat16), gpus.H200).reasons == (("spatial", reason),)
 
 
-def test_pixels_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_read_where_they_lie(monkeypatch) -> None:
     """A crop of rows, columns and channels is a view like any; odd channels have no alignment, copies no distance."""
     name_tile(monkeypatch, 2, 16)
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +170,7 @@ def test_pixels_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_every_activation(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_activation(act: str, monkeypatch) -> None:
     """Bias, batch norm, residual before and after; the gather's epilogue is the same, and so is its result."""
     index = list(ACTIVATIONS).index(act)
     name_tile(monkeypatch, (1, 4)[index // 2 % 2], 32, splits=1 + index % 5 // 4)
@@ -186,7 +186,7 @@ def test_every_activation(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_statistics_count_no_pixel_outside(rows: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_count_no_pixel_outside(rows: int, splits: int, monkeypatch) -> None:
     """Rectangles reach past the image, and phases have unlike numbers of pixels."""
     name_tile(monkeypatch, rows, 32, 64, splits)
     for transposed, stride in ((False, 1), (False, 2), (True, 2)):
@@ -197,7 +197,7 @@ def test_statistics_count_no_pixel_outside(rows: int, splits: int, monkeypatch: 
             layer.check_statistics(2e-3, 1e-4)
 
 
-def test_wide_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(monkeypatch) -> None:
     name_tile(monkeypatch, 4, 16)
     problem = Case("", 2, 16, 24, (5, 4), (3, 3), (1, 2), (1, 1)).problem(torch.bfloat16)
     with dispatch.only_family("spatial"):

@@ -51,7 +51,7 @@ def test_the_type_names_the_box_alone() -> None:
     assert launches[0].compile_key == launches[1].compile_key
 
 
-def test_descriptors_are_kept_by_address_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors_are_kept_by_address_and_few(monkeypatch) -> None:
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(descriptor, "MAX_DESCRIPTORS", 2)
     monkeypatch.setattr(descriptor, "_descriptors", OrderedDict())

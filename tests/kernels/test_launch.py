@@ -65,7 +65,7 @@ def test_the_binary_is_kept_and_gets_every_argument_in_the_kernels_order(on_gpu:
     assert kernel.made == [("first", (7, 2, 1), x, None, 4, 0.5, named), again, again]
 
 
-def test_whoever_hooks_launches_is_told_of_those_made_again(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_hooks_launches_is_told_of_those_made_again(on_gpu: None, monkeypatch) -> None:
     kernel, x = Kernel(), torch.zeros(4)
     launch = Launch(kernel, (7, 2, 1), ("*fp32", None), (4, 0.5), {"ACT": len, "BLOCK": 64}, 4, 3)
     run(launch, x, None)
@@ -76,7 +76,7 @@ def test_whoever_hooks_launches_is_told_of_those_made_again(on_gpu: None, monkey
     assert kernel.made[1:] == [("hooked", (7, 2, 1), x, None, 4, 0.5, 64, len)] * 2
 
 
-def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch) -> None:
     kernel, x = Kernel(), torch.zeros(4)
     constants = {"ACT": len, "BLOCK": 64}
     launch, twin = (Launch(kernel, (1, 1, 1), ("*fp32", None), (4, 0.5), constants, 4, 3) for _ in range(2))
@@ -93,7 +93,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch
 
 @pytest.mark.compile
 @compiling
-def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkeypatch) -> None:
     given: list[tuple[Any, ...]] = []
 
     def ready(binary: CompiledKernel) -> None:

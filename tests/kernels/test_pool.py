@@ -329,7 +329,7 @@ def named_tile(monkeypatch: pytest.MonkeyPatch, **config: int) -> None:
 
 @pytest.mark.parametrize("lines", [1, 2, 4])
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
-def test_tile_edges_of_unrolled_windows(lines: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_edges_of_unrolled_windows(lines: int, last: bool, monkeypatch) -> None:
     """The interpreter's own tiles swallow small problems whole; here tiles end inside rows, columns and blocks."""
     named_tile(monkeypatch, BLOCK=32, LINES=lines)
     for window, stride, padding in (
@@ -353,9 +353,7 @@ def test_tile_edges_of_unrolled_windows(lines: int, last: bool, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("lanes", "splits", "last"), [(4, 1, True), (4, 1, False), (1, 3, True), (8, 9, False)])
-def test_large_windows_shared_by_lanes_and_splits(
-    lanes: int, splits: int, last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_windows_shared_by_lanes_and_splits(lanes: int, splits: int, last: bool, monkeypatch) -> None:
     named_tile(monkeypatch, BLOCK=256, LANES=lanes, SPLITS=splits)
     cases = [("adaptive_max_pool", size, output, ()) for size, output in (((6, 7), (1, 1)), ((3, 4, 5), (1, 1, 1)))]
     cases += [
@@ -382,7 +380,7 @@ def test_large_windows_shared_by_lanes_and_splits(
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
-def test_large_norms_shared_by_lanes(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_norms_shared_by_lanes(last: bool, monkeypatch) -> None:
     named_tile(monkeypatch, BLOCK=256, LANES=8)
     x = torch.rand((2, 5, 8, 7), generator=torch.Generator().manual_seed(0)) + 0.5
     for norm in (2.0, 3.0):
@@ -402,7 +400,7 @@ def test_tap_types() -> None:
         assert max(shares) <= (h - 2) // p + 2
 
 
-def test_more_taps_than_16_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_taps_than_16_bits_count(monkeypatch) -> None:
     named_tile(monkeypatch, BLOCK=4096, LANES=4096)
     x = torch.zeros(1, 2, 40000)
     x[0, 0, 39998] = x[0, 0, 39999] = 1.0
@@ -453,7 +451,7 @@ def test_what_has_no_such_strides_is_copied() -> None:
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
-def test_wide_offsets_give_the_same(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_offsets_give_the_same(last: bool, monkeypatch) -> None:
     for module in (pool_window, pool_gradient):
         monkeypatch.setattr(module, "needs_int64", lambda *operands: True)
     monkeypatch.setattr(call, "_calls", {})
@@ -534,7 +532,7 @@ def test_batch_one_fills_the_gpu() -> None:
     assert second.name == "split_sum_kernel"
 
 
-def test_known_calls_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_calls_are_planned_once(monkeypatch) -> None:
     planned = []
     plan = dispatch.plan
     monkeypatch.setattr(dispatch, "plan", lambda *a: planned.append(a) or plan(*a))

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from fastconv.autotune.gpus import H200
 from fastconv.kernels.compile import ahead as compiling
 from fastconv.kernels.compile.workers import Ended, results_of
@@ -38,7 +36,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_one_that_crashes_or_hangs_costs_its_call_alone(tmp_path: Path) -> None:
+def test_one_that_crashes_or_hangs_costs_its_call_alone(tmp_path) -> None:
     calls: list[Any] = [partial(pow, 2, index) for index in range(8)]
     calls[2], calls[5] = partial(os._exit, 3), partial(hang, tmp_path / "assembler")
     found = dict(results_of(calls, 2, 1.0))
@@ -78,7 +76,7 @@ os.kill(os.getpid(), 9)
     assert all(gone(int(pid)) for pid in run.stdout.split())
 
 
-def test_a_compiler_that_hangs_or_crashes_is_a_failure_of_its_binary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_hangs_or_crashes_is_a_failure_of_its_binary(monkeypatch) -> None:
     class Kernel:
         def __init__(self, name: str, compiles: Any) -> None:
             self.fn, self._compiles = SimpleNamespace(__name__=name), compiles

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +44,7 @@ def read(wanted: Any, registers: int) -> Any:
     return Binaries({(launch.compile_key, gpu.arch): binary for launch, gpu in wanted}, {})
 
 
-def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch) -> None:
     question = asked()
     configs = [config for config, _ in question.fitting()]
     compiled: list[Any] = []
@@ -72,7 +71,7 @@ def test_each_binary_is_compiled_once_and_a_failure_is_its_own(monkeypatch: pyte
         assert compiler.footprints(question, configs[2:3]) == [Failed("failed", "cannot be planned: gather: no")]
 
 
-def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_problems_are_compiled_meanwhile(monkeypatch) -> None:
     first, second, third = (
         asked_by(CALLS[name], torch.bfloat16, H200)[0].question for name in ("grouped", "1x1", "max")
     )
@@ -99,7 +98,7 @@ def test_the_next_problems_are_compiled_meanwhile(monkeypatch: pytest.MonkeyPatc
         assert sum(name.startswith("asked") for name in threads) == 1, "waited for, and not compiled again"
 
 
-def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path: Path) -> None:
+def test_what_spills_or_does_not_compile_never_reaches_the_gpu(tmp_path) -> None:
     question = asked()
     configs = [config for config, _ in question.fitting()]
     default = question.choice.config

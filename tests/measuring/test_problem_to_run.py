@@ -1,7 +1,6 @@
 """Problems as something to run: found again from what tables know of them, right, and checked in every way."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,9 +105,7 @@ def test_problems_are_found_again_for_gpus(name: str, gpu: Any) -> None:
             assert [it.kernel.fn.__module__.rpartition(".")[2] for it in launches] == ["pool_gradient"], "itself alone"
 
 
-def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_problem_that_pytorch_is_faster_at_is_found_all_the_same(tmp_path, monkeypatch) -> None:
     """So that another run can find out whether it still is."""
     (task, *_) = asked_by(CALLS["1x1"], torch.bfloat16, H200)
     question = task.question
@@ -155,7 +152,7 @@ def test_other_problems_are_unmeasurable(problem: ProblemKey) -> None:
 
 
 @interpreted
-def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_refused(monkeypatch) -> None:
     """An element that is off, one that nobody wrote, one that is written beside the operands."""
     problem = tiny()
     config = to_run(problem, INTERPRETER)[1].choice.config
@@ -193,7 +190,7 @@ def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreted
 @pytest.mark.parametrize("name", ["max", "adaptive max"])
-def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indices_that_are_wrong_are_refused(name: str, monkeypatch) -> None:
     """Taps that lie beside their windows' maxima, whose values are right."""
     question = asked_by(CALLS[name], torch.float32, INTERPRETER)[0].question
     assert dict(question.problem.kind)["direction"] == "forward"
@@ -214,7 +211,7 @@ def test_indices_that_are_wrong_are_refused(name: str, monkeypatch: pytest.Monke
 
 
 @interpreted
-def test_memory_that_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ends_is_said(monkeypatch) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 

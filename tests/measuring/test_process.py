@@ -51,7 +51,7 @@ def pid_of(it: Worker) -> int:
     ],
 )
 def test_a_failure_is_told_and_the_next_question_answered(
-    how: str, status: str, why: str, survives: bool, tmp_path: Path
+    how: str, status: str, why: str, survives: bool, tmp_path
 ) -> None:
     with worker(tmp_path, how) as it:
         assert it.gpu == H200
@@ -67,7 +67,7 @@ def test_a_failure_is_told_and_the_next_question_answered(
         os.kill(last, 0)
 
 
-def test_a_worker_that_somebody_kills_costs_nothing(tmp_path: Path) -> None:
+def test_a_worker_that_somebody_kills_costs_nothing(tmp_path) -> None:
     with worker(tmp_path, takes=0.5) as it:
         assert it.gpu == H200
         threading.Timer(0.2, os.kill, (pid_of(it), signal.SIGKILL)).start()
@@ -75,7 +75,7 @@ def test_a_worker_that_somebody_kills_costs_nothing(tmp_path: Path) -> None:
     assert len(pretending.asked(tmp_path / "plan")) == 2
 
 
-def test_kills_at_random_moments_cost_no_config(tmp_path: Path) -> None:
+def test_kills_at_random_moments_cost_no_config(tmp_path) -> None:
     """A run goes on over a worker that is killed again and again, and blames nobody."""
     generator = random.Random(0)
     ended = threading.Event()
@@ -108,7 +108,7 @@ def test_kills_at_random_moments_cost_no_config(tmp_path: Path) -> None:
     assert len(pretending.asked(tmp_path / "plan")) - len(kept[:-1]) <= kills
 
 
-def test_an_interrupt_ends_the_worker_and_its_answer_is_nobodys(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_worker_and_its_answer_is_nobodys(tmp_path) -> None:
     with worker(tmp_path, takes=0.5) as it:
         assert it.gpu == H200
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -127,7 +127,7 @@ def test_an_interrupt_ends_the_worker_and_its_answer_is_nobodys(tmp_path: Path) 
     ],
     ids=["exits", "refuses", "sleeps"],
 )
-def test_a_worker_that_does_not_start_is_one_line(command: list[str], why: str, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_start_is_one_line(command: list[str], why: str, tmp_path) -> None:
     if command == ["refuses"]:
         command = pretending.write(tmp_path / "plan", H200, {}, {}, refuses="PyTorch sees no GPU")
     slow = "sleep" in command[-1]
@@ -136,7 +136,7 @@ def test_a_worker_that_does_not_start_is_one_line(command: list[str], why: str, 
     assert it._process is None
 
 
-def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+def test_a_worker_ends_with_its_parent(tmp_path) -> None:
     command = pretending.write(tmp_path / "plan", H200, {}, {pretending.key_of(problem(), CONFIG): "hang"})
     script = f"""
 import os, threading

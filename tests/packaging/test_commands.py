@@ -3,12 +3,11 @@
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 
 import pytest
 
 
-def test_module_shows_help(tmp_path: Path) -> None:
+def test_module_shows_help(tmp_path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "fastconv", "--help"], cwd=tmp_path, text=True, capture_output=True, timeout=60
     )

@@ -80,7 +80,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "fastconv = fastconv.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
-def test_wheel_from_sdist_is_the_same(source: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_wheel_from_sdist_is_the_same(source: Path, wheel: zipfile.ZipFile, tmp_path) -> None:
     sdist = build("sdist", source, tmp_path)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data") if sys.version_info >= (3, 12) else archive.extractall(tmp_path)
@@ -88,7 +88,7 @@ def test_wheel_from_sdist_is_the_same(source: Path, wheel: zipfile.ZipFile, tmp_
     assert sorted(again.namelist()) == sorted(wheel.namelist())
 
 
-def test_wheel_imports_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_wheel_imports_alone(wheel: zipfile.ZipFile, tmp_path) -> None:
     """Unpacked beside nothing else: the package comes from the wheel, its two inner parts are real folders."""
     wheel.extractall(tmp_path)
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))

@@ -27,7 +27,7 @@ def test_import_works_from_any_folder(folder: Path) -> None:
     assert run.stdout.split("\n")[0] == f"{fastconv.__file__} {fastconv.__version__}", run.stderr
 
 
-def test_import_is_light(tmp_path: Path) -> None:
+def test_import_is_light(tmp_path) -> None:
     """No torch and no Triton means no GPU was touched either."""
     run = python("import sys, fastconv; print(*sys.modules)", tmp_path)
     assert "fastconv" in run.stdout.split(), run.stderr
@@ -41,7 +41,7 @@ def test_bare_import_names_the_package(name: str) -> None:
     assert f"import 'fastconv.{name}'" in run.stderr.splitlines()[-1]
 
 
-def test_functions_stay_functions_beside_modules_of_their_name(tmp_path: Path) -> None:
+def test_functions_stay_functions_beside_modules_of_their_name(tmp_path) -> None:
     code = """
 import fastconv, fastconv.convert, fastconv.explain, fastconv.settings, fastconv.warmup
 from fastconv.convert import revert
@@ -61,7 +61,7 @@ def test_unknown_attribute_is_named() -> None:
     assert {"convert", "nn", "functional", "settings"} <= set(dir(fastconv))
 
 
-def test_without_triton_its_first_use_says_so_in_one_sentence(tmp_path: Path) -> None:
+def test_without_triton_its_first_use_says_so_in_one_sentence(tmp_path) -> None:
     """As on macOS and Windows."""
     code = """
 import sys

@@ -78,7 +78,7 @@ def held(records: Iterable[Record]) -> Summary | None:
     return found
 
 
-def test_the_model_ranks_what_was_measured(record_property: Any) -> None:
+def test_the_model_ranks_what_was_measured(record_property) -> None:
     found = held(committed(FOLDERS))
     if found is None:
         where = " or ".join(str(folder.relative_to(ROOT)) for folder in FOLDERS)
@@ -111,7 +111,7 @@ def simulated(worst_first: bool = False) -> list[Tuned | Measured]:
     return records
 
 
-def test_what_is_committed_is_found_and_held(tmp_path: Path) -> None:
+def test_what_is_committed_is_found_and_held(tmp_path) -> None:
     assert held(committed([tmp_path])) is None
     records = simulated()
     store = Store(tmp_path / "store")

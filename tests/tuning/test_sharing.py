@@ -77,7 +77,7 @@ def test_who_leaves_waits_for_nobody_but_the_first_for_all(ranks: list[Ranks]) -
     assert a.exchange("left", None, 20.0, leave=True) == {0: None, 1: None, 2: "why"}
 
 
-def test_without_torchrun_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_nothing_is_shared(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert sharing.join().exchange("name", 1, 0.0) == {0: 1} and sharing.join().leads
     assert (sharing.local_rank(), sharing.local_world_size()) == (0, 1)
@@ -109,7 +109,7 @@ with Worker([sys.executable, "-m", "tests.measuring.pretending", plan]) as worke
 
 
 @pytest.mark.slow
-def test_four_ranks_on_two_machines(tmp_path: Path) -> None:
+def test_four_ranks_on_two_machines(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
