@@ -67,8 +67,7 @@ def combine_statistics_kernel(
     K,
     share,
     FINAL: tl.constexpr,  # out_m2 is the variance
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Combine ``share`` neighbouring partials, in their order, into the means and squares of all their rows."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -141,8 +140,7 @@ def gradient_of_sum(
     dz, k, mask_k, offs, mask,
     y_ptr, z_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr,
     eps, a, b,
-    DERIVATIVE: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
+    DERIVATIVE: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
 ):  # fmt: skip
     """(g, xhat, x): the gradient of the activation's input, the normalised y, and that input (or z, or 0: unknown)."""
     xhat = tl.zeros(dz.shape, dtype=tl.float32)

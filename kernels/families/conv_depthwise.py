@@ -73,10 +73,7 @@ def conv_depthwise_kernel(
     MULTIPLIER: tl.constexpr,  # output channels of the convolution for each input channel
     S: tl.constexpr,
     COLUMNS: tl.constexpr,  # columns of x; this and the next three: see Schedule
-    ADVANCE: tl.constexpr,
-    FIRST: tl.constexpr,
-    TAPS: tl.constexpr,
-    ACT: tl.constexpr,
+    ADVANCE: tl.constexpr, FIRST: tl.constexpr, TAPS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     OUTPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # groups of OUTPUTS neighbours

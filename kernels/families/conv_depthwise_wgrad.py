@@ -51,10 +51,7 @@ def conv_depthwise_wgrad_kernel(
     stride_d, stride_h,
     padding_d, padding_h,
     dilation_d, dilation_h, dilation_w,
-    VEC: tl.constexpr,
-    RANK: tl.constexpr,
-    WIDE: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
+    VEC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, MULTIPLIER: tl.constexpr,
     COLUMNS: tl.constexpr,  # columns of x; this and the next: see Schedule
     ADVANCE: tl.constexpr,
     MET: tl.constexpr,  # for each column and tap, its output: Schedule.outputs

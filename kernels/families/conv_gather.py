@@ -79,9 +79,7 @@ def conv_gather_kernel(
     inverse_d, inverse_h, inverse_w,  # of dilation / gcd modulo stride / gcd
     eps,  # of batch norm
     a, b,  # of the activation
-    VEC_C: tl.constexpr,
-    VEC_K: tl.constexpr,
-    VEC_G: tl.constexpr,
+    VEC_C: tl.constexpr, VEC_K: tl.constexpr, VEC_G: tl.constexpr,
     PACKED: tl.constexpr,  # several groups share a tile, whose weight has their blocks on its diagonal
     CACHE: tl.constexpr,  # modifier of x's loads
     RANK: tl.constexpr,  # 3, or 2 if the first axis has size one

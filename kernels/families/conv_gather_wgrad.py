@@ -65,17 +65,13 @@ def conv_wgrad_kernel(
     padding_d, padding_h, padding_w,
     dilation_d, dilation_h, dilation_w,
     splits,
-    VEC_C: tl.constexpr,
-    VEC_K: tl.constexpr,
+    VEC_C: tl.constexpr, VEC_K: tl.constexpr,
     PACKED: tl.constexpr,  # several groups share a tile, whose blocks on the diagonal are stored
     CACHE: tl.constexpr,  # modifier of x's loads
     RANK: tl.constexpr,
     LINEAR: tl.constexpr,  # one tap, which meets the pixels of x in order and at one distance
     FLAT: tl.constexpr,  # a tile's columns are (tap, channel) pairs, not channels of one tap
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,  # pixels of a step
 ):  # fmt: skip

@@ -34,10 +34,7 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
 @triton.jit
 def _apply_tile_epilogue(
     acc, tile, k, M, K, operands, tile_count_ptr, eps, a, b,
-    WIDE: tl.constexpr,
-    ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
-    PART_K: tl.constexpr,
+    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr, PART_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile's acc [BLOCK_M, BLOCK_K]; ``operands`` are `apply_epilogue`'s pointers."""
@@ -69,8 +66,7 @@ def conv_gemm_kernel(
     splits,  # of the reduction
     eps,  # of batch norm
     a, b,  # of the activation
-    VEC: tl.constexpr,
-    DGRAD: tl.constexpr,
+    VEC: tl.constexpr, DGRAD: tl.constexpr,
     RESIDENT: tl.constexpr,  # one step is the whole reduction: a program walks tiles of pixels
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,  # y holds 2^31 elements or more
@@ -128,9 +124,7 @@ def conv_gemm_wgrad_kernel(
     C,  # in units of VEC
     K,
     splits,  # of the pixels
-    VEC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,  # pixels of a step
 ):  # fmt: skip
     C *= VEC

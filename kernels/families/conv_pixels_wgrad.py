@@ -69,15 +69,12 @@ def conv_pixels_wgrad_kernel(
     padding_d, padding_h, padding_w,
     dilation_d, dilation_h, dilation_w,
     splits,
-    VEC: tl.constexpr,
-    RANK: tl.constexpr,
+    VEC: tl.constexpr, RANK: tl.constexpr,
     TAPS: tl.constexpr,  # neighbouring taps of a filter's row
     COLUMNS: tl.constexpr,  # neighbouring outputs of a step; from one to the next the pixels of x move on by one
     PIXELS: tl.constexpr,  # neighbours in a row that a box holds, a divisor of Q; 1 unless COLUMNS is 1
     PARITY: tl.constexpr,  # a stride of two: x is [H, 2, W / 2, N, C], a box of one parity
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,  # images of a step
 ):  # fmt: skip
     ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images

@@ -45,10 +45,7 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv
 @triton.jit
 def _own_windows(
     x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R, window, distance,
-    RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tile that holds a NaN: each element of a run, one by one, added to the outputs whose window has it.
 
@@ -108,9 +105,7 @@ def conv_row_boxes_kernel(
     COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     EXACT: tl.constexpr,  # a run is one window
-    ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Like `conv_pixels`: channel tiles are fastest, then the outputs of a row, images last.
     k_tiles = tl.cdiv(K, BLOCK_K)

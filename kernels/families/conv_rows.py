@@ -28,6 +28,7 @@ from fastconv.autotune.cost_model import MAX_WORKSPACE
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
 from fastconv.kernels.families.row_form import (
     conv_rows_weight_kernel,
+    count_runs,
     filter_rows,
     form_of_call,
     row_form,
@@ -79,18 +80,12 @@ def conv_rows_kernel(
     dilation_d, dilation_h,
     eps,  # of batch norm
     a, b,  # of the activation
-    VEC: tl.constexpr,
-    VEC_K: tl.constexpr,
-    RANK: tl.constexpr,
+    VEC: tl.constexpr, VEC_K: tl.constexpr, RANK: tl.constexpr,
     COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
     EXACT: tl.constexpr,  # each of them is in every output's window
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
-    PART_K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr, PART_K: tl.constexpr,
     BLOCK_M: tl.constexpr,  # runs
     BLOCK_K: tl.constexpr,  # output channels
     BLOCK_C: tl.constexpr,  # elements of a step, whole rows
@@ -204,9 +199,8 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     used = triton.cdiv(form.used, form.vec) * form.vec
     window = problem.filter_size[-1] * problem.in_channels
-    runs = problem.output_pixels // problem.output_size[-1] * triton.cdiv(problem.output_size[-1], form.columns)
     steps = triton.cdiv(filter_rows(problem) * form.run, tile["BLOCK_C"])
-    tiles = triton.cdiv(runs, tile["BLOCK_M"])
+    tiles = triton.cdiv(count_runs(problem, form), tile["BLOCK_M"])
     product = Launch(
         kernel=conv_rows_kernel,
         grid=(tiles * triton.cdiv(k, tile["BLOCK_K"]), 1, 1),
@@ -260,7 +254,6 @@ ROWS = TileSpace(
 def rows_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     form, precision = form_of_call(problem, layout), fp32_precision(problem.dtype)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
 
     def work(config: Config) -> Work:
         m, n, depth, warps = config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"], config["num_warps"]
@@ -272,7 +265,7 @@ def rows_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layo
         if gpu.arch < 90:
             registers += (m + 2 * columns) * depth // 256
         return Work(
-            programs=cdiv(runs, m) * cdiv(problem.out_channels, n),
+            programs=cdiv(count_runs(problem, form), m) * cdiv(problem.out_channels, n),
             steps=cdiv(filter_rows(problem) * form.run, depth),
             step_flops=2 * m * columns * depth,
             step_elements=(m + columns) * depth,

@@ -17,7 +17,7 @@ from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather_wgrad import WGRAD
 from fastconv.kernels.families.conv_rows import why_not_rows
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision
-from fastconv.kernels.families.row_form import filter_rows, form_of_call, row_scalars, row_taps
+from fastconv.kernels.families.row_form import count_runs, filter_rows, form_of_call, row_scalars, row_taps
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
@@ -54,14 +54,11 @@ def conv_rows_wgrad_kernel(
     padding_d, padding_h,
     dilation_d, dilation_h,
     splits,
-    VEC: tl.constexpr,
-    VEC_K: tl.constexpr,
-    RANK: tl.constexpr,
+    VEC: tl.constexpr, VEC_K: tl.constexpr, RANK: tl.constexpr,
     COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,  # (column, output channel) pairs
     BLOCK_C: tl.constexpr,  # (row, element) pairs, whole rows
     BLOCK_M: tl.constexpr,  # runs of a step
@@ -160,12 +157,11 @@ def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
     partials = splits * form.columns
     direct = partials == 1 and (layout.channels_last or c == 1)
     element = pointer_type(problem.dtype)
-    tiles = triton.cdiv(k, tile["BLOCK_K"] // form.columns) * triton.cdiv(
-        filter_rows(problem) * form.run, tile["BLOCK_C"]
-    )
+    k_tiles = triton.cdiv(k, tile["BLOCK_K"] // form.columns)
+    c_tiles = triton.cdiv(filter_rows(problem) * form.run, tile["BLOCK_C"])
     product = Launch(
         kernel=conv_rows_wgrad_kernel,
-        grid=(tiles * splits, 1, 1),
+        grid=(k_tiles * c_tiles * splits, 1, 1),
         pointers=(element, element, element if direct else "*fp32"),
         scalars=(*row_scalars(problem, form, x_strides, vec_k), dy_stride // vec_k, *row_taps(rank3), splits),
         constants={
@@ -198,7 +194,6 @@ ROWS_WGRAD = replace(
 def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> Candidates:
     form, precision = form_of_call(problem, layout), fp32_precision(problem.dtype)
     element, share = problem.dtype.itemsize, matrix_share(problem.dtype, precision)
-    runs = problem.output_pixels // problem.output_size[-1] * cdiv(problem.output_size[-1], form.columns)
     rows, columns = form.columns * problem.out_channels, filter_rows(problem) * form.run
     by_element = 8 / form.vec, element_registers(problem, problem.out_channels), 0
 
@@ -207,7 +202,7 @@ def _candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) 
         partials = splits * form.columns
         return Work(
             programs=cdiv(rows, m) * cdiv(columns, n) * splits,
-            steps=cdiv(cdiv(runs, depth), splits),
+            steps=cdiv(cdiv(count_runs(problem, form), depth), splits),
             step_flops=2 * m * n * depth,
             step_elements=(m + n) * depth,
             step_bytes=(m + n) * depth * element,

@@ -191,8 +191,7 @@ def pool_pixel_gradient_kernel(
     exponent, sign,  # of an lp norm's derivative: see `power`
     ADAPTIVE: tl.constexpr, DILATED: tl.constexpr, UNIFORM: tl.constexpr,
     NORM: tl.constexpr,  # lp: 1, 2, or 3 for any other; 0: none
-    INCLUDE_PADDING: tl.constexpr,
-    PLANES: tl.constexpr, RANK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    INCLUDE_PADDING: tl.constexpr, PLANES: tl.constexpr, RANK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx, one pixel a thread, for windows of every kind."""

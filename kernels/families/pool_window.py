@@ -102,9 +102,7 @@ def root_of(acc, root, root_sign, NORM: tl.constexpr):
 @triton.jit
 def scale_of(
     count, p, H, P, stride, padding, taps, scale,
-    ADAPTIVE: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    INCLUDE_PADDING: tl.constexpr,
+    ADAPTIVE: tl.constexpr, UNIFORM: tl.constexpr, INCLUDE_PADDING: tl.constexpr,
 ):  # fmt: skip
     """The factor of window ``p``'s sum; ``count``: its pixels along the other axes."""
     if UNIFORM:

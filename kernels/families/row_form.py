@@ -103,6 +103,11 @@ def filter_rows(problem: ConvProblem) -> int:
     return problem.taps // problem.filter_size[-1]
 
 
+def count_runs(problem: ConvProblem, form: RowForm) -> int:
+    """The runs that all outputs meet under one row of the filter."""
+    return problem.output_pixels // problem.output_size[-1] * triton.cdiv(problem.output_size[-1], form.columns)
+
+
 @triton.jit(do_not_specialize=["K", "rows", "window", "shift", "distance", "padded", "elements"])
 def conv_rows_weight_kernel(
     w_ptr,  # [K, rows, window]
@@ -147,20 +152,18 @@ def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
 
 
 def row_scalars(problem: ConvProblem, form: RowForm, x_strides: Strides, vec_k: int) -> tuple[int, ...]:
+    """The arguments N to ``begin`` of a rows kernel."""
     rank3, c = problem.as_rank3, problem.in_channels
     depth, height, width = rank3.input_size
     distance = rank3.stride[-1] * c
     return (
-        *(problem.batch, depth, height, width * c // form.vec),
-        *rank3.output_size,
-        problem.out_channels // vec_k,
-        *rank3.filter_size[:2],
-        *(rank3.filter_size[-1] * c, form.shift, distance),
+        *(problem.batch, depth, height, width * c // form.vec, *rank3.output_size, problem.out_channels // vec_k),
+        *(*rank3.filter_size[:2], rank3.filter_size[-1] * c, form.shift, distance),
         *(stride // form.vec for stride in x_strides[:3]),
-        form.columns * distance // form.vec,
-        -(rank3.padding[-1] * c + form.shift) // form.vec,
+        *(form.columns * distance // form.vec, -(rank3.padding[-1] * c + form.shift) // form.vec),
     )
 
 
 def row_taps(rank3: ConvProblem) -> tuple[int, ...]:
+    """The arguments ``stride_d`` to ``dilation_h`` of a rows kernel."""
     return *rank3.stride[:2], *rank3.padding[:2], *rank3.dilation[:2]

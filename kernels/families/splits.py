@@ -24,10 +24,7 @@ def conv_finish_kernel(
     splits,
     eps,
     a, b,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACT: tl.constexpr,
-    RESIDUAL_AFTER: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add the splits' sums in their order, and apply the epilogue."""
@@ -61,10 +58,7 @@ def split_sum_kernel(
     splits, rows,
     C,  # in units of VEC
     taps,
-    VEC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add every LANES-th split in order, then the LANES sums: a thread has that many loads under way."""
     C *= VEC
