@@ -31,31 +31,6 @@ from fastconv.kernels.problem.layout import INT32_MAX, load_width, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, choose
 from fastconv.kernels.tiles.shapes import INTERPRETED_SIDES, TileSpace, cdiv
 
-Types = tuple[str | None, ...]  # of pointers; None: the operand is absent
-
-
-class Pass(NamedTuple):
-    """The tensor [pixels, channels] that a pass reads and writes."""
-
-    pixels: int
-    channels: int
-    dtype: torch.dtype
-
-    @property
-    def vec(self) -> int:
-        return load_width(self.dtype, self.channels)
-
-
-@dataclass(frozen=True)
-class Activated:
-    """The parameters of a batch norm and its activation."""
-
-    eps: float
-    act: str
-    a: float = 0.0
-    b: float = 0.0
-    residual_after: bool = False
-
 
 @triton.jit(do_not_specialize=["partials", "K", "share"])
 def combine_statistics_kernel(
@@ -248,6 +223,32 @@ def batch_norm_act_gradient_kernel(
     if gamma_ptr is not None:
         scale *= tl.load(gamma_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
     tl.store(dy_ptr + offs, (g * scale[None, :]).to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+Types = tuple[str | None, ...]  # of pointers; None: the operand is absent
+
+
+class Pass(NamedTuple):
+    """The tensor [pixels, channels] that a pass reads and writes."""
+
+    pixels: int
+    channels: int
+    dtype: torch.dtype
+
+    @property
+    def vec(self) -> int:
+        return load_width(self.dtype, self.channels)
+
+
+@dataclass(frozen=True)
+class Activated:
+    """The parameters of a batch norm and its activation."""
+
+    eps: float
+    act: str
+    a: float = 0.0
+    b: float = 0.0
+    residual_after: bool = False
 
 
 def combine_statistics(partials: int, channels: int, share: int) -> Launch:

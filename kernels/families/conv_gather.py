@@ -424,7 +424,6 @@ GATHER = TileSpace(
 )
 
 
-# Several programs share the reduction of a tile if tiles are too few for the GPU; only one small tile is split.
 def _dense_tile(config: Config) -> str | None:
     if config["BLOCK_K"] <= 64 and config["BLOCK_C"] == 32:
         return "binaries that few layers would share, and that spill on one version of the compiler"
@@ -433,6 +432,7 @@ def _dense_tile(config: Config) -> str | None:
     return GATHER.valid(config)
 
 
+# Programs share the reduction of a tile if tiles are too few for the GPU; only one small tile is split.
 GATHER_SPLIT = replace(
     GATHER, name="conv_gather_split", ranges={**GATHER.ranges, "SPLITS": (1, 2, 4, 8, 16)}, valid=_dense_tile
 )
