@@ -1,14 +1,15 @@
-"""What tests that compile for GPUs which are not here share: their marks, and what is wrong with any binary."""
+"""Marks of tests that compile for GPUs which are not here, and complaints about binaries."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from fastconv.autotune import Gpu
-from fastconv.kernels.compile.sass import Compiled
+from fastconv.kernels.compile.sass import Compiled, compile_all
+from fastconv.kernels.launch.launch import Launch
 from tests.marks import compiling
 
 # A file's pytestmark.
@@ -21,10 +22,29 @@ needs_networks = pytest.mark.skipif(bool(_missing), reason=f"not installed: {_mi
 
 
 def each(gpus: Iterable[Gpu], slow: Callable[[Gpu], bool] = lambda gpu: False) -> Any:
-    """A test's ``gpu`` one by one. Compiling takes long: what is ``slow`` runs when a kernel changes
-    (`make test-tiles`)."""
+    """A test's ``gpu``, one by one; ``slow`` ones, which take long, run when a kernel changes (`make test-tiles`)."""
     marked = [pytest.param(gpu, marks=pytest.mark.slow) if slow(gpu) else gpu for gpu in gpus]
     return pytest.mark.parametrize("gpu", marked, ids=lambda gpu: f"sm_{gpu.arch}")
+
+
+def complaints(
+    found: Iterable[tuple[Any, Launch]],
+    gpu: Gpu,
+    complain: Callable[[Any, Launch, Compiled], list[str]],
+    listings: Sequence[str] = (),
+) -> str:
+    """``complain(subject, launch, binary)`` of each distinct binary with the first subject that has it, in lines."""
+    first: dict[Any, tuple[Any, Launch]] = {}
+    for subject, launch in found:
+        first.setdefault(launch.compile_key, (subject, launch))
+    binaries = compile_all(((launch, gpu) for _, launch in first.values()), JOBS, listings=listings)
+    lines = []
+    for key, (subject, launch) in first.items():
+        name = subject.describe() if hasattr(subject, "describe") else subject
+        sides = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
+        wrong = complain(subject, launch, binaries[key, gpu.arch])
+        lines += [f"{launch.name} of {name}, {sides} with {launch.num_warps} warps: {what}" for what in wrong]
+    return "\n".join(lines)
 
 
 def spilled(binary: Compiled, allowed: int = 0) -> list[str]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 
 from fastconv.kernels import dispatch
@@ -128,21 +127,15 @@ def _shapes(problem: ConvProblem) -> tuple[tuple[int, ...], ...]:
 
 
 def check_exact(
-    problem: ConvProblem, channels_last: bool = True, results: Sequence[str] = RESULTS, beside: str | None = None
+    problem: ConvProblem, channels_last: bool = True, results: Sequence[str] = RESULTS
 ) -> list[LaunchRecord]:
-    """The ``results`` on integers, bit for bit, and as the family ``beside`` computes them; the launches that they
-    took."""
+    """The ``results`` on integers, bit for bit; the launches that they took."""
     operands = exact_operands(problem, results)
     with record() as records:
         values = computed(problem, *operands, channels_last, results)
     references = dict(zip(RESULTS, expected(problem, *operands), strict=True))
     for name, value in zip(results, values, strict=True):
         assert_equal(value, references[name], f"{name} of {problem.describe()}")
-    if beside is not None:
-        with dispatch.only_family(beside):
-            others = computed(problem, *operands, channels_last, results)
-        for name, value, other in zip(results, values, others, strict=True):
-            assert torch.equal(value, other) and value.stride() == other.stride(), f"{name} by {beside}"
     return records
 
 
@@ -161,7 +154,7 @@ def check_infinities(
 
 
 def check_wide_offsets(
-    monkeypatch: pytest.MonkeyPatch, problem: ConvProblem, modules: Iterable[Any], results: Sequence[str] = RESULTS
+    monkeypatch, problem: ConvProblem, modules: Iterable[Any], results: Sequence[str] = RESULTS
 ) -> None:
     """64-bit offsets, asked for in the families' ``modules``, give the same."""
     for module in modules:

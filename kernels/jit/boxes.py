@@ -66,7 +66,7 @@ def apply_epilogue_to_pixels(
 
 
 def has_parities(problem: ConvProblem) -> bool:
-    """Whether a box can hold outputs' neighbours under stride 2: both parities of an even width are views."""
+    """Whether boxes can hold neighbours although the stride is 2: pixels of one parity of an even width are a view."""
     lifted = problem.as_rank3
     return lifted.stride[2] == 2 and lifted.input_size[2] % 2 == 0 and problem.rank < 3
 

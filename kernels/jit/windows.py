@@ -95,7 +95,7 @@ def power(x, exponent, sign):
 
 
 def norm_form(norm: float) -> int:
-    """The kernels' NORM."""
+    """The kernels' NORM: 0, 1, 2, or 3 for any other norm."""
     return int(norm) if norm in (0, 1, 2) else 3
 
 

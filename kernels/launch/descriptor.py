@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.problem.layout import Strides, pointer_type, strides_like
 
-# Bytes: a bulk copy starts at a multiple of them and steps by one.
+# Bytes that a bulk copy's start and steps are multiples of.
 ALIGNMENT = 16
 # Bytes of a line of shared memory as bulk copies write it, and so the reduced channels that a step covers.
 LINE = 128

@@ -61,14 +61,9 @@ def _prepare_apply(gpu: Gpu, operands: Operands, how: Activated) -> Prepared:
 
 
 def batch_norm_act_sums(
-    dz: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    norm: tuple[Tensor | None, ...],
-    slope: Tensor | None,
-    residual: Tensor | None,
-    how: Activated,
-) -> Tensor:
+    dz: Tensor, y: Tensor, z: Tensor | None, norm: tuple[Tensor | None, ...], slope: Tensor | None,
+    residual: Tensor | None, how: Activated,
+) -> Tensor:  # fmt: skip
     """[3, K] in fp32: the gradients of batch norm's bias and weight, and of PReLU's slope. dz, z and the residual are
     shaped as y [N, K, spatial]."""
     return prepare_and_run(_prepare_sums, (dz, y, z, *norm, slope, residual), (how,), _sum)
@@ -99,17 +94,9 @@ def _prepare_sums(gpu: Gpu, operands: Operands, how: Activated) -> Prepared:
 
 
 def batch_norm_act_gradient(
-    dz: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    norm: tuple[Tensor | None, ...],
-    slope: Tensor | None,
-    residual: Tensor | None,
-    sums: Tensor | None,
-    share: float,
-    how: Activated,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor | None]:
+    dz: Tensor, y: Tensor | None, z: Tensor | None, norm: tuple[Tensor | None, ...], slope: Tensor | None,
+    residual: Tensor | None, sums: Tensor | None, share: float, how: Activated, need_residual: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dy, dresidual or None), dense channels_last, from `batch_norm_act_sums`; no sums: the statistics were constants.
 
     ``share``: 1 / pixels that the statistics were taken over.

@@ -50,23 +50,10 @@ def conv_fprop(
 
 
 def conv_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: tuple[Tensor | None, ...],
-    slope: Tensor | None,
-    residual: Tensor | None,
-    output_size: Sizes | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    eps: float,
-    act: str,
-    a: float,
-    b: float,
-    residual_after: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor | None, ...], slope: Tensor | None,
+    residual: Tensor | None, output_size: Sizes | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int,
+    eps: float, act: str, a: float, b: float, residual_after: bool,
+) -> Tensor:  # fmt: skip
     """``act(normalise(conv(x, weight, bias)) + residual)`` in one launch, or with the residual after the activation.
 
     ``output_size``: the transposed convolution's, whose ``padding`` holds only the leading sides; None: a convolution.
@@ -79,15 +66,9 @@ def conv_act(
 
 
 def conv_statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    output_size: Sizes | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sizes | None, stride: Sizes, padding: Sizes,
+    dilation: Sizes, groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, mean, variance): the convolution as in `conv_act`, always channels_last, and the statistics [K] of its fp32
     result, 0 for an empty batch."""
     operands = (x, weight, bias, *NO_EPILOGUE)
@@ -120,16 +101,9 @@ def _prepare_fprop(
 
 
 def conv_dgrad(
-    dy: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_size: Sizes,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    channels_last: bool,
-) -> Tensor:
+    dy: Tensor, weight: Tensor, bias: Tensor | None, input_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
+    groups: int, channels_last: bool,
+) -> Tensor:  # fmt: skip
     """The input's gradient [N, C, *input_size] from the output's, plus ``bias`` [C]: also the transposed convolution.
 
     ``padding`` holds the leading sides. Errors as `conv_fprop`.
@@ -140,16 +114,9 @@ def conv_dgrad(
 
 
 def _prepare_dgrad(
-    gpu: Gpu,
-    operands: Operands,
-    input_size: Sizes,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    channels_last: bool | None,
-    *how: Any,
-) -> PreparedConv:
+    gpu: Gpu, operands: Operands, input_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int,
+    channels_last: bool | None, *how: Any,
+) -> PreparedConv:  # fmt: skip
     dy, weight, bias, *_ = operands
     assert dy is not None and weight is not None
     check_same_kind(dy, weight, bias)
@@ -160,18 +127,10 @@ def _prepare_dgrad(
 
 
 def prepare_fprop_or_dgrad(
-    direction: str,
-    problem: ConvProblem,
-    gpu: Gpu,
-    operands: Operands,
-    channels_last: bool | None,
-    act: str = "identity",
-    eps: float = 0.0,
-    a: float = 0.0,
-    b: float = 0.0,
-    residual_after: bool = False,
+    direction: str, problem: ConvProblem, gpu: Gpu, operands: Operands, channels_last: bool | None,
+    act: str = "identity", eps: float = 0.0, a: float = 0.0, b: float = 0.0, residual_after: bool = False,
     statistics: bool = False,
-) -> PreparedConv:
+) -> PreparedConv:  # fmt: skip
     """``channels_last``: the result's format; None: channels_last if an operand is or statistics are taken."""
     source, weight, bias, *fused, residual = operands
     assert source is not None and weight is not None
@@ -231,15 +190,9 @@ def conv_wgrad(
 
 
 def prepare_wgrad(
-    gpu: Gpu,
-    operands: Operands,
-    filter_size: Sizes,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
+    gpu: Gpu, operands: Operands, filter_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int,
     format: int,
-) -> PreparedConv:
+) -> PreparedConv:  # fmt: skip
     x, dy = operands
     assert x is not None and dy is not None
     check_same_kind(x, dy)

@@ -34,10 +34,10 @@ ADAPTIVE: Geometry = ((), (), (), ())
 
 
 def max_pool(x: Tensor, output_size: Sizes, geometry: Geometry, index: torch.dtype | None) -> tuple[Tensor, ...]:
-    """(y, taps) [N, C, *output_size] of x [N, C, spatial]: maxima, and as ``index`` the tap of each; None: (y,).
+    """(y, taps) [N, C, *output_size] of x [N, C, spatial]: the maxima, and the tap of each in type ``index``.
 
-    The last NaN of a window wins, else its first maximum. The result is channels_last if x is, else contiguous. Raises
-    Uncovered if no kernel serves the call.
+    Without ``index`` only (y,). The last NaN of a window wins, else its first maximum. The result is channels_last if x
+    is, else contiguous. Raises Uncovered if no kernel serves the call.
     """
 
     def carry_out(call: Prepared, operands: Operands) -> tuple[Tensor, ...]:

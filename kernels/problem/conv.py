@@ -128,15 +128,9 @@ class ConvProblem(Windows):
 
 
 def conv_problem(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    bias_shape: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> ConvProblem:
+    input_shape: Sequence[int], weight_shape: Sequence[int], bias_shape: Sequence[int] | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype,
+) -> ConvProblem:  # fmt: skip
     """The problem of ``conv(input, weight, bias)``. ``padding`` holds the leading sides, then the trailing ones.
 
     Raises RuntimeError, as torch.nn.functional does, naming the shapes, if the arguments do not fit together.
@@ -181,16 +175,9 @@ def conv_problem(
 
 
 def conv_transpose_problem(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    bias_shape: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> ConvProblem:
+    input_shape: Sequence[int], weight_shape: Sequence[int], bias_shape: Sequence[int] | None, stride: Sequence[int],
+    padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype,
+) -> ConvProblem:  # fmt: skip
     """The problem whose dgrad is ``conv_transpose(input, weight, bias)``: its output is the transposed one's input.
 
     Raises RuntimeError, as torch.nn.functional does, naming the shapes, if the arguments do not fit together.
@@ -246,14 +233,9 @@ def _check_rank(name: str, rank: int, input_shape: Sequence[int]) -> None:
 
 
 def check_arguments(
-    weight_shape: Sequence[int],
-    bias_shape: Sequence[int] | None,
-    bias_axis: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
+    weight_shape: Sequence[int], bias_shape: Sequence[int] | None, bias_axis: int, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> None:  # fmt: skip
     """Raise what torch raises before it looks at the input; ``bias_axis``: the weight's axis of output channels."""
     if groups <= 0:
         raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")

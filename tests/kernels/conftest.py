@@ -1,5 +1,4 @@
-"""What every test of a kernel shares: what launchers allocate holds nothing that could pass for a result, and kernels
-touch nothing but their operands."""
+"""Fixtures of every kernel test: new memory holds nothing like a result, and kernels touch only their operands."""
 
 from collections.abc import Iterator
 
@@ -16,12 +15,12 @@ __all__ = ["bulk_copies", "guarded_memory", "poisoned_memory"]
 
 @pytest.fixture(autouse=True)
 def _every_launch(poisoned_memory: None, guarded_memory: None) -> None:
-    """Is made in such memory."""
+    """Every test runs in poisoned and guarded memory."""
 
 
 @pytest.fixture
 def bulk_copies() -> Iterator[None]:
-    """The interpreter has them where it is told so."""
+    """Plans have bulk copies: a GPU's own, or an H200's in the interpreter."""
     if DEVICE == "cuda":
         if not dispatch.target(torch.device(DEVICE)).bulk:
             pytest.skip("needs a GPU with bulk tensor copies")

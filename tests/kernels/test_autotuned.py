@@ -1,4 +1,4 @@
-"""What kernels tell the autotuner, and that an ordinary call measures nothing."""
+"""The kernels' adapter to the autotuner; an ordinary call measures nothing."""
 
 import contextlib
 import dataclasses
@@ -98,7 +98,7 @@ def test_convolution_is_written_down_whole(name: str) -> None:
     assert asked
     for space, features in asked:
         written = autotuned.problem_of(space.name, features)
-        # (A depthwise dgrad may be asked for as the fprop that it mirrors.)
+        # A depthwise dgrad may be asked for as the fprop that it mirrors.
         if "direction" not in dict(written.kind) or dict(written.kind)["direction"] != "fprop":
             assert ConvProblem.from_key(written) == problem
         assert autotuned.problem_of(space.name, features) == written
@@ -117,7 +117,7 @@ def test_pool_is_written_down_whole(name: str) -> None:
 
 
 def test_everything_of_a_problem_tells_it_from_others() -> None:
-    """Each field changed by itself makes another problem of it."""
+    """A problem with any one field changed is another to tables."""
     changed: dict[str, Any] = {"dtype": torch.float32, "index": torch.uint8, "kind": "average", "norm": 2.0}
     for problem, space in ((CONVOLUTIONS["dense"], "conv_gather"), (POOL, "pool")):
         seen = {autotuned.problem_of(space, (problem,))}
@@ -135,7 +135,7 @@ def test_everything_of_a_problem_tells_it_from_others() -> None:
 
 @pytest.mark.parametrize("gpu", [A100, H200], ids=["A100", "H200"])
 def test_only_the_tile_that_serves_is_asked_for(gpu: Any) -> None:
-    """What families are compared by is no question: else a problem would be known before a call met it."""
+    """Comparing families asks for no tile: a problem would be known before a call met it."""
     asked: list[Any] = []
 
     def listen(space: Space, features: Any, work: Any, on: Any, choice: Any) -> Any:
@@ -230,7 +230,7 @@ def helper(x):
 
 @pytest.mark.parametrize("gpu", [A100, H200], ids=["A100", "H200"])
 def test_source_holds_every_kernel_that_is_launched(gpu: Any) -> None:
-    """With its reduction split, where a space has that, so that a second launch follows."""
+    """Reductions are split in spaces that can, so that a second launch follows."""
     spaces_of: dict[int, tuple[Any, Space]] = {}
 
     def split(space: Space, features: Any, work: Any, on: Any, choice: Any) -> Any:
@@ -463,7 +463,7 @@ def test_alone_there_is_nobody_to_agree_with() -> None:
 class Job:
     """Two ranks in one process: ``as_rank`` swaps what a rank has in memory, its store among it."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder, self.patch, self.size = folder, monkeypatch, 1
         self.memories: dict[int, dict[Any, Any]] = {0: {}, 1: {}}
         store = torch.distributed.HashStore()
@@ -488,7 +488,7 @@ class Job:
             memory |= {(module, name): getattr(module, name) for module, name in first}
 
     def tile(self) -> int:
-        """That the one tuned problem has."""
+        """The tuned problem's tile."""
         tables = [table for _, table in known.tables(H200, dispatch.ADAPTER).layers if len(table)]
         return tables[0].entries[0].config["TILE"]
 
@@ -499,7 +499,7 @@ def one_tile(tile: int) -> Tuned:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+def job(tmp_path, monkeypatch) -> Iterator[Job]:
     yield Job(tmp_path, monkeypatch)
     known.forget()
 
@@ -531,8 +531,8 @@ def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog) -> None:
     assert "rank 1: its tuned tables of NVIDIA H200 were others than rank 0's" in caplog.text
 
 
-def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog) -> None:
-    """Rank 1 loads it first, and finds what rank 0 published before it did."""
+def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 1 loads it first, and finds the tables that rank 0 published before its own load."""
     job.size = 2
     lock = job.folder / "lock.json"
     write_table(lock, [one_tile(77)], "abc", making.DATE)
@@ -540,7 +540,7 @@ def test_a_lock_that_all_ranks_load_is_not_taken_for_another(job: Job, caplog) -
         with job.as_rank(rank):
             known.store().append(one_tile(1))
             if rank == 0:
-                known.load_lock(None)  # (what one rank does before tables are used counts for nothing)
+                known.load_lock(None)  # what one rank does before tables are used counts for nothing
             assert job.tile() == 1
     for rank in (1, 0):
         with job.as_rank(rank):

@@ -1,6 +1,7 @@
 """Batch norm's kernels against fp64: statistics combined, applied, and every sum and gradient of backward.
 
-Memory is poisoned as in the convolution's tests: what no program wrote is a NaN, and so is what was read past an end.
+Memory is poisoned as in the convolution's tests: an element that no program wrote, or that was read past an end, is
+a NaN.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def within(value: Tensor, reference: Tensor, bound: Tensor, what: str) -> None:
 
 
 def assert_statistics(mean: Tensor, var: Tensor, x: Tensor, what: str) -> None:
-    """Of x [rows, K] in fp64: the mean to a few roundings, the variance to what such a mean allows."""
+    """Statistics of x [rows, K], which is fp64: the mean to a few roundings, the variance to the error of that mean."""
     assert mean.dtype == var.dtype == torch.float32
     true_var, true_mean = torch.var_mean(x, 0, correction=0)
     rounding = 4 * EPS * (true_mean.abs() + true_var.sqrt())
@@ -43,8 +44,7 @@ def assert_statistics(mean: Tensor, var: Tensor, x: Tensor, what: str) -> None:
 
 
 def partials(x: Tensor, *rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(counts, means, sums of squares) of so many rows of x each, the last number again and again, as a convolution's
-    epilogue leaves them."""
+    """(counts, means, sums of squares) of tiles of x, as an epilogue leaves them; the last of ``rows`` repeats."""
     sizes = [min(rows[0], len(x))] if len(rows) == 1 else list(rows)
     while sum(sizes) < len(x):
         sizes.append(min(sizes[-1], len(x) - sum(sizes)))
@@ -95,7 +95,7 @@ def test_many_partials_are_combined_in_two_levels() -> None:
 
 
 def test_partials_differ_wildly() -> None:
-    """Each tile about a mean of its own, some with almost no variance: nothing cancels."""
+    """Each tile has a mean of its own, some almost no variance: nothing cancels."""
     centres = torch.tensor([0.0, 1e4, -1e4, 5.0, 5.0]).repeat_interleave(4)[:, None].double()
     x = (centres + torch.randn(20, 6, dtype=torch.float64, generator=generator()) * 1e-2).float().double()
     assert_statistics(*batch_norm.combine_statistics(*partials(x, 4)), x, "distant tiles")
@@ -103,7 +103,7 @@ def test_partials_differ_wildly() -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_partials_of_any_size(mean: float, monkeypatch) -> None:
-    """As the phases of a transposed convolution leave them, some without a row: first, last, a whole share of them."""
+    """Phases of a transposed convolution leave some without a row: the first, the last, a whole share."""
     monkeypatch.setattr(batch_norm, "MAX_PARTIALS", 4)
     x = (torch.randn(37, 5, dtype=torch.float64, generator=generator()) + mean).float().double()
     rows = (0, 0, 16, 3, 0, 7, 0, 0, 10, 1, 0)
@@ -112,7 +112,7 @@ def test_partials_of_any_size(mean: float, monkeypatch) -> None:
     assert not any(t.any() for t in nothing)
 
 
-def name_tile(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+def name_tile(monkeypatch, **sizes: int) -> None:
     take_tile(monkeypatch, sizes, ("conv_gather", "pass"))
 
 
@@ -125,7 +125,7 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
 def test_statistics_from_the_accumulator(
     shape: tuple[int, ...], outputs: int, groups: int, dtype: torch.dtype, monkeypatch
 ) -> None:
-    """Of the fp32 result, before it is rounded; rows past the last pixel, where a bias would count, are left out."""
+    """Statistics are of the fp32 result before it is rounded, without rows past the last pixel, which hold the bias."""
     name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=1)
     x = torch.randn(shape, generator=generator()).to(dtype)
     weight = torch.randn(outputs, shape[1] // groups, 1, 1, generator=generator()).to(dtype)
@@ -140,7 +140,7 @@ def test_statistics_from_the_accumulator(
 
 
 def test_statistics_of_a_mean_far_from_zero(monkeypatch) -> None:
-    """Mean 1000, variance 1e-3. A filter that copies keeps the convolution's own roundings out of it."""
+    """Mean 1000, variance 1e-3; the filter copies, so that the convolution itself rounds nothing."""
     name_tile(monkeypatch, BLOCK_M=16, BLOCK_K=16, BLOCK_C=16, SPLITS=1)
     x = (1000 + torch.randn(9, 6, 5, 3, generator=generator()) * 1e-3**0.5).to(DEVICE)
     weight = torch.eye(6).view(6, 6, 1, 1).to(DEVICE)
@@ -198,7 +198,7 @@ CASES = (
 
 @dataclass
 class Operands:
-    """In fp64, on values that ``dtype`` (vectors: fp32) holds exactly."""
+    """Operands in fp64 whose values ``dtype`` (vectors: fp32) holds exactly."""
 
     y: Tensor
     dz: Tensor
@@ -226,7 +226,7 @@ def operands(case: Case, dtype: torch.dtype, training: bool) -> Operands:
 
 
 def expected(case: Case, o: Operands, training: bool) -> dict[str, Tensor]:
-    """What PyTorch's batch norm, activation and addition give in fp64, and what autograd makes of them."""
+    """PyTorch's batch norm, activation and addition in fp64, with autograd's gradients."""
     leaves = {name: getattr(o, name) for name in ("y", "gamma", "beta", "slope", "residual")}
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items() if t is not None}
     u = torch.nn.functional.batch_norm(
@@ -276,7 +276,7 @@ def check(case: Case, dtype: torch.dtype, training: bool, from_z: bool = False) 
 
     xhat = (o.y - by_channel(o.mean)) * by_channel(rstd)
     slope = 1.0 if o.slope is None else by_channel(o.slope.abs() + 1)
-    # Of what the sums add up, and of a result: the numbers that the roundings are relative to.
+    # Magnitudes that roundings are relative to: of a sum's terms, of a result.
     terms = o.dz.abs() * 2 * slope * (1 + references["x"].abs()) * (1 + xhat.abs())
     summed = terms.transpose(0, 1).flatten(1).sum(1)
     scale = by_channel(rstd * (1 if o.gamma is None else o.gamma.abs()))
@@ -333,7 +333,7 @@ TILES = {
     ids=lambda case: case.name,
 )
 def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch) -> None:
-    """The interpreter's own tiles swallow small problems whole; here the tile is named."""
+    """The interpreter's own tiles cover small problems whole; here tiles are small."""
     name_tile(monkeypatch, **tile)
     with record() as records:
         check(case, torch.float32, True)
@@ -359,7 +359,7 @@ def test_backward_is_the_same_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_nan_goes_through(act: str) -> None:
-    """GradScaler must see it: in z, in dy, and in the sums."""
+    """z, dy and the sums hold the NaN, so that GradScaler sees it."""
     case = Case(act, (2, 16, 3, 3), act, 0.1, 1.0)
     o = operands(case, torch.float32, False)
     o.y[0, 3, 1, 1] = o.dz[1, 5, 0, 0] = nan
@@ -408,7 +408,7 @@ def test_operands_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
 def test_a_split_reduction_ends_in_the_same_epilogue(transposed: bool, monkeypatch) -> None:
-    """Bias, statistics, batch norm, activation and residual on sums that several programs have made."""
+    """Bias, statistics, batch norm, activation and residual after sums of several programs."""
     x, weight = torch.randn(3, 20, 5, 4, generator=generator()), torch.randn(20, 20, 3, 3, generator=generator()) / 9
     bias, mean, beta = torch.randn(3, 20, generator=generator())
     var, gamma = torch.rand(2, 20, generator=generator()) + 0.5

@@ -5,16 +5,16 @@ code depends on: dtype, precision, rank, groups, 64-bit offsets.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
 
-from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, slowed, spilled
+from binaries import COMPILING, TENSOR_CORES, complaints, each, needs_networks, slowed, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.cli.inspect_layers import LAYERS, launches_of, report
-from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.compile.sass import GPUS, Compiled
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem, conv_problem
 
@@ -32,34 +32,12 @@ BULK_PRODUCTS = (
 each_gpu = each(GPUS)
 
 
-def distinct(problems: Iterable[tuple[ConvProblem, bool]], gpu: Gpu) -> dict[tuple, tuple[str, ConvProblem, Launch]]:
-    """Compile key -> the first (direction, problem, launch) that has it; ``problems`` come with whether of a bias."""
-    found: dict[tuple, tuple[str, ConvProblem, Launch]] = {}
-    for problem, bias in problems:
-        for direction, _, launch in launches_of(problem, bias, gpu):
-            found.setdefault(launch.compile_key, (direction, problem, launch))
-    return found
+def launches(problems: Iterable[tuple[ConvProblem, bool]], gpu: Gpu) -> list[tuple[ConvProblem, Launch]]:
+    """(problem, launch) of each direction; ``problems`` tell whether they have a bias."""
+    return [(problem, launch) for problem, bias in problems for _, _, launch in launches_of(problem, bias, gpu)]
 
 
-def complaints(
-    launches: dict[tuple, tuple[str, ConvProblem, Launch]],
-    gpu: Gpu,
-    complain: Callable[[str, ConvProblem, Launch, Compiled], list[str]],
-) -> str:
-    """What is wrong with the binaries, a line each."""
-    compiled = compile_all(((launch, gpu) for _, _, launch in launches.values()), JOBS)
-    found = []
-    for key, (direction, problem, launch) in launches.items():
-        binary = compiled[key, gpu.arch]
-        tile = [launch.constants[name] for name in launch.constants if name.startswith("BLOCK")]
-        found += [
-            f"{launch.name} {direction} {problem.describe()}, {tile} with {launch.num_warps} warps: {what}"
-            for what in complain(direction, problem, launch, binary)
-        ]
-    return "\n".join(found)
-
-
-def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
+def dense_complaints(problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
     wrong = spilled(binary)
     aligned = problem.in_channels % 8 == 0 and problem.out_channels % 8 == 0
     if launch.name in PRODUCTS:
@@ -71,12 +49,12 @@ def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binar
             wrong.append(f"asynchronous loads of {binary.global_accesses('LDGSTS')} bytes")
     if launch.name in BULK_PRODUCTS:
         wrong += slowed(binary)
-        # Of a rectangle Hopper takes the first operand through registers.
+        # Hopper takes a rectangle, the first operand, through registers.
         source = "registers" if binary.arch == 90 and launch.constants.get("ROWS", 1) > 1 else "shared memory"
         if set(binary.operands) != {source}:
             wrong.append(f"first operands from {binary.operands}")
         opcodes = {name.split(".")[0] for name in binary.opcodes}
-        # (A bias that a walk over tiles reads may be brought ahead.)
+        # A walk over tiles may bring the bias ahead.
         if "UTMALDG" not in opcodes or ("LDGSTS" in opcodes and not launch.pointers[2]):
             wrong.append("operands not moved by bulk copies")
     # A bias is read once, each thread its own few elements.
@@ -91,16 +69,16 @@ def dense_complaints(direction: str, problem: ConvProblem, launch: Launch, binar
 @each_gpu
 def test_dense_layers_use_the_hardware(gpu: Gpu) -> None:
     problems = [(problem, bias) for problem, bias in of_networks(NETWORKS, BATCHES) if problem.groups == 1]
-    wrong = complaints(distinct(problems, gpu), gpu, dense_complaints)
+    wrong = complaints(launches(problems, gpu), gpu, dense_complaints)
     assert not wrong, wrong
 
 
 @needs_networks
 @each_gpu
 def test_networks_share_binaries(gpu: Gpu, record_property) -> None:
-    launches = distinct(of_networks(NETWORKS, BATCHES), gpu)
-    record_property("line", f"{len(launches)} distinct compiles for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
-    assert len(launches) < MOST_COMPILES[gpu.bulk]
+    count = len({launch.compile_key for _, launch in launches(of_networks(NETWORKS, BATCHES), gpu)})
+    record_property("line", f"{count} distinct compiles for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
+    assert count < MOST_COMPILES[gpu.bulk]
 
 
 def problem(
@@ -143,7 +121,7 @@ OTHERS = (
 )
 
 
-# Of a network at batch 1, whose tiles are too few for a GPU.
+# Layers at batch 1, whose tiles are too few for a GPU.
 FEW = (
     problem(512, 512, (7, 7), batch=1),
     problem(256, 256, (14, 14), batch=1),
@@ -153,23 +131,23 @@ FEW = (
 
 @each_gpu
 def test_split_reductions_use_the_hardware(gpu: Gpu) -> None:
-    launches = distinct([(p, False) for p in FEW], gpu)
-    assert {"conv_gather_kernel", "conv_finish_kernel"} <= {launch.name for _, _, launch in launches.values()}
-    assert any(launch.constants.get("SPLIT") for _, _, launch in launches.values())
-    wrong = complaints(launches, gpu, dense_complaints)
+    found = launches([(p, False) for p in FEW], gpu)
+    assert {"conv_gather_kernel", "conv_finish_kernel"} <= {launch.name for _, launch in found}
+    assert any(launch.constants.get("SPLIT") for _, launch in found)
+    wrong = complaints(found, gpu, dense_complaints)
     assert not wrong, wrong
 
 
 @each_gpu
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_other_variants_do_not_spill(gpu: Gpu, precision: str, set_fp32_precision: Callable[[str], None]) -> None:
+def test_other_variants_do_not_spill(gpu: Gpu, precision: str, set_fp32_precision) -> None:
     set_fp32_precision(precision)
     chosen = [(p, True) for p in OTHERS if precision == "tf32" or p.dtype is torch.float32]
-    launches = distinct(chosen, gpu)
+    found = launches(chosen, gpu)
     if precision == "tf32":
-        assert any(launch.constants.get("WIDE") for _, _, launch in launches.values())
+        assert any(launch.constants.get("WIDE") for _, launch in found)
 
-    def complain(direction: str, problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
+    def complain(problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
         # Below 255 registers ptxas gives a few to hold one more program; at 255 it has run out of them.
         wrong = spilled(binary, allowed=32 if binary.registers < 255 else 0)
         exact = problem.dtype is torch.float32 and precision == "ieee"
@@ -177,7 +155,7 @@ def test_other_variants_do_not_spill(gpu: Gpu, precision: str, set_fp32_precisio
             wrong.append(f"tensor cores by {binary.tensor_cores} for {precision}")
         return wrong
 
-    wrong = complaints(launches, gpu, complain)
+    wrong = complaints(found, gpu, complain)
     assert not wrong, wrong
 
 

@@ -4,15 +4,13 @@ What a stencil at memory speed needs: 16-byte loads and stores along the channel
 enough programs at once.
 """
 
-from collections.abc import Iterator
-
 import torch
 
-from binaries import COMPILING, JOBS, each, needs_networks, spilled
+from binaries import COMPILING, complaints, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.compile.sass import GPUS, Compiled
 from fastconv.kernels.families.family import Layout
 from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
 from fastconv.kernels.launch.launch import Launch
@@ -27,43 +25,38 @@ NORM = ("*fp32",) * 4
 EPILOGUES = {"plain": PLAIN, "inference": Epilogue(*NORM, act="silu"), "statistics": Epilogue(statistics=True)}
 
 
-def compiled(found: dict[tuple, tuple[str, Launch]], gpu: Gpu) -> Iterator[tuple[str, Launch, Compiled]]:
-    binaries = compile_all(((launch, gpu) for _, launch in found.values()), JOBS)
-    for key, (name, launch) in found.items():
-        yield name, launch, binaries[key, gpu.arch]
-
-
 @needs_networks
 @each_gpu
 def test_networks_layers(gpu: Gpu) -> None:
-    found: dict[tuple, tuple[str, Launch]] = {}
+    found: list[tuple[str, Launch]] = []
     for problem in dict.fromkeys(problem for problem, _ in of_networks(NETWORKS, BATCHES) if problem.groups > 1):
         for direction in DIRECTIONS:
             for name, epilogue in EPILOGUES.items() if direction == "fprop" else (("", PLAIN),):
                 plan = dispatch.plan(direction, problem, gpu, Layout(epilogue=epilogue, taps_outermost=True))
                 assert plan.family == "depthwise"
-                for launch in plan.launches[:1]:
-                    found.setdefault(launch.compile_key, (f"{direction} {name} of {problem.describe()}", launch))
-    wrong = []
-    for name, launch, binary in compiled(found, gpu):
-        complaints = spilled(binary)
+                found.append((f"{direction} {name} of {problem.describe()}", plan.launches[0]))
+
+    def complain(_: str, launch: Launch, binary: Compiled) -> list[str]:
+        wrong = spilled(binary)
         loads, stores = binary.global_accesses("LDG"), binary.global_accesses("STG")
         if launch.name == "conv_depthwise_kernel":
             # Batch norm's vectors are fp32: two loads each.
             if set(loads) != {16}:
-                complaints.append(f"loads of {loads} bytes")
+                wrong.append(f"loads of {loads} bytes")
             outputs = launch.constants["OUTPUTS"]
-            # Beside them what the tile leaves of statistics: the count, and a mean and a square.
+            # Statistics of the tile are stored beside them: a count, and a mean and a square.
             if stores.get(16) != outputs or set(stores) - ({16, 4} if launch.pointers[-1] else {16}):
-                complaints.append(f"stores of {stores} bytes")
+                wrong.append(f"stores of {stores} bytes")
         else:
             # The sums of long rows take four channels a thread: with eight they would not fit.
             if set(loads) != ({16} if launch.constants["ROW"] <= 3 else {8}):
-                complaints.append(f"loads of {loads} bytes")
+                wrong.append(f"loads of {loads} bytes")
         if binary.occupancy(gpu)[0] * binary.warps < 8:
-            complaints.append(f"{binary.registers} registers: {binary.occupancy(gpu)[0]} programs at once")
-        wrong += [f"{name}, {launch.num_warps} warps: {what}" for what in complaints]
-    assert not wrong, "\n".join(wrong)
+            wrong.append(f"{binary.registers} registers: {binary.occupancy(gpu)[0]} programs at once")
+        return wrong
+
+    wrong = complaints(found, gpu, complain)
+    assert not wrong, wrong
 
 
 ODD = (
@@ -78,15 +71,16 @@ ODD = (
 
 @on_hopper_at_least
 def test_odd_layers_spill_nothing(gpu: Gpu) -> None:
-    found: dict[tuple, tuple[str, Launch]] = {}
+    found: list[tuple[str, Launch]] = []
     for x, weight, stride, padding, dilation, dtype in ODD:
         problem = conv_problem(x, weight, None, stride, padding * 2, dilation, x[1], dtype)
         for direction in DIRECTIONS:
-            for launch in dispatch.plan(direction, problem, gpu, Layout(bias=direction == "fprop")).launches[:1]:
-                found.setdefault(launch.compile_key, (f"{direction} of {problem.describe()}", launch))
-    wrong = []
-    for name, _, binary in compiled(found, gpu):
+            launch = dispatch.plan(direction, problem, gpu, Layout(bias=direction == "fprop")).launches[0]
+            found.append((f"{direction} of {problem.describe()}", launch))
+
+    def complain(_: str, launch: Launch, binary: Compiled) -> list[str]:
         # Below 255 registers ptxas keeps a few values on the stack so that one more program fits.
-        complaints = spilled(binary, allowed=32 if binary.registers < 255 else 0)
-        wrong += [f"{name}: {what}" for what in complaints]
-    assert not wrong, "\n".join(wrong)
+        return spilled(binary, allowed=32 if binary.registers < 255 else 0)
+
+    wrong = complaints(found, gpu, complain)
+    assert not wrong, wrong

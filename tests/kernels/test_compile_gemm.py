@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from binaries import COMPILING, JOBS, each, needs_networks, slowed
+from binaries import COMPILING, JOBS, complaints, each, needs_networks, slowed
 from convolutions import Case, of_networks
 from fastconv.autotune import Gpu, Space
 from fastconv.kernels import dispatch
@@ -42,32 +42,20 @@ def inference(dtype: torch.dtype) -> Epilogue:
     return Epilogue(*("*fp32",) * 5, residual=pointer_type(dtype), act="prelu")
 
 
-def compiled(launches: Iterable[Launch], gpu: Gpu) -> list[tuple[Launch, Compiled]]:
-    """Each distinct product with its binary."""
-    distinct = {launch.compile_key: launch for launch in launches if launch.name in PRODUCTS}
-    binaries = compile_all(((launch, gpu) for launch in distinct.values()), JOBS)
-    return [(launch, binaries[key, gpu.arch]) for key, launch in distinct.items()]
+def product_complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
+    return complaints((("a tile", launch) for launch in launches if launch.name in PRODUCTS), gpu, _wrong)
 
 
-def complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
-    """What is wrong with the binaries, a line each."""
-    lines = []
-    for launch, binary in compiled(launches, gpu):
-        what = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
-        lines += [f"{launch.name} {what} {launch.num_warps} warps: {wrong}" for wrong in _wrong(binary, launch, gpu)]
-    return "\n".join(lines)
-
-
-def _wrong(binary: Compiled, launch: Launch, gpu: Gpu) -> list[str]:
+def _wrong(_: str, launch: Launch, binary: Compiled) -> list[str]:
     wrong = slowed(binary)
-    if binary.shared_memory > gpu.shared_memory:
+    if binary.shared_memory > GPUS[1].shared_memory:
         wrong.append(f"{binary.shared_memory} bytes of shared memory")
-    # Of a rectangle Hopper takes the first operand through registers.
+    # Hopper takes a rectangle, the first operand, through registers.
     source = "registers" if launch.constants.get("ROWS", 1) > 1 else "shared memory"
     if binary.arch == 90 and set(binary.operands) != {source}:
         wrong.append(f"first operands from {binary.operands}")
     opcodes = {name.split(".")[0] for name in binary.opcodes}
-    # (An epilogue's vectors may come by asynchronous loads of 4 bytes.)
+    # An epilogue's vectors may come by asynchronous loads of 4 bytes.
     if "UTMALDG" not in opcodes or 16 in binary.global_accesses("LDGSTS"):
         wrong.append("operands not moved by bulk copies")
     statistics = launch.name != "conv_gemm_wgrad_kernel" and launch.pointers[-1] is not None
@@ -96,7 +84,7 @@ def test_filters_of_one_tap_use_the_hardware(gpu: Gpu, record_property) -> None:
     assert {launch.name for launch in launches} >= set(PRODUCTS[:2])
     count = len({launch.compile_key for launch in launches})
     record_property("line", f"{count} binaries of flat GEMMs for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
-    wrong = complaints(launches, gpu)
+    wrong = product_complaints(launches, gpu)
     assert not wrong, wrong
 
 
@@ -106,13 +94,13 @@ def test_filters_of_one_tap_use_the_hardware(gpu: Gpu, record_property) -> None:
 def test_few_images_use_the_hardware(gpu: Gpu) -> None:
     launches = planned("spatial", ("resnet50",), (1,), gpu)
     assert {launch.constants["DGRAD"] for launch in launches} == {True, False}
-    wrong = complaints(launches, gpu)
+    wrong = product_complaints(launches, gpu)
     assert not wrong, wrong
 
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_step_takes_fewer_instructions_than_the_gathers(rows: int) -> None:
-    """Why it may stand before the gather where the cost model, which does not count them, sees no difference."""
+    """For that reason it may stand before the gather, although the cost model, which counts none, sees no gain."""
     gpu = GPUS[1]
     problem = Case("", 4, 128, 128, (56, 56), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
     tile = {"BLOCK_M": 128, "BLOCK_K": 128, "BLOCK_C": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
@@ -127,7 +115,7 @@ def test_a_step_takes_fewer_instructions_than_the_gathers(rows: int) -> None:
 
 
 def every_tile(space: Space, dtype: torch.dtype, produced: int = 256) -> list[Launch]:
-    """The products of a space's tiles; of the numbers of splits one and another, of odd channels fprop alone."""
+    """The products of a space's tiles with one split and several; odd channels only in fprop."""
     exact = dtype is torch.float32
     epilogues = PLAIN, inference(dtype), STATISTICS
     found: list[Launch] = []
@@ -165,7 +153,7 @@ def every_tile(space: Space, dtype: torch.dtype, produced: int = 256) -> list[La
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_every_tile_uses_the_hardware(space: Space, dtype: torch.dtype, gpu: Gpu) -> None:
-    wrong = complaints(every_tile(space, dtype), gpu)
+    wrong = product_complaints(every_tile(space, dtype), gpu)
     assert not wrong, wrong
 
 
@@ -173,7 +161,7 @@ def test_every_tile_uses_the_hardware(space: Space, dtype: torch.dtype, gpu: Gpu
 @each_gpu
 @pytest.mark.parametrize("space", [GEMM, GEMM_RESIDENT_SINGLE, SPATIAL], ids=lambda space: space.name)
 def test_every_tile_of_odd_channels_uses_the_hardware(space: Space, gpu: Gpu) -> None:
-    """But the widest of `GEMM`, which such channels do not take."""
+    """Odd channels do not take the widest tiles of `GEMM`."""
     launches = every_tile(space, torch.bfloat16, produced=255)
-    wrong = complaints((launch for launch in launches if launch.constants["BLOCK_K"] < 256), gpu)
+    wrong = product_complaints((launch for launch in launches if launch.constants["BLOCK_K"] < 256), gpu)
     assert not wrong, wrong

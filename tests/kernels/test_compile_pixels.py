@@ -4,17 +4,16 @@ Slow: at the tiles chosen for ResNet-50, VGG-16 and a U-Net at batch 64 and 256,
 and every tile of the spaces.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from binaries import COMPILING, JOBS, each, needs_networks, slowed
+from binaries import COMPILING, complaints, each, needs_networks, slowed
 from convolutions import Case, of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.compile.sass import GPUS, Compiled, compile_all
+from fastconv.kernels.compile.sass import GPUS, Compiled
 from fastconv.kernels.families.conv_pixels import CONV_PIXELS, CONV_PIXELS_FP32, CONV_PIXELS_TCGEN05, conv_pixels
 from fastconv.kernels.families.family import Layout
 from fastconv.kernels.jit.epilogue import PLAIN, Epilogue
@@ -33,18 +32,7 @@ def epilogues(dtype: torch.dtype) -> tuple[Epilogue, ...]:
     return PLAIN, inference, Epilogue(statistics=True)
 
 
-def complaints(launches: Iterable[Launch], gpu: Gpu) -> str:
-    """What is wrong with the binaries, a line each."""
-    distinct = {launch.compile_key: launch for launch in launches}
-    compiled = compile_all(((launch, gpu) for launch in distinct.values()), JOBS)
-    lines = []
-    for key, launch in distinct.items():
-        what = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
-        lines += [f"{what} {launch.num_warps} warps: {wrong}" for wrong in _wrong(compiled[key, gpu.arch], launch)]
-    return "\n".join(lines)
-
-
-def _wrong(binary: Compiled, launch: Launch) -> list[str]:
+def _wrong(_: str, launch: Launch, binary: Compiled) -> list[str]:
     wrong = slowed(binary)
     if set(binary.operands) != {"shared memory"}:
         wrong.append(f"first operands from {binary.operands}")
@@ -63,22 +51,23 @@ def _wrong(binary: Compiled, launch: Launch) -> list[str]:
 @needs_networks
 @each_gpu
 def test_networks_use_the_hardware(gpu: Gpu, record_property) -> None:
-    launches: dict[tuple, Launch] = {}
+    found: list[tuple[ConvProblem, Launch]] = []
     for problem, _ in of_networks(NETWORKS, BATCHES):
         for direction in ("fprop", "dgrad"):
             for epilogue in epilogues(problem.dtype):
                 layout = Layout(bias=epilogue != PLAIN, epilogue=epilogue)
                 plan = dispatch.plan(direction, problem, gpu, layout)
                 if plan.family == "pixels":
-                    launches |= {launch.compile_key: launch for launch in plan.launches}
-    assert {launch.constants["DGRAD"] for launch in launches.values()} == {False, True}
-    record_property("line", f"{len(launches)} pixel GEMMs for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
-    wrong = complaints(launches.values(), gpu)
+                    found += [(problem, launch) for launch in plan.launches]
+    assert {launch.constants["DGRAD"] for _, launch in found} == {False, True}
+    count = len({launch.compile_key for _, launch in found})
+    record_property("line", f"{count} pixel GEMMs for {gpu.name}: {', '.join(NETWORKS)}, batch {BATCHES}")
+    wrong = complaints(found, gpu, _wrong)
     assert not wrong, wrong
 
 
 def rows_of(taps: int, problem: ConvProblem) -> ConvProblem:
-    """The convolution with so many taps in a row of its filter."""
+    """The convolution with ``taps`` in each row of its filter."""
     filter_size, padding = (*problem.filter_size[:-1], taps), (*problem.padding[:-1], taps // 2)
     return replace(problem, filter_size=filter_size, padding=padding)
 
@@ -114,5 +103,5 @@ def test_every_tile_uses_the_hardware(gpu: Gpu, dtype: torch.dtype) -> None:
         for config in space
         if problem is not strided or not config["PAIRS"]
     ]
-    wrong = complaints(launches, gpu)
+    wrong = complaints((("a tile", launch) for launch in launches), gpu, _wrong)
     assert not wrong, wrong

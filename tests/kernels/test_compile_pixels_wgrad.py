@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from binaries import COMPILING, JOBS, each, needs_networks, slowed
+from binaries import COMPILING, complaints, each, needs_networks, slowed
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.autotune.gpus import B200, H200
 from fastconv.kernels import dispatch
-from fastconv.kernels.compile.sass import Compiled, compile_all
+from fastconv.kernels.compile.sass import Compiled
 from fastconv.kernels.families.conv_pixels_wgrad import PIXELS_WGRAD_PAIR, PIXELS_WGRAD_TILES, conv_pixels_wgrad
 from fastconv.kernels.families.family import Layout
 from fastconv.kernels.launch.launch import Launch
@@ -33,7 +33,7 @@ def layer(rank: int = 2, dtype: torch.dtype = torch.bfloat16, stride: int = 1) -
 
 
 def tiles() -> Iterator[Launch]:
-    """One launch for each tile and depth of a step; of neighbouring pixels with 8 of 8 images, both strides."""
+    """One launch for each tile and depth of a step; both strides of 8 neighbouring pixels of 8 images."""
     for config in PIXELS_WGRAD_PAIR:
         if config["SPLITS"] == 2 and config["PIXELS"] == 1:
             yield conv_pixels_wgrad("wgrad", layer(), config, H200)[0]
@@ -42,16 +42,16 @@ def tiles() -> Iterator[Launch]:
 
 
 def others() -> Iterator[Launch]:
-    """What else decides a binary, at the tile of most registers: rank, dtype, the layout of a dw that is stored."""
+    """Other ranks, dtypes and layouts of a stored dw, at the tile of most registers."""
     config = max(PIXELS_WGRAD_PAIR, key=lambda c: c["BLOCK_K"] * c["BLOCK_C"] * c["TAPS"] * c["BLOCK_N"] / c["SPLITS"])
     assert config["SPLITS"] == 1
     yield conv_pixels_wgrad("wgrad", layer(3, torch.float16), config, H200)[0]
     yield conv_pixels_wgrad("wgrad", layer(), config, H200, Layout(channels_last=False))[0]
 
 
-def complaints(binary: Compiled, launch: Launch) -> list[str]:
+def _wrong(_: str, launch: Launch, binary: Compiled) -> list[str]:
     wrong = slowed(binary)
-    # Of boxes of neighbours Triton brings Hopper's first operand to registers, once for all taps.
+    # Triton brings Hopper's first operand, a box of neighbours, to registers, once for all taps.
     through = binary.arch == 90 and launch.constants["PIXELS"] > 1
     source = "registers" if through else "shared memory"
     if binary.arch == 90 and (set(binary.operands) != {source} or 0 in binary.waits):
@@ -68,26 +68,21 @@ def complaints(binary: Compiled, launch: Launch) -> list[str]:
 @each_gpu
 def test_every_tile_and_variant(gpu: Gpu) -> None:
     launches = {launch.compile_key: launch for launch in (*tiles(), *others())}
-    # (Of neighbours four tiles, each at two strides.)
+    # Four tiles of neighbours, each at two strides, and two more.
     assert len(launches) == 2 * len(PIXELS_WGRAD_TILES) + 2 * 4 + 2
-    compiled = compile_all([(launch, gpu) for launch in launches.values()], JOBS, listings=("ttgir",))
-    wrong = {
-        str((dict(launch.constants), launch.num_warps)): found
-        for key, launch in launches.items()
-        if (found := complaints(compiled[key, gpu.arch], launch))
-    }
+    wrong = complaints((("a tile", launch) for launch in launches.values()), gpu, _wrong, ("ttgir",))
     assert not wrong, wrong
 
 
 @needs_networks
 @each_gpu
 def test_networks_take_few_tiles_of_the_space(gpu: Gpu, record_property) -> None:
-    """Those that are stored without a split are compiled too; the others are the space's."""
+    """Tiles without a split, which store dw, are compiled too; the others are among the space's."""
     plans = [dispatch.plan("wgrad", problem, gpu) for problem, _ in of_networks(NETWORKS, BATCHES)]
     launches = {plan.launches[0].compile_key: plan.launches[0] for plan in plans if plan.family == "pixels"}
     known = {launch.compile_key for launch in tiles()}
     fresh = {key: launch for key, launch in launches.items() if key not in known}
-    compiled = compile_all([(launch, gpu) for launch in fresh.values()], JOBS, listings=("ttgir",))
-    assert not [found for key, launch in fresh.items() if (found := complaints(compiled[key, gpu.arch], launch))]
+    wrong = complaints((("a network", launch) for launch in fresh.values()), gpu, _wrong, ("ttgir",))
+    assert not wrong, wrong
     record_property("line", f"{len(launches)} distinct pixel wgrads for {gpu.name}: {', '.join(NETWORKS)}, {BATCHES}")
     assert 2 <= len(launches) <= 10

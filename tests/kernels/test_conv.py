@@ -1,7 +1,7 @@
-"""Convolution kernels in every direction against fp64: exact on integers, within fp32's roundings on random values.
+"""Convolution in every direction against fp64: exact on integers, within fp32's roundings on random values.
 
-Each case runs fprop, dgrad and wgrad through the family that dispatch picks. Outputs are poisoned, so an element that
-no program wrote is a NaN and fails.
+Each case runs fprop, dgrad and wgrad by the family that dispatch picks. Outputs are poisoned, so an element that no
+program wrote is a NaN and fails.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,23 @@ from math import prod
 import pytest
 import torch
 
-from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, depths, expected
+from convolutions import (
+    DEVICE,
+    Case,
+    check_exact,
+    check_random,
+    check_wide_offsets,
+    computed,
+    expected,
+    random_operands,
+)
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_gather, conv_gather_wgrad
 from fastconv.kernels.launch.launch import Launch, record
 from fastconv.kernels.ops import call, conv
 from fastconv.kernels.problem.conv import DIRECTIONS
-from reference import assert_equal, exact_limit, integers
+from reference import assert_equal, integers
 from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
@@ -138,25 +147,17 @@ TILES = {
     ids=lambda case: case.name,
 )
 def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch) -> None:
-    """The interpreter's own tiles swallow small problems whole; here the tile is named."""
+    """The interpreter's own tiles cover small problems whole; here tiles are small."""
     problem = case.problem()
     take_tile(monkeypatch, tile, ("conv", "pass"))
-    generator = torch.Generator().manual_seed(0)
-    limit = exact_limit(problem.dtype, max(depths(problem)))
-    operands = [
-        integers(shape, limit, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    with record() as records:
-        values = computed(problem, *operands)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    records = check_exact(problem)
     second = ["conv_finish_kernel", "split_sum_kernel"]
     assert all(r.launch.constants["BLOCK_K"] == tile["BLOCK_K"] for r in records if r.name not in second)
     assert [name for name in second if name in {r.name for r in records}] == (second if tile["SPLITS"] > 1 else [])
 
 
 def test_strides_are_taken_from_the_tensors() -> None:
-    """A slice of a wider channels_last tensor is read where it lies: no copy, and no neighbour of it."""
+    """A slice of a wider channels_last tensor is read where it lies: without a copy, and without its neighbours."""
     generator = torch.Generator().manual_seed(0)
     whole = integers((2, 6, 8, 24), 50, generator).float().to(DEVICE)
     x = whole[:, 1:, ::2, 4:20].permute(0, 3, 1, 2)
@@ -170,7 +171,7 @@ def test_strides_are_taken_from_the_tensors() -> None:
 
 
 def test_expanded_gradient() -> None:
-    """What ``y.sum().backward()`` hands back has strides of zero."""
+    """The gradient that ``y.sum().backward()`` hands back has strides of zero."""
     generator = torch.Generator().manual_seed(0)
     x, weight = integers((2, 16, 5, 5), 9, generator).float(), integers((16, 16, 3, 3), 9, generator).float()
     dy = torch.ones(()).expand(2, 16, 3, 3)
@@ -181,7 +182,7 @@ def test_expanded_gradient() -> None:
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_wgrad_of_uneven_pixels(linear: bool) -> None:
-    """A crop of dy has no one distance between pixels and is copied; a crop of x is read where it lies."""
+    """A crop of dy, whose pixels are not evenly spaced, is copied; a crop of x is read where it lies."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (integers((2, 5, 6, 16), 9, generator).float().to(DEVICE).permute(0, 3, 1, 2) for _ in range(2))
     if not linear:
@@ -196,12 +197,8 @@ def test_wgrad_of_uneven_pixels(linear: bool) -> None:
 
 
 def test_wgrad_is_the_same_bit_for_bit() -> None:
-    generator = torch.Generator().manual_seed(0)
     problem = Case("", 3, 20, 24, (9, 9), (3, 3), padding=(1, 1)).problem()
-    operands = [
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
+    operands = random_operands(problem)
     first, second = computed(problem, *operands), computed(problem, *operands)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -216,7 +213,7 @@ def test_bias_is_added_before_rounding() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_offsets_past_2_to_31_elements_are_wide(direction: str) -> None:
-    """On the host side: such tensors fit no test machine. Their narrow neighbours stay narrow."""
+    """Only on the host, because the tensors fit no test machine. A size less by one stays narrow."""
 
     def launch(size: int) -> Launch:
         problem = Case("", 2, 64, 64, (size, size), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
@@ -227,8 +224,8 @@ def test_offsets_past_2_to_31_elements_are_wide(direction: str) -> None:
 
 
 @pytest.mark.parametrize(("c", "k"), [(256, 64), (64, 256)])
-def test_linear_wgrad_is_wide_where_either_operand_is(c: int, k: int) -> None:
-    """A 1x1 layer's pixels are walked by one stride; of 2^25 pixels only the wider operand passes 2^31 elements."""
+def test_linear_wgrad_is_wide_if_either_operand_is(c: int, k: int) -> None:
+    """A 1x1 layer's pixels are walked by one stride; with 2^25 pixels only the wider operand passes 2^31 elements."""
     problem = Case("", 2, c, k, (4096, 4096), (1, 1)).problem(torch.bfloat16)
     constants = dispatch.plan("wgrad", problem, gpus.A100).launches[0].constants
     assert constants["LINEAR"] is True and constants["WIDE"] is True
@@ -237,22 +234,13 @@ def test_linear_wgrad_is_wide_where_either_operand_is(c: int, k: int) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1)).problem()
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    for module in (conv_gather.conv_gather, conv_gather_wgrad.conv_wgrad):
-        monkeypatch.setitem(module.__globals__, "wide", lambda *operands: True)
-    monkeypatch.setattr(call, "_calls", {})
-    values = computed(problem, *operands)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, name)
+    check_wide_offsets(monkeypatch, problem, [conv_gather, conv_gather_wgrad], (direction,))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's products")
 @pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (3, 1), (4, 2), (2, 2)])
 def test_dgrad_multiplies_no_zeros(stride: int, dilation: int, monkeypatch) -> None:
-    """Over all phases together each tap is multiplied once; by zeros put between pixels it would be once a phase."""
+    """All phases together multiply each tap once; with zeros between pixels each phase would."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     products = []

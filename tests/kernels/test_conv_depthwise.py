@@ -134,7 +134,7 @@ def test_what_it_does_not_serve(case: Case, direction: str, reason: str) -> None
 
 @pytest.mark.parametrize(("stride", "outputs"), [(1, 4), (2, 4), (3, 6)])
 def test_no_tap_multiplies_a_zero(stride: int, outputs: int) -> None:
-    """In dgrad each output meets its own taps alone: so many neighbours as the stride share all of the filter's."""
+    """In dgrad an output meets only its own taps: as many neighbours as the stride share all taps of the filter."""
     plan = depthwise_schedule.schedule(outputs, 5, stride, 2, 1, True)
     met = [tap for taps in plan.taps for tap in taps if tap >= 0]
     assert len(met) == 5 * outputs // stride
@@ -181,7 +181,7 @@ def test_a_weight_with_its_taps_outermost_is_not_copied(rank: int, multiplier: i
 
 
 def test_statistics_leave_out_what_lies_past_the_row(monkeypatch) -> None:
-    """A bias is what every output past the end of a row, or past the last image, would hold."""
+    """Outputs past the end of a row, or past the last image, would hold the bias."""
     take_tile(monkeypatch, TILES[1])
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 24, 5, 9, generator=generator), torch.randn(24, 1, 3, 3, generator=generator)

@@ -1,7 +1,7 @@
-"""The flat GEMM of filters of one tap, against fp64 and bit for bit against the gather."""
+"""The flat GEMM of filters of one tap, bit for bit as fp64 and the gather."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -61,8 +61,10 @@ def test_exact_on_integers(case: Case, record_property) -> None:
     index = CASES.index(case)
     problem = case.problem(HALVES[index % 2])
     # Every third case in the plain format, whose edges are copies.
+    with dispatch.only_family("gather"):
+        check_exact(problem, index % 3 > 0)
     with dispatch.only_family("gemm"):
-        records = check_exact(problem, index % 3 > 0, beside="gather")
+        records = check_exact(problem, index % 3 > 0)
     assert set(KERNELS.values()) <= {r.name for r in records}
     for direction in DIRECTIONS:
         assert dispatch.plan(direction, problem, gpus.H200).family == "gemm"
@@ -81,7 +83,7 @@ def test_each_direction_has_fifty_problems(direction: str) -> None:
 
 
 @pytest.mark.parametrize("c", [20, 64, 136])
-def test_fp32_goes_by_tf32_forward(c: int, set_fp32_precision: Callable[[str], None]) -> None:
+def test_fp32_goes_by_tf32_forward(c: int, set_fp32_precision) -> None:
     problem = Case("", 2, c, 24, (9, 8), (1, 1)).problem()
     records = check_exact(problem)
     assert records[0].name == "conv_gemm_kernel" and records[0].launch.constants["PRECISION"] == "tf32"
@@ -110,7 +112,7 @@ def test_what_it_does_not_serve(case: Case, reason: str) -> None:
 
 
 def test_pixels_are_read_where_they_lie() -> None:
-    """Channels of a wider tensor, and a crop of images; a crop of rows has no one distance, an odd one no alignment."""
+    """Channels of a wider tensor, and a crop of images; a crop of rows is not evenly spaced, an odd one not aligned."""
     generator = torch.Generator().manual_seed(0)
     whole = integers((3, 6, 5, 48), 9, generator).bfloat16().to(DEVICE)
     for crop, served in (
@@ -201,7 +203,7 @@ def test_statistics_count_no_row_past_the_last_pixel(c: int, splits: int, gpu: G
     for transposed in (False, True):
         layer = fused_layer((5, c, 7, 9), 136, (1, 1), torch.float16, transposed=transposed)
         with dispatch.use_target(gpu), dispatch.only_family("gemm"), record() as records:
-            layer.check_statistics(2e-3, 1e-4)
+            layer.check_statistics((2e-3, 2e-3), (1e-4, 1e-4))
         assert records[0].launch.constants["RESIDENT"] is (c == 24)
 
 

@@ -1,26 +1,26 @@
 """wgrad of the pixel GEMM, on integers: bit for bit PyTorch's in fp64, and the gather's."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 
 import pytest
 import torch
 
-from convolutions import DEVICE, Case, depths, expected
+from convolutions import DEVICE, Case, check_exact, check_random, computed, exact_operands, expected, random_operands
 from fastconv.autotune import Config, gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families.conv_pixels_wgrad import outputs_of_taps, pairs_of_outputs, row_outputs
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import ConvProblem
-from fastconv.kernels.problem.layout import strides_like
-from reference import assert_close, assert_equal, exact_limit, integers
+from reference import assert_equal, integers
 from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
 pytestmark = runs_kernels
 DTYPES = (torch.bfloat16, torch.float16)
+WGRAD = ("wgrad",)
 
 
 def _geometry() -> Iterator[Case]:
@@ -79,8 +79,8 @@ TILES: tuple[Config, ...] = tuple(
 )
 
 
-def name_tile(monkeypatch: pytest.MonkeyPatch, tile: Config) -> None:
-    """Let wgrad take this tile, of one output a step where a problem's rows do not come in pairs."""
+def name_tile(monkeypatch, tile: Config) -> None:
+    """Let wgrad take this tile, with one output a step if a problem's rows do not come in pairs."""
 
     def tile_of(problem: ConvProblem) -> Config:
         columns = tile["COLUMNS"] if pairs_of_outputs(problem, tile["TAPS"]) else 1
@@ -89,31 +89,20 @@ def name_tile(monkeypatch: pytest.MonkeyPatch, tile: Config) -> None:
     take_tile(monkeypatch, tile_of, ("conv_pixels_wgrad",))
 
 
-def drawn(problem: ConvProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and dy of integers whose sums of products fp32 holds, in fp64."""
-    limit, generator = exact_limit(problem.dtype, depths(problem)[2]), torch.Generator().manual_seed(0)
-    return integers(problem.input_shape, limit, generator), integers(problem.output_shape, limit, generator)
+def drawn(problem: ConvProblem) -> list[torch.Tensor]:
+    return exact_operands(problem, WGRAD)
 
 
-def wgrad(
-    problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor, family: str = "pixels", channels_last: bool = True
-) -> torch.Tensor:
-    """The weight's gradient by one family; by the pixel GEMM as on an H200."""
-
-    def operand(t: torch.Tensor) -> torch.Tensor:
-        t = t.to(problem.dtype).to(DEVICE)
-        return t.new_empty_strided(t.shape, strides_like(t.shape, channels_last)).copy_(t)
-
-    gpu = gpus.H200 if family == "pixels" else dispatch.target(torch.device(DEVICE))
-    arguments = problem.filter_size, problem.stride, problem.padding, problem.dilation, problem.groups
-    with dispatch.use_target(gpu), dispatch.only_family(family), record() as records:
-        dw = conv.conv_wgrad(operand(x), operand(dy), *arguments, channels_last)
-    assert records[0].name == {"pixels": "conv_pixels_wgrad_kernel", "gather": "conv_wgrad_kernel"}[family]
-    return dw
+def wgrad(problem: ConvProblem, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weight's gradient by the pixel GEMM, as an H200 plans it."""
+    with dispatch.use_target(gpus.H200), dispatch.only_family("pixels"):
+        return computed(problem, *operands, results=WGRAD)[0]
 
 
-def exact(problem: ConvProblem, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    return expected(problem, x, dy, torch.zeros(problem.weight_shape, dtype=torch.float64))[2]
+def check_wgrad(problem: ConvProblem, channels_last: bool = True) -> None:
+    with dispatch.use_target(gpus.H200), dispatch.only_family("pixels"):
+        records = check_exact(problem, channels_last, WGRAD)
+    assert records[0].name == "conv_pixels_wgrad_kernel"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -121,11 +110,10 @@ def test_exact_on_integers(case: Case, record_property, monkeypatch) -> None:
     index = CASES.index(case)
     problem = case.problem(DTYPES[index % 2])
     name_tile(monkeypatch, TILES[index % len(TILES)])
-    x, dy = drawn(problem)
     # Every third case in the plain format, whose edges are copies.
-    dw = wgrad(problem, x, dy, channels_last=index % 3 > 0)
-    assert_equal(dw, exact(problem, x, dy), f"wgrad of {problem.describe()}")
-    assert torch.equal(dw, wgrad(problem, x, dy, "gather", channels_last=index % 3 > 0))
+    check_wgrad(problem, index % 3 > 0)
+    with dispatch.only_family("gather"):
+        check_exact(problem, index % 3 > 0, WGRAD)
     record_property("problem", ("pixels", "wgrad", case.name))
 
 
@@ -142,12 +130,10 @@ def test_every_tile(tile: Config, channels_last: bool, monkeypatch) -> None:
     name_tile(monkeypatch, tile)
     problem = Case("", 18, 40, 48, (2, 4), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
     assert pairs_of_outputs(problem, 3)
-    x, dy = drawn(problem)
-    dw = wgrad(problem, x, dy, channels_last=channels_last)
-    assert_equal(dw, exact(problem, x, dy), f"wgrad of {problem.describe()}")
+    check_wgrad(problem, channels_last)
 
 
-# Of few images, and the images and neighbours of a box.
+# (case of few images, images of a box, neighbours of a box)
 FEW = (
     (Case("3 images, rows of 8", 3, 16, 24, (3, 8), (3, 3), (1, 1), (1, 1)), 4, 8),
     (Case("1 image, a row of 32", 1, 8, 40, (2, 32), (2, 3), (1, 1), (0, 1)), 1, 32),
@@ -165,17 +151,17 @@ FEW = (
 @pytest.mark.parametrize(("case", "images", "pixels"), FEW, ids=[case.name for case, *_ in FEW])
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_few_images(case: Case, images: int, pixels: int, record_property, monkeypatch) -> None:
-    """Exact, and an infinite pixel of x reaches the taps that meet it alone."""
+    """Exact, and an infinite pixel of x reaches only taps that meet it."""
     problem = case.problem(torch.bfloat16)
     sides = {"BLOCK_K": 64, "BLOCK_C": 32, "BLOCK_N": images, "PIXELS": pixels, "COLUMNS": 1}
-    x, dy = drawn(problem)
     for taps, splits in ((1, 1), (3, 2)):
         name_tile(monkeypatch, {**sides, "TAPS": taps, "SPLITS": splits})
-        dw = wgrad(problem, x, dy)
-        assert_equal(dw, exact(problem, x, dy), f"wgrad of {problem.describe()}")
-    assert torch.equal(dw, wgrad(problem, x, dy, "gather"))
-    x[0, 5, ..., 0] = x[-1, 6, ..., -1] = math.inf
-    assert torch.equal(wgrad(problem, x, dy).cpu().isfinite(), exact(problem, x, dy).isfinite())
+        check_wgrad(problem)
+    with dispatch.only_family("gather"):
+        check_exact(problem, results=WGRAD)
+    operands = drawn(problem)
+    operands[0][0, 5, ..., 0] = operands[0][-1, 6, ..., -1] = math.inf
+    assert torch.equal(wgrad(problem, operands).cpu().isfinite(), expected(problem, *operands)[2].isfinite())
     record_property("problem", ("pixels", "wgrad", case.name))
 
 
@@ -193,19 +179,15 @@ def test_few_images_are_taken_where_rows_are_long() -> None:
 
 @pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)
 def test_random_values_within_rounding_at_the_chosen_tile(case: Case) -> None:
-    problem = case.problem(DTYPES[CASES.index(case) % 2])
-    generator = torch.Generator().manual_seed(0)
-    shapes = problem.input_shape, problem.output_shape
-    x, dy = (torch.randn(shape, generator=generator).to(problem.dtype).double() for shape in shapes)
-    magnitude = exact(problem, x.abs(), dy.abs())
-    assert_close(wgrad(problem, x, dy), exact(problem, x, dy), magnitude, depths(problem)[2], problem.describe())
+    with dispatch.use_target(gpus.H200), dispatch.only_family("pixels"):
+        check_random(case.problem(DTYPES[CASES.index(case) % 2]), WGRAD)
 
 
 def test_the_same_from_run_to_run(monkeypatch) -> None:
     name_tile(monkeypatch, TILES[2])
     problem = Case("", 33, 16, 16, (3, 4), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
-    x, dy = torch.randn(problem.input_shape), torch.randn(problem.output_shape)
-    assert torch.equal(wgrad(problem, x, dy), wgrad(problem, x, dy))
+    operands = random_operands(problem)
+    assert torch.equal(wgrad(problem, operands), wgrad(problem, operands))
 
 
 def test_outputs_of_taps_are_those_inside_the_image() -> None:
@@ -240,8 +222,8 @@ def test_outputs_come_in_pairs(case: Case, taps: int, pairs: bool) -> None:
 @pytest.mark.parametrize("tile", TILES[:2], ids=["pairs", "single"])
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_infinity_reaches_the_taps_that_meet_it_alone(tile: Config, value: float, monkeypatch) -> None:
-    """Of padded rows, of rows whose last columns no output meets, of a group beside the tile's own."""
+def test_infinity_reaches_only_taps_that_meet_it(tile: Config, value: float, monkeypatch) -> None:
+    """In padded rows, in rows whose last columns no output meets, in a group beside the tile's own."""
     name_tile(monkeypatch, tile)
     for case in (
         Case("", 17, 8, 8, (2, 4), (3, 3), (1, 1), (1, 1)),
@@ -249,18 +231,18 @@ def test_infinity_reaches_the_taps_that_meet_it_alone(tile: Config, value: float
         Case("", 16, 80, 80, (1, 4), (1, 3), (1, 1), (0, 1), groups=2),
     ):
         problem = case.problem(torch.bfloat16)
-        x, dy = drawn(problem)
+        operands = drawn(problem)
         for column in (0, problem.input_size[1] - 1):
-            x[3, 5, 0, column] = value
-        reference = exact(problem, x, dy)
-        dw = wgrad(problem, x, dy).double().cpu()
+            operands[0][3, 5, 0, column] = value
+        reference = expected(problem, *operands)[2]
+        dw = wgrad(problem, operands).double().cpu()
         assert reference.isfinite().any() and not reference.isfinite().all()
         assert torch.equal(dw.isfinite(), reference.isfinite())
         assert torch.equal(dw[dw.isfinite()], reference[dw.isfinite()].bfloat16().double())
 
 
 def test_operands_are_read_where_they_lie() -> None:
-    """Crops and channels that begin at 16 bytes are; what begins elsewhere, or steps by nothing, is gathered."""
+    """So are crops and channels that begin at 16 bytes; operands that begin elsewhere, or step by 0, are gathered."""
     generator = torch.Generator().manual_seed(0)
     whole = integers((18, 4, 6, 32), 3, generator).bfloat16().to(DEVICE)
     dy = integers((18, 4, 4, 8), 3, generator).bfloat16().to(DEVICE).permute(0, 3, 1, 2)
@@ -274,7 +256,8 @@ def test_operands_are_read_where_they_lie() -> None:
         with dispatch.use_target(gpus.H200), record() as records:
             dw = conv.conv_wgrad(x, dy, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1)
         problem = Case("", 18, x.shape[1], 8, (4, 4), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
-        assert_equal(dw, exact(problem, x.double().cpu(), dy.double().cpu()), "wgrad of a slice")
+        zeros = torch.zeros(problem.weight_shape, dtype=torch.float64)
+        assert_equal(dw, expected(problem, x.double().cpu(), dy.double().cpu(), zeros)[2], "wgrad of a slice")
         assert records[0].name == {"pixels": "conv_pixels_wgrad_kernel", "gather": "conv_wgrad_kernel"}[family]
 
 

@@ -1,9 +1,8 @@
 """The first layer's rows by bulk copies.
 
-Interpreted where every run begins at a multiple of 16 bytes, because the interpreter refuses other boxes: of few input
-channels these are strides and paddings of 2, 4 or 8 pixels and rows of outputs that one run serves, no network's. So
-its problems are fewer in kind than another family's, and whether a GPU takes the others is what the tests on one are
-for.
+The interpreter refuses boxes that do not begin at multiples of 16 bytes. With few input channels it then runs only
+strides and paddings of 2, 4 or 8 pixels and rows of outputs that one run serves, which no network has. Problems here
+are of fewer kinds than another family's for that reason; tests on a GPU take the others.
 """
 
 import math
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from convolutions import DEVICE, Case, depths, expected, trailing
+from convolutions import DEVICE, Case, check_exact, check_infinities, exact_operands, expected, trailing
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families.row_form import RowForm, box_form
@@ -20,10 +19,12 @@ from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import ConvProblem
-from reference import assert_equal, exact_limit, integers
+from reference import assert_equal
 from tests.tiles import take_tile
 
 pytestmark = [pytest.mark.usefixtures("bulk_copies"), *[pytest.mark.gpu] * (not interpreter.interpreting())]
+
+FPROP = ("fprop",)
 STEM = Case("ResNet's", 32, 3, 64, (224, 224), (7, 7), (2, 2), (3, 3))
 EVEN = (
     Case("pairs of outputs", 17, 4, 24, (4, 6), (5, 5), (2, 2), (2, 2)),
@@ -45,7 +46,7 @@ def _aligned(problem: ConvProblem) -> bool:
 
 
 def _filters_and_strides() -> Iterator[Case]:
-    """Of each number of channels, with and without padding, rows of outputs in one run and in several."""
+    """Every number of channels with and without padding, rows of outputs in one run and in several."""
     for c in (1, 2, 3, 4):
         least = 8 // math.gcd(c, 8)
         for stride in (1, 2, 4, 8):
@@ -68,32 +69,26 @@ ANYWHERE = tuple(
 
 
 @pytest.fixture
-def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tile(monkeypatch) -> None:
     if interpreter.interpreting():
         take_tile(monkeypatch, {"BLOCK_N": 16, "BLOCK_K": 16}, ("conv_row_boxes",))
 
 
 def operands_of(problem: ConvProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x and weight of integers whose sums are exact, and what fprop gives of them."""
-    generator = torch.Generator().manual_seed(0)
-    limit = exact_limit(problem.dtype, depths(problem)[0])
-    x, weight = (integers(shape, limit, generator) for shape in (problem.input_shape, problem.weight_shape))
-    y = expected(problem, x, torch.zeros(problem.output_shape).double(), weight)[0]
+    """x and weight of integers whose sums are exact, and fprop's result."""
+    x, dy, weight = exact_operands(problem, FPROP)
+    y = expected(problem, x, dy, weight)[0]
     return x.to(problem.dtype).to(DEVICE), weight.to(problem.dtype).to(DEVICE), y
 
 
-def check_fprop(case: Case, problem: ConvProblem, record_property: Callable[..., None]) -> torch.Tensor:
-    """y by this family, which is PyTorch's and the gather's."""
-    x, weight, reference = operands_of(problem)
-    geometry = problem.stride, problem.padding + trailing(problem), problem.dilation, 1
-    with dispatch.only_family("row_boxes"), record() as records:
-        y = conv.conv_fprop(x, weight, None, *geometry)
-    assert [it.name for it in records] == ["conv_rows_weight_kernel", "conv_row_boxes_kernel"]
-    assert_equal(y, reference, f"fprop of {problem.describe()}")
+def check_fprop(case: Case, problem: ConvProblem, record_property: Callable[..., None]) -> None:
+    """This family's result is PyTorch's and the gather's."""
     with dispatch.only_family("gather"):
-        assert torch.equal(y, conv.conv_fprop(x, weight, None, *geometry))
+        check_exact(problem, results=FPROP)
+    with dispatch.only_family("row_boxes"):
+        records = check_exact(problem, results=FPROP)
+    assert [it.name for it in records] == ["conv_rows_weight_kernel", "conv_row_boxes_kernel"]
     record_property("problem", ("row_boxes", "fprop", case.name))
-    return y
 
 
 @pytest.mark.usefixtures("small_tile")
@@ -114,13 +109,13 @@ def test_small_problems_are_of_every_kind() -> None:
 @pytest.mark.parametrize("case", EVEN if interpreter.interpreting() else EVEN + ANYWHERE, ids=lambda case: case.name)
 def test_exact_on_integers(case: Case, record_property) -> None:
     problem = case.problem(torch.bfloat16)
-    y = check_fprop(case, problem, record_property)
+    check_fprop(case, problem, record_property)
     x, weight, reference = operands_of(problem)
     geometry = problem.stride, problem.padding + trailing(problem), problem.dilation, 1
     with dispatch.only_family("row_boxes"), record() as records:
-        z, mean, var = conv.conv_statistics(x, weight, None, None, *geometry)
+        y, mean, var = conv.conv_statistics(x, weight, None, None, *geometry)
         fused = conv.conv_act(x, weight, None, (None,) * 4, None, y, None, *geometry, 0.0, "relu", 0.0, 0.0, True)
-    assert_equal(z, reference, "fprop with statistics")
+    assert_equal(y, reference, "fprop with statistics")
     assert_equal(fused, (reference.relu() + y.double().cpu()), "fprop with ReLU and a residual")
     axes = (0, *range(2, reference.dim()))
     true_var, true_mean = torch.var_mean(reference, axes, correction=0)
@@ -134,24 +129,18 @@ def test_exact_on_integers(case: Case, record_property) -> None:
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("case", [EVEN[0], EVEN[3]], ids=lambda case: case.name)
 def test_infinity_beside_the_window_stays_out(case: Case, value: float) -> None:
-    """Both where outputs share a run and where the run is longer than one's window."""
+    """Outputs share a run, and a run is longer than the window of one."""
     problem = case.problem(torch.bfloat16)
     form = box_form(problem)
     assert isinstance(form, RowForm) and (form.columns, form.used < form.run) == (
         (2, True) if case is EVEN[0] else (1, True)
     )
-    x, weight, _ = operands_of(problem)
+    operands = exact_operands(problem, FPROP)
     for column in range(0, problem.input_size[-1], 3):
-        x[column % problem.batch, column % problem.in_channels, 0, column] = value
-    reference = expected(problem, x.double().cpu(), torch.zeros(problem.output_shape).double(), weight.double().cpu())[
-        0
-    ]
+        operands[0][column % problem.batch, column % problem.in_channels, 0, column] = value
+    assert expected(problem, *operands)[0].isnan().any() or not math.isnan(value)
     with dispatch.only_family("row_boxes"):
-        y = conv.conv_fprop(x, weight, None, problem.stride, problem.padding + trailing(problem), problem.dilation, 1)
-    found = y.double().cpu()
-    assert reference.isnan().any() or not math.isnan(value)
-    assert torch.equal(found.isnan(), reference.isnan())
-    assert torch.equal(found.nan_to_num(), reference.bfloat16().double().nan_to_num())
+        check_infinities(problem, operands, FPROP)
 
 
 def test_it_serves_where_it_is_predicted_faster() -> None:

@@ -1,6 +1,6 @@
-"""Convolution of few input channels by the rows of its filter, against fp64; dgrad goes by the gather beside it.
+"""Convolution of few input channels by the rows of its filter, against fp64; the gather serves their dgrad.
 
-Runs begin before the window and end after it: what lies there, infinities included, must stay out.
+A run begins before the window and ends after it; what lies there, infinities included, must stay out.
 """
 
 import math
@@ -9,15 +9,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, expected
+from convolutions import DEVICE, Case, check_exact, check_infinities, check_random, check_wide_offsets, exact_operands
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
-from fastconv.kernels.families import conv_rows
+from fastconv.kernels.families import conv_rows, conv_rows_wgrad
 from fastconv.kernels.families.row_form import RowForm, row_form
 from fastconv.kernels.launch.launch import record
-from fastconv.kernels.ops import call, conv
+from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, integers
+from tests.fused_layers import fused_layer
 from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
@@ -116,14 +117,7 @@ def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch
     """Tails of runs, channels, rows of a step, and of splits that have no step."""
     take_tile(monkeypatch, {"BLOCK_M": 16, "BLOCK_K": 32, "BLOCK_C": 64, "SPLITS": splits})
     problem = Case("", 2, channels, 40, (9, 14), (5, 3), (2, 2), (2, 1)).problem(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, 3, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    with record() as records:
-        values = computed(problem, *operands, channels_last)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    records = check_exact(problem, channels_last)
     names = [r.name for r in records]
     assert {"conv_rows_weight_kernel", "conv_rows_kernel", "conv_rows_wgrad_kernel"} <= set(names)
 
@@ -133,45 +127,26 @@ def test_tile_edges(splits: int, channels_last: bool, channels: int, monkeypatch
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 def test_infinity_beside_the_window_stays_out(channels: int, value: float) -> None:
     problem = Case("", 1, channels, 8, (6, 20), (3, 3), (1, 2), (1, 1)).problem()
-    generator = torch.Generator().manual_seed(0)
-    x, dy, weight = (
-        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    )
+    operands = exact_operands(problem)
     for column in (0, 7, 14, 19):
-        x[0, column % channels, 2, column] = value
-    values = computed(problem, x, dy, weight)
-    for name, result, reference in zip(RESULTS, values, expected(problem, x, dy, weight), strict=True):
-        result = result.double().cpu()
-        assert torch.equal(result.isnan(), reference.isnan()), name
-        assert torch.equal(result.nan_to_num(), reference.float().double().nan_to_num()), name
+        operands[0][0, column % channels, 2, column] = value
+    check_infinities(problem, operands)
 
 
 def test_epilogue_and_statistics() -> None:
     """An odd number of outputs a row: the last run's second is no pixel, and is not counted."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 3, 6, 16, generator=generator), torch.randn(40, 3, 3, 3, generator=generator)
-    bias, mean, gamma, beta = torch.randn(4, 40, generator=generator).unbind()
-    var = torch.rand(40, generator=generator) + 0.5
-    arguments = (2, 2), (1, 0, 1, 0), (1, 1), 1
-    on = [t.to(DEVICE) for t in (x, weight, bias, mean, var, gamma, beta)]
+    layer = fused_layer((3, 3, 6, 16), 40, (3, 3), stride=(2, 2), padding=(1, 0))
+    assert layer.exact.shape[-1] == 7
+    tolerance = (1e-4, 1e-4) if DEVICE == "cpu" else (1e-2, 3e-2)
     with record() as records:
-        y, found_mean, found_var = conv.conv_statistics(*on[:3], None, *arguments)
+        layer.check_statistics(tolerance)
     assert records[1].launch.constants["COLUMNS"] == 2
-    exact = torch.conv2d(x.double(), weight.double(), bias.double(), 2, (1, 0))
-    assert exact.shape[-1] == 7
-    true_var, true_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 3e-2}
-    for value, reference in ((y, exact), (found_mean, true_mean), (found_var, true_var)):
-        torch.testing.assert_close(value.cpu().double(), reference, **tolerance)
-    z = conv.conv_act(
-        *(*on[:3], tuple(on[3:]), None, on[0].new_ones(exact.shape), None), *(*arguments, 1e-5, "relu", 0.0, 0.0, False)
-    )
-    normal = torch.batch_norm(exact, *(t.double() for t in (gamma, beta, mean, var)), False, 0.1, 1e-5, False)
-    torch.testing.assert_close(z.cpu().double(), (normal + 1).relu(), **tolerance)
+    rtol, atol = tolerance
+    torch.testing.assert_close(layer.computed("relu").double(), layer.expected("relu"), rtol=rtol, atol=atol)
 
 
 def test_rows_apart_are_read_where_they_lie() -> None:
-    """A crop of rows and images has runs; one of columns too; pixels of a wider tensor have none and are gathered."""
+    """A crop of rows, images or columns has runs; pixels of a wider tensor have none and are gathered."""
     generator = torch.Generator().manual_seed(0)
     whole = integers((3, 8, 20, 4), 9, generator).float().to(DEVICE)
     weight = integers((16, 4, 3, 3), 9, generator).float().to(DEVICE)
@@ -191,11 +166,4 @@ def test_rows_apart_are_read_where_they_lie() -> None:
 @pytest.mark.parametrize("direction", ["fprop", "wgrad"])
 def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 3, 16, (5, 8), (3, 3), (2, 1), (1, 1)).problem()
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    monkeypatch.setitem(conv_rows.conv_rows.__globals__, "wide", lambda *operands: True)
-    monkeypatch.setattr(call, "_calls", {})
-    index = DIRECTIONS.index(direction)
-    assert_equal(computed(problem, *operands)[index], expected(problem, *operands)[index], direction)
+    check_wide_offsets(monkeypatch, problem, [conv_rows, conv_rows_wgrad], (direction,))

@@ -58,7 +58,7 @@ CASES = (
 )
 
 
-def name_tile(monkeypatch: pytest.MonkeyPatch, rows: int, block_m: int, block_k: int = 32, splits: int = 1) -> None:
+def name_tile(monkeypatch, rows: int, block_m: int, block_k: int = 32, splits: int = 1) -> None:
     """A copy takes one row of strided ones."""
 
     def chosen(features: tuple[str, ConvProblem, str]) -> Config:
@@ -77,8 +77,10 @@ def test_exact_on_integers(case: Case, record_property, monkeypatch) -> None:
     rows, block_m = ((1, 16), (4, 16), (8, 64), (1, 64))[index % 4]
     name_tile(monkeypatch, rows, block_m)
     # Every third case in the plain format, whose edges are copies.
+    with dispatch.only_family("gather"):
+        check_exact(problem, index % 3 > 0, BOTH)
     with dispatch.only_family("spatial"):
-        records = check_exact(problem, index % 3 > 0, BOTH, beside="gather")
+        records = check_exact(problem, index % 3 > 0, BOTH)
     assert [r.name for r in records] == ["conv_spatial_kernel"] * 2
     for direction in BOTH:
         record_property("problem", ("spatial", direction, case.name))
@@ -100,7 +102,7 @@ def test_random_values_within_rounding(case: Case, monkeypatch) -> None:
 
 
 def test_tiles_as_they_are_chosen() -> None:
-    """Rows where they are long, rectangles where they are not, and nothing where the gather is predicted faster."""
+    """Rows if they are long, rectangles if not, and nothing if the gather is predicted faster."""
     long = Case("", 2, 64, 128, (512, 512), (3, 3), padding=(1, 1)).problem(torch.bfloat16)
     plan = dispatch.plan("fprop", long, gpus.H200)
     assert plan.family == "spatial" and plan.choice.config["ROWS"] == 1
@@ -194,7 +196,7 @@ def test_statistics_count_no_pixel_outside(rows: int, splits: int, monkeypatch) 
             (2, 24, 5, 6), 40, (3, 3), torch.float16, transposed=transposed, stride=(stride,) * 2, padding=(1, 1)
         )
         with dispatch.only_family("spatial"):
-            layer.check_statistics(2e-3, 1e-4)
+            layer.check_statistics((2e-3, 2e-3), (1e-4, 1e-4))
 
 
 def test_wide_offsets_give_the_same(monkeypatch) -> None:

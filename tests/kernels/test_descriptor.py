@@ -1,4 +1,4 @@
-"""Operands that are moved by bulk copies: their views, and the host's cache of them."""
+"""Views of operands that bulk copies move, and the host's cache of their descriptors."""
 
 from collections import OrderedDict
 

@@ -1,4 +1,4 @@
-"""Every known GPU has a plan for each of the telling layers; and one family alone, where several would serve a call."""
+"""Every known GPU has a plan for each of the telling layers; one family by itself, if several would serve a call."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from fastconv.kernels.launch import launch
 from fastconv.kernels.problem.conv import DIRECTIONS
 from tests.marks import interpreted
 
-# Of GPUs whose tensor cores read what bulk copies bring.
+# Families of GPUs whose tensor cores read operands of bulk copies.
 BULK = {"gemm", "pixels", "spatial"}
 
 

@@ -1,4 +1,4 @@
-"""Every family of every direction runs in guarded and poisoned memory, and the guards see what they are for."""
+"""Every family of every direction runs in guarded and poisoned memory, and the guards see accesses out of bounds."""
 
 import pytest
 import torch
@@ -6,17 +6,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from convolutions import DEVICE, Case, expected, trailing
+from convolutions import DEVICE, Case, check_exact
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import FAMILIES
 from fastconv.kernels.families.batch_norm import Activated
 from fastconv.kernels.launch import interpreter
-from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import batch_norm, conv, pool
 from fastconv.kernels.problem.conv import DIRECTIONS
 from guards import guarded
-from reference import assert_equal
 
 pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="guards memory in the interpreter")
 
@@ -25,9 +23,7 @@ PROBLEMS = {
     "depthwise": Case("", 2, 6, 6, (5, 3), (3, 2), (2, 1), (1, 0), groups=6),
     "grouped": Case("", 2, 6, 4, (5, 3), (3, 2), (2, 1), (1, 0), groups=2),
     "rows": Case("", 2, 3, 5, (5, 8), (3, 3), (2, 2), (1, 1)),
-    "row_boxes": Case(
-        "", 17, 4, 24, (4, 6), (5, 5), (2, 2), (2, 2)
-    ),  # (Of few others does the interpreter take boxes.)
+    "row_boxes": Case("", 17, 4, 24, (4, 6), (5, 5), (2, 2), (2, 2)),  # The interpreter takes boxes of few others.
     "gemm": Case("", 3, 24, 40, (3, 3), (1, 1)),
     "pixels": Case("", 17, 8, 24, (3, 2), (3, 2), (1, 1), (1, 1)),
     "spatial": Case("", 2, 24, 8, (5, 7), (3, 3), (1, 1), (1, 1)),
@@ -40,23 +36,10 @@ PROBLEMS = {
 )
 def test_every_family_of_convolutions(direction: str, family: str) -> None:
     problem = PROBLEMS[family].problem(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    shapes = problem.input_shape, problem.output_shape, problem.weight_shape
-    exact = [torch.randint(-2, 3, shape, generator=generator).double() for shape in shapes]
-    last = torch.channels_last
-    x, dy, weight = (t.bfloat16().contiguous(memory_format=last) for t in exact)
-    arguments = problem.stride, problem.padding, problem.dilation, problem.groups
     before = sum(guarded.values())
-    with dispatch.use_target(gpus.H200), dispatch.only_family(family), record() as records:
-        if direction == "fprop":
-            stride, padding, *rest = arguments
-            found = conv.conv_fprop(x, weight, None, stride, padding + trailing(problem), *rest)
-        elif direction == "dgrad":
-            found = conv.conv_dgrad(dy, weight, None, problem.input_size, *arguments, True)
-        else:
-            found = conv.conv_wgrad(x, dy, problem.filter_size, *arguments, 1)
+    with dispatch.use_target(gpus.H200), dispatch.only_family(family):
+        records = check_exact(problem, results=(direction,))
     assert records and sum(guarded.values()) - before == len(records)
-    assert_equal(found, expected(problem, *exact)[DIRECTIONS.index(direction)], f"{direction} by {family}")
 
 
 def test_every_other_kernel() -> None:

@@ -1,4 +1,4 @@
-"""The mended interpreter against PyTorch: casts bit by bit, products on integers, and what our kernels rely on."""
+"""The mended interpreter against PyTorch: casts bit by bit, products on integers, and the rest that kernels need."""
 
 import os
 import subprocess
@@ -67,7 +67,7 @@ def interpreted_cast(x: torch.Tensor, dtype: torch.dtype, explicit: bool = True)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bitwise, signed zeros included; a NaN equals any other, for PyTorch and the GPU write different ones."""
+    """Bitwise, signed zeros included; any NaN equals another, because PyTorch and GPUs write different ones."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     different = (actual.view(bits) != expected.view(bits)) & ~(actual.isnan() & expected.isnan())
     assert not different.any(), f"{different.sum()} differ, first {actual[different][0]} for {expected[different][0]}"
@@ -107,7 +107,7 @@ def test_integers_to_bf16_and_back():
 
 @pytest.mark.parametrize("source", DTYPES[:2], ids=name)
 def test_fp_to_fp_rounds_to_nearest_even(source):
-    """By the builder's method itself: ``tl`` comes to it from Triton 3.9 on only, and for fp16 alone."""
+    """By the builder's method itself: ``tl`` calls it only from Triton 3.9 on, and only for fp16."""
     from triton.runtime import interpreter as tritons
 
     x = tricky_fp32() if source == torch.float32 else EVERY_BF16.view(torch.float16)
@@ -262,7 +262,7 @@ def arguments_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     row, column = offs // width, offs % width
-    # Out past 2^31 elements and back: the offsets are 64 bits wide, or the load would be out of bounds.
+    # Past 2^31 elements and back: unless offsets are 64 bits wide the load is out of bounds.
     away = offs + far
     x = tl.load(pointers[0] + away * strides[0] - far, mask=offs < n, other=0.0).to(tl.float32)
     for i in range(width // 2, width):

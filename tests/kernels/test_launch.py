@@ -1,4 +1,4 @@
-"""A launch made again goes past Triton's look at each argument, and gives the binary what a first launch gave it."""
+"""A launch made again skips Triton's look at each argument, and gives the binary what a first launch gave it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from tests.marks import compiling
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu(monkeypatch) -> None:
     """Let the CPU pass for the current GPU."""
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
@@ -107,7 +107,6 @@ def test_a_binary_is_run_with_the_same_arguments_both_times(on_gpu: None, monkey
     x, w, y = (torch.zeros(16 * 1024, dtype=torch.bfloat16) for _ in range(3))
     for _ in range(2):
         run(launch, x, w, *(None,) * 7, y, None, None, None)
-    # (Of its metadata, the seventh, each launch has a copy.)
-    # (And of its hooks, which nobody has set, the second is not told.)
+    # Each launch has a copy of its metadata, the seventh; hooks, which nobody has set, are not told of the second.
     first, again = ((*arguments[:6], *arguments[9:]) for arguments in given)
     assert first == again and first[:3] == launch.grid and len(first) == 6 + len(launch.kernel.arg_names)

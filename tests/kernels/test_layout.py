@@ -1,4 +1,4 @@
-"""Memory formats are judged as PyTorch judges them, over generated shapes and strides."""
+"""Memory formats are PyTorch's, over generated shapes and strides."""
 
 import torch
 from hypothesis import given
@@ -20,7 +20,7 @@ SHAPES = st.lists(st.integers(1, 4), min_size=3, max_size=5).map(tuple)
 
 @given(SHAPES, st.data())
 def test_channels_last_is_pytorchs_rule(shape: tuple[int, ...], data: st.DataObject) -> None:
-    """Over every order of axes in memory, with gaps: a tensor of rank 1 counts as one of rank 2 and height one."""
+    """Every order of axes in memory, with gaps; rank 1 counts as rank 2 of height one."""
     order = data.draw(st.permutations(range(len(shape))))
     gaps = data.draw(st.lists(st.integers(0, 2), min_size=len(shape), max_size=len(shape)))
     strides, step = [0] * len(shape), 1

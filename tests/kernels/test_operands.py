@@ -1,6 +1,6 @@
 """Every operand of every operator as a view: strided, offset, expanded, overlapping. The result is that of its values.
 
-Values are small integers, so that whichever kernels serve the two calls, their sums are equal.
+Values are small integers, so that sums are equal whichever kernels serve the two calls.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def convolution(k: int = 4, c: int = 6, groups: int = 1, filter: tuple[int, int]
 
 ARGUMENTS = STRIDE, [*PADDING, *PADDING], DILATION
 LEADING = STRIDE, PADDING, DILATION
-# By name, the operator first: what makes its arguments.
+# Name, which begins with the operator's -> what makes its arguments.
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "conv_fprop": lambda: (*convolution(), *ARGUMENTS, 1),
     "conv_fprop grouped": lambda: (*convolution(groups=2), *ARGUMENTS, 2),
@@ -111,7 +111,7 @@ def test_views_are_their_values(name: str) -> None:
 
 
 def test_sizes_of_one_have_no_strides() -> None:
-    """All at once: one image, one channel, one output, one row."""
+    """One image, one channel, one output and one row at once."""
     x, weight, vector = numbers(1, 1, 1, 5), numbers(1, 1, 1, 3), numbers(1)
     odd = count(7)
 
@@ -134,7 +134,7 @@ def test_sizes_of_one_have_no_strides() -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("which", ["x", "weight", "bias"])
 def test_what_is_stored_negated(which: str, requires_grad: bool) -> None:
-    """As the imaginary part of a conjugate is: its memory holds the other sign, and its type does not tell."""
+    """The imaginary part of a conjugate is: its memory holds the other sign, and its type does not tell."""
     x, weight, bias = (t.requires_grad_(requires_grad) for t in convolution())
     operands = {"x": x, "weight": weight, "bias": bias}
     expected = F.conv2d(**{("input" if k == "x" else k): t for k, t in operands.items()})
@@ -201,7 +201,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_operands_that_do_not_fit_are_named(name: str) -> None:
-    """Past what checks a user's call, an operator must read nothing that is no operand's."""
+    """An operator called without the checks of a user's call must read only its operands."""
     call, message = BAD[name]
     with pytest.raises(RuntimeError, match=message):
         call()

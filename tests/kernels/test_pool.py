@@ -91,7 +91,7 @@ CASES = (
     Case("3d, dilated", 1, 4, (7, 6, 5), (2, 3, 2), (1, 2, 1), (1, 0, 0), (3, 2, 2)),
     Case("3d, 48 taps", 1, 3, (5, 6, 5), (3, 4, 4), (1, 2, 2), (1, 2, 0)),
 )
-# (The many taps of one are the many of another.)
+# 289 taps are left out: other cases have many.
 PLAIN = tuple(case for case in CASES if set(case.dilation) <= {1} and case.name != "289 taps")
 # (size, output size)
 ADAPTIVE = {
@@ -232,7 +232,7 @@ def test_average_within_rounding(case: Case, record_property) -> None:
 @pytest.mark.parametrize("include", [True, False], ids=["with padding", "without padding"])
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
 def test_sums_are_exact_on_integers(include: bool, last: bool) -> None:
-    """With a divisor of one, and by powers of two where windows at the edges hold 4, 2 and 1 pixels."""
+    """Divisors are one, or powers of two: windows at the edges hold 4, 2 and 1 pixels."""
     x = torch.randint(-9, 10, (2, 8, 6, 8), generator=torch.Generator().manual_seed(0)).float()
     for divisor, window, padding in ((1, (3, 3), (1, 1)), (0, (2, 2), (1, 1))):
         exact = x.double().requires_grad_()
@@ -275,13 +275,13 @@ def norms(
 
 
 def pytorchs_norms(x: Tensor, window: Ints, stride: Ints, norm: float, ceil: bool) -> Tensor:
-    # (Of a line it takes no tuples.)
+    # In rank 1 it takes no tuples.
     return function("lp_pool", len(window))(x, norm, *((window, stride) if window[1:] else window + stride), ceil)
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_norms_within_rounding(case: Case, record_property) -> None:
-    """Of positive numbers: no sum is ill-conditioned."""
+    """Numbers are positive, so that no sum is ill-conditioned."""
     position = CASES.index(case)
     norm, dtype = NORMS[position % 7], DTYPES[position % 3]
     generator = torch.Generator().manual_seed(0)
@@ -294,7 +294,7 @@ def test_norms_within_rounding(case: Case, record_property) -> None:
         torch.autograd.grad(expected, exact, t, retain_graph=True)[0] for t in (dy.double(), dy.double().abs())
     )
     taps = torch.Size(case.window).numel()
-    # What the logarithms of powers lose, of y and, as often as it is multiplied by itself, of dx.
+    # Logarithms of powers lose 1e-6 of y, and of dx as often as it is multiplied by itself.
     assert_close(y, expected.detach(), expected.detach(), taps, "norm", 1e-6)
     rounded = abs(norm - 1.0) * torch.finfo(dtype).eps
     assert_close(dx, gradient, bound, taps, "gradient", rounded + 1e-6 * (1.0 + abs(norm)))
@@ -305,7 +305,7 @@ def test_norms_within_rounding(case: Case, record_property) -> None:
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
 @pytest.mark.parametrize("norm", [*NORMS, -2.0, -0.5, 5.0])
 def test_norms_of_zeros_negative_sums_and_nan_are_pytorchs(norm: float, last: bool, window: int) -> None:
-    """Also gradients: none where a sum is zero, NaN where a root is."""
+    """Gradients too: 0 for a sum of zero, NaN for a root that is NaN."""
     zeros, signs, nan = torch.zeros(2, 2), torch.tensor([[-1.0, -2.0], [1.0, -1.0]]), torch.tensor([[-3.0, torch.nan]])
     windows = [zeros, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), signs, -signs, nan.expand(2, 2), torch.full((2, 2), 2.0)]
     x = torch.stack([t.tile(window // 2, window // 2) for t in windows]).view(2, 3, window, window)
@@ -322,7 +322,7 @@ def test_norms_of_zeros_negative_sums_and_nan_are_pytorchs(norm: float, last: bo
         )
 
 
-def named_tile(monkeypatch: pytest.MonkeyPatch, **config: int) -> None:
+def named_tile(monkeypatch, **config: int) -> None:
     """Every pool's tile."""
     take_tile(monkeypatch, {"LINES": 1, "LANES": 1, "SPLITS": 1, **config}, ("pool",))
 
@@ -330,7 +330,7 @@ def named_tile(monkeypatch: pytest.MonkeyPatch, **config: int) -> None:
 @pytest.mark.parametrize("lines", [1, 2, 4])
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
 def test_tile_edges_of_unrolled_windows(lines: int, last: bool, monkeypatch) -> None:
-    """The interpreter's own tiles swallow small problems whole; here tiles end inside rows, columns and blocks."""
+    """The interpreter's own tiles cover small problems whole; here tiles end inside rows, columns and blocks."""
     named_tile(monkeypatch, BLOCK=32, LINES=lines)
     for window, stride, padding in (
         ((3, 3), (2, 1), (1, 1)),
@@ -393,7 +393,7 @@ def test_tap_types() -> None:
     assert [index_type(taps) for taps in (1, 255, 256, 32768, 32769)] == [
         *(torch.uint8, torch.uint8, torch.int16, torch.int16, torch.int32)
     ]
-    # Of adaptive windows no tap is out of its type's range.
+    # No tap of an adaptive window is out of its type's range.
     for h, p in product(range(1, 40), range(1, 40)):
         shares = [-(-(i + 1) * h // p) - i * h // p for i in range(p)]
         assert max(shares) == largest_share(h, p)
@@ -462,7 +462,7 @@ def test_wide_offsets_give_the_same(last: bool, monkeypatch) -> None:
 
 
 def test_offsets_past_2_to_31_elements_are_wide() -> None:
-    """On the host side: such tensors fit no test machine. Their narrow neighbours stay narrow."""
+    """Only on the host, because the tensors fit no test machine. A smaller size stays narrow."""
     for direction, size in product(("forward", "backward"), (4096, 4098)):
         outputs = (size // 2, size // 2)
         problem = PoolProblem(

@@ -1,4 +1,4 @@
-"""What the quick interpreter does from the second call on is what Triton did in the first: the same types and bits."""
+"""The quick interpreter computes from the second call on what Triton did in the first: the same types and bits."""
 
 import operator
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastconv.kernels.launch import interpreter
 if not interpreter.interpreting():
     pytest.skip("tests of Triton's interpreter need TRITON_INTERPRET=1", allow_module_level=True)
 
-# No kernel has such tiles, so that their first call is the first.
+# No kernel has tiles of these shapes, so their first call is the first.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1, 1, 512), (2, 1, 1), (2, 1, 512))
 DTYPES = {tl.int32: np.int32, tl.int64: np.int64, tl.float32: np.float32, tl.float16: np.float16, tl.int1: np.bool_}
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {

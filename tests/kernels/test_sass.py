@@ -1,4 +1,4 @@
-"""Reading the compiler's output, on listings: what needs no compiler."""
+"""Reading the compiler's output, from listings, without a compiler."""
 
 import dataclasses
 from collections import Counter
@@ -26,7 +26,7 @@ from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.launch import Launch
 from tests.marks import compiling
 
-# As cuobjdump prints it, its second column of encodings cut off after the first line.
+# cuobjdump's output; the second column of encodings is cut off after the first line.
 PIPELINED = """
         Function : conv_gather_kernel
         /*0480*/              @!P0 BRA 0x2e60 ;                     /* 0x0000002800748947 */
@@ -203,7 +203,7 @@ def test_a_binary_is_read_and_a_failure_is_told() -> None:
     assert list(failures) == [(broken.compile_key, 90)]
     why = failures[broken.compile_key, 90]
     assert why.startswith("conv_gather_kernel does not compile for") and "\n" not in why
-    # What a pipelined product on an H200 is: both operands in shared memory, one product going on at the wait.
+    # A pipelined product on an H200: both operands in shared memory, one product going on at the wait.
     assert set(first.operands) == {"shared memory"} and first.waits == (1,)
     assert first.copies == fprop.num_stages - 1 and 0 < first.copy_bytes < first.shared_memory
     assert first.step == sum(first.step_opcodes.values()) and mix(first.step_opcodes)["asynchronous loads"] > 0

@@ -1,4 +1,4 @@
-"""Processes that compile: whatever becomes of one, its call alone has no result, and none outlives the parent."""
+"""Processes that compile: if one crashes or hangs only its call has no result, and none outlives the parent."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def hang(file: Path) -> None:
-    """With a process of its own, as a compiler has its assembler."""
+    """Hang beside a child process, as a compiler with its assembler."""
     file.write_text(str(subprocess.Popen(["sleep", "3600"]).pid))
     time.sleep(3600)
 
@@ -70,7 +70,7 @@ from fastconv.kernels.compile.workers import results_of
 print(os.getpid(), next(results_of([os.getpid, lambda: time.sleep(3600)], 2, 60.0))[1], flush=True)
 os.kill(os.getpid(), 9)
 """
-    # (Which reads until every holder of the pipe has closed it.)
+    # run() reads until every holder of the pipe has closed it.
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert all(gone(int(pid)) for pid in run.stdout.split())

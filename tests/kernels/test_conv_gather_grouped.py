@@ -1,6 +1,6 @@
 """Convolution of groups that share tensor-core tiles, in every direction against fp64.
 
-Every width of a group with every other; what is not the group's own must stay out, infinities included.
+Every width of a group with every other; values of other groups, infinities included, must stay out.
 """
 
 import math
@@ -10,15 +10,16 @@ from itertools import product
 import pytest
 import torch
 
-from convolutions import DEVICE, RESULTS, Case, check_exact, check_random, computed, expected
+from convolutions import DEVICE, Case, check_exact, check_infinities, check_random, check_wide_offsets, exact_operands
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_gather, conv_gather_wgrad
 from fastconv.kernels.families.conv_gather import packed_groups
 from fastconv.kernels.launch.launch import record
-from fastconv.kernels.ops import call, conv
+from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, integers
+from tests.fused_layers import fused_layer
 from tests.marks import runs_kernels
 from tests.tiles import take_tile
 
@@ -27,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _widths() -> Iterator[Case]:
-    """Among strides, paddings, dilations, ranks and counts of groups."""
+    """Every pair of widths; strides, paddings, dilations, ranks and counts of groups in turn."""
     widths = (1, 2, 3, 4, 5, 8, 16, 32)
     shapes = (
         ((5, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -100,7 +101,7 @@ def test_each_direction_has_fifty_problems() -> None:
         (8, 48, 48, "fprop", 1),
     ],
 )
-def test_so_many_groups_share_a_tile(groups: int, c: int, k: int, direction: str, pack: int) -> None:
+def test_how_many_groups_share_a_tile(groups: int, c: int, k: int, direction: str, pack: int) -> None:
     problem = Case("", 8, groups * c, groups * k, (14, 14), (3, 3), (1, 1), (1, 1), groups=groups).problem()
     assert packed_groups(direction, problem) == pack
     plan = dispatch.plan(direction, problem, gpus.H200)
@@ -123,55 +124,28 @@ def test_tile_edges(tile: dict[str, int], channels_last: bool, monkeypatch) -> N
     problem = Case("", 2, 32, 48, (5, 6), (3, 2), (2, 1), (1, 1), groups=8).problem()
     take_tile(monkeypatch, {**tile, "SPLITS": 1}, ("conv_gather",))
     take_tile(monkeypatch, tile, ("conv_wgrad",))
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    values = computed(problem, *operands, channels_last)
-    for name, value, reference in zip(RESULTS, values, expected(problem, *operands), strict=True):
-        assert_equal(value, reference, f"{name} of {problem.describe()}")
+    check_exact(problem, channels_last)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 def test_infinity_stays_in_its_group(rank: int, value: float) -> None:
-    """Beside the diagonal zeros meet the other groups' channels, and zero times infinity is no number."""
+    """Zeros beside the diagonal meet other groups' channels, and zero times infinity is a NaN."""
     problem = Case("", 1, 16, 24, (4, 5, 4)[:rank], (3, 2, 3)[:rank], (2, 1, 1)[:rank], (1, 1, 0)[:rank], groups=4)
     problem = problem.problem()
-    generator = torch.Generator().manual_seed(0)
-    x, dy, weight = (
-        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    )
-    for tensor, channel in ((x, 5), (dy, 13)):
+    operands = exact_operands(problem)
+    for tensor, channel in zip(operands, (5, 13), strict=False):
         tensor[(0, channel, *(1,) * rank)] = value
-    with record() as records:
-        values = computed(problem, x, dy, weight)
+    records = check_infinities(problem, operands)
     assert all(r.launch.constants["PACKED"] for r in records if r.name.startswith("conv"))
-    for name, result, reference in zip(RESULTS, values, expected(problem, x, dy, weight), strict=True):
-        result = result.double().cpu()
-        assert torch.equal(result.isnan(), reference.isnan()), name
-        assert torch.equal(result.nan_to_num(), reference.float().double().nan_to_num()), name
 
 
 def test_epilogue_and_statistics_of_packed_groups() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 24, 5, 6, generator=generator), torch.randn(24, 4, 3, 3, generator=generator)
-    bias, mean, gamma, beta = torch.randn(4, 24, generator=generator).unbind()
-    var = torch.rand(24, generator=generator) + 0.5
-    arguments = (1, 1), (1, 1, 1, 1), (1, 1), 6
-    on = [t.to(DEVICE) for t in (x, weight, bias, mean, var, gamma, beta)]
-    y, found_mean, found_var = conv.conv_statistics(*on[:3], None, *arguments)
-    exact = torch.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=6)
-    true_var, true_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 3e-2}
-    for value, reference in ((y, exact), (found_mean, true_mean), (found_var, true_var)):
-        torch.testing.assert_close(value.cpu().double(), reference, **tolerance)
-    z = conv.conv_act(
-        *(*on[:3], tuple(on[3:]), None, on[0].new_ones(exact.shape), None), *(*arguments, 1e-5, "relu", 0.0, 0.0, False)
-    )
-    normal = torch.batch_norm(exact, *(t.double() for t in (gamma, beta, mean, var)), False, 0.1, 1e-5, False)
-    torch.testing.assert_close(z.cpu().double(), (normal + 1).relu(), **tolerance)
+    layer = fused_layer((3, 24, 5, 6), 24, (3, 3), padding=(1, 1), groups=6)
+    rtol, atol = (1e-4, 1e-4) if DEVICE == "cpu" else (1e-2, 3e-2)
+    layer.check_statistics((rtol, atol))
+    torch.testing.assert_close(layer.computed("relu").double(), layer.expected("relu"), rtol=rtol, atol=atol)
 
 
 def test_a_slice_of_channels_is_read_where_it_lies() -> None:
@@ -188,12 +162,4 @@ def test_a_slice_of_channels_is_read_where_it_lies() -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1), groups=4).problem()
-    generator = torch.Generator().manual_seed(0)
-    operands = [
-        integers(shape, 9, generator) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    ]
-    for module in (conv_gather.conv_gather, conv_gather_wgrad.conv_wgrad):
-        monkeypatch.setitem(module.__globals__, "wide", lambda *operands: True)
-    monkeypatch.setattr(call, "_calls", {})
-    index = DIRECTIONS.index(direction)
-    assert_equal(computed(problem, *operands)[index], expected(problem, *operands)[index], direction)
+    check_wide_offsets(monkeypatch, problem, [conv_gather, conv_gather_wgrad], (direction,))

@@ -85,7 +85,7 @@ def expected(case: Case, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_within_ulps(value: torch.Tensor, reference: torch.Tensor, x: torch.Tensor, ulps: int, what: str) -> None:
-    """Within ``ulps`` fp32 roundings of the result and of what it is computed from, numbers around x and 1."""
+    """Within ``ulps`` fp32 roundings of the result and of the numbers around x and 1 that it is computed from."""
     bound = ulps * EPS * (reference.abs() + x.abs() + 1.0)
     error = (value.double() - reference).abs()
     wrong = ~(error <= bound)  # so that a NaN fails
@@ -108,14 +108,14 @@ def test_dense_grid_and_every_magnitude(case: Case) -> None:
     magnitudes = torch.logspace(-45, 4, 1 << 12, dtype=torch.float64).float()
     denormals = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.1754942e-38, -1.1754942e-38])
     x = torch.cat([torch.linspace(-30, 30, 60001), magnitudes, -magnitudes, denormals])
-    # The kinks themselves are the next test's: fp64 knows other neighbours than fp32.
+    # The next test takes the kinks: fp64 has other neighbours than fp32.
     for value, reference, what in zip(computed(case, x), expected(case, x.double()), BOTH, strict=True):
         assert_within_ulps(value, reference, x.double(), 2, f"{case} {what}")
 
 
 @each_case
 def test_at_its_kinks_and_beside_them(case: Case) -> None:
-    """Which of two derivatives holds at a kink is PyTorch's choice, and a jump's size tells them apart."""
+    """PyTorch chooses which of two derivatives holds at a kink; the size of the jump tells them apart."""
     x = neighbours(torch.tensor([*case.kinks, 0.0, -0.0]))
     for value, reference, what in zip(computed(case, x), expected(case, x), BOTH, strict=True):
         assert_within_ulps(value, reference.double(), x.double(), 4, f"{case} {what}")
@@ -137,7 +137,7 @@ def test_past_the_finite(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if ACTIVATIONS[case.act].from_output], ids=str)
 def test_derivative_from_the_output_is_the_one_from_the_input(case: Case, dtype: torch.dtype) -> None:
-    """Of narrow outputs too: what backward takes it from is rounded, and so must be what it is compared with."""
+    """Narrow outputs too: backward takes the derivative from a rounded value, and so must the reference."""
     x = torch.linspace(-8, 8, 4001)
     y, derivative = computed(case, x)
     rounded = Case(case.act, *torch.tensor([case.a, case.b]).to(dtype).tolist())

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from binaries import COMPILING, JOBS, TENSOR_CORES, each, needs_networks, spilled
+from binaries import COMPILING, TENSOR_CORES, complaints, each, needs_networks, spilled
 from convolutions import of_networks
 from fastconv.autotune import Gpu
 from fastconv.kernels import dispatch
-from fastconv.kernels.compile.sass import GPUS, compile_all
+from fastconv.kernels.compile.sass import GPUS, Compiled
 from fastconv.kernels.families.batch_norm import Activated
 from fastconv.kernels.families.family import Layout
 from fastconv.kernels.jit.epilogue import Epilogue
@@ -33,7 +33,7 @@ EPILOGUES = {
 
 
 def problems() -> tuple[ConvProblem, ...]:
-    """The distinct convolutions of both networks. (VGG-16's with batch norm are those without.)"""
+    """The distinct convolutions of both networks; VGG-16's with batch norm are those without."""
     return tuple(dict.fromkeys(problem for problem, _ in of_networks(("resnet50", "vgg16"), (32, 256))))
 
 
@@ -48,16 +48,12 @@ def transposed(k: int, c: int, size: int, filter_size: int, padding: int) -> Con
     )
 
 
-def tile(launch: Launch) -> str:
-    return "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
-
-
 def convolutions(epilogue: str, gpu: Gpu) -> Iterator[tuple[ConvProblem, Launch]]:
     for problem in problems():
         # A first layer's epilogues are read beside its product.
         if problem.in_channels < 8:
             continue
-        # Where the networks' blocks end.
+        # The networks' blocks end with convolutions of this kind.
         if "residual" in epilogue and not (problem.taps == 1 and problem.out_channels == 4 * problem.in_channels):
             continue
         (launch,) = dispatch.plan("fprop", problem, gpu, Layout(epilogue=EPILOGUES[epilogue])).launches
@@ -73,18 +69,15 @@ def convolutions(epilogue: str, gpu: Gpu) -> Iterator[tuple[ConvProblem, Launch]
 @each_gpu
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_an_epilogue_costs_the_product_nothing(epilogue: str, gpu: Gpu) -> None:
-    launches = {launch.compile_key: (problem, launch) for problem, launch in convolutions(epilogue, gpu)}
-    compiled = compile_all(((launch, gpu) for _, launch in launches.values()), JOBS)
-    found = []
-    for key, (problem, launch) in launches.items():
-        binary = compiled[key, gpu.arch]
+
+    def complain(problem: ConvProblem, launch: Launch, binary: Compiled) -> list[str]:
         wrong = spilled(binary)
         stores, loads = binary.global_accesses("STG"), binary.global_accesses("LDG")
         if binary.tensor_cores != TENSOR_CORES[gpu.arch]:
             wrong.append(f"tensor cores by {binary.tensor_cores}")
         if binary.serialised:
             wrong.append("waits for every wgmma")
-        # (What bulk copies bring and take is read beside their families' tiles.)
+        # Tests of their families read what bulk copies move.
         if not launch.described:
             if problem.in_channels % 8 == 0 and set(binary.global_accesses("LDGSTS")) != {16}:
                 wrong.append(f"asynchronous loads of {binary.global_accesses('LDGSTS')} bytes")
@@ -93,8 +86,10 @@ def test_an_epilogue_costs_the_product_nothing(epilogue: str, gpu: Gpu) -> None:
                 wrong.append(f"stores of {stores} bytes")
             if "residual" in epilogue and loads.get(16, 0) < stores.get(16, 0):
                 wrong.append(f"loads of {loads} bytes")
-        found += [f"{problem.describe()}, {tile(launch)}, {launch.num_warps} warps: {what}" for what in wrong]
-    assert not found, "\n".join(found)
+        return wrong
+
+    wrong = complaints(convolutions(epilogue, gpu), gpu, complain)
+    assert not wrong, wrong
 
 
 def meta(shape: tuple[int, ...]) -> torch.Tensor:
@@ -102,7 +97,7 @@ def meta(shape: tuple[int, ...]) -> torch.Tensor:
     return batch_norm.as_pixels(tensor)
 
 
-def passes(shape: tuple[int, ...], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Launch]]:
+def passes(shape: tuple[int, ...], gpu: Gpu, monkeypatch) -> Iterator[tuple[str, Launch]]:
     """Every launch around a convolution of one shape of output, by what the layer is."""
     y, vector = meta(shape), torch.empty(shape[1], device="meta")
     norm, share = (vector,) * 4, 1.0
@@ -137,16 +132,11 @@ def passes(shape: tuple[int, ...], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
 @needs_networks
 @each_gpu
 def test_passes_move_16_bytes_at_a_time(gpu: Gpu, monkeypatch) -> None:
-    launches: dict[tuple, tuple[str, Launch]] = {}
-    for shape in {problem.output_shape for problem in problems()}:
-        for name, launch in passes(shape, gpu, monkeypatch):
-            launches.setdefault(launch.compile_key, (name, launch))
-    compiled = compile_all(((launch, gpu) for _, launch in launches.values()), JOBS)
-    found = []
-    for key, (name, launch) in launches.items():
-        binary = compiled[key, gpu.arch]
+    shapes = {problem.output_shape for problem in problems()}
+
+    def complain(name: str, launch: Launch, binary: Compiled) -> list[str]:
         wrong = spilled(binary)
-        # What is summed over rows ends with a thread a channel; per-channel results are a few numbers.
+        # Sums over rows end with a thread a channel; results of a channel are a few numbers.
         narrow = {"combine": {4}, "sums": {4}}.get(name.split()[0], set())
         if name.startswith(("apply", "gradient")) and set(binary.load_bytes) != {16}:
             wrong.append(f"loads of {binary.load_bytes} bytes")
@@ -154,5 +144,7 @@ def test_passes_move_16_bytes_at_a_time(gpu: Gpu, monkeypatch) -> None:
             wrong.append(f"loads of {binary.load_bytes} bytes")
         if set(binary.global_accesses("STG")) - {16} - narrow:
             wrong.append(f"stores of {binary.global_accesses('STG')} bytes")
-        found += [f"{name}: {launch.name}, {tile(launch)}, {launch.num_warps} warps: {what}" for what in wrong]
-    assert not found, "\n".join(found)
+        return wrong
+
+    wrong = complaints([it for shape in shapes for it in passes(shape, gpu, monkeypatch)], gpu, complain)
+    assert not wrong, wrong
