@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastconv.kernels.jit.epilogue import activated, normalise, statistics
+from fastconv.kernels.jit.epilogue import activate_with, normalise, statistics
 from fastconv.kernels.launch.descriptor import Descriptor, pitch
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import Strides, dense_strides
@@ -56,7 +56,7 @@ def apply_epilogue_to_pixels(
     added = None
     if residual is not None:
         added = read_pixels(residual, d, h, w, n, group * K + k, RANK, PARITY, PIXELS * BLOCK_N, BLOCK_K).to(tl.float32)
-    acc = activated(acc, added, channel, mask_k, slope_ptr, a, b, ACT, RESIDUAL_AFTER)
+    acc = activate_with(acc, added, channel, mask_k, slope_ptr, a, b, ACT, RESIDUAL_AFTER)
     if PARITY:
         y.store([h, w & 1, w >> 1, n, group * K + k], tl.reshape(acc.to(y.dtype), (1, 1, PIXELS, BLOCK_N, BLOCK_K)))
     elif RANK == 3:

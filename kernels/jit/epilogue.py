@@ -55,11 +55,11 @@ def activate(
     residual = None
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return activated(x, residual, channel, mask_k, slope_ptr, a, b, ACT, RESIDUAL_AFTER)
+    return activate_with(x, residual, channel, mask_k, slope_ptr, a, b, ACT, RESIDUAL_AFTER)
 
 
 @triton.jit
-def activated(x, residual, channel, mask_k, slope_ptr, a, b, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr):
+def activate_with(x, residual, channel, mask_k, slope_ptr, a, b, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr):
     """`activate` with a residual that is read already, in fp32, or None."""
     if slope_ptr is not None:
         a = tl.load(slope_ptr + channel, mask=mask_k, other=0.0).to(tl.float32)[None, :]

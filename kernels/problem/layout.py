@@ -10,7 +10,7 @@ import torch
 # An operand's strides of batch, depth, height and width, in elements; channels are contiguous.
 Strides = tuple[int, int, int, int]
 INT32_MAX = 2**31 - 1
-TAPS_OUTERMOST = 2
+TAPS_OUTERMOST = 2  # a `weight_format`
 POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 INDEX_TYPES = {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
 

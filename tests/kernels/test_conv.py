@@ -24,7 +24,7 @@ from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
 from fastconv.kernels.families import conv_gather, conv_gather_wgrad
 from fastconv.kernels.launch.launch import Launch, record
-from fastconv.kernels.ops import call, conv
+from fastconv.kernels.ops import conv
 from fastconv.kernels.problem.conv import DIRECTIONS
 from reference import assert_equal, integers
 from tests.marks import runs_kernels
@@ -272,20 +272,6 @@ def test_uncovered_problems_say_why() -> None:
     assert "2^31 pixels" in dispatch.plan("fprop", huge, gpus.A100).reasons[-1][1]
     old = gpus.describe("an older GPU", 75, 40, 64 << 10, 4 << 20, None)
     assert "7.5" in dispatch.plan("fprop", Case("", 1, 16, 16, (4, 4), (1, 1)).problem(), old).reasons[-1][1]
-
-
-def test_known_calls_are_planned_once(monkeypatch) -> None:
-    planned = []
-    plan = dispatch.plan
-    monkeypatch.setattr(dispatch, "plan", lambda *a: planned.append(a) or plan(*a))
-    monkeypatch.setattr(call, "_calls", {})
-    x, weight = torch.ones(1, 16, 3, 3, device=DEVICE), torch.ones(16, 16, 1, 1, device=DEVICE)
-    for _ in range(3):
-        conv.conv_fprop(x, weight, None, (1, 1), (0,) * 4, (1, 1), 1)
-    assert len(planned) == 1
-    monkeypatch.setattr(call, "MAX_CALLS", 1)
-    conv.conv_fprop(x[:, :, :2], weight, None, (1, 1), (0,) * 4, (1, 1), 1)
-    assert len(call._calls) == 1
 
 
 def test_flops_and_bytes() -> None:

@@ -532,17 +532,6 @@ def test_batch_one_fills_the_gpu() -> None:
     assert second.name == "split_sum_kernel"
 
 
-def test_known_calls_are_planned_once(monkeypatch) -> None:
-    planned = []
-    plan = dispatch.plan
-    monkeypatch.setattr(dispatch, "plan", lambda *a: planned.append(a) or plan(*a))
-    monkeypatch.setattr(call, "_calls", {})
-    x = torch.ones(1, 8, 4, 4, device=DEVICE)
-    for _ in range(3):
-        pool.max_pool(x, (2, 2), ((2, 2), (2, 2), (0, 0), (1, 1)), torch.uint8)
-    assert len(planned) == 1
-
-
 def test_bytes_and_description() -> None:
     problem = PoolProblem(
         "max", 2, 8, (6, 8), (3, 4), (3, 2), (2, 2), (1, 0), (1, 1), torch.bfloat16, index=torch.uint8
