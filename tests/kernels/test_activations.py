@@ -199,7 +199,7 @@ class Shouting(torch.nn.ReLU):
 
 
 @pytest.mark.parametrize("act", [torch.nn.CELU(), torch.nn.Softmax(1), Shouting(), "prelu", "swish"], ids=str)
-def test_what_has_no_fused_form_is_a_value_error(act: str | torch.nn.Module) -> None:
+def test_an_activation_without_a_fused_form_is_a_value_error(act: str | torch.nn.Module) -> None:
     assert not has_fused_form(act)
     with pytest.raises(ValueError, match=r"no fused form; these have: .*relu.*ReLU"):
         activation_of(act)

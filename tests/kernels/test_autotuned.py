@@ -176,7 +176,7 @@ def test_space_of_another_release_has_a_version_of_its_own() -> None:
     assert dispatch.version_of("winograd").source not in versions
 
 
-def test_source_is_the_kernels_code_alone(tmp_path, monkeypatch) -> None:
+def test_source_is_only_the_kernels_code(tmp_path, monkeypatch) -> None:
     original = """
 import triton
 from {other} import stranger
@@ -275,7 +275,7 @@ def test_regime_follows_settings_and_torch() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_call_is_prepared_anew_when_what_decided_it_changed() -> None:
+def test_call_is_prepared_anew_after_a_change() -> None:
     asked: list[Any] = []
 
     def prepare(gpu: Any, operands: Any) -> str:
@@ -310,7 +310,7 @@ def test_refused_call_is_refused_again_without_being_prepared() -> None:
 
 
 @pytest.mark.skipif(not interpreter.interpreting(), reason="runs kernels in the interpreter")
-def test_pytorchs_op_runs_where_it_was_measured_faster(monkeypatch) -> None:
+def test_pytorchs_op_runs_if_it_was_measured_faster(monkeypatch) -> None:
     """Strict or not: it is no fallback. Fused calls, which were not measured, and ``prefer="triton"`` run ours."""
     ask = autotuned.ask
     measured = lambda *question: replace(ask(*question), pytorch_faster=autotuned.policy().fastest)  # noqa: E731
@@ -504,7 +504,7 @@ def job(tmp_path, monkeypatch) -> Iterator[Job]:
     known.forget()
 
 
-def test_ranks_compare_what_they_used_before_the_job(job: Job, caplog) -> None:
+def test_ranks_compare_tables_used_before_the_job(job: Job, caplog) -> None:
     """Calls that rank 1 had decided by its own tables are decided again, at the first that is new."""
     for rank in range(2):
         with job.as_rank(rank):

@@ -180,7 +180,7 @@ def test_a_weight_with_its_taps_outermost_is_not_copied(rank: int, multiplier: i
         assert torch.equal(a, b)
 
 
-def test_statistics_leave_out_what_lies_past_the_row(monkeypatch) -> None:
+def test_statistics_leave_out_pixels_past_the_row(monkeypatch) -> None:
     """Outputs past the end of a row, or past the last image, would hold the bias."""
     take_tile(monkeypatch, TILES[1])
     generator = torch.Generator().manual_seed(0)

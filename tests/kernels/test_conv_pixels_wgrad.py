@@ -165,7 +165,7 @@ def test_few_images(case: Case, images: int, pixels: int, record_property, monke
     record_property("problem", ("pixels", "wgrad", case.name))
 
 
-def test_few_images_are_taken_where_rows_are_long() -> None:
+def test_few_images_are_taken_if_rows_are_long() -> None:
     for n, size, family in ((2, (256, 256), "pixels"), (1, (64, 64, 64), "pixels"), (1, (14, 14), "gather")):
         ones = (1,) * len(size)
         problem = Case("", n, 64, 64, size, tuple(3 * one for one in ones), ones, ones).problem(torch.bfloat16)
@@ -284,7 +284,7 @@ def test_what_it_does_not_serve(case: Case, dtype: torch.dtype, reason: str) -> 
         assert dispatch.plan("wgrad", case.problem(dtype), gpus.H200).reasons == (("pixels", reason),)
 
 
-def test_what_dispatch_takes() -> None:
+def test_dispatch_takes_it_on_gpus_with_bulk_copies() -> None:
     problem = Case("", 64, 64, 64, (56, 56), (3, 3), (1, 1), (1, 1)).problem(torch.bfloat16)
     families = [dispatch.plan("wgrad", problem, gpu).family for gpu in (gpus.A100, gpus.H200, gpus.B200)]
     assert families == ["gather", "pixels", "pixels"]

@@ -143,7 +143,7 @@ def test_infinity_beside_the_window_stays_out(case: Case, value: float) -> None:
         check_infinities(problem, operands, FPROP)
 
 
-def test_it_serves_where_it_is_predicted_faster() -> None:
+def test_it_serves_if_it_is_predicted_faster() -> None:
     problem = STEM.problem(torch.bfloat16)
     plan = dispatch.plan("fprop", problem, gpus.H200)
     assert plan.family == "rows"

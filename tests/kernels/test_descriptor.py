@@ -43,7 +43,7 @@ def test_a_permuted_view_is_copied_box_by_box(dtype: torch.dtype, start: int) ->
     assert torch.equal(y, expected)
 
 
-def test_the_type_names_the_box_alone() -> None:
+def test_the_type_names_only_the_box() -> None:
     small = Descriptor(torch.bfloat16, (4, 64), (64, 1), (16, 32))
     large = Descriptor(torch.bfloat16, (4000, 128), (256, 1), (16, 32), 64)
     assert str(small) == str(large) == "tensordesc<bf16[16,32]>"

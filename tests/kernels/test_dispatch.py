@@ -49,7 +49,7 @@ def test_one_family_serves_what_another_would_and_then_no_more() -> None:
 
 
 @interpreted
-def test_a_family_alone_says_why_it_does_not_serve() -> None:
+def test_an_only_family_says_why_it_does_not_serve() -> None:
     refusal = pytest.raises(RuntimeError, match=r"no kernel for this call \(depthwise: 8 input channels a group\)")
     with dispatch.only_family("depthwise"), refusal:
         kernels_of(torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3), 1)

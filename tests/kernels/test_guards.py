@@ -74,7 +74,7 @@ def box_kernel(x, y):
     y.store([0], x.load([0]))
 
 
-def test_the_guard_sees_what_leaves_an_operand() -> None:
+def test_the_guard_sees_accesses_outside_an_operand() -> None:
     x, y = torch.zeros(16), torch.zeros(16)
     copy_kernel[(1,)](x[:5], y[:5], 5)
     for source, target in ((x[:4], y[:5]), (x[:5], y[:4])):
@@ -86,7 +86,7 @@ def test_the_guard_sees_what_leaves_an_operand() -> None:
         box_kernel[(1,)](TensorDescriptor(x[:4], [5], [1], [8]), TensorDescriptor(y[:5], [5], [1], [8]))
 
 
-def test_what_is_allocated_is_poisoned() -> None:
+def test_new_memory_is_poisoned() -> None:
     x = torch.ones(3, device=DEVICE)
     assert x.new_empty(2).isnan().all() and torch.empty_like(x).isnan().all()
     assert (x.new_empty_strided((2,), (1,), dtype=torch.uint8) == 251).all()

@@ -319,7 +319,7 @@ def test_applying_again_changes_nothing():
     assert (dict(vars(InterpreterBuilder)), interpreter_builder.options) == before
 
 
-def test_interpreting_is_what_triton_saw():
+def test_interpreting_is_as_triton_saw_it():
     code = (
         "import os; from fastconv.kernels.launch.interpreter import interpreting; "
         "os.environ['TRITON_INTERPRET'] = '1'; print(interpreting())"

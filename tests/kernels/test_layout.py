@@ -41,7 +41,7 @@ def test_strides_like(shape: tuple[int, ...]) -> None:
     assert all(dense_copy(shape, strides_like(shape, last), last) is None for last in (False, True))
 
 
-def test_copies_only_where_needed() -> None:
+def test_copies_only_if_needed() -> None:
     nhwc = torch.empty(2, 8, 5, 4, memory_format=torch.channels_last)
     assert contiguous_channels(nhwc.shape, nhwc.stride()) is None
     narrowed = nhwc[:, 2:6, ::2, 1:]

@@ -133,7 +133,7 @@ def test_sizes_of_one_have_no_strides() -> None:
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("which", ["x", "weight", "bias"])
-def test_what_is_stored_negated(which: str, requires_grad: bool) -> None:
+def test_operands_stored_negated(which: str, requires_grad: bool) -> None:
     """The imaginary part of a conjugate is: its memory holds the other sign, and its type does not tell."""
     x, weight, bias = (t.requires_grad_(requires_grad) for t in convolution())
     operands = {"x": x, "weight": weight, "bias": bias}

@@ -438,7 +438,7 @@ def test_strides_are_taken_from_the_tensors() -> None:
         assert_equal(dx, scattered(dy.cpu().double(), indices, tuple(x.shape[2:])), "gradient from a slice")
 
 
-def test_what_has_no_such_strides_is_copied() -> None:
+def test_operands_of_other_strides_are_copied() -> None:
     """Expanded gradients, every other channel, channels of several images of planes."""
     x = torch.randint(-9, 10, (2, 6, 5, 5), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
     geometry = (2, 2), (1, 1), (0, 0), (1, 1)

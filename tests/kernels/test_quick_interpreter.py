@@ -47,7 +47,7 @@ def called(function: Callable[[Any, Any], Any], *operands: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_second_call_gives_what_the_first_gave(name: str) -> None:
+def test_the_second_call_gives_the_first_ones_result(name: str) -> None:
     tensors = [tensor(dtype, shape) for dtype, shape in product(DTYPES, SHAPES)]
     pairs = [(a, b) for a in tensors for b in (*tensors, *CONSTANTS)]
     first = [called(FUNCTIONS[name], *pair) for pair in pairs]

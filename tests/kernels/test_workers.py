@@ -36,7 +36,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_one_that_crashes_or_hangs_costs_its_call_alone(tmp_path) -> None:
+def test_one_that_crashes_or_hangs_costs_only_its_call(tmp_path) -> None:
     calls: list[Any] = [partial(pow, 2, index) for index in range(8)]
     calls[2], calls[5] = partial(os._exit, 3), partial(hang, tmp_path / "assembler")
     found = dict(results_of(calls, 2, 1.0))
