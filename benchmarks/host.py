@@ -95,7 +95,7 @@ def standing_in_for_an_h200() -> Iterator[None]:
 
 def override(name: str) -> Any:
     """A context manager of the kernels, wherever this version keeps it."""
-    modules = ("fastconv.kernels.launch.overrides", "fastconv.kernels.launch", "fastconv.kernels.dispatch")
+    modules = "fastconv.kernels.launch", "fastconv.kernels.dispatch"
     for module in modules:
         with contextlib.suppress(ModuleNotFoundError, AttributeError):
             return getattr(importlib.import_module(module), name)

@@ -34,6 +34,6 @@ from importlib.util import find_spec
 
 if __name__ != "fastconv.kernels":
     raise ImportError(f"import 'fastconv.kernels', not {__name__!r}: the folder is part of the fastconv package")
-# (Sought, not imported: some of what lies here needs neither.)
+# They are sought and not imported, because some of what lies here needs neither.
 if find_spec("triton") is None or find_spec("fcntl") is None:
     raise ImportError("fastconv's kernels need Linux and Triton (pip install triton); macOS and Windows have neither")

@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         conv_depthwise_wgrad.FAMILY,
         conv_gather_wgrad.GROUPED,
         conv_rows_wgrad.FAMILY,
-        conv_gemm.WGRAD,
+        conv_gemm.FAMILY_WGRAD,
         conv_pixels_wgrad.FAMILY,
         conv_gather_wgrad.FAMILY,
     ),

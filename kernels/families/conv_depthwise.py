@@ -72,7 +72,7 @@ def conv_depthwise_kernel(
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
     MULTIPLIER: tl.constexpr,  # output channels of the convolution for each input channel
     S: tl.constexpr,
-    COLUMNS: tl.constexpr,  # columns of x; this and the next three: see Schedule
+    X_COLUMNS: tl.constexpr,  # columns of x; this and the next three: see Schedule
     ADVANCE: tl.constexpr, FIRST: tl.constexpr, TAPS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     OUTPUTS: tl.constexpr,
@@ -160,15 +160,15 @@ def conv_depthwise_kernel(
             delta += i
             w_row += i
         weights = ()
-        for column in tl.static_range(len(COLUMNS)):
+        for column in tl.static_range(len(X_COLUMNS)):
             for new in tl.static_range(len(FIRST[column])):
                 w = tl.load(w_row + FIRST[column][new] * w_stride, mask=mask_k, other=0.0)
                 weights = weights + (w.to(tl.float32)[None, :],)
-            mask = mask_row & (x_w < W - COLUMNS[column])
-            if COLUMNS[column] < 0:
-                mask = mask & (x_w >= -COLUMNS[column])
+            mask = mask_row & (x_w < W - X_COLUMNS[column])
+            if X_COLUMNS[column] < 0:
+                mask = mask & (x_w >= -X_COLUMNS[column])
             x = tl.load(
-                x_tile + (delta + COLUMNS[column] * x_stride_w), mask=mask[:, None] & mask_k[None, :], other=0.0
+                x_tile + (delta + X_COLUMNS[column] * x_stride_w), mask=mask[:, None] & mask_k[None, :], other=0.0
             ).to(tl.float32)
             # A tuple cannot be assigned to, so all outputs are collected anew.
             updated = ()
@@ -267,7 +267,7 @@ def conv_depthwise(direction: str, problem: ConvProblem, config: Config, gpu: Gp
             "WIDE": needs_int64(*operands),
             "MULTIPLIER": problem.out_channels // problem.in_channels,
             "S": problem.filter_size[-1],
-            "COLUMNS": schedule.columns,
+            "X_COLUMNS": schedule.columns,
             "ADVANCE": schedule.advance,
             "FIRST": schedule.first,
             "TAPS": schedule.taps,

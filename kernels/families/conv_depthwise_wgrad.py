@@ -52,7 +52,7 @@ def conv_depthwise_wgrad_kernel(
     padding_d, padding_h,
     dilation_d, dilation_h, dilation_w,
     VEC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, MULTIPLIER: tl.constexpr,
-    COLUMNS: tl.constexpr,  # columns of x; this and the next: see Schedule
+    X_COLUMNS: tl.constexpr,  # columns of x; this and the next: see Schedule
     ADVANCE: tl.constexpr,
     MET: tl.constexpr,  # for each column and tap, its output: Schedule.outputs
     ROW: tl.constexpr,  # taps of a row that a program takes
@@ -121,11 +121,11 @@ def conv_depthwise_wgrad_kernel(
                 d = o * stride_d - padding_d + t * dilation_d
                 mask_row = mask_row & (d >= 0) & (d < D)
                 x_row += d * x_stride_d
-            for column in tl.static_range(len(COLUMNS)):
-                w = x_w + COLUMNS[column]
+            for column in tl.static_range(len(X_COLUMNS)):
+                w = x_w + X_COLUMNS[column]
                 mask = mask_row & (w >= 0) & (w < W)
                 x = tl.load(
-                    x_tile + (x_row + COLUMNS[column] * x_stride_w)[:, None],
+                    x_tile + (x_row + X_COLUMNS[column] * x_stride_w)[:, None],
                     mask=mask[:, None] & mask_k[None, :],
                     other=0.0,
                 ).to(tl.float32)
@@ -179,7 +179,7 @@ def conv_depthwise_wgrad(
             "RANK": max(problem.rank, 2),
             "WIDE": needs_int64(*operands),
             "MULTIPLIER": multiplier,
-            "COLUMNS": schedule.columns,
+            "X_COLUMNS": schedule.columns,
             "ADVANCE": schedule.advance,
             "MET": schedule.outputs,
             "ROW": len(schedule.outputs[0]),

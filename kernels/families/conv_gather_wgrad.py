@@ -184,7 +184,7 @@ def conv_wgrad_kernel(
     tl.store(out, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-def conv_wgrad(
+def conv_gather_wgrad(
     direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE, pack: int = 1
 ) -> Launches:
     """The launches of wgrad: x, dy -> dw, or x, dy -> workspace -> dw if ``config["SPLITS"]`` splits the pixels.
@@ -247,7 +247,7 @@ def taps_share_tile(taps: int, channels: int, pack: int) -> bool:
     return taps_share_step(taps, channels, pack) or (pack > 1 and taps > 1)
 
 
-WGRAD = TileSpace(
+GATHER_WGRAD = TileSpace(
     "conv_wgrad",
     {
         "BLOCK_K": (128, 64),
@@ -266,10 +266,10 @@ WGRAD = TileSpace(
 def _wgrad_tile(config: Config) -> str | None:
     if (config["BLOCK_K"], config["BLOCK_C"]) in ((64, 64), (128, 32)):
         return "binaries that few layers would share, and that spill on one version of the compiler"
-    return WGRAD.valid(config)
+    return GATHER_WGRAD.valid(config)
 
 
-WGRAD_DENSE = replace(WGRAD, name="conv_wgrad_dense", valid=_wgrad_tile)
+GATHER_WGRAD_DENSE = replace(GATHER_WGRAD, name="conv_wgrad_dense", valid=_wgrad_tile)
 
 
 def wgrad_candidates(
@@ -305,9 +305,9 @@ def wgrad_candidates(
             extra_bytes=workspace,
         )
 
-    space = WGRAD_DENSE if is_dense(problem, share, pack) else WGRAD
+    space = GATHER_WGRAD_DENSE if is_dense(problem, share, pack) else GATHER_WGRAD
     return Candidates(space, (problem, precision, pack), work, gpu, {"BLOCK_K": k} if pack > 1 else {})
 
 
-FAMILY = Family("gather", lambda direction, problem, *_: why_not_groups(problem), wgrad_candidates, conv_wgrad)
-GROUPED = Family("grouped", why_not_packed, packed(wgrad_candidates), packed(conv_wgrad))
+FAMILY = Family("gather", lambda direction, problem, *_: why_not_groups(problem), wgrad_candidates, conv_gather_wgrad)
+GROUPED = Family("grouped", why_not_packed, packed(wgrad_candidates), packed(conv_gather_wgrad))

@@ -28,7 +28,7 @@ from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import INT32_MAX, Strides, dense_strides, linear_stride, load_width, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates
-from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
+from fastconv.kernels.tiles.shapes import BOX_TILES, TileSpace, cdiv, fitting, matrix_share
 
 
 @triton.jit
@@ -255,13 +255,9 @@ def resident_bytes(problem: ConvProblem, config: Config) -> int:
     return problem.dtype.itemsize * (k * c + config["num_stages"] * m * c + m * k)
 
 
-# (rows, columns) of a tile -> its warps and stages; README.md says why.
-GEMM_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (8, 3), (64, 64): (4, 4)}
-
-
 def _gemm_tile(config: Config) -> str | None:
     side = config["BLOCK_M"], config["BLOCK_K"]
-    if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get(side):
+    if (config["num_warps"], config["num_stages"]) != BOX_TILES.get(side):
         return "other warps or copies in flight than its sides ask for"
     if config["SPLITS"] > 1 and side != (64, 64):
         return "a split reduction of another tile than 64x64"
@@ -269,7 +265,7 @@ def _gemm_tile(config: Config) -> str | None:
 
 
 def _gemm_wgrad_tile(config: Config) -> str | None:
-    if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get((config["BLOCK_K"], config["BLOCK_C"])):
+    if (config["num_warps"], config["num_stages"]) != BOX_TILES.get((config["BLOCK_K"], config["BLOCK_C"])):
         return "other warps or copies in flight than its sides ask for"
     if config["BLOCK_K"] > config["BLOCK_C"]:
         return "a binary that few layers would share"
@@ -422,4 +418,4 @@ def _why_not(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> 
 
 
 FAMILY = Family("gemm", _why_not, _candidates, conv_gemm, ("source",))
-WGRAD = Family("gemm", _why_not, _wgrad_candidates, conv_gemm_wgrad, ("source", "other"))
+FAMILY_WGRAD = Family("gemm", _why_not, _wgrad_candidates, conv_gemm_wgrad, ("source", "other"))

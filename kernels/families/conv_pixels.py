@@ -99,7 +99,7 @@ def conv_pixels_kernel(
     RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images
+    BOX: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images
     WIDTH: tl.constexpr = 2 if ROW else PIXELS  # outputs of a program
     X_PARITY: tl.constexpr = PARITY and not DGRAD
     Y_PARITY: tl.constexpr = PARITY and DGRAD
@@ -137,7 +137,7 @@ def conv_pixels_kernel(
     w_k = k if DGRAD else group * K + k
     w_c = group * C if DGRAD else 0
     x_c = group * C
-    acc = tl.zeros((BLOCK_K, ROWS), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_K, BOX), dtype=tl.float32)
     # A pair computes outputs q and q + 1. Column u of x meets tap u for one of them (`acc`) and tap u - 1 for the other
     # (`far`); NEAR says which of them `acc` is.
     NEAR: tl.constexpr = 1 if DGRAD else 0
@@ -146,7 +146,7 @@ def conv_pixels_kernel(
         # Type comments, because Triton evaluates annotations.
         sums = ()  # type: tuple[tl.tensor, ...]
         for _i in tl.static_range(2 * SUMS):
-            sums = sums + (tl.zeros((BLOCK_K, ROWS), dtype=tl.float32),)
+            sums = sums + (tl.zeros((BLOCK_K, BOX), dtype=tl.float32),)
         column = q + NEAR - TURN * padding_w
         steps = taps_d * taps_h * tl.cdiv(C, BLOCK_C)
         # Without this guard ptxas waits for every wgmma, because the loop might not run.
@@ -156,9 +156,9 @@ def conv_pixels_kernel(
                 index = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * ROW
                 x_d = d + t * hop_d
                 x_h = h + r * hop_h
-                x_near = read_pixels(x, x_d, x_h, column, n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
+                x_near = read_pixels(x, x_d, x_h, column, n, x_c + c, RANK, X_PARITY, BOX, BLOCK_C)
                 for s in tl.static_range(ROW):
-                    x_far = read_pixels(x, x_d, x_h, column + TURN * (s + 1), n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
+                    x_far = read_pixels(x, x_d, x_h, column + TURN * (s + 1), n, x_c + c, RANK, X_PARITY, BOX, BLOCK_C)
                     w_step = read_weight(w, index + s, w_k, w_c + c, DGRAD, BLOCK_K, BLOCK_C)
                     near = tl.dot(w_step, x_near.T, sums[0], input_precision=PRECISION)
                     far = tl.dot(w_step, x_far.T, sums[1], input_precision=PRECISION)
@@ -187,7 +187,7 @@ def conv_pixels_kernel(
             for _ in range(steps):
                 index = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * S + tap_w + s * skip_w
                 at = column + s * hop_w
-                x_step = read_pixels(x, d + t * hop_d, h + r * hop_h, at, n, x_c + c, RANK, X_PARITY, ROWS, BLOCK_C)
+                x_step = read_pixels(x, d + t * hop_d, h + r * hop_h, at, n, x_c + c, RANK, X_PARITY, BOX, BLOCK_C)
                 w_step = read_weight(w, index, w_k, w_c + c, DGRAD, BLOCK_K, BLOCK_C)
                 acc = tl.dot(w_step, x_step.T, acc, input_precision=PRECISION)
                 # Carried counters: a division a step costs more than the step's other arithmetic.
@@ -203,7 +203,7 @@ def conv_pixels_kernel(
                     r = tl.where(carry, 0, r)
                     t = tl.where(carry, t + 1, t)
 
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, BOX)
     mask_n = n + rows % BLOCK_N < N
     tile = (n // BLOCK_N * O + o if RANK == 3 else n // BLOCK_N) * P + p
     MOVE: tl.constexpr = 2 if Y_PARITY else 1
@@ -358,9 +358,9 @@ PIXELS_TILES = {
 }
 
 
-def _pixels_tile(line: int, chains: bool = True) -> Callable[[Config], str | None]:
+def _pixels_tile(line: int, shared_sums: bool = True) -> Callable[[Config], str | None]:
     """Why a config is no tile of the pixel GEMM. A box is ``line`` elements wide, a line of shared memory; half a line
-    for pairs. ``chains``: the products of a pair's step may add to one sum."""
+    for pairs. ``shared_sums``: the products of a pair's step may add to one sum."""
 
     def valid(config: Config) -> str | None:
         pixels, pairs = config["PIXELS"], config["PAIRS"]
@@ -369,7 +369,7 @@ def _pixels_tile(line: int, chains: bool = True) -> Callable[[Config], str | Non
             return f"{images} rows of several pixels, not 128"
         if pixels > 1 and pairs:
             return "pairs of several pixels, which would compute most of them twice"
-        if pairs and not chains and sums_of(config) == 1:
+        if pairs and not shared_sums and sums_of(config) == 1:
             return "pairs whose sums would move through registers from one product to the next"
         if config["BLOCK_C"] != (line // 2 if pairs else line):
             return "boxes of another width than a line of shared memory, or half of one for pairs"
@@ -394,7 +394,7 @@ CONV_PIXELS = TileSpace(
     _pixels_tile(64),
     kernels=(conv_pixels_kernel,),
 )
-CONV_PIXELS_TCGEN05 = replace(CONV_PIXELS, valid=_pixels_tile(64, chains=False))
+CONV_PIXELS_TCGEN05 = replace(CONV_PIXELS, valid=_pixels_tile(64, shared_sums=False))
 CONV_PIXELS_FP32 = replace(
     CONV_PIXELS,
     name="conv_pixels_fp32",

@@ -77,7 +77,7 @@ def conv_pixels_wgrad_kernel(
     CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,  # images of a step
 ):  # fmt: skip
-    ROWS: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images
+    BOX: tl.constexpr = PIXELS * BLOCK_N  # of a box as a matrix: its pixels x images
     WIDTH: tl.constexpr = PIXELS * COLUMNS  # outputs of a step
     C *= VEC
     K *= VEC
@@ -137,10 +137,10 @@ def conv_pixels_wgrad_kernel(
             w = y_q * stride_w + tap_w
             x_steps = ()  # type: tuple[tl.tensor, ...]
             for i in tl.static_range(COLUMNS + TAPS - 1):
-                x_steps = x_steps + (read_pixels(x, d, h, w + i * dilation_w, n, c, RANK, PARITY, ROWS, BLOCK_C),)
+                x_steps = x_steps + (read_pixels(x, d, h, w + i * dilation_w, n, c, RANK, PARITY, BOX, BLOCK_C),)
             sums = ()  # type: tuple[tl.tensor, ...]
             for column in tl.static_range(COLUMNS):
-                dy_step = read_pixels(dy, y_o, y_p, y_q + column, n, k, RANK, False, ROWS, BLOCK_K).T
+                dy_step = read_pixels(dy, y_o, y_p, y_q + column, n, k, RANK, False, BOX, BLOCK_K).T
                 for i in tl.static_range(TAPS):
                     sums = sums + (tl.dot(dy_step, x_steps[column + i], acc[column * TAPS + i]),)
             acc = sums

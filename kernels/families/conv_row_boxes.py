@@ -1,9 +1,10 @@
 """Convolution of few input channels by the rows of its filter, as bulk copies: fprop.
 
-The product is that of `conv_rows`, the tile that of `conv_pixels`: BLOCK_N images of COLUMNS neighbouring outputs that
-share runs of RUN elements. One copy brings the runs for each row of the filter. Rows outside the image are not walked,
-and a copy reads 0 where a run leaves its row, which is the padding: nothing is masked and no address is computed.
-Bytes: x, w and y once each; rows of x again from L2.
+``y[n, p, q, k] = sum over rows r, elements e of x[n, p * stride - padding + r * dilation, start(q) + e] * w[k, r, e]``:
+a filter's row is one run of RUN elements of the image. A tile is BLOCK_N images of RUN_OUTPUTS neighbouring outputs,
+which share runs; one copy brings them for each row of the filter. Rows outside the image are not walked, and a copy
+reads 0 where a run leaves its row, which is the padding: nothing is masked and no address is computed. Bytes: x, w and
+y once each; rows of x again from L2.
 
 A run begins where its window does, seldom at a multiple of 16 bytes. CUDA asks that a view's start and strides be
 aligned, not a box's place; Triton's interpreter refuses a box that is not.
@@ -45,14 +46,14 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv
 @triton.jit
 def _own_windows(
     x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R, window, distance,
-    RANK: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr, RUN_OUTPUTS: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tile that holds a NaN: each element of a run, one by one, added to the outputs whose window has it.
 
     Products of masked operands by tensor cores would make ptxas wait for every wgmma, those of the first walk too.
     """
     acc = ()  # type: tuple[tl.tensor, ...]
-    for _column in tl.static_range(COLUMNS):
+    for _column in tl.static_range(RUN_OUTPUTS):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
     for step in range(steps):
         r = step % taps_h
@@ -67,7 +68,7 @@ def _own_windows(
             here = (tl.arange(0, RUN) == e)[None, :]
             x_one = tl.sum(tl.where(here, x_step, 0.0).to(tl.float32), axis=1)
             sums = ()  # type: tuple[tl.tensor, ...]
-            for column in tl.static_range(COLUMNS):
+            for column in tl.static_range(RUN_OUTPUTS):
                 w_step = w.load([column * K + k, row])
                 w_one = tl.sum(tl.where(here, w_step, 0.0).to(tl.float32), axis=1)
                 own = (e >= column * distance) & (e < column * distance + window)
@@ -84,7 +85,7 @@ def _own_windows(
 )  # fmt: skip
 def conv_row_boxes_kernel(
     x,  # [D, H, N, W * C], without D in rank 2
-    w,  # [COLUMNS * K, rows * RUN]
+    w,  # [RUN_OUTPUTS * K, rows * RUN]
     bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
@@ -102,7 +103,7 @@ def conv_row_boxes_kernel(
     eps,  # of batch norm
     a, b,  # of the activation
     RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
+    RUN_OUTPUTS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     EXACT: tl.constexpr,  # a run is one window
     ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -111,7 +112,7 @@ def conv_row_boxes_kernel(
     k_tiles = tl.cdiv(K, BLOCK_K)
     k = tl.program_id(0) % k_tiles * BLOCK_K
     tile = tl.program_id(0) // k_tiles
-    runs = tl.cdiv(Q, COLUMNS)
+    runs = tl.cdiv(Q, RUN_OUTPUTS)
     run = tile % runs
     n = tile // runs
     p = n % P
@@ -127,7 +128,7 @@ def conv_row_boxes_kernel(
     first = begin + run * hop
     steps = taps_d * taps_h
     acc = ()  # type: tuple[tl.tensor, ...]
-    for _column in tl.static_range(COLUMNS):
+    for _column in tl.static_range(RUN_OUTPUTS):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
     # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
@@ -140,7 +141,7 @@ def conv_row_boxes_kernel(
             x_step = tl.reshape(box, (BLOCK_N, RUN))
             row = ((tap_d + t * skip_d) * R + tap_h + r * skip_h) * RUN
             sums = ()  # type: tuple[tl.tensor, ...]
-            for column in tl.static_range(COLUMNS):
+            for column in tl.static_range(RUN_OUTPUTS):
                 sums = sums + (tl.dot(x_step, w.load([column * K + k, row]).T, acc[column]),)
             acc = sums
             r += 1
@@ -150,18 +151,18 @@ def conv_row_boxes_kernel(
                 t = tl.where(carry, t + 1, t)
     if not EXACT:
         nans = 0
-        for column in tl.static_range(COLUMNS):
+        for column in tl.static_range(RUN_OUTPUTS):
             nans += tl.max((acc[column] != acc[column]).to(tl.int32))
         if nans > 0:
             acc = _own_windows(
                 x, w, k, n, first, d, h, hop_d, hop_h, tap_d, tap_h, skip_d, skip_h, taps_h, steps, K, R,
-                window, hop // COLUMNS, RANK, COLUMNS, RUN, BLOCK_N, BLOCK_K,
+                window, hop // RUN_OUTPUTS, RANK, RUN_OUTPUTS, RUN, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
     mask_n = n + tl.arange(0, BLOCK_N) < N
-    tile = ((n // BLOCK_N * O + o) * P + p) * runs * COLUMNS
-    for i in tl.static_range(COLUMNS):
-        q = run * COLUMNS + i
+    tile = ((n // BLOCK_N * O + o) * P + p) * runs * RUN_OUTPUTS
+    for i in tl.static_range(RUN_OUTPUTS):
+        q = run * RUN_OUTPUTS + i
         # A row's last run may have no second output.
         apply_epilogue_to_pixels(
             acc[i], o, p, q, n, k, mask_n & (q < Q), tile + q, 0, K,
@@ -209,7 +210,7 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
         ),
         constants={
             "RANK": max(problem.rank, 2),
-            "COLUMNS": columns,
+            "RUN_OUTPUTS": columns,
             "RUN": run,
             "EXACT": columns == 1 and window == run,
             **epilogue.constants,

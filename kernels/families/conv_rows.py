@@ -4,10 +4,10 @@ In channels_last memory the S * C elements that a row of the filter meets are ne
 
     y[n, p, q, k] = sum over rows r, elements e of x[n, p * stride - padding + r * dilation, start(q) + e] * w[k, r, e].
 
-The reduction runs over (row, element), RUN elements a row, a power of two. COLUMNS neighbouring outputs share one run:
-each has its weights in a column of the tile, moved on by its distance in the run. So every run begins at a multiple of
-VEC elements, as large as the strides allow, and x is copied asynchronously, which single channels of two bytes are not.
-Bytes: x, w and y once each; rows of x again from L1 and L2.
+The reduction runs over (row, element), RUN elements a row, a power of two. RUN_OUTPUTS neighbouring outputs share one
+run: each has its weights in a column of the tile, moved on by its distance in the run. So every run begins at a
+multiple of VEC elements, as large as the strides allow, and x is copied asynchronously, which single channels of two
+bytes are not. Bytes: x, w and y once each; rows of x again from L1 and L2.
 
 Elements of the run beside an output's own window meet zero weights. An infinite one makes the sum a NaN, and a tile
 that holds a NaN is computed again, one element of the run after another. wgrad stores nothing from beside a window.
@@ -55,7 +55,7 @@ from fastconv.kernels.tiles.shapes import INTERPRETED_PRODUCT, TileSpace, cdiv, 
 )  # fmt: skip
 def conv_rows_kernel(
     x_ptr,  # [N, D, H, row_length]
-    w_ptr,  # [COLUMNS, K, rows of whole steps, RUN]
+    w_ptr,  # [RUN_OUTPUTS, K, rows of whole steps, RUN]
     bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
     slope_ptr,  # of PReLU
@@ -81,7 +81,7 @@ def conv_rows_kernel(
     eps,  # of batch norm
     a, b,  # of the activation
     VEC: tl.constexpr, VEC_K: tl.constexpr, RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
+    RUN_OUTPUTS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
     EXACT: tl.constexpr,  # each of them is in every output's window
@@ -96,14 +96,14 @@ def conv_rows_kernel(
     y_stride_n, y_stride_d, y_stride_h, y_stride_w = in_elements(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC_K, WIDE
     )
-    ROWS: tl.constexpr = BLOCK_C // RUN  # of the filter, a step
-    COLUMN_K: tl.constexpr = COLUMNS * BLOCK_K  # columns of the tile: (output, channel)
+    STEP_ROWS: tl.constexpr = BLOCK_C // RUN  # of the filter, a step
+    COLUMN_K: tl.constexpr = RUN_OUTPUTS * BLOCK_K  # columns of the tile: (output, channel)
 
     k_tiles = tl.cdiv(K, BLOCK_K)
     pid_k = tl.program_id(0) % k_tiles
     tile = tl.program_id(0) // k_tiles
 
-    runs = tl.cdiv(Q, COLUMNS)
+    runs = tl.cdiv(Q, RUN_OUTPUTS)
     n, o, p, q = unravel(tile * BLOCK_M + tl.arange(0, BLOCK_M), O, P, runs, RANK)
     mask_m = n < N
     first = begin * VEC + q * hop
@@ -123,7 +123,7 @@ def conv_rows_kernel(
     column = offs_j // BLOCK_K
     offs_k = pid_k * BLOCK_K + offs_j % BLOCK_K
     rows = T * R
-    steps = tl.cdiv(rows, ROWS)
+    steps = tl.cdiv(rows, STEP_ROWS)
     w_row = (column * K + offs_k) * (steps * BLOCK_C)
     mask_w = offs_k < K
     w_tile = w_ptr + w_row[None, :] + tl.arange(0, BLOCK_C)[:, None]
@@ -132,7 +132,7 @@ def conv_rows_kernel(
     # Without this guard ptxas waits for every wgmma, because the loop might not run.
     if steps > 0:
         for step in range(steps):
-            row = step * ROWS + step_row
+            row = step * STEP_ROWS + step_row
             mask_r = row < rows
             r = row
             if RANK == 3:
@@ -172,10 +172,10 @@ def conv_rows_kernel(
                 acc += tl.where(own[None, :], x_one[:, None] * w_one[None, :], 0.0)
 
     # A run's outputs are neighbours, so they become rows of the tile that is stored.
-    acc = tl.reshape(acc, (BLOCK_M * COLUMNS, BLOCK_K))
-    m = tl.arange(0, BLOCK_M * COLUMNS)
-    n, o, p, q = unravel(tile * BLOCK_M + m // COLUMNS, O, P, runs, RANK)
-    q = q * COLUMNS + m % COLUMNS
+    acc = tl.reshape(acc, (BLOCK_M * RUN_OUTPUTS, BLOCK_K))
+    m = tl.arange(0, BLOCK_M * RUN_OUTPUTS)
+    n, o, p, q = unravel(tile * BLOCK_M + m // RUN_OUTPUTS, O, P, runs, RANK)
+    q = q * RUN_OUTPUTS + m % RUN_OUTPUTS
     mask_m = (n < N) & (q < Q)
     y_row = n * y_stride_n + p * y_stride_h + q * y_stride_w
     if RANK == 3:
@@ -185,7 +185,7 @@ def conv_rows_kernel(
     apply_epilogue(
         acc, pid_k * BLOCK_K, mask_m, y_row, tile, 0, K,
         bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
-        eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M * COLUMNS, BLOCK_K, PART_K,
+        eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M * RUN_OUTPUTS, BLOCK_K, PART_K,
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
             "VEC": form.vec,
             "VEC_K": vec_k,
             "RANK": max(problem.rank, 2),
-            "COLUMNS": form.columns,
+            "RUN_OUTPUTS": form.columns,
             "RUN": form.run,
             "USED": used,
             "EXACT": form.columns == 1 and used == window,
@@ -237,7 +237,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
 
 
 # One run per thread, so recomputing a NaN tile fits in registers.
-ROWS = TileSpace(
+CONV_ROWS = TileSpace(
     "conv_rows",
     {"BLOCK_M": (256, 128), "BLOCK_K": (32, 16), "BLOCK_C": (32, 64), "num_warps": (8, 4), "num_stages": (4, 3)},
     lambda config: (
@@ -279,7 +279,7 @@ def rows_candidates(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layo
             matrix_share=share,
         )
 
-    return Candidates(ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)})
+    return Candidates(CONV_ROWS, (problem, form, precision), work, gpu, {"BLOCK_C": max(32, form.run)})
 
 
 def why_not_rows(direction: str, problem: ConvProblem, gpu: Gpu, layout: Layout) -> str | None:

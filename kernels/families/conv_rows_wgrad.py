@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, Work
-from fastconv.kernels.families.conv_gather_wgrad import WGRAD
+from fastconv.kernels.families.conv_gather_wgrad import GATHER_WGRAD
 from fastconv.kernels.families.conv_rows import why_not_rows
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision
 from fastconv.kernels.families.row_form import count_runs, filter_rows, form_of_call, row_scalars, row_taps
@@ -37,7 +37,7 @@ from fastconv.kernels.tiles.shapes import cdiv, element_registers, matrix_regist
 def conv_rows_wgrad_kernel(
     x_ptr,  # [N, D, H, row_length]
     dy_ptr,  # [N, O, P, Q, K]
-    dw_ptr,  # [splits, COLUMNS, K, T, R, window]
+    dw_ptr,  # [splits, RUN_OUTPUTS, K, T, R, window]
     N, D, H,
     row_length,  # W * C, in units of VEC
     O, P, Q,
@@ -55,7 +55,7 @@ def conv_rows_wgrad_kernel(
     dilation_d, dilation_h,
     splits,
     VEC: tl.constexpr, VEC_K: tl.constexpr, RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,  # neighbouring outputs that share a run
+    RUN_OUTPUTS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,7 +69,7 @@ def conv_rows_wgrad_kernel(
     dy_stride *= VEC_K
     if WIDE:
         dy_stride = dy_stride.to(tl.int64)
-    PART: tl.constexpr = BLOCK_K // COLUMNS
+    PART: tl.constexpr = BLOCK_K // RUN_OUTPUTS
 
     # Tiles of one split are neighbours: they read the same pixels.
     rows = T * R
@@ -96,7 +96,7 @@ def conv_rows_wgrad_kernel(
     x_tile = x_ptr + x_column[None, :]
     dy_tile = dy_ptr + (column * dy_stride + offs_k)[:, None]
 
-    runs_q = tl.cdiv(Q, COLUMNS)
+    runs_q = tl.cdiv(Q, RUN_OUTPUTS)
     runs = N * P * runs_q
     if RANK == 3:
         runs *= O
@@ -120,7 +120,7 @@ def conv_rows_wgrad_kernel(
                 x_d = o * stride_d
                 x_row += x_d * x_stride_d
                 pixel = (n * O + o) * P + p
-            pixel = pixel * Q + q * COLUMNS
+            pixel = pixel * Q + q * RUN_OUTPUTS
             place = first[:, None] + offs_e[None, :]
             h = x_h[:, None] + tap_h[None, :]
             mask = mask_m[:, None] & mask_c[None, :] & (h >= 0) & (h < H) & (place >= 0) & (place < row_length)
@@ -129,8 +129,8 @@ def conv_rows_wgrad_kernel(
                 mask = mask & (d >= 0) & (d < D)
             x_step = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0)
             mask_y = mask_k[:, None] & mask_m[None, :]
-            if COLUMNS > 1:
-                mask_y = mask_y & (column[:, None] + (q * COLUMNS)[None, :] < Q)
+            if RUN_OUTPUTS > 1:
+                mask_y = mask_y & (column[:, None] + (q * RUN_OUTPUTS)[None, :] < Q)
             dy_step = tl.load(dy_tile + (pixel * dy_stride)[None, :], mask=mask_y, other=0.0)
             acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
             n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, runs_q, RANK)
@@ -138,13 +138,13 @@ def conv_rows_wgrad_kernel(
     # Each column stores its own window of the run, in a part of the workspace of its own, as splits do.
     own = offs_e[None, :] - (shift + column * distance)[:, None]
     mask = mask_k[:, None] & (row < rows)[None, :] & (own >= 0) & (own < window)
-    out = dw_ptr + split.to(tl.int64) * (COLUMNS * K * rows * window)
+    out = dw_ptr + split.to(tl.int64) * (RUN_OUTPUTS * K * rows * window)
     out += ((column * K + offs_k) * (rows * window))[:, None] + (row * window)[None, :]
     tl.store(out + own, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, layout: Layout = DENSE) -> Launches:
-    """The launches of wgrad, like those of `conv_wgrad`; the workspace holds each split's gradient of every column."""
+    """The launches of wgrad, as `conv_gather_wgrad`; the workspace holds each split's gradient of every column."""
     form = form_of_call(problem, layout)
     rank3 = problem.as_rank3
     (_, x_strides), dy = operands = layout.operands(direction, problem)
@@ -168,7 +168,7 @@ def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
             "VEC": form.vec,
             "VEC_K": vec_k,
             "RANK": max(problem.rank, 2),
-            "COLUMNS": form.columns,
+            "RUN_OUTPUTS": form.columns,
             "RUN": form.run,
             "USED": triton.cdiv(form.used, form.vec) * form.vec,
             "WIDE": needs_int64(*operands),
@@ -184,9 +184,9 @@ def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
 
 
 ROWS_WGRAD = replace(
-    WGRAD,
+    GATHER_WGRAD,
     name="conv_rows_wgrad",
-    ranges={**WGRAD.ranges, "BLOCK_M": (32,)},
+    ranges={**GATHER_WGRAD.ranges, "BLOCK_M": (32,)},
     kernels=(conv_rows_wgrad_kernel, split_sum_kernel),
 )
 

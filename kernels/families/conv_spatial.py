@@ -1,8 +1,9 @@
 """Convolution of few images by bulk tensor copies over rows or rectangles of pixels: fprop, dgrad.
 
-The index equation is that of `conv_gather`. A tile is a rectangle of output pixels, ROWS high and COLUMNS wide. Under
-one tap it meets a rectangle of x, which one copy brings for a block of channels; the copy reads 0 outside the image,
-which is the padding. Bytes: x, w and y once each; taps re-read x from L2.
+``y[n, p, k] = sum over taps r, channels c of x[n, p * stride - padding + r * dilation, c] * w[k, r, c]``, on each axis.
+A tile is a rectangle of output pixels, ROWS high and TILE_WIDTH wide. Under one tap it meets a rectangle of x, which
+one copy brings for a block of channels; the copy reads 0 outside the image, which is the padding. Bytes: x, w and y
+once each; taps re-read x from L2.
 
 A copy takes neighbouring pixels, but outputs of a strided convolution meet every stride-th one. A view of x with one
 axis more separates the phases of columns; with a row stride a tile has one row. dgrad needs neither, because its phases
@@ -19,7 +20,6 @@ import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather import gather_candidates
-from fastconv.kernels.families.conv_gemm import GEMM_TILES
 from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, named_family, why_not_bulk_copies
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
@@ -29,7 +29,7 @@ from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
 from fastconv.kernels.problem.layout import Strides, dense_strides, linear_stride, load_width, needs_int64, pointer_type
 from fastconv.kernels.tiles.autotuned import Candidates, predicted
-from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
+from fastconv.kernels.tiles.shapes import BOX_TILES, TileSpace, cdiv, fitting, matrix_share
 
 
 @triton.jit(
@@ -42,7 +42,7 @@ from fastconv.kernels.tiles.shapes import TileSpace, cdiv, fitting, matrix_share
     ]
 )  # fmt: skip
 def conv_spatial_kernel(
-    x_desc,  # [N * D, phases, H, W / phases, C], boxes [1, 1, ROWS, COLUMNS, BLOCK_C]
+    x_desc,  # [N * D, phases, H, W / phases, C], boxes [1, 1, ROWS, TILE_WIDTH, BLOCK_C]
     w_desc,  # [taps, K, C], boxes [1, BLOCK_K, BLOCK_C]; in dgrad [taps, C, K], boxes [1, BLOCK_C, BLOCK_K]
     bias_ptr,  # [K], like the next five: absent unless the epilogue uses them
     mean_ptr, var_ptr, gamma_ptr, beta_ptr,  # of batch norm
@@ -78,7 +78,7 @@ def conv_spatial_kernel(
     ROWS: tl.constexpr,  # height of the tile
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    COLUMNS: tl.constexpr = BLOCK_M // ROWS  # width of the tile
+    TILE_WIDTH: tl.constexpr = BLOCK_M // ROWS  # width of the tile
     K *= VEC
     y_stride_n, y_stride_d, y_stride_h, y_stride_w = in_elements(
         y_stride_n, y_stride_d, y_stride_h, y_stride_w, VEC, WIDE
@@ -112,8 +112,8 @@ def conv_spatial_kernel(
         phase_w, Q, S, stride_w, padding_w, dilation_w, gcd_w, inverse_w, DGRAD
     )
     # Phases differ by at most one pixel along an axis; the largest sets the grid.
-    q_tiles = tl.cdiv(tl.cdiv(Q, phases_w), COLUMNS)
-    q = at % q_tiles * COLUMNS
+    q_tiles = tl.cdiv(tl.cdiv(Q, phases_w), TILE_WIDTH)
+    q = at % q_tiles * TILE_WIDTH
     at = at // q_tiles
     p_tiles = tl.cdiv(tl.cdiv(P, phases_h), ROWS)
     p = at % p_tiles * ROWS
@@ -179,8 +179,8 @@ def conv_spatial_kernel(
                 t = tl.where(carry, t + 1, t)
 
     m = tl.arange(0, BLOCK_M)
-    p += m // COLUMNS
-    q += m % COLUMNS
+    p += m // TILE_WIDTH
+    q += m % TILE_WIDTH
     mask_m = (p < rows) & (q < count_w)
     y_row = image * y_stride_n + (first_h + p * step_h) * y_stride_h + (first_w + q * step_w) * y_stride_w
     if RANK == 3:
@@ -272,7 +272,7 @@ def _image_stride(shape: tuple[int, ...], strides: Strides) -> int | None:
 
 
 def _spatial_tile(config: Config) -> str | None:
-    if (config["num_warps"], config["num_stages"]) != GEMM_TILES.get((config["BLOCK_M"], config["BLOCK_K"])):
+    if (config["num_warps"], config["num_stages"]) != BOX_TILES.get((config["BLOCK_M"], config["BLOCK_K"])):
         return "other warps or copies in flight than its sides ask for"
     if (config["BLOCK_M"], config["BLOCK_K"], config["BLOCK_C"]) == (128, 64, 32):
         return "a binary of fp32 that one version of the compiler spills"

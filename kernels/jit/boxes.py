@@ -13,9 +13,9 @@ from fastconv.kernels.problem.layout import Strides, dense_strides
 
 @triton.jit
 def read_pixels(
-    view, d, h, w, n, c, RANK: tl.constexpr, PARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    view, d, h, w, n, c, RANK: tl.constexpr, PARITY: tl.constexpr, BOX: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """[ROWS, COLUMNS] of x: rows are pixels from w on, all or every second one (PARITY), each with images from n on;
+    """[BOX, CHANNELS] of x: rows are pixels from w on, all or every second one (PARITY), each with images from n on;
     columns are channels from c on."""
     if PARITY:
         box = view.load([h, w & 1, w >> 1, n, c])
@@ -23,7 +23,7 @@ def read_pixels(
         box = view.load([d, h, w, n, c])
     else:
         box = view.load([h, w, n, c])
-    return tl.reshape(box, (ROWS, COLUMNS))
+    return tl.reshape(box, (BOX, CHANNELS))
 
 
 @triton.jit

@@ -86,30 +86,30 @@ def apply_epilogue(
     eps, a, b,
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PART_K: tl.constexpr,
 ):  # fmt: skip
-    """Apply the epilogue to acc [ROWS pixels, COLUMNS channels], PART_K columns at a time.
+    """Apply the epilogue to acc [BLOCK_M pixels, BLOCK_K channels], PART_K columns at a time.
 
     In the accumulator's layout a thread holds few rows and many columns, and as many elements of each vector: all
     columns at once would take twice the product's registers, and half of the programs would no longer fit.
     """
-    if COLUMNS > PART_K:
-        HALF: tl.constexpr = COLUMNS // 2
-        first, second = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
+    if BLOCK_K > PART_K:
+        HALF: tl.constexpr = BLOCK_K // 2
+        first, second = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         apply_epilogue(
             first, k, mask_m, y_row, tile, group, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr,
-            tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, ROWS, HALF, PART_K,
+            tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M, HALF, PART_K,
         )  # fmt: skip
         apply_epilogue(
             second, k + HALF, mask_m, y_row, tile, group, K,
             bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slope_ptr, residual_ptr, y_ptr,
-            tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, ROWS, HALF, PART_K,
+            tile_mean_ptr, tile_m2_ptr, eps, a, b, ACT, RESIDUAL_AFTER, BLOCK_M, HALF, PART_K,
         )  # fmt: skip
     else:
-        offs_k = k + tl.arange(0, COLUMNS)
+        offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         channel = group * K + offs_k
         if bias_ptr is not None:

@@ -222,7 +222,7 @@ def prepare_wgrad(
     if plan.layout.other_strides != layout.other_strides:
         copies[1] = pitched(dy.shape, dy.dtype)
     # Neighbouring outputs that share a run have a gradient each.
-    columns = launches[0].constants["COLUMNS"] if plan.family == "rows" else 1
+    columns = launches[0].constants["RUN_OUTPUTS"] if plan.family == "rows" else 1
     workspace = config["SPLITS"] * columns * prod(shape) if len(launches) > 1 else 0
     if format == TAPS_OUTERMOST and plan.family != "depthwise":
         return PreparedConv(tuple(copies), launches, shape, strides_like(shape, False), strides, workspace=workspace)

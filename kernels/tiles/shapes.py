@@ -80,6 +80,10 @@ def matrix_tile(rows: str, columns: str, depth: str) -> Callable[[Config], str |
     return valid
 
 
+# (rows, columns) -> (warps, stages) of a tile that bulk copies of matrices feed; families/README.md has the reasons.
+BOX_TILES = {(128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (8, 3), (64, 64): (4, 4)}
+
+
 def fitting(space: TileSpace, **channels: int) -> TileSpace:
     """``space`` without sides that ``channels`` (name of a side -> count) leave half empty; the smallest stays."""
     return space.narrowed(at_most={name: 2 * count - 1 for name, count in channels.items()})

@@ -88,7 +88,7 @@ def test_what_is_measured_corrects_what_is_alike() -> None:
 
 
 class Simulated:
-    """A `measure.Bench` whose compiler says what was estimated, and whose GPU is a timer."""
+    """A `tune.Runner` whose compiler says what was estimated, and whose GPU is a timer."""
 
     def __init__(self, timer: Timer, works: dict[Key, Work]) -> None:
         self.timer, self.works, self.taken = timer, works, 0
@@ -104,7 +104,7 @@ class Simulated:
 
 
 def search_for(timer: Timer, question: Question, works: dict[Key, Work]) -> tuple[float, float, int, int]:
-    """Regret of what the rounds of `measure.tune` find and of the default, the measurements they took, and how many
+    """Regret of what the rounds of `tune` find and of the default, the measurements they took, and how many
     configs there are."""
     runner = Simulated(timer, works)
     tuning = _Tuning(question, runner, lambda record: None, (), (), inf, lambda: 0.0, lambda step: None)

@@ -140,7 +140,7 @@ def test_epilogue_and_statistics() -> None:
     tolerance = (1e-4, 1e-4) if DEVICE == "cpu" else (1e-2, 3e-2)
     with record() as records:
         layer.check_statistics(tolerance)
-    assert records[1].launch.constants["COLUMNS"] == 2
+    assert records[1].launch.constants["RUN_OUTPUTS"] == 2
     rtol, atol = tolerance
     torch.testing.assert_close(layer.computed("relu").double(), layer.expected("relu"), rtol=rtol, atol=atol)
 

@@ -89,7 +89,7 @@ def test_wheel_from_sdist_is_the_same(source: Path, wheel: zipfile.ZipFile, tmp_
 
 
 def test_wheel_imports_alone(wheel: zipfile.ZipFile, tmp_path) -> None:
-    """Unpacked beside nothing else: the package comes from the wheel, its two inner parts are real folders."""
+    """Unpacked beside nothing else: the package comes from the wheel, its inner parts are real folders."""
     wheel.extractall(tmp_path)
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
     code = "import sys; sys.path.insert(0, sys.argv[1]); from fastconv.kernels import families as f; print(f.__file__)"
