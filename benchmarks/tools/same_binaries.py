@@ -44,6 +44,13 @@ class Binary(NamedTuple):
         """What two binaries that are the same have in common."""
         return self.arch, self.resources, self.instructions
 
+    @property
+    def alike(self) -> tuple[int, str, str, tuple[str, ...]]:
+        """What is the same whenever a kernel is compiled: ptxas numbers registers of sm_100 and orders instructions
+        differently from one run to the next."""
+        masked = sorted(re.sub(r"\b(U?[RP])\d+", r"\1", line) for line in self.instructions.splitlines())
+        return self.arch, self.kernel, self.resources, tuple(masked)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,16 +145,20 @@ def read(listing: str) -> tuple[str, str]:
 def compared(before: Sequence[Binary], after: Sequence[Binary]) -> str:
     """What differs, kernel by kernel, and a last line."""
     ours = {each.same for each in before}, {each.same for each in after}
-    gone = _by_kernel(each for each in before if each.same not in ours[1])
-    new = _by_kernel(each for each in after if each.same not in ours[0])
+    gone_all = [each for each in before if each.same not in ours[1]]
+    new_all = [each for each in after if each.same not in ours[0]]
+    alike = {each.alike for each in gone_all} & {each.alike for each in new_all}
+    gone, new = (_by_kernel(each for each in these if each.alike not in alike) for these in (gone_all, new_all))
     lines: list[str] = []
     for key in sorted({*gone, *new}):
         arch, kernel = key
         lines.append(f"sm_{arch} {kernel}: {len(gone[key])} before, {len(new[key])} after, that the other has not")
         if gone[key] and new[key]:
             lines += _difference(gone[key][0], new[key][0])
+    permuted = sum(each.alike in alike for each in gone_all)
+    note = f", {permuted} but for the numbers of registers and the order of instructions" if permuted else ""
     if not lines:
-        return f"{len(ours[0])} binaries, all the same"
+        return f"{len(ours[0])} binaries, all the same{note}"
     count = sum(map(len, gone.values())), sum(map(len, new.values()))
     return "\n".join(
         (*lines, f"{count[0]} of {len(ours[0])} binaries before and {count[1]} of {len(ours[1])} after differ")

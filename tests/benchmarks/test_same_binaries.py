@@ -28,6 +28,15 @@ def test_names_and_places_of_arguments_do_not_count() -> None:
     assert compared([binary()], [binary(argument="0x30", kernel="renamed")]) == "1 binaries, all the same"
 
 
+def test_numbers_of_registers_and_the_order_of_instructions_are_told_apart() -> None:
+    before = binary()
+    last, *others = reversed(before.instructions.splitlines())
+    after = before._replace(instructions="\n".join([last, *reversed(others)]).replace("R1", "R7"))
+    assert after.same != before.same
+    text = compared([before], [after])
+    assert text == "1 binaries, all the same, 1 but for the numbers of registers and the order of instructions"
+
+
 @pytest.mark.parametrize("changes", [{"registers": 41}, {"last": "IMAD"}], ids=["registers", "instruction"])
 def test_what_differs_is_shown(changes: dict[str, object]) -> None:
     text = compared([binary()], [binary(**changes)]).splitlines()
