@@ -103,17 +103,16 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 def plan(direction: str, problem: ConvProblem | PoolProblem, gpu: Gpu, layout: Layout = DENSE) -> Plan:
     """How ``gpu`` serves one direction of ``problem``: family, tile, launches. Needs neither tensors nor a GPU."""
     reasons: list[tuple[str, str]] = []
-    only = named_family()
-    reason = why_not_gpu(gpu)
+    named, reason = named_family(), why_not_gpu(gpu)
     if reason is not None:
         return decided(Plan(direction, problem, "pytorch", None, (), (("every family", reason),)))
     for family in FAMILIES[direction]:
-        if only not in (None, family.name):
+        if named not in (None, family.name):
             continue
         laid, reason = _layout_for(family, direction, problem, gpu, layout)
         if reason is None:
             choice, launches = family.plan(direction, problem, gpu, laid)
-            # Measurements have no epilogue. A pool keeps taps that PyTorch's backward cannot read.
+            # What was measured had no epilogue. PyTorch's backward of a max pool cannot read the taps that ours keeps.
             if choice.pytorch_faster and direction in DIRECTIONS and layout.epilogue == PLAIN:
                 reasons.append((family.name, "PyTorch's own op was measured faster"))
                 return decided(Plan(direction, problem, "pytorch", None, (), tuple(reasons), slower=True))

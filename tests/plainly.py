@@ -1,4 +1,4 @@
-"""Fused calls noted, and made of PyTorch's own operators: what is compared then is which are made, when, with what."""
+"""Fused calls, noted and made of PyTorch's own operators: a test compares which are made, when, with what."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

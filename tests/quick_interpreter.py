@@ -164,7 +164,7 @@ def _operator(slow: Callable[..., Any], compute: Callable[..., Any], dtypes: tup
 
 def _how(mine: Any, other: Any, compute: Callable[..., Any], dtypes: tuple[Any, ...]) -> Any:
     """What computes with the data of a tensor of scalar type ``mine`` and those of ``other``, and a constant's data;
-    None where Triton casts."""
+    None if Triton casts."""
     small = type(other) is int and -(2**31) <= other < 2**31
     if mine.is_ptr():
         width = np.uint64(max(1, mine.element_ty.primitive_bitwidth // 8))

@@ -39,7 +39,7 @@ def assert_close(value: Tensor, reference: Tensor, magnitude: Tensor, depth: int
     """Within one rounding to the value's dtype and the fp32 roundings of a sum of ``depth`` products.
 
     ``magnitude`` is the same sum over absolute values: what rounding errors are proportional to. ``eps``: the relative
-    error of one product, above fp32's, where operands are rounded first (TF32).
+    error of one product, above fp32's if operands are rounded first (TF32).
     """
     assert value.shape == reference.shape, f"{what}: shape {list(value.shape)}, expected {list(reference.shape)}"
     fp32 = torch.finfo(torch.float32).eps

@@ -29,7 +29,7 @@ def offset(t: Tensor) -> Tensor:
 
 
 def with_room(t: Tensor) -> Tensor:
-    """Channels_last, behind each channel one that is none; a matrix's column."""
+    """Channels_last with an unused element behind each channel; a column of a matrix."""
     return _poison(t, t.shape[0], *t.shape[2:], *t.shape[1:2], 2)[..., 0].movedim(-1, min(1, t.dim() - 1)).copy_(t)
 
 

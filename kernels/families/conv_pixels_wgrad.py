@@ -274,7 +274,7 @@ def _pixels_wgrad_tile(config: Config) -> str | None:
     if config["PIXELS"] > 1 and config["COLUMNS"] > 1:
         return "boxes of several pixels beside each other"
     if config["PIXELS"] > 1 and sides in ((128, 128, 3, 1), (64, 64, 3, 1)):
-        return "of neighbours one version of the compiler waits for every wgmma, or spills on Blackwell"
+        return "boxes of neighbours that one version of the compiler serialises, or spills on Blackwell"
     step = _pixels_wgrad_step(config) * 2
     stages = 4 if 4 * step <= 192 << 10 else 3
     return None if config["num_stages"] == stages else "copies in flight for another step size"

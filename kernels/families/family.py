@@ -27,7 +27,7 @@ class Layout:
     other_strides: Strides | None = None  # of y (fprop), dx (dgrad) or dy (wgrad)
     bias: bool = False
     epilogue: Epilogue = PLAIN
-    # A convolution's dw is channels_last; a pool's tensors are, or source_strides are those of (image, channel) planes.
+    # Whether a convolution's dw is, and a pool's tensors are; a pool's source_strides are else those of its planes.
     channels_last: bool = True
     taps_outermost: bool = False  # a depthwise convolution's dw is [taps, K]
     starts_aligned: bool = True  # every operand starts where a bulk copy may

@@ -1,1 +1,1 @@
-"""Device code that several kernels share."""
+"""Device code that several kernels share, and what their launches share."""

@@ -67,8 +67,8 @@ def apply_epilogue_to_pixels(
 
 def has_parities(problem: ConvProblem) -> bool:
     """Whether boxes can hold neighbours although the stride is 2: pixels of one parity of an even width are a view."""
-    lifted = problem.as_rank3
-    return lifted.stride[2] == 2 and lifted.input_size[2] % 2 == 0 and problem.rank < 3
+    rank3 = problem.as_rank3
+    return rank3.stride[2] == 2 and rank3.input_size[2] % 2 == 0 and problem.rank < 3
 
 
 def pixel_view(

@@ -1,6 +1,6 @@
 """What autograd is told: what happens between forward and backward, and gradients of gradients through whole models.
 
-Converted models against torch.nn's in fp64, where torch.nn's run; ours raise if those raise.
+Converted models against torch.nn's in fp64; ours raise if those raise.
 """
 
 import copy

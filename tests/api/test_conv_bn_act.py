@@ -456,7 +456,7 @@ def test_no_more_is_saved_than_by_eager(name: str, frozen: str, training: bool) 
     if frozen == "all but the last bias":
         model.requires_grad_(False)
         list(model.modules())[-1].bias.requires_grad_()
-    # With constant statistics their values, where eager keeps the buffers.
+    # With constant statistics their values; eager keeps the buffers.
     values = 0 if training else sum(b.numel() * b.element_size() for b in model.buffers() if b.dim())
     assert kept(model, x, True) <= kept(model, x, False) + values
 

@@ -350,7 +350,7 @@ def test_tutorial_net_trains(memory_format: torch.memory_format | None) -> None:
     with record() as launches:
         y = model(x)
         y.square().sum().backward()
-    # fprop twice, dgrad of the second layer, wgrad twice with its reduction where pixels are split.
+    # fprop twice, dgrad of the second layer, wgrad twice with its reduction if pixels are split.
     names = products_of(launches)
     assert names[:4] == ["conv_gather_kernel", "pool_kernel"] * 2
     assert names.count("conv_gather_kernel") == 3

@@ -579,7 +579,7 @@ def test_a_class_of_somebodys_behind_a_fused_one(calls: list[Any]) -> None:
 
 
 def test_wrappers_of_wrappers(calls: list[Any], monkeypatch) -> None:
-    """Each around what it has found on the converted model's class; the other models of that class have them too."""
+    """Each wraps what it finds on the class of the converted model, so other models of that class have it too."""
     model, plain = pair(Unit())
     expected = plain(images())
     with monkeypatch.context() as patch:

@@ -25,7 +25,7 @@ def nhwc(t: torch.Tensor) -> torch.Tensor:
 
 
 def bottleneck(x: torch.Tensor, weights: list[torch.Tensor], fused: bool) -> torch.Tensor:
-    """conv-BN-ReLU twice, then conv-BN-add-ReLU, in place where eager can."""
+    """conv-BN-ReLU twice, then conv-BN-add-ReLU, in place if eager can."""
     h = x
     for index, weight in enumerate(weights):
         k = weight.shape[0]

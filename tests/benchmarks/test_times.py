@@ -1,4 +1,4 @@
-"""The GPU's road walked on the CPU: providers, layers, host time, with clocks that are made up or mean nothing."""
+"""What a GPU's run does, on the CPU: providers, layers, host time, with clocks that are made up or mean nothing."""
 
 import io
 import itertools
@@ -231,7 +231,7 @@ def test_a_block_has_the_shapes_of_its_network() -> None:
 def block_part(block: blocks.Block, progress: Progress, deadline: float = math.inf) -> Part:
     saved: list[Part] = []
     clock = HostClock()
-    # In fp32: of so few pixels a ReLU that bfloat16 switches is a large share.
+    # In fp32, because a ReLU that bfloat16 switches is a large share of a few pixels.
     part = blocks.measure([block], ["train"], torch.float32, CPU, clock, deadline, progress, saved.append)
     assert saved[-1] == part
     return part
