@@ -17,11 +17,13 @@ from torch.nn import Parameter
 from fastconv.kernels import dispatch
 from fastconv.kernels.families.family import why_not_gpu
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.problem.layout import POINTER_TYPES
 
 Ints = int | Sequence[int]
 
-_INTERPRETING = interpreter.interpreting()
+# Whether kernels take the CPU's tensors: interpreted, or on an emulated GPU.
+_ON_CPU = interpreter.interpreting() or here.type == "cpu"
 _is_compiling, _transforms = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 log = logging.getLogger("fastconv")
@@ -51,7 +53,7 @@ def why_not_served(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     if x.is_cuda:
         return _why_not_build() if compiling or dispatch.is_forced() else _why_not_gpu(x.get_device())
     # A tensor without data stands for one on the GPU that calls are planned for.
-    if x.is_cpu and (_INTERPRETING or (dispatch.is_forced() and isinstance(x, FakeTensor))):
+    if x.is_cpu and (_ON_CPU or (dispatch.is_forced() and isinstance(x, FakeTensor))):
         return None
     return f"its device is {x.device.type}" + (" (and TRITON_INTERPRET is not set)" if x.is_cpu else "")
 
@@ -76,7 +78,7 @@ def _why_not_gpu(index: int) -> str | None:
     """Why PyTorch's own operators serve every call on the GPU of this index, or None. Warns once."""
     reason = _why_not_build()
     # If there is no GPU, a tensor on one has no data.
-    if reason is None and torch.cuda.is_available():
+    if reason is None and here.is_available():
         reason = why_not_gpu(dispatch.target(torch.device("cuda", index)))
     if reason is not None:
         log.warning("PyTorch's own ops run on cuda:%d: %s", index, reason)

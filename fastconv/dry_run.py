@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastconv.kernels.launch.device import here
 from fastconv.nn.fused_call import process_group
 from fastconv.traffic import implementations
 
@@ -37,7 +38,7 @@ def make_calls(model: Module, inputs: tuple[Any, ...], train: bool, may_compute:
         if not may_compute:
             raise
         why = f"it ran, since without data it raises {type(error).__name__}: {str(error).splitlines()[0]}"
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(here.device_count())):
             _step(copied(model), inputs, train)
         return why
     return None

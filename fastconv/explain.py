@@ -25,6 +25,7 @@ from fastconv.dry_run import AloneSyncBatchNorm, copied, rejoined, settled
 from fastconv.fuse import norms
 from fastconv.kernels import dispatch
 from fastconv.kernels.dispatch import Plan
+from fastconv.kernels.launch.device import here
 from fastconv.nn.fused_call import Steps, call_fused, steps_fused, watchers
 from fastconv.nn.patches import patched
 from fastconv.report import Layer, Report, convolutions, is_converted, kind, pools, table, why_not_converted
@@ -166,7 +167,7 @@ def explain(model: Module, *inputs: Any) -> Explanation:
         watch = _run_without_data(model, inputs, mode)
         if watch is None:
             watch = _WatchedModel(copied(model), mode)
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
+            with torch.random.fork_rng(range(here.device_count())):
                 watch.run(inputs)
     fused = []
     for norm in watch.norms:

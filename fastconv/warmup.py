@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import compile_each, load
 from fastconv.kernels.launch import interpreter, launch
+from fastconv.kernels.launch.device import here
 from fastconv.settings import settings
 
 log = logging.getLogger("fastconv")
@@ -74,10 +74,10 @@ def warmup(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     tensors = [t for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs)) if isinstance(t, Tensor)]
-    devices = list(dict.fromkeys(t.device for t in tensors if t.device.type == "cuda"))
+    devices = list(dict.fromkeys(t.device for t in tensors if here.holds(t.device)))
     if named is None and not devices:
         return _nothing("the model and its inputs are on the CPU; gpu= compiles for a GPU that is not here")
-    if devices and torch.cuda.is_current_stream_capturing():
+    if devices and here.is_current_stream_capturing():
         raise RuntimeError("fastconv.warmup compiles, and a CUDA graph is being captured: call it before the capture")
     target = named or dispatch.target(devices[0])
     with contextlib.ExitStack() as looking:

@@ -38,6 +38,7 @@ from fastconv.kernels.families.family import DENSE, Family, Layout, named_family
 from fastconv.kernels.jit.epilogue import PLAIN
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.descriptor import ALIGNMENT, bulk, pitched
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import Launch, decided
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem
 from fastconv.kernels.problem.layout import pixel_strides
@@ -183,12 +184,12 @@ def target(device: torch.device) -> Gpu:
         return _forced[-1]
     if interpreter.interpreting():
         return gpu_table.INTERPRETER
-    return _device_gpu(device.index if device.index is not None else torch.cuda.current_device())
+    return _device_gpu(device.index if device.index is not None else here.current_device())
 
 
 @cache
-def _device_gpu(index: int) -> Gpu:
-    properties = torch.cuda.get_device_properties(index)
+def _device_gpu(index: int | None) -> Gpu:
+    properties = here.get_device_properties(index)
     known = gpu_named(properties.name, properties.multi_processor_count)
     if known is not None:
         return known

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 
 if interpreter.interpreting():
     from quick_interpreter import quicken
@@ -27,6 +28,11 @@ hypothesis.settings.load_profile("fastconv")
 # A shell's background job begins with Ctrl-C ignored, and so would every process that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not here.real:
+        config.pluginmanager.import_plugin("tests.emulator.plugin")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +77,7 @@ def _nobodys_measurements(tmp_path_factory: pytest.TempPathFactory) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # The same numbers whichever tests ran before in this process.
     torch.manual_seed(0)
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if item.get_closest_marker("gpu") and not here.is_available():
         pytest.skip("needs a CUDA device")
 
 

@@ -13,6 +13,7 @@ import torch
 import fastconv
 from fastconv.benchmarks.models import channels_last
 from fastconv.kernels.launch import launch
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.accuracy import TF32_EPS, fp32_convolutions, max_error, tolerance
 
 FORWARD = "forward"
@@ -59,7 +60,7 @@ def precisions(device: torch.device) -> dict[str, tuple[torch.dtype, float]]:
         "float16": (torch.float16, torch.finfo(torch.float16).eps),
         "bfloat16": (torch.bfloat16, torch.finfo(torch.bfloat16).eps),
     }
-    return names if device.type == "cuda" else {name: value for name, value in names.items() if name != "tf32"}
+    return names if here.holds(device) else {name: value for name, value in names.items() if name != "tf32"}
 
 
 def compare(check: Check, case: CheckCase, precision: str, device: torch.device) -> Iterator[Row]:

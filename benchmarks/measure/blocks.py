@@ -23,6 +23,7 @@ from fastconv.benchmarks.models import LoadedModel, load
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors
 from fastconv.measuring.capture import captured
@@ -169,7 +170,7 @@ def measure(
         "kind": "blocks",
         "title": f"Blocks, batch {blocks[0].loaded.input_shape[0]}, {name}, channels_last",
         "dtype": name,
-        "bandwidth": dispatch.target(device).bandwidth if device.type == "cuda" else None,
+        "bandwidth": dispatch.target(device).bandwidth if here.holds(device) else None,
         "rows": [],
     }
     rows = part["rows"]

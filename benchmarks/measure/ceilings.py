@@ -7,6 +7,7 @@ import statistics
 import torch
 
 from fastconv.benchmarks.report.targets import Ceilings
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.clock import Clock, Thunk
 
 SAMPLES, UNCOUNTED = 12, 2
@@ -14,7 +15,7 @@ SAMPLES, UNCOUNTED = 12, 2
 
 def measure(device: torch.device, clock: Clock) -> Ceilings:
     """A GPU's ceilings. On the CPU the arrays are tiny and say nothing."""
-    size, side = (2**30, 8192) if device.type == "cuda" else (2**20, 64)
+    size, side = (2**30, 8192) if here.holds(device) else (2**20, 64)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # Random numbers, because a GPU's clock rate depends on how many bits change.

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
-import torch
 import triton
 
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import compile_each, cores
 from fastconv.kernels.launch import interpreter, launch
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 
 
@@ -32,7 +32,7 @@ def compile_kernels(calls: Callable[[], object]) -> Part:
             stopped = reason(error)
     started = time.perf_counter()
     needed = {record.launch.compile_key: record.launch for record in records}
-    target = dispatch.target(torch.device("cuda"))
+    target = dispatch.target(here.at())
     compiled = compile_each(((it, target) for it in needed.values()), lambda binary: None)
     return part | {
         "verdict": "right",

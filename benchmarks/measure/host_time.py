@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fastconv.functional
 from fastconv.benchmarks.report.results import Part
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.clock import Sample, Thunk, interleave, spread, synchronize
 
 HOST_CALLS = 200  # few enough for the driver's queue, so that the host never waits for the GPU
@@ -27,7 +28,7 @@ def host_time(device: torch.device, deadline: float) -> Part:
     """
     functions: dict[str, Callable[..., torch.Tensor]] = {"fastconv": fastconv.functional.conv2d, "PyTorch": F.conv2d}
     rows = []
-    chosen = CALLS if device.type == "cuda" else CALLS[:1]
+    chosen = CALLS if here.holds(device) else CALLS[:1]
     for (images, channels, side, dtype), gradient in product(chosen, (False, True)):
         x, w = (
             torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -63,7 +64,7 @@ def _called(conv: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor,
 
 
 def _host_sample(call: Thunk, device: torch.device) -> Sample:
-    calls = HOST_CALLS if device.type == "cuda" else 1  # interpreted, a call takes ten thousand times as long
+    calls = HOST_CALLS if here.holds(device) else 1  # interpreted, a call takes ten thousand times as long
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):

@@ -20,6 +20,7 @@ from fastconv.benchmarks.models import LoadedModel
 from fastconv.benchmarks.report.console import Progress
 from fastconv.benchmarks.report.results import Part
 from fastconv.kernels.launch import launch
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick, fp32_convolutions, norm_error
 from fastconv.measuring.capture import Captured
@@ -227,7 +228,7 @@ def measure(
         yield part
     for provider in ready.values():
         # Last, because a profiler slows down later launches.
-        provider.row["gpu_kernels"] = _gpu_kernels(provider.step) if work.device.type == "cuda" else None
+        provider.row["gpu_kernels"] = _gpu_kernels(provider.step) if here.holds(work.device) else None
     save(part)
     yield part
 
@@ -299,17 +300,17 @@ def _providers(work: Workload) -> tuple[dict[str, tuple[Build, float]], ...]:
 
 def warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Ready, Any]:
     """Build and run a provider; fill in its compile time, memory, launches and how many steps a sample holds."""
-    cuda = device.type == "cuda"
+    gpu = here.holds(device)
     release(device)
-    before = torch.cuda.memory_allocated() if cuda else 0
+    before = here.memory_allocated() if gpu else 0
     started = time.perf_counter()
     step = build()
     for _ in range(WARM_UP_STEPS):
         result = step()
     synchronize(device)
     row["warm_up_s"] = time.perf_counter() - started
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    if gpu:
+        here.reset_peak_memory_stats()
     with launch.record() as records:
         started = time.perf_counter()
         step()
@@ -317,9 +318,9 @@ def warm_up(build: Build, row: dict[str, Any], device: torch.device) -> tuple[Re
         took_ms = (time.perf_counter() - started) * 1e3
     # A graph takes its memory at the capture and keeps it, so a replay does not show its peak.
     captured = getattr(step, "peak_bytes", 0)
-    row["peak_bytes"] = max(captured, torch.cuda.max_memory_allocated()) - before if cuda else None
+    row["peak_bytes"] = max(captured, here.max_memory_allocated()) - before if gpu else None
     row["launches"] = dict(Counter(record.name for record in records))
-    row["repeats"] = math.ceil(SAMPLE_MS / took_ms) if cuda else 1
+    row["repeats"] = math.ceil(SAMPLE_MS / took_ms) if gpu else 1
     return Ready(step, row), result
 
 
@@ -327,17 +328,17 @@ class Replay(Captured):
     """A step, captured on a stream of its own once it has run there."""
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        side = here.Stream()
+        side.wait_stream(here.current_stream())
+        with here.stream(side):
             for _ in range(WARM_UP_STEPS):
                 step()
-            torch.cuda.synchronize()
+            here.synchronize()
             release(side.device)  # the graph takes nothing of what the allocator keeps
-            torch.cuda.reset_peak_memory_stats()
+            here.reset_peak_memory_stats()
             super().__init__(step)
-        torch.cuda.current_stream().wait_stream(side)
-        self.peak_bytes = torch.cuda.max_memory_allocated()
+        here.current_stream().wait_stream(side)
+        self.peak_bytes = here.max_memory_allocated()
 
 
 def _gpu_kernels(step: Callable[[], Any]) -> int | None:
@@ -345,7 +346,7 @@ def _gpu_kernels(step: Callable[[], Any]) -> int | None:
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
-            torch.cuda.synchronize()
+            here.synchronize()
         on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device) or None
     except Exception:  # the profiler needs rights that some machines do not give

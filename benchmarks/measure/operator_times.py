@@ -21,6 +21,7 @@ from fastconv.benchmarks.models import channels_last
 from fastconv.benchmarks.registry import COMPILED, EAGER, Provider
 from fastconv.benchmarks.report.targets import DOUBTED
 from fastconv.kernels.launch import launch
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import Tensors, against_yardstick
 from fastconv.measuring.capture import Captured, captured
@@ -53,14 +54,14 @@ def conditions(device: torch.device) -> Iterator[None]:
         torch._functorch.config.patch(donated_buffer=False),
         torch.autograd.set_multithreading_enabled(False),
     ):
-        if device.type != "cuda":
+        if not here.holds(device):
             yield
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream = here.Stream()
+        stream.wait_stream(here.current_stream())
+        with here.stream(stream):
             yield
-        torch.cuda.current_stream().wait_stream(stream)
+        here.current_stream().wait_stream(stream)
 
 
 def measure_row(
@@ -158,7 +159,7 @@ def prepared(provider: Provider, operator: Operator, direction: str, operands: O
 def failed(error: Exception) -> dict[str, Any]:
     """What an entry or a row says of an exception. Memory that it leaves is given back."""
     if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
+        here.empty_cache()
     return {"status": "failed", "reason": reason(error)}
 
 
@@ -166,8 +167,8 @@ def _time(row: dict[str, Any], ready: dict[str, DirectionCall], setup: Setup, de
     """Each provider's milliseconds, in turn with the others': replayed from a CUDA graph, and called from Python."""
     entries = {entry["provider"]: entry for entry in row["providers"]}
     samples: dict[str, Callable[[], Sample]] = {}
-    if setup.device.type == "cuda":
-        torch.cuda.empty_cache()  # a graph takes memory of its own, and none is given back during its capture
+    if here.holds(setup.device):
+        here.empty_cache()  # a graph takes memory of its own, and none is given back during its capture
     for name, call in ready.items():
         replay = captured(Captured, call, entries[name], setup.device)
         samples[name] = partial(setup.clock, replay, cold=True)
@@ -193,7 +194,7 @@ def _measure_again(
     """Ours and eager's milliseconds in another way: other numbers, the host's clock, and a cold cache because copies of
     the operands that exceed it take turns in one graph."""
     moved = operator.elements * setup.dtype.itemsize
-    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if setup.device.type == "cuda" else 2
+    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if here.holds(setup.device) else 2
     try:
         calls = {}
         for provider in (ours, eager):

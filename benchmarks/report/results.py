@@ -137,12 +137,14 @@ def environment() -> dict[str, Any]:
     """What a figure depends on: machine, driver, versions, commit. Unknown entries are None."""
     import torch
 
-    gpu = torch.cuda.is_available()
+    from fastconv.kernels.launch.device import here
+
+    gpu = here.is_available()
     return {
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if gpu else None,
+        "gpu": here.get_device_name() if gpu else None,
+        "multiprocessors": here.get_device_properties(0).multi_processor_count if gpu else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        if gpu
+        if gpu and here.real
         else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

@@ -14,10 +14,11 @@ from fastconv.benchmarks import layer_lists, registry
 from fastconv.benchmarks.measure import operator_times
 from fastconv.benchmarks.measure.directions import drawn
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.clock import synchronize
 
-GPU = torch.cuda.is_available() and not interpreter.interpreting()
-DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16
+GPU = here.is_available() and not interpreter.interpreting()
+DEVICE, DTYPE = here.at() if GPU else torch.device("cpu"), torch.bfloat16
 ROUNDS, WARM_UP = (50, 3) if GPU else (1, 0)
 pytestmark = pytest.mark.skipif(
     not (GPU or interpreter.interpreting()), reason="no GPU that PyTorch can use, and TRITON_INTERPRET is not set"

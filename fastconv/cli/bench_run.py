@@ -22,6 +22,7 @@ from fastconv.benchmarks.report.results import Part, Results, read
 from fastconv.cli.errors import BadUsage, bad_usage
 from fastconv.cli.options import dtype_option
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 from fastconv.measuring.clock import Clock, CudaClock, HostClock
 
@@ -114,7 +115,7 @@ def choose(options: Options) -> Run:
         if not interpreter.interpreting():
             raise BadUsage("--dry-run needs the interpreter: run it with TRITON_INTERPRET=1")
         return timed_run
-    if torch.cuda.is_available() and not interpreter.interpreting():
+    if here.is_available() and not interpreter.interpreting():
         return timed_run
     if not interpreter.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
@@ -156,7 +157,7 @@ def _check(options: Options) -> None:
 def timed_run(options: Options, out: Path, screen: Console) -> Results:
     """A network on the GPU, or operators or blocks of several; in a dry run tiny ones, on the CPU."""
     started = time.monotonic()
-    device = torch.device("cpu" if options.dry_run else "cuda")
+    device = torch.device("cpu") if options.dry_run else here.at()
     clock = HostClock() if options.dry_run else CudaClock()
     dtype = dtype_option(options.dtype or "bfloat16")
     prepared = _blocks if options.blocks else _operators if options.operators else _network

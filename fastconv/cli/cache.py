@@ -165,10 +165,9 @@ def _verify(store: Store, argument: str | None) -> int:
 
 def _import(store: Store, path: Path, gpu: str | None) -> int:
     """Add a file's records: all of it or nothing."""
-    import torch
-
     from fastconv.kernels import dispatch
     from fastconv.kernels.launch import interpreter
+    from fastconv.kernels.launch.device import here
 
     try:
         records = _read(path)
@@ -176,9 +175,9 @@ def _import(store: Store, path: Path, gpu: str | None) -> int:
         raise BadUsage(str(error)) from error
     if gpu is not None:
         wanted, name = _of(gpu, records), gpu
-    elif torch.cuda.is_available() and not interpreter.interpreting():
-        here = dispatch.target(torch.device("cuda"))
-        wanted, name = lambda record: record.of_gpu(here), f"{here.name} with {here.multiprocessors}"
+    elif here.is_available() and not interpreter.interpreting():
+        own = dispatch.target(here.at())
+        wanted, name = lambda record: record.of_gpu(own), f"{own.name} with {own.multiprocessors}"
     else:
         raise BadUsage("cache import: PyTorch sees no GPU; --gpu H200 names the one that the file is for, or all")
     others = sorted({f"{r.gpu} with {r.multiprocessors} multiprocessors" for r in records if not wanted(r)})

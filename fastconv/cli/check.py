@@ -21,13 +21,14 @@ def check(quick: Annotated[bool, typer.Option("--quick", help="The most telling 
 
     from fastconv.benchmarks.report.console import Progress, console
     from fastconv.kernels.launch import interpreter
+    from fastconv.kernels.launch.device import here
 
-    gpu = torch.cuda.is_available() and not interpreter.interpreting()
+    gpu = here.is_available() and not interpreter.interpreting()
     if not gpu and not interpreter.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
-    device = torch.device("cuda" if gpu else "cpu")
+    device = here.at() if gpu else torch.device("cpu")
     screen = console()
-    where = torch.cuda.get_device_name() if gpu else "the CPU, by Triton's interpreter (TF32 is not modelled there)"
+    where = here.get_device_name() if gpu else "the CPU, by Triton's interpreter (TF32 is not modelled there)"
     screen.print(f"Every kernel against PyTorch in fp64, on {where}.")
     with Progress(screen) as progress:
         rows = compare_all(device, quick, progress)

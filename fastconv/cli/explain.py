@@ -26,10 +26,11 @@ def explain(
     from fastconv.benchmarks.models import load
     from fastconv.cli.options import dtype_option, gpu_option
     from fastconv.kernels import dispatch
+    from fastconv.kernels.launch.device import here
 
     precision = dtype_option(dtype)
     target = contextlib.nullcontext() if gpu is None else dispatch.use_target(gpu_option(gpu))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here.at() if here.is_available() else torch.device("cpu")
     with bad_usage():
         loaded = load(model, batch, size)
     network = fastconv.convert(loaded.model.to(device, precision), memory_format=loaded.memory_format).train(train)

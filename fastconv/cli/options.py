@@ -7,6 +7,7 @@ import torch
 from fastconv.autotune.gpus import H200, Gpu, gpu_called
 from fastconv.cli.errors import BadUsage
 from fastconv.kernels import dispatch
+from fastconv.kernels.launch.device import here
 
 DTYPES = {
     **dict.fromkeys(("float32", "fp32"), torch.float32),
@@ -32,4 +33,4 @@ def gpu_option(name: str) -> Gpu:
 
 def gpu_here() -> Gpu:
     """The GPU of this machine; the H200 if there is none."""
-    return dispatch.target(torch.device("cuda", 0)) if torch.cuda.is_available() else H200
+    return dispatch.target(here.at(0)) if here.is_available() else H200

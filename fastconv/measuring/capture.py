@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 
 
@@ -21,10 +22,10 @@ class Captured:
 
     def __init__(self, call: Callable[[], Any], pool: torch.cuda.MemPool | None = None) -> None:
         self.call = call  # keeps the operands that the graph reads alive
-        self.graph = torch.cuda.CUDAGraph()
-        self.pool = torch.cuda.MemPool() if pool is None else pool
+        self.graph = here.CUDAGraph()
+        self.pool = here.MemPool() if pool is None else pool
         uses = self.pool.use_count()
-        torch.cuda.synchronize()
+        here.synchronize()
         try:
             # torch.cuda.graph would give all of the allocator's memory back each time.
             self.graph.capture_begin(pool=self.pool.id)  # type: ignore[arg-type]  # torch has a name for the pair
@@ -50,12 +51,11 @@ def _forget(graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, uses: int) ->
     How much of this PyTorch does depends on its version. What it leaves would hold the pool's memory for ever; and
     while a capture seems to go on, no pool gives memory back.
     """
-    device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # from 2.12 on a failing capture_end has done it
-        torch._C._cuda_endAllocateToPool(device, pool.id)
+        here.end_allocating(pool)
     graph.reset()
     while pool.use_count() > uses:
-        torch._C._cuda_releasePool(device, pool.id)
+        here.release_pool(pool)
 
 
 def captured(
@@ -66,7 +66,7 @@ def captured(
 ) -> Callable[[], Any]:
     """``call`` by ``capture`` as a CUDA graph; else ``call`` itself, with the reason in ``entry``."""
     entry["graph"] = False
-    if device.type != "cuda":
+    if not here.holds(device):
         return call
     try:
         graph = capture(call)

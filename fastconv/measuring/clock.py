@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 
 Thunk = Callable[[], object]
@@ -43,18 +44,18 @@ class CudaClock:
     SLEEP_CYCLES = 1_000_000
 
     def __init__(self) -> None:
-        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._flush = torch.empty(4 * cache, dtype=torch.int8, device="cuda")
+        cache = here.get_device_properties(here.current_device()).L2_cache_size
+        self._flush = torch.empty(4 * cache, dtype=torch.int8, device=here.at())
 
     def __call__(self, call: Thunk, repeats: int = 1, *, cold: bool = False, alone: bool = False) -> Sample:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        begin, end = (here.Event(enable_timing=True) for _ in range(2))
+        here.synchronize()
         if cold:
             if not alone:
-                torch.cuda._sleep(self.SLEEP_CYCLES)
+                here.sleep(self.SLEEP_CYCLES)
             self._flush.zero_()
             if alone:
-                torch.cuda.synchronize()
+                here.synchronize()
         begin.record()
         started = time.perf_counter()
         for _ in range(repeats):
@@ -143,12 +144,12 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device; the CPU is never behind."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if here.holds(device):
+        here.synchronize(device)
 
 
 def release(device: torch.device) -> None:
     """Free what nothing refers to, and give the allocator's memory back."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if here.holds(device):
+        here.empty_cache()

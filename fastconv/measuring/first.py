@@ -7,13 +7,12 @@ import logging
 import time
 from collections.abc import Sequence
 
-import torch
-
 from fastconv.autotune import Config, Tuned
 from fastconv.autotune.choose import Question
 from fastconv.autotune.known import store, tables
 from fastconv.autotune.tune import Failed, Footprint, TuningTask, session
 from fastconv.kernels.dispatch import ADAPTER
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.tiles.autotuned import live, policy
 from fastconv.measuring.compiling import Compiler
 from fastconv.measuring.process import COMMAND, Worker
@@ -28,11 +27,11 @@ _workers: dict[int, Worker] = {}
 def measure(question: Question, fastconv: str) -> Tuned | None:
     """Tune one problem in a process beside this one, on the same GPU. None if that is not here, or while a CUDA graph
     is captured. Takes seconds, the first time more. One thread at a time may call it. Raises WorkerError."""
-    if not live(question.gpu) or torch.cuda.is_current_stream_capturing():
+    if not live(question.gpu) or here.is_current_stream_capturing():
         return None
-    device = torch.cuda.current_device()
+    device = here.current_device()
     # What this process has queued would share the GPU with the measurement.
-    torch.cuda.synchronize()
+    here.synchronize()
     worker = _workers.get(device)
     if worker is None:
         worker = _workers[device] = Worker([*COMMAND, "--device", str(device)])

@@ -20,6 +20,7 @@ from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.autotune.search import Key, key_of
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import reason
 from fastconv.measuring.accuracy import YARDSTICK, fp32_convolutions, max_error, tolerance
 from fastconv.measuring.capture import Captured
@@ -97,12 +98,12 @@ class _Prepared:
 
     def __init__(self, problem: ProblemToRun, measuring: Measuring) -> None:
         self.problem, self.measuring = problem, measuring
-        self.cuda = measuring.device.type == "cuda"
+        self.cuda = here.holds(measuring.device)
         generator = torch.Generator(measuring.device).manual_seed(0)
         self.guards = Guarded()
         self.operands = tuple(self._drawn(each, generator) for each in problem.operands)
         self.calls: dict[Key | None, Thunk] = {}
-        self.pool = torch.cuda.MemPool() if self.cuda else None
+        self.pool = here.MemPool() if self.cuda else None
         dtype = self.operands[0].dtype
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         with fp32_convolutions("ieee"):
@@ -166,8 +167,8 @@ class _Prepared:
         try:
             return Captured(unread, self.pool)
         except RuntimeError:
-            torch.cuda.synchronize()
-            self.pool = torch.cuda.MemPool()
+            here.synchronize()
+            self.pool = here.MemPool()
             return call
 
     def _drawn(self, operand: Operand, generator: torch.Generator) -> Tensor:
@@ -183,19 +184,19 @@ def on_device(index: int) -> tuple[Gpu, Measure]:
     if interpreter.interpreting():
         device = torch.device("cpu")
         return dispatch.target(device), Measuring(dispatch.target(device), device, HostClock())
-    if not torch.cuda.is_available():
+    if not here.is_available():
         raise RuntimeError("PyTorch sees no GPU")
-    torch.cuda.set_device(index)
+    here.set_device(index)
     # Configs are compared with PyTorch at its best.
     torch.backends.cudnn.benchmark = True
     # No graph can be captured on the default stream.
-    torch.cuda.set_stream(torch.cuda.Stream())
-    device = torch.device("cuda", index)
+    here.set_stream(here.Stream())
+    device = here.at(index)
     # At its first convolution PyTorch loads libraries for seconds, which are no config's.
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.zeros(1, 8, 8, 8, dtype=dtype, device=device)
         torch.nn.functional.conv2d(x, x[:, :, :3, :3].contiguous())
-    torch.cuda.synchronize(device)
+    here.synchronize(device)
     gpu = dispatch.target(device)
     return gpu, Measuring(gpu, device, CudaClock())
 

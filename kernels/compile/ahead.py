@@ -24,6 +24,7 @@ from fastconv.autotune import Gpu
 from fastconv.kernels.compile.workers import Ended, results_of
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.descriptor import Descriptor
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import Launch, last_line, loaded
 from fastconv.kernels.problem.layout import INDEX_TYPES, POINTER_TYPES
 
@@ -78,11 +79,11 @@ def operands(launch: Launch) -> tuple[Any, ...]:
 
 def load(launches: Sequence[Launch], device: torch.device) -> None:
     """Load the launches' binaries onto ``device``, a GPU that is here: from Triton's cache, or compiled."""
-    with torch.cuda.device(device):
+    with here.device(device):
         for it in launches:
             # Triton loads a binary when its ``run`` is first asked for.
             _ = it.kernel.warmup(*operands(it), *it.scalars, grid=it.grid, **it.arguments).run
-        loaded(launches, torch.cuda.current_device())
+        loaded(launches, here.current_device())
 
 
 def cores() -> int:

@@ -18,6 +18,7 @@ from triton.runtime import driver as triton_driver
 
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch.descriptor import Descriptor
+from fastconv.kernels.launch.device import here
 
 if interpreter.interpreting():
     interpreter.apply()
@@ -166,7 +167,7 @@ def _first(launch: Launch, device: int, operands: Sequence[Any]) -> None:
     key = launch.compile_key, device
     if key in _failed:
         raise Failed(launch, _failed[key])
-    if key not in _loaded and torch.cuda.is_current_stream_capturing():
+    if key not in _loaded and here.is_current_stream_capturing():
         raise RuntimeError(
             f"{launch.name} is not compiled for this call, and a CUDA graph is being captured: "
             "call fastconv.warmup(model, *inputs), for training with train=True, before the capture"
@@ -238,7 +239,7 @@ def run(launch: Launch, *tensors: torch.Tensor | None) -> None:
                 launch.kernel[launch.grid](*operands, *launch.scalars, **launch.arguments)
             return
         make = partial(_first, launch, index)
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    if index != here.current_device():
+        with here.device(device):
             return make(operands)
     make(operands)

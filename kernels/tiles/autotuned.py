@@ -21,6 +21,7 @@ from fastconv.autotune.adapter import MEASURING, TUNE
 from fastconv.autotune.choose import by_cost_model
 from fastconv.autotune.tune import PROCEDURE
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import decided, deciding
 from fastconv.kernels.problem.windows import KeyParts
 from fastconv.kernels.tiles import ranks
@@ -109,7 +110,7 @@ def policy() -> Policy:
     prefer, tune, numerics = _user_policy[0]() if _user_policy else ("fastest", "cached", "fast")
     if tune in MEASURING:
         # A capture can measure nothing. Ranks that measured by their own clocks would disagree.
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = here.is_available() and here.is_current_stream_capturing()
         tune = "cached" if capturing else ranks.may_measure(tune)
     return _POLICIES[prefer, tune, numerics, torch.are_deterministic_algorithms_enabled()]
 
@@ -122,9 +123,9 @@ _POLICIES = {
 
 def live(gpu: Gpu) -> bool:
     """Whether this process runs on ``gpu`` and can measure there."""
-    if interpreter.interpreting() or deciding() or not torch.cuda.is_available():
+    if interpreter.interpreting() or deciding() or not here.is_available():
         return False
-    return gpu.name == torch.cuda.get_device_name()
+    return gpu.name == here.get_device_name()
 
 
 ADAPTER = Adapter(problem_of, version_of, policy, live, ranks.agree, ranks.joined)

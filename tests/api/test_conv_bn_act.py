@@ -27,6 +27,7 @@ from fastconv.kernels.families import conv_gather
 from fastconv.kernels.families.batch_norm import Activated
 from fastconv.kernels.jit.activations import ACTIVATIONS
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.interpreter import interpreting
 from fastconv.kernels.launch.launch import LaunchRecord, record
 from fastconv.kernels.ops import call
 from fastconv.kernels.ops.batch_norm import as_pixels
@@ -895,7 +896,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="its processes meet over gloo and interpret the kernels")
+@pytest.mark.skipif(not interpreting(), reason="its processes meet over gloo and interpret the kernels")
 def test_statistics_over_a_process_group(tmp_path) -> None:
     """Two processes with uneven shares of a batch, once with nothing at all, against one process with all of it."""
     draw = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import fastconv
 from convolutions import products_of
 from fastconv import nn
+from fastconv.kernels.launch.interpreter import interpreting
 from fastconv.kernels.launch.launch import record
 from tests.marks import DEVICE, runs_kernels
 
@@ -356,7 +357,7 @@ def test_tutorial_net_trains(memory_format: torch.memory_format | None) -> None:
     assert names.count("conv_gather_kernel") == 3
     assert names.count("conv_wgrad_kernel") == 2
     plain(x.double()).square().sum().backward()
-    tolerance = 1e-4 if DEVICE == "cpu" else 1e-2
+    tolerance = 1e-4 if interpreting() else 1e-2
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
 
@@ -426,7 +427,7 @@ def test_resnet18_traced_by_fx() -> None:
     conv, pool = ["conv_gather_kernel"], ["pool_kernel"]
     assert kernels_of(traced, x) == conv + pool + conv * 19 + pool
     with torch.no_grad():
-        tolerance = 1e-4 if DEVICE == "cpu" else 2e-2
+        tolerance = 1e-4 if interpreting() else 2e-2
         torch.testing.assert_close(traced(x), plain(x), rtol=tolerance, atol=tolerance)
 
 

@@ -26,6 +26,7 @@ from fastconv.kernels import dispatch
 from fastconv.kernels.families import family
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch import launch as launches
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.ops import call as calls
 from fastconv.kernels.problem.conv import conv_problem
 from fastconv.kernels.tiles import autotuned
@@ -141,8 +142,8 @@ def test_a_step_that_fails_anywhere_harms_no_state(what: str, monkeypatch) -> No
 def gpu_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The way of a launch on a GPU, with interpreted kernels at its end."""
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(here, "current_device", lambda: None)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launches, "_loaded", set())
     with dispatch.use_target(gpus.INTERPRETER):
         yield
@@ -360,7 +361,7 @@ def test_a_gpu_of_another_maker_or_too_old_is_pytorchs_with_one_warning(
     assert warnings() == [f"PyTorch's own ops run on cuda:0: {arguments.why_not_served(x)}"]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(here, "is_available", lambda: True)
     for gpu, reason in ((T4, "the NVIDIA T4's compute capability 7.5 is below 8.0"), (gpus.A100, None)):
         arguments._why_not_gpu.cache_clear()
         monkeypatch.setattr(dispatch, "target", lambda device, gpu=gpu: gpu)

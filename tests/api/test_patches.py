@@ -13,6 +13,7 @@ import fastconv
 from convolutions import products_of
 from fastconv import nn
 from fastconv.activations import _FORMS
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import record
 from fastconv.nn import patches
 from fastconv.nn.fused_call import _FUNCTIONS, NORMS, SKIPPED
@@ -33,9 +34,7 @@ def layers(*extra: torch.nn.Module) -> torch.nn.Sequential:
 
 
 # Tests are collected without a GPU and without the interpreter too, and none runs.
-X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(
-    DEVICE if torch.cuda.is_available() else "cpu"
-)
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE if here.is_available() else "cpu")
 
 
 def close(a: Tensor, b: Tensor) -> None:

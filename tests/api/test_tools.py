@@ -18,6 +18,7 @@ import fastconv
 from convolutions import products_of
 from fastconv import nn
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.interpreter import interpreting
 from fastconv.kernels.launch.launch import record
 from tests.marks import DEVICE
 
@@ -26,7 +27,7 @@ pytestmark = [
     *([] if interpreter.interpreting() else [pytest.mark.gpu]),
 ]
 
-TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-2
+TOLERANCE = 1e-4 if interpreting() else 1e-2
 SAYS = r"knows torch\.nn's layers, not fastconv's: call fastconv\.revert\(model\) first$"
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

@@ -19,7 +19,9 @@ from fastconv.dry_run import make_calls
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import Binaries
 from fastconv.kernels.launch import interpreter, launch
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.tiles import autotuned
+from fastconv.measuring.capture import Captured
 from fastconv.warmup import Warmup
 from tests.marks import compiling, interpreted
 
@@ -156,7 +158,7 @@ def test_a_line_says_what_was_done() -> None:
     ids=["no GPU", "no layers"],
 )
 def test_where_there_is_nothing_one_line_says_so(model: nn.Module, gpu: str | None, why: str, caplog) -> None:
-    if torch.cuda.is_available() and gpu is None:
+    if here.is_available() and gpu is None:
         pytest.skip("a GPU is here")
     assert why in str(warmup(model, image(2, 3, 12, 12), gpu=gpu))
     assert len(caplog.records) == 1 and why in caplog.text
@@ -190,9 +192,9 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
     monkeypatch.setattr(driver, "_active", Driver(), raising=False)
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit))
     monkeypatch.setattr(triton.JITFunction, "run", without_launching)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(arguments, "_INTERPRETING", True)
+    monkeypatch.setattr(here, "current_device", lambda: None)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(arguments, "_ON_CPU", True)
     return hits
 
 
@@ -248,8 +250,8 @@ class Kernel:
 def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     monkeypatch.setattr(launch, "_loaded", set())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(here, "current_device", lambda: None)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: True)
 
 
 def a_launch(kernel: Kernel, warps: int = 4) -> launch.Launch:
@@ -268,7 +270,7 @@ def test_during_capture_a_miss_names_the_warmup_call() -> None:
 def test_during_capture_what_was_made_or_warmed_up_is_launched(monkeypatch) -> None:
     kernel, made = Kernel(), a_launch(Kernel())
     with monkeypatch.context() as before:
-        before.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        before.setattr(here, "is_current_stream_capturing", lambda: False)
         launch.run(made, torch.zeros(1))
     # Another launch of the same binary, for another problem.
     launch.run(a_launch(kernel), torch.zeros(1))
@@ -283,12 +285,11 @@ def test_during_capture_what_was_made_or_warmed_up_is_launched(monkeypatch) -> N
 @pytest.mark.gpu
 @compiling
 def test_a_model_is_captured_after_warmup_without_running_first() -> None:
-    device = torch.device("cuda")
+    device = here.at()
     model, x = converted(Block()).to(device).eval(), image(16, 3, 20, 20).to(device)
     assert warmup(model, x).gpu is not None
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = model(x)
-    graph.replay()
     with torch.no_grad():
+        with here.stream(here.Stream()):
+            graph = Captured(lambda: model(x))
+        y = graph()
         assert torch.equal(y, model(x))

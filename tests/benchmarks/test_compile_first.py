@@ -17,6 +17,7 @@ from fastconv.benchmarks.report import results
 from fastconv.cli import bench_run, run
 from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import compile_each
+from fastconv.kernels.launch.device import here
 from tests.marks import interpreted
 
 CPU = torch.device("cpu")
@@ -96,9 +97,9 @@ def test_the_whole_road_without_a_gpu(tmp_path) -> None:
 def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A process that takes the CPU's tensors for an H200's, as far as launching."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(arguments, "_INTERPRETING", True)
+    monkeypatch.setattr(here, "current_device", lambda: None)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(arguments, "_ON_CPU", True)
     with dispatch.use_target(H200):
         yield
 

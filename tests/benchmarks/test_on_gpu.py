@@ -12,10 +12,11 @@ from fastconv.benchmarks import checks, layer_lists, models, registry
 from fastconv.benchmarks.checks.check import compare
 from fastconv.benchmarks.measure import blocks, compile_first, network, operator_times, operators
 from fastconv.benchmarks.report.console import Progress
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.clock import CudaClock
 
 pytestmark = pytest.mark.gpu
-GPU = torch.device("cuda")
+GPU = here.at()
 NEVER = dict.fromkeys(network.MODES, math.inf)  # torch.compile takes longer than all tests of this file
 
 

@@ -27,6 +27,7 @@ from fastconv.benchmarks import layer_lists
 from fastconv.cli import run
 from fastconv.cli import tune as command
 from fastconv.kernels.dispatch import version_of
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import compiling
 from fastconv.settings import settings
 from fastconv.tuning import problems
@@ -460,9 +461,9 @@ def measuring(pretend: Any, layers: Path, monkeypatch: pytest.MonkeyPatch) -> It
     task = tasks_of(layers)[0]
     plan = pretend(times_of([task]))
     monkeypatch.setattr(first, "live", lambda gpu: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(here, "current_device", lambda: 0)
+    monkeypatch.setattr(here, "synchronize", lambda: None)
     with Worker([sys.executable, "-m", "tests.measuring.pretending", str(plan)]) as worker:
         monkeypatch.setattr(first, "_workers", {0: worker})
         yield task, plan

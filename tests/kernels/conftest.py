@@ -8,6 +8,7 @@ import torch
 from convolutions import DEVICE
 from fastconv.autotune import gpus
 from fastconv.kernels import dispatch
+from fastconv.kernels.launch.interpreter import interpreting
 from guards import guarded_memory, poisoned_memory
 
 __all__ = ["bulk_copies", "guarded_memory", "poisoned_memory"]
@@ -21,7 +22,7 @@ def _every_launch(poisoned_memory: None, guarded_memory: None) -> None:
 @pytest.fixture
 def bulk_copies() -> Iterator[None]:
     """Plans have bulk copies: a GPU's own, or an H200's in the interpreter."""
-    if DEVICE == "cuda":
+    if not interpreting():
         if not dispatch.target(torch.device(DEVICE)).bulk:
             pytest.skip("needs a GPU with bulk tensor copies")
         yield

@@ -26,6 +26,7 @@ from fastconv.autotune.records import Untuned, from_line
 from fastconv.autotune.table import Tables, write_table
 from fastconv.kernels import dispatch
 from fastconv.kernels.launch import interpreter
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import record
 from fastconv.kernels.ops import call
 from fastconv.kernels.ops.call import Slower, prepared
@@ -257,9 +258,9 @@ def test_source_holds_every_kernel_that_is_launched(gpu: Any) -> None:
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(here, "is_available", lambda: True)
     for capturing, tune in ((False, "first"), (True, "cached")):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        monkeypatch.setattr(here, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         with fastconv.settings(tune="first"):
             assert autotuned.policy().tune == tune
 
@@ -341,9 +342,9 @@ def test_planning_for_a_gpu_elsewhere_is_no_user_of_it() -> None:
 
 def test_a_product_of_a_known_gpu_keeps_its_name(monkeypatch) -> None:
     device = SimpleNamespace(name="NVIDIA A100-PCIE-40GB", multi_processor_count=108)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device.name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(here, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(here, "get_device_name", lambda: device.name)
+    monkeypatch.setattr(here, "is_available", lambda: True)
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     gpu = dispatch._device_gpu.__wrapped__(0)
     assert gpu == replace(A100, name=device.name) and autotuned.live(gpu) and not autotuned.live(A100)
@@ -368,7 +369,7 @@ def test_ordinary_call_measures_nothing(monkeypatch, tmp_path) -> None:
         with monkeypatch.context() as context:
             for module, names in (
                 (time, ("perf_counter", "perf_counter_ns", "monotonic", "process_time")),
-                (torch.cuda, ("Event", "synchronize")),
+                (here, ("Event", "synchronize")),
                 (triton.testing, ("do_bench", "do_bench_cudagraph")),
                 (tune, ("tune", "session")),
                 (search, ("Search",)),

@@ -14,6 +14,7 @@ from fastconv.kernels import dispatch
 from fastconv.kernels.compile.ahead import _Driver
 from fastconv.kernels.launch import interpreter
 from fastconv.kernels.launch import launch as launches
+from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import Launch, run
 from fastconv.kernels.problem.conv import conv_problem
 from tests.marks import compiling
@@ -23,8 +24,8 @@ from tests.marks import compiling
 def on_gpu(monkeypatch) -> None:
     """Let the CPU pass for the current GPU."""
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(here, "current_device", lambda: None)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launches, "_loaded", set())
     monkeypatch.setattr(driver, "_active", _Driver(90))
 
@@ -80,13 +81,13 @@ def test_nothing_is_compiled_while_a_graph_is_captured(on_gpu: None, monkeypatch
     kernel, x = Kernel(), torch.zeros(4)
     constants = {"ACT": len, "BLOCK": 64}
     launch, twin = (Launch(kernel, (1, 1, 1), ("*fp32", None), (4, 0.5), constants, 4, 3) for _ in range(2))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"some_kernel is not compiled.*call fastconv.warmup\(model, \*inputs\)"):
         run(launch, x, None)
     assert kernel.made == []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: False)
     run(launch, x, None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(here, "is_current_stream_capturing", lambda: True)
     run(twin, x, None)
     assert [made[0] for made in kernel.made] == ["first", "first"]
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, ProblemKey
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.process import Measure, serve
 from fastconv.measuring.worker import Measuring, on_device
 
@@ -42,9 +43,9 @@ class _Harm:
         self.problem = type("Problem", (), {"key": None})()
 
     def seconds(self, config: Config | None) -> float:
-        flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+        flag = torch.zeros(1, dtype=torch.int32, device=here.at())
         harmful_kernel[(1,)](flag, 1 << 52, self.how == "hang")
-        torch.cuda.synchronize()
+        here.synchronize()
         return 1.0
 
 

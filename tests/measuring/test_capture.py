@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastconv.kernels.launch.device import here
 from fastconv.measuring.capture import Captured, captured
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU, GPU = torch.device("cpu"), here.at()
 # What a version undoes of a capture that failed: the first nothing, the next ends allocating to the pool, then reset
 # also ends its use.
 VERSIONS = ("2.11", "2.12", "after")
@@ -74,12 +75,12 @@ class Pool:
 @pytest.fixture(params=VERSIONS)
 def allocator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Allocator:
     made = Allocator(request.param)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(made))
-    monkeypatch.setattr(torch.cuda, "MemPool", lambda: Pool(made))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.end)
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", made.release)
+    monkeypatch.setattr(here, "CUDAGraph", lambda: Graph(made))
+    monkeypatch.setattr(here, "MemPool", lambda: Pool(made))
+    monkeypatch.setattr(here, "synchronize", lambda: None)
+    monkeypatch.setattr(here, "current_device", lambda: 0)
+    monkeypatch.setattr(here, "end_allocating", lambda pool: made.end(0, pool.id))
+    monkeypatch.setattr(here, "release_pool", lambda pool: made.release(0, pool.id))
     return made
 
 
@@ -113,7 +114,7 @@ def test_so_does_one_that_fails_as_it_ends_or_whose_call_does_not_harm_it(alloca
 
 
 def test_graphs_that_share_a_pool_keep_it(allocator: Allocator) -> None:
-    pool = torch.cuda.MemPool()
+    pool = here.MemPool()
     graph = Captured(lambda: 1, pool)
     with pytest.raises(ValueError):
         Captured(invalidating(allocator), pool)
@@ -134,17 +135,17 @@ def test_what_cannot_be_captured_is_called_as_it_is_and_says_why(allocator: Allo
 def test_memory_is_given_back_and_graphs_are_captured_after_one_that_failed() -> None:
     def fails() -> None:
         torch.ones(1 << 26, device=GPU)
-        torch.cuda.synchronize()
+        here.synchronize()
 
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with here.stream(here.Stream()):
         gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
+        here.empty_cache()
+        before = here.memory_reserved()
         for _ in range(2):
             with pytest.raises(RuntimeError, match="captur"):
                 Captured(fails)
         gc.collect()
-        torch.cuda.empty_cache()
-        assert torch.cuda.memory_reserved() == before
+        here.empty_cache()
+        assert here.memory_reserved() == before
         x = torch.ones(8, device=GPU)
         assert Captured(lambda: x + 1)().tolist() == [2.0] * 8

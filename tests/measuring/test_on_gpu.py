@@ -12,6 +12,7 @@ from fastconv.autotune import Store
 from fastconv.autotune.known import reload
 from fastconv.autotune.tune import Failed
 from fastconv.kernels import dispatch
+from fastconv.kernels.launch.device import here
 from fastconv.measuring import first, worker
 from fastconv.measuring.clock import CudaClock
 from fastconv.measuring.problem_to_run import to_run
@@ -32,9 +33,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @pytest.mark.parametrize("name", ["3x3 stride 2", "even filter, same", "first layer", "depthwise", "max", "average"])
 def test_every_direction_is_right_and_timed(name: str) -> None:
-    gpu = dispatch.target(torch.device("cuda"))
-    with torch.cuda.stream(torch.cuda.Stream()):
-        measure = worker.Measuring(gpu, torch.device("cuda"), CudaClock())
+    gpu = dispatch.target(here.at())
+    with here.stream(here.Stream()):
+        measure = worker.Measuring(gpu, here.at(), CudaClock())
         for task in asked_by(CALLS[name], torch.bfloat16, gpu):
             seconds = [measure(task.question.problem, task.question.choice.config) for _ in range(2)]
             assert all(1e-7 < each < 1e-2 for each in seconds)
@@ -44,7 +45,7 @@ def test_every_direction_is_right_and_timed(name: str) -> None:
 
 @pytest.mark.parametrize(("how", "status"), [("illegal access", "crashed"), ("hang", "hung")])
 def test_harm_ends_the_worker_alone(how: str, status: str) -> None:
-    gpu = dispatch.target(torch.device("cuda"))
+    gpu = dispatch.target(here.at())
     question = asked_by(CALLS["1x1"], torch.bfloat16, gpu)[0].question
     with Worker([sys.executable, "-m", "tests.measuring.faulty", how], patience=60.0) as it:
         assert it.gpu == gpu
@@ -57,8 +58,8 @@ def test_harm_ends_the_worker_alone(how: str, status: str) -> None:
 
 
 def test_asked_for_a_call_is_tuned_when_it_is_first_met(store: Store) -> None:
-    x = torch.randn(16, 64, 14, 14, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    w = torch.randn(128, 64, 3, 3, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x = torch.randn(16, 64, 14, 14, device=here.at(), dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w = torch.randn(128, 64, 3, 3, device=here.at(), dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, w, padding=1)
     try:
         with fastconv.settings(tune="first", prefer="triton"):
@@ -77,4 +78,4 @@ def test_asked_for_a_call_is_tuned_when_it_is_first_met(store: Store) -> None:
 
 def test_the_worker_is_on_the_device_it_is_told() -> None:
     with Worker([*COMMAND, "--device", "0"]) as it:
-        assert it.gpu == dispatch.target(torch.device("cuda", 0))
+        assert it.gpu == dispatch.target(here.at(0))
