@@ -1,4 +1,4 @@
-"""``python -m tests.emulator --gpu H200 script.py ...``: a script whose CPU tensors fastconv serves by emulated kernels."""
+"""``python -m tests.emulator --gpu H200 script.py ...``: a script whose CPU tensors emulated kernels serve."""
 
 from __future__ import annotations
 

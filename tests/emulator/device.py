@@ -33,7 +33,7 @@ class Emulated(Cuda):
         self.driver = driver
         # The name is another product's to fastconv, so that no table or record of the true one meets its own.
         self._properties = SimpleNamespace(
-            name=f"{gpu.name} (emulated)",
+            name=f"{gpu.name} emulated",
             major=gpu.arch // 10,
             minor=gpu.arch % 10,
             warp_size=32,

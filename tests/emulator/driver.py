@@ -43,8 +43,9 @@ def attributes(gpu: Gpu) -> list[int]:
     """By CUdevice_attribute."""
     values = [0] * 512
     known = {
-        1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535, 8: 48 << 10, 10: 32, 12: 65536, 13: 1_980_000,
-        16: gpu.multiprocessors, 36: 2_619_000, 37: 5120, 38: gpu.l2_bytes, 39: 2048, 41: 1, 75: gpu.arch // 10,
+        1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535, 8: 48 << 10, 10: 32, 12: 65536,
+        13: 1_980_000, 16: gpu.multiprocessors,
+        36: 2_619_000, 37: 5120, 38: gpu.l2_bytes, 39: 2048, 41: 1, 75: gpu.arch // 10,
         76: gpu.arch % 10, 81: gpu.shared_memory + 1024, 82: 65536, 95: 1, 97: gpu.shared_memory, 106: 32, 111: 1024,
         120: int(gpu.arch >= 90), 127: int(gpu.arch >= 90),
     }  # fmt: skip

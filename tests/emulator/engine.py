@@ -9,6 +9,7 @@ groups with a mask each, of which the one with the lowest program counter runs.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,15 @@ from tests.emulator.ptx import (
 UINT = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 POISON = {bits: np.full((1, 1), True if bits == 1 else (1 << bits) - 1, dtype) for bits, dtype in UINT.items()}
 WARP = 32
+ATOMICS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "max": max,
+    "min": min,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "exch": lambda old, new: new,
+}
 Mask = Any  # None: every thread
 Op = Callable[["Cohort", Mask], None]
 
@@ -332,7 +342,6 @@ class Cohort:
         self._release(at, ins)
 
     def _release(self, at: int, ins: Instruction) -> None:
-        arrived = self.arrived[at]
         operands = [o for o in ins.operands if not isinstance(o, Sink)]
         wanted = self.T
         if len(operands) > 1:
@@ -729,9 +738,9 @@ class Compiler:
         return lambda co, mask: None
 
     def op_fence(self, ins: Instruction) -> Op:
-        known = {"proxy", "async", "shared::cta", "shared::cluster", "acq_rel", "sc", "gpu", "cta", "cluster", "sys", "global",
-                 "mbarrier_init", "release", "acquire", "tensormap::generic"}  # fmt: skip
-        if not set(ins.modifiers) <= known or "tensormap::generic" in ins.modifiers:
+        known = {"proxy", "async", "shared::cta", "shared::cluster", "acq_rel", "sc", "gpu", "cta", "cluster", "sys"}
+        known |= {"global", "mbarrier_init", "release", "acquire"}
+        if not set(ins.modifiers) <= known:
             raise PtxError("unknown fence")
         if "proxy" in ins.modifiers:
             return lambda co, mask: co.shared.fence()
@@ -847,7 +856,7 @@ class Compiler:
         return run
 
     def op_vote(self, ins: Instruction) -> Op:
-        _, how, kind = ins.modifiers
+        _, how, _ = ins.modifiers
         read, masked = self.reader(ins.operands[1], 1), self.masked(ins)
         write = self.writer(ins.operands[0], 32 if how == "ballot" else 1)
 
@@ -1030,7 +1039,7 @@ class Compiler:
         if space is None:
             raise PtxError("atomics outside global memory are not modelled")
         kind = ins.modifiers[-1] if ins.modifiers[-1] in BITS else None
-        how = next((m for m in ins.modifiers if m in ("add", "max", "min", "and", "or", "exch", "cas", "xor")), None)
+        how = next((m for m in ins.modifiers if m == "cas" or m in ATOMICS), None)
         if kind is None or how is None or kind not in ("f32", "u32", "s32", "b32", "u64", "s64", "b64"):
             raise PtxError("unknown atomic")
         bits = BITS[kind]
@@ -1061,8 +1070,7 @@ class Compiler:
                 if how == "cas":
                     after = values[1][n] if before == v else before
                 else:
-                    after = {"add": lambda: before + v, "max": lambda: max(before, v), "min": lambda: min(before, v),
-                             "exch": lambda: v, "and": lambda: before & v, "or": lambda: before | v, "xor": lambda: before ^ v}[how]()  # fmt: skip
+                    after = ATOMICS[how](before, v)
                 host[p : p + 1].view(dtype)[0] = after
             if write is not None:
                 write(co, scatter(chosen, old.view(UINT[bits])), mask)

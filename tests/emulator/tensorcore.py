@@ -319,8 +319,8 @@ def swizzled(address: np.ndarray, mode: int) -> np.ndarray:
 def read_operand(
     co: Cohort, descriptor: np.ndarray, rows: int, depth: int, kind: str, major_mn: bool
 ) -> tuple[Any, np.ndarray]:
-    """What reads the operand of descriptors [C or 1, groups], fp32 [C, groups or 1, rows, depth]; and the bytes it reads
-    of each CTA, [C, 2]."""
+    """What reads the operand of descriptors [C or 1, groups], fp32 [C, groups or 1, rows, depth]; and its bytes of each
+    CTA, [C, 2]."""
     unit = 4 if kind == "tf32" else 2
     first = int(descriptor.flat[0])
     layout = first >> 16

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.emulator import memory
+from tests.emulator import alu, memory
 from tests.emulator.memory import PARAM_BASE, SHARED_BASE, Fault
 from tests.emulator.ptx import Instruction, Memory, PtxError, Sink
 
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from tests.emulator.engine import Cohort, Compiler, Mask, Op, Running
 
 MAGIC = 0x50414D5452464C45
-# As driver.c lays a map out: magic, a word of nothing, address, rank, element bytes, swizzle, fill, 5 sizes, 5 strides in bytes, 5 sides.
-_FORMAT = struct.Struct("<Q 8x Q B B B B 4x 5Q 4Q 5H 6x")
+# As driver.c lays a map out: magic, a word of nothing, address, rank, element bytes, swizzle, fill, whether TF32;
+# sizes, strides in bytes, a box's sides.
+_FORMAT = struct.Struct("<Q 8x Q 5B 3x 5Q 4Q 5H 6x")
 SWIZZLE_BITS = {0: 0, 1: 1, 2: 2, 3: 3}  # of the host's enumeration: none, 32, 64 and 128 bytes
 
 
 class Map:
     def __init__(self, raw: bytes) -> None:
-        magic, self.address, self.rank, self.unit, self.swizzle, self.fill, *rest = _FORMAT.unpack(raw[: _FORMAT.size])
+        magic, self.address, self.rank, self.unit, self.swizzle, self.fill, self.tf32, *rest = _FORMAT.unpack(
+            raw[: _FORMAT.size]
+        )
         if magic != MAGIC:
             raise Fault("what a bulk copy takes for a tensor map is none")
         rank = self.rank
@@ -303,7 +306,6 @@ def compile(compiler: Compiler, ins: Instruction) -> Op:
     """cp.async.bulk."""
     parts = ins.modifiers[2:]
     if parts[0] == "commit_group":
-        masked = compiler.masked(ins)
         return lambda co, mask: co.tma.commit()
     if parts[0] == "wait_group":
         keep = ins.operands[0].value
@@ -312,10 +314,10 @@ def compile(compiler: Compiler, ins: Instruction) -> Op:
         raise PtxError("bulk copies without a tensor map are not modelled")
     rank = int(parts[1][0])
     form = [p for p in parts[2:] if not p.startswith("L2::")]
-    if form in (["shared::cluster", "global", "mbarrier::complete_tx::bytes"], ["shared::cta", "global", "mbarrier::complete_tx::bytes"],
-                ["shared::cluster", "global", "tile", "mbarrier::complete_tx::bytes"]):  # fmt: skip
+    form = [p for p in form if p != "tile"]
+    if form in ([to, "global", "mbarrier::complete_tx::bytes"] for to in ("shared::cluster", "shared::cta")):
         return _compile_load(compiler, ins, rank)
-    if form in (["global", "shared::cta", "bulk_group"], ["global", "shared::cta", "tile", "bulk_group"]):
+    if form == ["global", "shared::cta", "bulk_group"]:
         return _compile_store(compiler, ins, rank)
     raise PtxError("unknown bulk copy")
 
@@ -389,6 +391,8 @@ def _compile_load(compiler: Compiler, ins: Instruction, rank: int) -> Op:
         if chosen.size:
             _inside_memory(co, chosen, tensor, "a bulk copy in")
             data[inside] = memory.load(chosen, tensor.unit)
+            if tensor.tf32:
+                data = alu.f32_to_tf32(data, "rn")
         if tensor.fill:
             raise PtxError("NaN as filling is not modelled")
         pieces = data.reshape(*data.shape[:2], -1).view(np.complex128)[..., 0]
@@ -415,7 +419,8 @@ def _inside_memory(co: Cohort, addresses: np.ndarray, tensor: Map, what: str) ->
     if bad is not None:
         at = int(addresses[bad][0])
         raise Fault(
-            f"{what}: {co.launch.memory.describe(at, tensor.unit)}; map {tensor.sizes} by {tensor.strides} of 0x{tensor.address:x}"
+            f"{what}: {co.launch.memory.describe(at, tensor.unit)}; "
+            f"map {tensor.sizes} by {tensor.strides} of 0x{tensor.address:x}"
         )
 
 
