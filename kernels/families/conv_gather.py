@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, Work
-from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, rounds_in_registers, why_not_groups
 from fastconv.kernels.families.splits import conv_finish_kernel, sum_splits_with_epilogue
 from fastconv.kernels.jit.epilogue import PART_K, PLAIN, apply_epilogue
+from fastconv.kernels.jit.rounding import to_tf32
 from fastconv.kernels.jit.walk import in_elements, phase_walk
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
@@ -89,6 +90,7 @@ def conv_gather_kernel(
     FLAT: tl.constexpr,  # a step reduces BLOCK_C (tap, channel) pairs, not BLOCK_C channels of one tap
     WIDE: tl.constexpr,  # a tensor holds 2^31 elements or more
     PRECISION: tl.constexpr,  # of an fp32 product: "tf32" or "ieee"
+    ROUND: tl.constexpr,  # fp32 to TF32, in registers
     ACT: tl.constexpr,
     RESIDUAL_AFTER: tl.constexpr,  # the residual is added after the activation
     PART_K: tl.constexpr,  # columns that the epilogue takes at once
@@ -214,7 +216,7 @@ def conv_gather_kernel(
                     w_ptr + w_offs[:, None] + w_row[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0
                 )
                 pair += BLOCK_C
-                acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+                acc = tl.dot(to_tf32(x_step, ROUND), to_tf32(w_step, ROUND), acc, input_precision=PRECISION)
     else:
         w_c = offs_c % CG if PACKED and not DGRAD else offs_c
         x_tile += offs_c[None, :]
@@ -275,7 +277,7 @@ def conv_gather_kernel(
                         carry = r >= taps_h
                         r = tl.where(carry, 0, r)
                         t = tl.where(carry, t + 1, t)
-                acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+                acc = tl.dot(to_tf32(x_step, ROUND), to_tf32(w_step, ROUND), acc, input_precision=PRECISION)
         if PACKED:  # noqa: SIM102 (the outer `if` is the compiler's)
             # Infinity times a zero beside the diagonal is a NaN: a tile with a NaN is computed again without the zeros.
             if tl.max((acc != acc).to(tl.int32)) > 0:
@@ -369,6 +371,7 @@ def conv_gather(
             "FLAT": taps_share_step(problem.taps, c, pack),
             "WIDE": needs_int64(*operands),
             "PRECISION": fp32_precision(problem.dtype),
+            "ROUND": rounds_in_registers(problem.dtype, gpu),
             **epilogue.constants,
             "PART_K": tile["BLOCK_K"] if epilogue == PLAIN else min(tile["BLOCK_K"], PART_K // min(pack, 2)),
             **tile,

@@ -22,8 +22,9 @@ from fastconv.kernels.families.conv_gather import (
     why_not_packed,
     x_cache_modifier,
 )
-from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, rounds_in_registers, why_not_groups
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
+from fastconv.kernels.jit.rounding import to_tf32
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
@@ -71,7 +72,8 @@ def conv_wgrad_kernel(
     RANK: tl.constexpr,
     LINEAR: tl.constexpr,  # one tap, which meets the pixels of x in order and at one distance
     FLAT: tl.constexpr,  # a tile's columns are (tap, channel) pairs, not channels of one tap
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,  # pixels of a step
 ):  # fmt: skip
@@ -164,7 +166,7 @@ def conv_wgrad_kernel(
                 x_step = tl.load(x_tile + x_row[:, None], mask=mask, other=0.0, cache_modifier=CACHE)
                 n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, Q, RANK)
             dy_step = tl.load(dy_tile, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-            acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
+            acc = tl.dot(to_tf32(dy_step, ROUND), to_tf32(x_step, ROUND), acc, input_precision=PRECISION)
             m += BLOCK_M
             dy_tile += BLOCK_M * dy_stride
 
@@ -230,6 +232,7 @@ def conv_gather_wgrad(
             "CHANNELS_LAST": layout.channels_last or splits > 1 or problem.taps == 1,
             "WIDE": needs_int64(x, dy),
             "PRECISION": fp32_precision(problem.dtype),
+            "ROUND": rounds_in_registers(problem.dtype, gpu),
             **tile,
         },
         num_warps=config["num_warps"],

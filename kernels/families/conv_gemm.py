@@ -163,9 +163,9 @@ def conv_gemm(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
     assert stride is not None, "no flat GEMM"
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_C")}
     m_block, k_block, c_block = tile.values()
-    x = Descriptor(dtype, (pixels, c), (stride, 1), (m_block, c_block))
+    x = Descriptor(dtype, (pixels, c), (stride, 1), (m_block, c_block), factor=True)
     sides, box = ((c, k), (c_block, k_block)) if dgrad else ((k, c), (k_block, c_block))
-    w = Descriptor(dtype, sides, (pitch(problem.in_channels, dtype), 1), box)
+    w = Descriptor(dtype, sides, (pitch(problem.in_channels, dtype), 1), box, factor=True)
     splits = config["SPLITS"]
     epilogue = PLAIN if splits > 1 else layout.epilogue
     stays = resident(c, dtype)
@@ -209,7 +209,9 @@ def conv_gemm_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
         _read("wgrad", problem), (layout.source_strides, layout.other_strides), (c_block, k_block), strict=True
     )
     x, dy = (
-        Descriptor(dtype, (pixels, shape[1]), (_pixel_stride(problem, shape, strides) or 0, 1), (m_block, block))
+        Descriptor(
+            dtype, (pixels, shape[1]), (_pixel_stride(problem, shape, strides) or 0, 1), (m_block, block), factor=True
+        )
         for shape, strides, block in operands
     )
     splits, vec = config["SPLITS"], load_width(dtype, c)

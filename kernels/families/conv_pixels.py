@@ -242,7 +242,7 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
     shared = rank3.filter_size[2], 1, 1, 1
     assert not pairs or (pairs, pixels, rank3.stride[2], rank3.dilation[2]) == shared, "a pair shares a row's columns"
     element = pointer_type(problem.dtype)
-    x = pixel_view(problem, *source, block_n, block_c, pixels, parity and not dgrad)
+    x = pixel_view(problem, *source, block_n, block_c, pixels, parity and not dgrad, factor=True)
     y = pixel_view(problem, *result, block_n, block_k, pixels, parity and dgrad)
     filters, channels, *_ = rank3.weight_shape
     step = pitch(channels, problem.dtype)
@@ -259,6 +259,7 @@ def conv_pixels(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, 
                 (problem.taps, filters, channels),
                 (step, problem.taps * step, 1),
                 (1, block_c, block_k) if dgrad else (1, block_k, block_c),
+                factor=True,
             ),
             element if layout.bias else None,
             *epilogue.pointers[:-1],

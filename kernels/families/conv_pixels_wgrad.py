@@ -194,8 +194,8 @@ def conv_pixels_wgrad(
         kernel=conv_pixels_wgrad_kernel,
         grid=(tiles * runs_of_taps(problem, tile["TAPS"]) * splits, 1, 1),
         pointers=(
-            pixel_view(problem, *x, images, tile["BLOCK_C"], pixels, parity),
-            pixel_view(problem, *dy, images, tile["BLOCK_K"], pixels),
+            pixel_view(problem, *x, images, tile["BLOCK_C"], pixels, parity, factor=True),
+            pixel_view(problem, *dy, images, tile["BLOCK_K"], pixels, factor=True),
             element if splits == 1 else "*fp32",
         ),
         scalars=(

@@ -191,8 +191,9 @@ def conv_row_boxes(direction: str, problem: ConvProblem, config: Config, gpu: Gp
         # An axis of size one may have any stride.
         (*(step if count > 1 else ALIGNMENT for count, step in axes), 1),
         (*(1,) * (2 - outer), block_n, run),
+        factor=True,
     )
-    w = Descriptor(dtype, (columns * k, rows * run), (rows * run, 1), (block_k, run))
+    w = Descriptor(dtype, (columns * k, rows * run), (rows * run, 1), (block_k, run), factor=True)
     y = pixel_view(problem, *result, block_n, block_k)
     pixels = triton.cdiv(n, block_n) * outputs[0] * outputs[1] * triton.cdiv(outputs[2], columns)
     product = Launch(

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, Work
 from fastconv.autotune.cost_model import MAX_WORKSPACE
-from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, why_not_groups
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, rounds_in_registers, why_not_groups
 from fastconv.kernels.families.row_form import (
     conv_rows_weight_kernel,
     count_runs,
@@ -37,6 +37,7 @@ from fastconv.kernels.families.row_form import (
     weight_as_runs,
 )
 from fastconv.kernels.jit.epilogue import PART_K, apply_epilogue
+from fastconv.kernels.jit.rounding import to_tf32
 from fastconv.kernels.jit.walk import in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
@@ -85,7 +86,8 @@ def conv_rows_kernel(
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
     EXACT: tl.constexpr,  # each of them is in every output's window
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr, PART_K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    ACT: tl.constexpr, RESIDUAL_AFTER: tl.constexpr, PART_K: tl.constexpr,
     BLOCK_M: tl.constexpr,  # runs
     BLOCK_K: tl.constexpr,  # output channels
     BLOCK_C: tl.constexpr,  # elements of a step, whole rows
@@ -149,7 +151,7 @@ def conv_rows_kernel(
                 delta += t * x_stride_d
             x_step = tl.load(x_tile + delta[None, :], mask=mask, other=0.0)
             w_step = tl.load(w_tile + step * BLOCK_C, mask=mask_w[None, :], other=0.0)
-            acc = tl.dot(x_step, w_step, acc, input_precision=PRECISION)
+            acc = tl.dot(to_tf32(x_step, ROUND), w_step, acc, input_precision=PRECISION)
 
     if not EXACT:  # noqa: SIM102 (the outer `if` is the compiler's)
         # Infinity times a zero beside a window is a NaN: a tile with a NaN is computed again without the zeros.
@@ -224,6 +226,7 @@ def conv_rows(direction: str, problem: ConvProblem, config: Config, gpu: Gpu, la
             "EXACT": form.columns == 1 and used == window,
             "WIDE": needs_int64(*operands),
             "PRECISION": fp32_precision(problem.dtype),
+            "ROUND": rounds_in_registers(problem.dtype, gpu),
             **epilogue.constants,
             # A run's outputs become rows; with half of the columns at once no compiler spills.
             "PART_K": min(tile["BLOCK_K"], PART_K // (2 * form.columns)),

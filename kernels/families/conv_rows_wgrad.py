@@ -16,9 +16,10 @@ import triton.language as tl
 from fastconv.autotune import Config, Gpu, Work
 from fastconv.kernels.families.conv_gather_wgrad import GATHER_WGRAD
 from fastconv.kernels.families.conv_rows import why_not_rows
-from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision
+from fastconv.kernels.families.family import DENSE, Family, Layout, fp32_precision, rounds_in_registers
 from fastconv.kernels.families.row_form import count_runs, filter_rows, form_of_call, row_scalars, row_taps
 from fastconv.kernels.families.splits import split_sum, split_sum_kernel
+from fastconv.kernels.jit.rounding import to_tf32
 from fastconv.kernels.jit.walk import advance, in_elements, unravel
 from fastconv.kernels.launch.launch import Launch, Launches
 from fastconv.kernels.problem.conv import ConvProblem
@@ -58,7 +59,7 @@ def conv_rows_wgrad_kernel(
     RUN_OUTPUTS: tl.constexpr,  # neighbouring outputs that share a run
     RUN: tl.constexpr,
     USED: tl.constexpr,  # elements of the run that a window meets, in whole loads
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_K: tl.constexpr,  # (column, output channel) pairs
     BLOCK_C: tl.constexpr,  # (row, element) pairs, whole rows
     BLOCK_M: tl.constexpr,  # runs of a step
@@ -132,7 +133,7 @@ def conv_rows_wgrad_kernel(
             if RUN_OUTPUTS > 1:
                 mask_y = mask_y & (column[:, None] + (q * RUN_OUTPUTS)[None, :] < Q)
             dy_step = tl.load(dy_tile + (pixel * dy_stride)[None, :], mask=mask_y, other=0.0)
-            acc = tl.dot(dy_step, x_step, acc, input_precision=PRECISION)
+            acc = tl.dot(to_tf32(dy_step, ROUND), to_tf32(x_step, ROUND), acc, input_precision=PRECISION)
             n, o, p, q = advance(n, o, p, q, n_step, o_step, p_step, q_step, O, P, runs_q, RANK)
 
     # Each column stores its own window of the run, in a part of the workspace of its own, as splits do.
@@ -173,6 +174,7 @@ def conv_rows_wgrad(direction: str, problem: ConvProblem, config: Config, gpu: G
             "USED": triton.cdiv(form.used, form.vec) * form.vec,
             "WIDE": needs_int64(*operands),
             "PRECISION": fp32_precision(problem.dtype),
+            "ROUND": rounds_in_registers(problem.dtype, gpu),
             **tile,
         },
         num_warps=config["num_warps"],

@@ -208,12 +208,15 @@ def conv_spatial(direction: str, problem: ConvProblem, config: Config, gpu: Gpu,
     x = Descriptor(
         *(dtype, (n * d, phases, h, w // phases, c), (image, column, row, phases * column, 1)),
         (1, 1, rows, m_block // rows, c_block),
+        factor=True,
     )
     taps = problem.taps
     # [taps, K, C] of the convolution in either direction.
     step = pitch(problem.in_channels, dtype)
     reduced = (c_block, k_block) if dgrad else (k_block, c_block)
-    weight = Descriptor(dtype, (taps, problem.out_channels, problem.in_channels), (step, taps * step, 1), (1, *reduced))
+    weight = Descriptor(
+        dtype, (taps, problem.out_channels, problem.in_channels), (step, taps * step, 1), (1, *reduced), factor=True
+    )
     gcds, inverses = rank3.phases
     splits = config["SPLITS"]
     epilogue = PLAIN if splits > 1 else layout.epilogue

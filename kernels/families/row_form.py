@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import triton
 import triton.language as tl
 
-from fastconv.kernels.families.family import Layout
+from fastconv.kernels.families.family import Layout, fp32_precision
+from fastconv.kernels.jit.rounding import nearest_tf32
 from fastconv.kernels.launch.descriptor import ALIGNMENT
 from fastconv.kernels.launch.launch import Launch
 from fastconv.kernels.problem.conv import ConvProblem
@@ -120,6 +121,7 @@ def conv_rows_weight_kernel(
     padded,  # rows in whole steps
     elements,  # of the result
     RUN: tl.constexpr,
+    ROUND: tl.constexpr,  # fp32 to TF32
     BLOCK: tl.constexpr,
 ):
     """Put each column's weights at their place in the run, with zeros beside them."""
@@ -130,7 +132,7 @@ def conv_rows_weight_kernel(
     e = index % RUN - shift - column * distance
     inside = (index < elements) & (row < rows) & (e >= 0) & (e < window)
     w = tl.load(w_ptr + (k % K * rows + row) * window + e, mask=inside, other=0.0)
-    tl.store(out_ptr + index, w, mask=index < elements)
+    tl.store(out_ptr + index, nearest_tf32(w, ROUND), mask=index < elements)
 
 
 def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
@@ -145,7 +147,7 @@ def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
             *(k, filter_rows(problem), problem.filter_size[-1] * c, form.shift, problem.stride[-1] * c),
             *(padded, elements),
         ),
-        constants={"RUN": form.run, "BLOCK": block},
+        constants={"RUN": form.run, "ROUND": fp32_precision(problem.dtype) == "tf32", "BLOCK": block},
         num_warps=4,
         num_stages=1,
     )

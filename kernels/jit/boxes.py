@@ -79,6 +79,7 @@ def pixel_view(
     channels: int,
     pixels: int = 1,
     parity: bool = False,
+    factor: bool = False,
 ) -> Descriptor:
     """An operand [N, C, D, H, W] of ``problem.as_rank3`` as [D, H, W, N, C], in ranks 1 and 2 as [H, W, N, C].
 
@@ -94,4 +95,4 @@ def pixel_view(
     if parity:
         size[-1:], box = [2, size[-1] // 2], (1, *box)
         steps = (*steps[:-1], 2 * steps[-2], steps[-1])
-    return Descriptor(problem.dtype, (*size[first:], n, c), (*steps, 1), box)
+    return Descriptor(problem.dtype, (*size[first:], n, c), (*steps, 1), box, factor=factor)

@@ -39,6 +39,7 @@ class Descriptor:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     start: int = 0  # of the view in its operand
+    factor: bool = False  # of a product: a copy rounds fp32 to the nearest TF32, if Triton can
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.strides) == len(self.box) <= 5, self
@@ -77,7 +78,8 @@ class Descriptor:
             if len(_descriptors) >= MAX_DESCRIPTORS:
                 _descriptors.popitem(last=False)
             base = _Address(address + self.start * t.itemsize, self.dtype)
-            descriptor = TensorDescriptor(base, list(self.shape), list(self.strides), list(self.box))
+            rounds = _ROUNDS if self.factor and self.dtype is torch.float32 else {}
+            descriptor = TensorDescriptor(base, list(self.shape), list(self.strides), list(self.box), **rounds)
         _descriptors[key] = descriptor
         self.__dict__["_latest"] = address, descriptor
         return descriptor
@@ -96,6 +98,9 @@ class _Address:
 
 
 _numbers = count()
+# From Triton 3.7 on.
+MAPS_ROUND = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+_ROUNDS: dict[str, Any] = {"round_f32_to_tf32": True} if MAPS_ROUND else {}
 # Outputs are allocated anew in each call, most of them at an earlier one's address.
 MAX_DESCRIPTORS = 2048
 # The latest used stands last, so that a weight's stays.
