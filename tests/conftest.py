@@ -62,10 +62,21 @@ def pytest_report_header() -> str:
 @pytest.fixture
 def set_fp32_precision() -> Iterator[Callable[[str], None]]:
     """Sets how PyTorch is to make fp32 products of convolutions, "ieee" or "tf32", for the length of a test."""
-    setting = torch.backends.cudnn.conv
-    before = setting.fp32_precision
-    yield lambda precision: setattr(setting, "fp32_precision", precision)
-    setting.fp32_precision = before
+
+    def set_precision(precision: str) -> None:
+        # First the older setting, which Dynamo reads and which raises if the newer one differs from it.
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.conv.fp32_precision = precision
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    yield set_precision
+    set_precision(before)
+
+
+@pytest.fixture(autouse=True)
+def fp32_products(set_fp32_precision: Callable[[str], None]) -> None:
+    """fp32 products are exact in every test that does not say TF32: a convolution's are TF32 on a GPU by default."""
+    set_fp32_precision("ieee")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastconv.kernels import dispatch
+from fastconv.kernels.launch.descriptor import MAPS_ROUND
 from fastconv.kernels.launch.interpreter import interpreting
-from fastconv.kernels.launch.launch import LaunchRecord, record
+from fastconv.kernels.launch.launch import Launch, LaunchRecord, record
 from fastconv.kernels.ops import call, conv
 from fastconv.kernels.problem.conv import DIRECTIONS, ConvProblem, conv_problem
 from fastconv.kernels.problem.layout import strides_like
@@ -166,19 +166,41 @@ def check_wide_offsets(
     assert products and all(constants["WIDE"] for constants in products)
 
 
+def rounds_to_tf32(launch: Launch) -> bool:
+    """Whether both factors of a TF32 product are the nearest to what they are of."""
+    if any(it.factor for _, it in launch.described):
+        return MAPS_ROUND
+    return launch.constants["ROUND"]
+
+
+def product_error(records: Iterable[LaunchRecord]) -> float:
+    """The relative error of one product of the kernels launched, before it is added."""
+    launches = [it.launch for it in records if it.launch.constants.get("PRECISION") == "tf32"]
+    if interpreting() or not launches:
+        return 0.0
+    # TF32 keeps 10 bits of fraction: a factor is off by 2^-11 of itself if rounded, by less than 2^-10 if truncated.
+    factor = 2.0**-11 if all(map(rounds_to_tf32, launches)) else 2.0**-10
+    return 2 * factor + factor**2
+
+
 def check_random(problem: ConvProblem, results: Sequence[str] = RESULTS) -> None:
-    """The ``results`` on random values, within the roundings of their sums."""
+    """The ``results`` on random values, within the roundings of their sums; compiled, fp32 in each precision."""
     operands = random_operands(problem)
     magnitudes = expected(problem, *(operand.abs() for operand in operands))
     each = dict(zip(RESULTS, zip(expected(problem, *operands), magnitudes, depths(problem), strict=True), strict=True))
-    for name, value in zip(results, computed(problem, *operands, results=results), strict=True):
-        reference, magnitude, depth = each[name]
-        # The GPU's default for fp32 is TF32, as PyTorch's is: operands of a matrix product keep 10 bits of fraction.
-        tf32 = 0.0
-        if problem.dtype is torch.float32 and not interpreting() and name in DIRECTIONS:
-            family = dispatch.plan(name, problem, dispatch.target(value.device)).family
-            tf32 = 0.0 if family == "depthwise" else 2.0**-10
-        assert_close(value, reference, magnitude, depth, f"{name} of {problem.describe()}", tf32)
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    both = problem.dtype is torch.float32 and not interpreting()
+    try:
+        for precision in ("ieee", "tf32") if both else (before,):
+            setting.fp32_precision = precision
+            for name in results:
+                with record() as records:
+                    (value,) = computed(problem, *operands, results=(name,))
+                what = f"{name} of {problem.describe()}, {precision}"
+                assert_close(value, *each[name], what, product_error(records))
+    finally:
+        setting.fp32_precision = before
 
 
 @cache

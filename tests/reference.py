@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-# Largest integer up to which every integer is representable.
-EXACT = {torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
+# Largest integer up to which every integer is representable; of fp32 in a TF32 product.
+EXACT = {torch.float32: 2**11, torch.float16: 2**11, torch.bfloat16: 2**8}
 
 
 def integers(shape: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:

@@ -317,7 +317,8 @@ class Asks(Net):
 
 @pytest.mark.parametrize("model", [Net(), Asks()], ids=["without data", "on a copy"])
 @pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
-def test_layers_of_a_model(model: torch.nn.Module, converted: bool) -> None:
+def test_layers_of_a_model(model: torch.nn.Module, converted: bool, set_fp32_precision) -> None:
+    set_fp32_precision("tf32")  # which rows serve
     model = copy.deepcopy(model).to(DEVICE)
     if converted:
         fastconv.convert(model)

@@ -341,17 +341,12 @@ def test_backward_on_another_thread_is_strict_too(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_fp32_precision_follows_pytorch(precision: str) -> None:
+def test_fp32_precision_follows_pytorch(precision: str, set_fp32_precision) -> None:
+    set_fp32_precision(precision)
     x = torch.ones(1, 16, 4, 4, device=DEVICE, requires_grad=True)
     weight = torch.ones(16, 16, 3, 3, device=DEVICE, requires_grad=True)
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    try:
-        conv.fp32_precision = precision
-        with record() as records:
-            ours.conv2d(x, weight).sum().backward()
-    finally:
-        conv.fp32_precision = before
+    with record() as records:
+        ours.conv2d(x, weight).sum().backward()
     constants = [r.launch.constants for r in records if "PRECISION" in r.launch.constants]
     assert len(constants) == 3 and all(c["PRECISION"] == precision for c in constants)
 

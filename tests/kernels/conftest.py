@@ -1,6 +1,6 @@
 """Fixtures of every kernel test: new memory holds nothing like a result, and kernels touch only their operands."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,12 @@ __all__ = ["bulk_copies", "guarded_memory", "poisoned_memory"]
 @pytest.fixture(autouse=True)
 def _every_launch(poisoned_memory: None, guarded_memory: None) -> None:
     """Every test runs in poisoned and guarded memory."""
+
+
+@pytest.fixture(autouse=True)
+def fp32_products(set_fp32_precision: Callable[[str], None]) -> None:
+    """fp32 products are TF32, PyTorch's default for convolutions, which more kernels serve."""
+    set_fp32_precision("tf32")
 
 
 @pytest.fixture

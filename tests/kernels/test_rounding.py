@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from convolutions import Case, computed, expected
+from convolutions import Case, computed, expected, rounds_to_tf32
 from fastconv.kernels import dispatch
-from fastconv.kernels.launch.descriptor import MAPS_ROUND
-from fastconv.kernels.launch.launch import Launch, record
+from fastconv.kernels.launch.launch import record
 from tests.marks import DEVICE, runs_kernels
 
 CASES = {
@@ -22,14 +21,9 @@ EACH = [(family, direction) for family, (_, directions) in CASES.items() for dir
 pytestmark = runs_kernels
 
 
-def rounds(launch: Launch) -> bool:
-    return launch.constants.get("ROUND", False) or (MAPS_ROUND and any(it.factor for _, it in launch.described))
-
-
 @pytest.mark.gpu  # the interpreter has no TF32
 @pytest.mark.parametrize(("family", "direction"), EACH)
-def test_sums_of_positive_products_are_not_drawn_to_zero(family: str, direction: str, set_fp32_precision) -> None:
-    set_fp32_precision("tf32")
+def test_sums_of_positive_products_are_not_drawn_to_zero(family: str, direction: str) -> None:
     problem = CASES[family][0].problem()
     generator = torch.Generator().manual_seed(0)
     shapes = problem.input_shape, problem.output_shape, problem.weight_shape
@@ -45,7 +39,7 @@ def test_sums_of_positive_products_are_not_drawn_to_zero(family: str, direction:
     error = float(((value.cpu().double() - reference) / reference)[inside].mean())
     product = next(it.launch for it in records if "PRECISION" in it.launch.constants)
     assert product.constants["PRECISION"] == "tf32"
-    if rounds(product):
+    if rounds_to_tf32(product):
         assert abs(error) < 2.0**-14, error
     else:
         # Two factors, each too small by less than 2^-10.
