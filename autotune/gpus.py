@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+EMULATED = " emulated"  # what an emulator's name ends with
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -25,6 +27,11 @@ class Gpu:
     @property
     def interpreted(self) -> bool:
         return self.arch == 0
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it is an emulator of a GPU, whose times mean nothing."""
+        return self.name.endswith(EMULATED)
 
     @property
     def wgmma(self) -> bool:

@@ -18,7 +18,7 @@ NUMERIC = ("bench", "check", "explain")
 # Commands that compile for GPUs that need not be here.
 COMPILING = ("inspect", "tune")
 # Variables of the environment beside the settings'.
-VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_LOCK")
+VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_DEVICE", "FASTCONV_LOCK")
 INTERRUPTED = "interrupted; what was finished has been written"
 
 
@@ -60,8 +60,8 @@ def run(arguments: list[str]) -> int:
 def _check_environment(command: str) -> None:
     """Raise BadUsage if a variable, the lock file or the platform is wrong, before torch takes seconds to import."""
     try:
-        import fastconv.kernels  # noqa: F401
-    except ImportError as error:
+        import fastconv.kernels.launch.device  # noqa: F401
+    except (ImportError, RuntimeError, ValueError) as error:  # the latter two from a stand-in for the GPU
         raise BadUsage(str(error)) from error
     try:
         from fastconv.settings import Values

@@ -47,12 +47,14 @@ def bench(
     """
     from fastconv.benchmarks.report.console import console
     from fastconv.cli import bench_run
+    from fastconv.kernels.launch.device import here
 
     screen = console()
     if show is not None:
         bench_run.show(show, screen)
         return 0
     names = (_names(ops), _names(layers), _names(provider))
+    dry_run = dry_run or not here.real
     options = bench_run.Options(model, batch, size, dtype, train, *names, blocks, seconds, quick, dry_run)
     return 1 if bench_run.choose(options)(options, out, screen).wrong else 0
 

@@ -111,11 +111,9 @@ Run = Callable[[Options, Path, Console], Results]
 def choose(options: Options) -> Run:
     """The run for this machine. Raises BadUsage if an option means nothing on it."""
     _check(options)
-    if options.dry_run:
-        if not interpreter.interpreting():
-            raise BadUsage("--dry-run needs the interpreter: run it with TRITON_INTERPRET=1")
-        return timed_run
-    if here.is_available() and not interpreter.interpreting():
+    if options.dry_run and here.real and not interpreter.interpreting():
+        raise BadUsage("--dry-run needs the interpreter: run it with TRITON_INTERPRET=1")
+    if options.dry_run or (here.is_available() and not interpreter.interpreting()):
         return timed_run
     if not interpreter.interpreting():
         raise BadUsage("PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU")
@@ -155,10 +153,11 @@ def _check(options: Options) -> None:
 
 
 def timed_run(options: Options, out: Path, screen: Console) -> Results:
-    """A network on the GPU, or operators or blocks of several; in a dry run tiny ones, on the CPU."""
+    """A network on the GPU, or operators or blocks of several; in a dry run tiny ones, on the CPU or a stand-in."""
     started = time.monotonic()
-    device = torch.device("cpu") if options.dry_run else here.at()
-    clock = HostClock() if options.dry_run else CudaClock()
+    interpreted = interpreter.interpreting()
+    device = torch.device("cpu") if interpreted else here.at()
+    clock = HostClock() if interpreted else CudaClock()
     dtype = dtype_option(options.dtype or "bfloat16")
     prepared = _blocks if options.blocks else _operators if options.operators else _network
     # A wrong name is refused here, before an earlier result is written over.

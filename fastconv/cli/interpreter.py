@@ -9,11 +9,15 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 SWITCH = "TRITON_INTERPRET"
+STAND_IN = "FASTCONV_DEVICE"  # kernels.launch.device's
 
 
 def gpu_present() -> bool:
-    """Whether torch is built for CUDA and the driver reports a device; ``CUDA_VISIBLE_DEVICES=`` hides devices."""
-    return _torch_has_cuda() and _driver_devices() > 0
+    """Whether torch is built for CUDA and the driver reports a device, or a stand-in is named.
+
+    ``CUDA_VISIBLE_DEVICES=`` hides devices.
+    """
+    return STAND_IN in os.environ or (_torch_has_cuda() and _driver_devices() > 0)
 
 
 def enter_interpreter() -> None:

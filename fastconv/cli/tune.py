@@ -240,6 +240,7 @@ def _tune(
         screen.print(
             f"{options.name if not options.from_log else 'What programs met'} on the {gpu.name}: "
             f"{len(tasks)} problems, {len(tasks) - part.left} of them tuned already"
+            + ("; its times mean nothing" if gpu.emulated else "")
         )
         watch = stack.enter_context(Watch(screen, len(part.tasks), started + options.budget))
         records = run(

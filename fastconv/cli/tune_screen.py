@@ -130,6 +130,8 @@ def ranked(store: Store, gpu: Gpu) -> list[Any]:
     columns = "rank correlation", "top-1 regret", "top-5 regret", "default's", "worst", "PyTorch faster"
     table = new_table("kernel", "problems", *columns)
     table.title = f"The cost model against measurements on the {gpu.name}; regrets relative to the best measured"
+    if gpu.emulated:
+        table.title = f"{gpu.name}: its times mean nothing"
     for space in [*sorted({fit.problem.space for fit in each}), None]:
         part = means([fit for fit in each if space in (None, fit.problem.space)])
         assert part is not None

@@ -29,7 +29,7 @@ def measure(question: Question, fastconv: str) -> Tuned | None:
     is captured. Takes seconds, the first time more. One thread at a time may call it. Raises WorkerError."""
     if not live(question.gpu) or here.is_current_stream_capturing():
         return None
-    device = here.current_device()
+    device = here.current_device() or 0  # a stand-in may have no number
     # What this process has queued would share the GPU with the measurement.
     here.synchronize()
     worker = _workers.get(device)

@@ -95,6 +95,7 @@ def _register_tensors(it: Driver, poison: bool) -> None:
 
 def _drive_triton(it: Driver) -> None:
     """Let Triton's own launcher load and launch by ``it``."""
+    from triton import knobs
     from triton.backends.nvidia.driver import CudaDriver
     from triton.compiler import CompiledKernel
     from triton.runtime import driver as active
@@ -117,8 +118,18 @@ def _drive_triton(it: Driver) -> None:
                     raise
                 raise it.fault from error
 
+    def stages(*given: Any) -> tuple[str, str] | None:
+        """Leaves ptxas out, which takes longest, for what this process launches; not for what it only compiles."""
+        launches = active.active is cuda
+        if not given:
+            return ("emulated",) * 2 if launches else ("",) * 2
+        if launches:
+            given[1]["cubin"] = lambda source, metadata: b""
+        return None
+
     cuda.launcher_cls = Launcher
     active.set_active(cuda)
+    knobs.runtime.add_stages_inspection_hook = stages
     plain = CompiledKernel._init_handles
 
     def load(self: Any) -> None:

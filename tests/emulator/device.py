@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fastconv.autotune.gpus import EMULATED
 from fastconv.kernels.launch.device import Cuda
 from tests.emulator.driver import Driver
 
@@ -33,7 +34,7 @@ class Emulated(Cuda):
         self.driver = driver
         # The name is another product's to fastconv, so that no table or record of the true one meets its own.
         self._properties = SimpleNamespace(
-            name=f"{gpu.name} emulated",
+            name=gpu.name + EMULATED,
             major=gpu.arch // 10,
             minor=gpu.arch % 10,
             warp_size=32,
@@ -189,7 +190,8 @@ class Graph:
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         if self._on._capturing is not None:
             raise RuntimeError("a CUDA graph is being captured already")
-        self._steps, self._mode = [], _Noted(self._steps)
+        self._steps = []
+        self._mode = _Noted(self._steps)
         self._on._capturing = self
         self._on.driver.noted = self._steps
         self._mode.__enter__()

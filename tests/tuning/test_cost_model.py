@@ -11,7 +11,7 @@ import torch
 
 from fastconv.autotune import Gpu, Measured, ProblemKey, Store, Tuned, gpu_named, predict
 from fastconv.autotune.choose import RESOLUTION, Question
-from fastconv.autotune.gpus import H200
+from fastconv.autotune.gpus import EMULATED, H200
 from fastconv.autotune.ranking import Summary, fits, summary
 from fastconv.autotune.records import Record
 from fastconv.autotune.store import read_lines
@@ -57,6 +57,7 @@ def predicted_anew(records: Iterable[Record]) -> Iterator[Measured]:
     does not know."""
     for record in records:
         gpu = gpu_named(record.gpu, record.multiprocessors)
+        assert gpu is None or not gpu.emulated, f"{gpu.name} measures nothing"
         times: list[tuple[Any, float | None]] = []
         if isinstance(record, Tuned):
             times = [(record.config, record.seconds), (record.default, record.default_seconds), *record.also]
@@ -123,6 +124,11 @@ def test_what_is_committed_is_found_and_held(tmp_path) -> None:
     write_table(tmp_path / "tables" / "nvidia-h200.json", [it for it in records if isinstance(it, Tuned)], "abc", DATE)
     found = held(committed([tmp_path / "tables", tmp_path / "results"]))
     assert found is not None and found.problems == 12
+
+
+def test_what_an_emulated_gpu_wrote_is_refused() -> None:
+    with pytest.raises(AssertionError, match="NVIDIA H200 emulated measures nothing"):
+        held(replace(it, gpu=H200.name + EMULATED) for it in simulated())
 
 
 def test_a_model_that_ranks_badly_is_not_let_through() -> None:
