@@ -6,6 +6,8 @@
 #   OUT=dir ARGS=...   bench, gpu: where results go; bench: further arguments
 #   N=1000             fuzz: how many calls of each kind, and models
 #   STAGE=models       gpu: some stages of tests, operators, blocks, models, tuning
+#   EMULATE=H200       gpu: on an emulated one, tiny; its times mean nothing
+#   GPU=H200 ARGS=...  emulate: which GPU, H200,early for asynchrony that ends at once; which tests
 #   FASTCONV_COMMIT=   gpu: what is measured, if there is no .git to ask
 SHELL = bash
 PYTHON ?= python3
@@ -27,7 +29,7 @@ PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 COMPILED = tests/kernels/test_compile.py tests/kernels/test_launch.py tests/api/test_warmup.py \
 	-k "sm_90 and not variants or launch or warmup"
 
-.PHONY: setup test test-fast test-compile test-slow test-tiles fuzz same-binaries bench check gpu
+.PHONY: setup test test-fast test-compile test-slow test-tiles fuzz same-binaries emulate bench check gpu
 .DEFAULT_GOAL = test
 .NOTPARALLEL:
 
@@ -60,6 +62,11 @@ fuzz: setup
 same-binaries: setup
 	@env -u TRITON_INTERPRET $(RUN) benchmarks/tools/same_binaries.py $(BASE) $(ARGS)
 
+# tests that need a GPU, on an emulated one (tests/emulator)
+emulate: setup
+	@.ci/stage "emulated $(or $(GPU),H200)" env -u TRITON_INTERPRET FASTCONV_DEVICE=tests.emulator:$(or $(GPU),H200) \
+		$(PYTEST) -m "not compile" $(ARGS)
+
 bench: setup
 	@$(RUN) -m fastconv bench $(if $(OUT),--out "$(OUT)") $(ARGS)
 
@@ -69,4 +76,4 @@ check: setup
 	@.ci/stage types $(RUN) -m mypy
 
 gpu: setup
-	@OUT="$(or $(OUT),out/gpu)" STAGE="$(STAGE)" .ci/gpu $(RUN)
+	@OUT="$(or $(OUT),out/gpu)" STAGE="$(STAGE)" EMULATE="$(EMULATE)" .ci/gpu $(RUN)

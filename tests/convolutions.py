@@ -98,7 +98,7 @@ def depths(problem: ConvProblem) -> tuple[int, int, int, int]:
     return c * problem.taps, k * problem.taps, problem.output_pixels, problem.output_pixels
 
 
-_FAMILIES = ("conv_rows", "conv_depthwise", "conv_pixels", "conv_gemm", "conv_spatial")
+_FAMILIES = ("conv_rows", "conv_row_boxes", "conv_depthwise", "conv_pixels", "conv_gemm", "conv_spatial")
 
 
 def products_of(records: Iterable[LaunchRecord]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import fastconv
 from fastconv.cli.errors import BadUsage
-from fastconv.cli.interpreter import enter_interpreter, leave_interpreter
+from fastconv.cli.interpreter import STAND_IN, enter_interpreter, leave_interpreter
 
 COMMANDS = ("bench", "cache", "check", "explain", "inspect", "tune")
 # Commands that run kernels on a GPU, or interpret them without one.
@@ -18,7 +18,7 @@ NUMERIC = ("bench", "check", "explain")
 # Commands that compile for GPUs that need not be here.
 COMPILING = ("inspect", "tune")
 # Variables of the environment beside the settings'.
-VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", "FASTCONV_DEVICE", "FASTCONV_LOCK")
+VARIABLES = ("FASTCONV_CACHE_DIR", "FASTCONV_COMMIT", STAND_IN, "FASTCONV_LOCK")
 INTERRUPTED = "interrupted; what was finished has been written"
 
 
@@ -60,8 +60,11 @@ def run(arguments: list[str]) -> int:
 def _check_environment(command: str) -> None:
     """Raise BadUsage if a variable, the lock file or the platform is wrong, before torch takes seconds to import."""
     try:
-        import fastconv.kernels.launch.device  # noqa: F401
-    except (ImportError, RuntimeError, ValueError) as error:  # the latter two from a stand-in for the GPU
+        import fastconv.kernels
+
+        if os.environ.get(STAND_IN):
+            import fastconv.kernels.launch.device  # noqa: F401
+    except (ImportError, RuntimeError, ValueError) as error:  # the latter two are a stand-in's
         raise BadUsage(str(error)) from error
     try:
         from fastconv.settings import Values

@@ -18,6 +18,7 @@ from convolutions import (
     check_wide_offsets,
     computed,
     expected,
+    products_of,
     random_operands,
 )
 from fastconv.autotune import gpus
@@ -107,12 +108,13 @@ def test_exact_on_integers(case: Case, dtype: torch.dtype, record_property) -> N
     problem = case.problem(dtype)
     # Every other case in the plain format, whose edges are copies.
     records = check_exact(problem, channels_last=CASES.index(case) % 2 == 0)
+    assert {"conv_gather_kernel", "conv_wgrad_kernel", "channel_sum_kernel"} <= set(products_of(records))
     names = {record.name for record in records}
-    assert "channel_sum_kernel" in names
     for direction in DIRECTIONS:
         plan = dispatch.plan(direction, problem, dispatch.target(torch.device(DEVICE)))
-        assert {launch.name for launch in plan.launches} <= names
-        record_property("problem", (plan.family, direction, case.name))
+        # A call may copy its operands to where another family serves them.
+        if {launch.name for launch in plan.launches} <= names:
+            record_property("problem", (plan.family, direction, case.name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,7 +153,8 @@ def test_tile_edges(case: Case, tile: dict[str, int], monkeypatch) -> None:
     """The interpreter's own tiles cover small problems whole; here tiles are small."""
     problem = case.problem()
     take_tile(monkeypatch, tile, ("conv", "pass"))
-    records = check_exact(problem)
+    with dispatch.only_family("gather"):
+        records = check_exact(problem)
     second = ["conv_finish_kernel", "split_sum_kernel"]
     assert all(r.launch.constants["BLOCK_K"] == tile["BLOCK_K"] for r in records if r.name not in second)
     assert [name for name in second if name in {r.name for r in records}] == (second if tile["SPLITS"] > 1 else [])
@@ -163,7 +166,7 @@ def test_strides_are_taken_from_the_tensors() -> None:
     whole = integers((2, 6, 8, 24), 50, generator).float().to(DEVICE)
     x = whole[:, 1:, ::2, 4:20].permute(0, 3, 1, 2)
     weight = integers((16, 16, 3, 3), 50, generator).float().to(DEVICE)
-    with record() as records:
+    with dispatch.only_family("gather"), record() as records:
         y = conv.conv_fprop(x, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
     reference = torch.conv2d(x.double().cpu(), weight.double().cpu(), padding=1)
     assert_equal(y, reference, "fprop of a slice")
@@ -235,7 +238,8 @@ def test_linear_wgrad_is_wide_if_either_operand_is(c: int, k: int) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_wide_offsets_give_the_same(direction: str, monkeypatch) -> None:
     problem = Case("", 2, 16, 16, (5, 4), (3, 3), (2, 1), (1, 1)).problem()
-    check_wide_offsets(monkeypatch, problem, [conv_gather, conv_gather_wgrad], (direction,))
+    with dispatch.only_family("gather"):
+        check_wide_offsets(monkeypatch, problem, [conv_gather, conv_gather_wgrad], (direction,))
 
 
 @pytest.mark.skipif(not interpreting(), reason="counts the interpreter's products")
