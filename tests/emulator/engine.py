@@ -1110,6 +1110,8 @@ class Compiler:
             chosen = np.broadcast_to(True if mask is None else mask, (co.C, co.T))
             data = np.zeros((co.C, co.T), memory._WIDE[width])
             flat = co.shared.offsets(shared_at, width, mask)
+            if co.launch.counters is not None:
+                co.launch.counters.shared(co, shared_at, width, mask, True)
             present = chosen
             if taken is not None:
                 count = taken(co)

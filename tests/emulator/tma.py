@@ -397,7 +397,7 @@ def _compile_load(compiler: Compiler, ins: Instruction, rank: int) -> Op:
             raise PtxError("NaN as filling is not modelled")
         pieces = data.reshape(*data.shape[:2], -1).view(np.complex128)[..., 0]
         if co.launch.counters is not None:
-            co.launch.counters.bulk(len(ctas) * tensor.bytes, chosen.size * tensor.unit, False)
+            co.launch.counters.bulk(co, address, inside, tensor.unit, tensor.bytes, False)
         at = _of(co, locate_barrier(co), ctas, threads)
         for barrier_at, here in _groups(at):
             co.tma.barrier(barrier_at, ctas[here])
@@ -451,7 +451,7 @@ def _compile_store(compiler: Compiler, ins: Instruction, rank: int) -> Op:
         np.minimum.at(ranges[:, 0], ctas, at.min(1))
         np.maximum.at(ranges[:, 1], ctas, at.max(1) + 16)
         if co.launch.counters is not None:
-            co.launch.counters.bulk(len(ctas) * tensor.bytes, int(inside.sum()) * tensor.unit, True)
+            co.launch.counters.bulk(co, address, inside, tensor.unit, tensor.bytes, True)
         co.tma.store(
             {
                 "ctas": ctas,
