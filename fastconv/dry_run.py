@@ -38,7 +38,7 @@ def make_calls(model: Module, inputs: tuple[Any, ...], train: bool, may_compute:
         if not may_compute:
             raise
         why = f"it ran, since without data it raises {type(error).__name__}: {str(error).splitlines()[0]}"
-        with torch.random.fork_rng(range(here.device_count())):
+        with here.fork_rng():
             _step(copied(model), inputs, train)
         return why
     return None

@@ -167,7 +167,7 @@ def explain(model: Module, *inputs: Any) -> Explanation:
         watch = _run_without_data(model, inputs, mode)
         if watch is None:
             watch = _WatchedModel(copied(model), mode)
-            with torch.random.fork_rng(range(here.device_count())):
+            with here.fork_rng():
                 watch.run(inputs)
     fused = []
     for norm in watch.norms:

@@ -64,7 +64,8 @@ def _called(conv: Callable[..., torch.Tensor], x: torch.Tensor, w: torch.Tensor,
 
 
 def _host_sample(call: Thunk, device: torch.device) -> Sample:
-    calls = HOST_CALLS if here.holds(device) else 1  # interpreted, a call takes ten thousand times as long
+    # Interpreted or emulated, a call takes ten thousand times as long.
+    calls = HOST_CALLS if here.real and here.holds(device) else 1
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -53,6 +54,10 @@ class Cuda:
     def holds(self, device: torch.device) -> bool:
         """Whether what is on ``device`` is on a GPU."""
         return device.type == self.type
+
+    def fork_rng(self) -> AbstractContextManager[None]:
+        """Leaves the random numbers of the CPU and of every GPU as they were."""
+        return torch.random.fork_rng(range(self.device_count()))
 
     def end_allocating(self, pool: torch.cuda.MemPool) -> None:
         """Take no more memory for a capture from ``pool``."""

@@ -415,7 +415,8 @@ def test_a_cpu_without_the_interpreter_is_pytorchs() -> None:
         "explanation = fastconv.explain(fastconv.convert(torch.nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 5, 5))\n"
         "print(explanation.left)"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    other = "TRITON_INTERPRET", "FASTCONV_DEVICE"
+    environment = {name: value for name, value in os.environ.items() if name not in other}
     out = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
     ).stdout

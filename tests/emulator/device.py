@@ -72,6 +72,9 @@ class Emulated(Cuda):
     def at(self, index: int | None = None) -> torch.device:
         return torch.device("cpu")
 
+    def fork_rng(self) -> contextlib.AbstractContextManager[None]:
+        return torch.random.fork_rng(())
+
     def synchronize(self, device: Any = None) -> None:
         if self._capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing: a synchronisation")
@@ -202,8 +205,10 @@ class Graph:
         self._mode = self._on._capturing = self._on.driver.noted = None
 
     def replay(self) -> None:
-        for step in self._steps:
-            step()
+        # Below what tells an inference tensor from another, and notes what autograd is to do.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            for step in self._steps:
+                step()
 
     def reset(self) -> None:
         self._steps.clear()
