@@ -204,6 +204,7 @@ class Counters:
             opcodes[ins.opcode] += access.executed
         return {
             "programs": self.ctas,
+            "warps": self.warps_per_cta,  # of a program
             "warp_instructions": dict(opcodes),
             "barriers": self.barriers,
             "tensor_flops": self.tensor_flops,

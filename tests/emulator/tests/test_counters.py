@@ -14,7 +14,7 @@ from fastconv.kernels.families.splits import split_sum
 from fastconv.kernels.launch.device import here
 from fastconv.kernels.launch.launch import run
 from tests import emulator
-from tests.emulator import engine, ptx
+from tests.emulator import count, engine, ptx
 from tests.emulator.counters import Counters
 from tests.emulator.device import Emulated
 
@@ -234,3 +234,30 @@ def test_a_sum_over_warps_meets_bank_conflicts() -> None:
     run(split_sum(20, 64, 1, 64, torch.bfloat16), torch.zeros(20, 64 * 64), torch.empty(64 * 64, dtype=torch.bfloat16))
     rows = [row for row in counted()["wasteful"] if "st.shared.b32" in row["instruction"]]
     assert len([row for row in rows if row["wavefronts"] == 8 * row["least_wavefronts"]]) == 4
+
+
+def test_a_sample_of_programs_stands_for_all() -> None:
+    """As many programs as are asked for, no two the same, and what one counts."""
+    x, out = torch.zeros(1000 * 128), torch.empty(1000 * 128)
+    with emulator.options(sample=7):
+        whole_grid[(1000,)](x, out, 128, num_warps=WARPS)
+    found = counted()
+    assert found["programs"] == 7
+    assert found["global"]["load"]["sectors"] == 7 * 16
+    assert found["unique_bytes"] == {"load": 7 * 512, "store": 7 * 512}
+
+
+@triton.jit
+def whole_grid(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, tl.load(x_ptr + index))
+
+
+def test_the_table_of_counts_names_every_kernel_that_is_counted() -> None:
+    page = count.PAGE.read_text()
+    table = page[page.index(count.BEGIN) : page.index(count.END)]
+    for layer in count.LAYERS:
+        for gpu, entries in layer.kernels.items():
+            for entry in entries.split():
+                name, kernel = entry.split(":")
+                assert f"| {gpu} | {kernel.removesuffix('_kernel')} | {layer.name}, {name} |" in table
