@@ -138,7 +138,8 @@ def conv_rows_weight_kernel(
 def weight_as_runs(problem: ConvProblem, form: RowForm, padded: int) -> Launch:
     """The launch that lays out a weight as runs, ``padded`` rows a channel; its last scalar counts the elements."""
     c, k, element = problem.in_channels, problem.out_channels, pointer_type(problem.dtype)
-    elements, block = form.columns * k * padded * form.run, 1024
+    # One element a thread: a warp's are neighbours.
+    elements, block = form.columns * k * padded * form.run, 128
     return Launch(
         kernel=conv_rows_weight_kernel,
         grid=(triton.cdiv(elements, block), 1, 1),

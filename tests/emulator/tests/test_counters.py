@@ -261,3 +261,11 @@ def test_the_table_of_counts_names_every_kernel_that_is_counted() -> None:
             for entry in entries.split():
                 name, kernel = entry.split(":")
                 assert f"| {gpu} | {kernel.removesuffix('_kernel')} | {layer.name}, {name} |" in table
+
+
+def test_a_weight_laid_out_as_runs_moves_whole_sectors() -> None:
+    layer = next(layer for layer in count.LAYERS if "conv_rows_weight_kernel" in layer.kernels.get("H200", ""))
+    record, _ = count.find(count.passes(layer, layer.small)[0], "fprop", "conv_rows_weight_kernel")
+    found = count.count(record, 0)["global"]
+    assert found["store"]["efficiency"] == 1.0
+    assert found["load"]["sectors"] < 2 * found["load"]["least_sectors"]
