@@ -37,7 +37,8 @@ def host_time(device: torch.device, deadline: float) -> Part:
         calls = {name: _called(conv, x, w.requires_grad_(), gradient) for name, conv in functions.items()}
         for call in calls.values():
             call()
-        rounds = interleave(calls, lambda call: _host_sample(call, device), deadline=deadline, most=20)
+        most = 20 if here.real else 3
+        rounds = interleave(calls, lambda call: _host_sample(call, device), deadline=deadline, most=most)
         for name, samples in rounds.samples.items():
             times = {"host_us": spread([sample.host * 1e3 for sample in samples])} if samples else {}
             problem = f"{images}x{channels}x{side}x{side} {str(dtype).removeprefix('torch.')}"

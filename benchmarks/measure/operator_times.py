@@ -194,7 +194,8 @@ def _measure_again(
     """Ours and eager's milliseconds in another way: other numbers, the host's clock, and a cold cache because copies of
     the operands that exceed it take turns in one graph."""
     moved = operator.elements * setup.dtype.itemsize
-    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if here.holds(setup.device) else 2
+    many = here.real and here.holds(setup.device)
+    copies = max(2, min(AGAIN_COPIES, AGAIN_BYTES // moved)) if many else 2
     try:
         calls = {}
         for provider in (ours, eager):

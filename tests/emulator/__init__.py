@@ -82,9 +82,11 @@ def _register_tensors(it: Driver, poison: bool) -> None:
             if known is None or known[0] != size or known[1].expired():
                 weak = StorageWeakRef(storage)
                 seen[start] = size, weak
-                it.allocations.add(
-                    start, size, f"storage of {tuple(self.shape)} {self.dtype}", lambda: not weak.expired()
-                )
+                what = f"storage of {tuple(self.shape)} {self.dtype}"
+                try:
+                    it.allocations.add(start, size, what, lambda: not weak.expired())
+                except MemoryError as error:
+                    raise torch.OutOfMemoryError(str(error)) from None
         return address
 
     torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign]

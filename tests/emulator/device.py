@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_iter
 from fastconv.autotune.gpus import EMULATED
 from fastconv.kernels.launch.device import Cuda
 from tests.emulator.driver import Driver
+from tests.emulator.memory import TOTAL_MEMORY
 
-TOTAL_MEMORY = 80 << 30
 BROKEN = "CUDA error: an illegal memory access was encountered (emulated: {})"
 
 

@@ -16,6 +16,7 @@ _PAGE = 1 << 12
 _HOST = (ctypes.c_uint8 * ((1 << 47) - _PAGE)).from_address(_PAGE)
 # All of the process's memory, by the width of an access; indexed by (address - _PAGE) // width.
 HOST = {width: np.frombuffer(_HOST, dtype=dtype) for width, dtype in _WIDE.items()}
+TOTAL_MEMORY = 4 << 30  # of a GPU: less than the host has
 SHARED_BASE = 1024  # what the system keeps for itself at the start of each CTA's shared memory
 LOCAL_BASE = 1 << 60  # generic addresses of local memory and of parameters
 PARAM_BASE = 1 << 61
@@ -45,6 +46,7 @@ class Allocations:
         self.peak = 0  # bytes at once since it was last set
 
     def add(self, start: int, size: int, what: str = "", alive: Callable[[], bool] | None = None) -> None:
+        """Raises MemoryError beyond the GPU's memory."""
         if size <= 0:
             return
         new = Range(start, start + size, what, alive)
@@ -56,7 +58,10 @@ class Allocations:
             # What lies where something new is has been freed.
             self._ranges = [r for r in self._ranges if r.end <= start or r.start >= new.end]
             insort(self._ranges, new)
-        self.peak = max(self.peak, self.bytes())
+        total = self.bytes()
+        if total > TOTAL_MEMORY:
+            raise MemoryError(f"CUDA out of memory: {total:,} bytes of {TOTAL_MEMORY:,} (emulated)")
+        self.peak = max(self.peak, total)
 
     def bytes(self) -> int:
         return sum(r.end - r.start for r in self.ranges())

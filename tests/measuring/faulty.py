@@ -1,6 +1,8 @@
 """A worker on a GPU whose configs do harm: ``python -m tests.measuring.faulty HOW DESCRIPTOR``; PyTorch does none."""
 
 import sys
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -8,6 +10,7 @@ import triton.language as tl
 
 from fastconv.autotune import Config, Gpu, ProblemKey
 from fastconv.kernels.launch.device import here
+from fastconv.measuring import worker
 from fastconv.measuring.process import Measure, serve
 from fastconv.measuring.worker import Measuring, on_device
 
@@ -26,6 +29,15 @@ def harmful_kernel(flag_ptr, address, ENDLESS: tl.constexpr):
 def start(how: str) -> tuple[Gpu, Measure]:
     gpu, measure = on_device(0)
     assert isinstance(measure, Measuring)
+    if how == "wrong":
+        plain = worker.to_run
+
+        def spoiled(*arguments: Any) -> Any:
+            it, question = plain(*arguments)
+            return replace(it, ours=lambda *given: lambda: it.ours(*given)() + 1), question
+
+        worker.to_run = spoiled
+        return gpu, measure
 
     def harm(problem: ProblemKey, config: Config | None) -> float:
         if config is not None:
@@ -43,7 +55,11 @@ class _Harm:
         self.problem = type("Problem", (), {"key": None})()
 
     def seconds(self, config: Config | None) -> float:
-        flag = torch.zeros(1, dtype=torch.int32, device=here.at())
+        size = 1
+        if self.how == "out of memory":
+            size = here.get_device_properties(here.current_device()).total_memory // 2  # in int32, twice as much
+        flag = torch.empty(size, dtype=torch.int32, device=here.at())
+        flag[:1] = 0
         harmful_kernel[(1,)](flag, 1 << 52, self.how == "hang")
         here.synchronize()
         return 1.0

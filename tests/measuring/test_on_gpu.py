@@ -43,7 +43,10 @@ def test_every_direction_is_right_and_timed(name: str) -> None:
                 assert 1e-7 < measure(task.question.problem, None) < 1e-2
 
 
-@pytest.mark.parametrize(("how", "status"), [("illegal access", "crashed"), ("hang", "hung")])
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [("illegal access", "crashed"), ("hang", "hung"), ("out of memory", "out_of_memory"), ("wrong", "wrong")],
+)
 def test_harm_ends_the_worker_alone(how: str, status: str) -> None:
     gpu = dispatch.target(here.at())
     question = asked_by(CALLS["1x1"], torch.bfloat16, gpu)[0].question
