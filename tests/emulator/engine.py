@@ -956,11 +956,9 @@ class Compiler:
             finish = lambda v: v  # noqa: E731
         masked = self.masked(ins)
         if space == "param":
-            return self._load_parameter(where, bits, writes, masked)
+            return self._load_parameter(where, bits, writes, masked, finish)
         width, dtype = bits // 8 * count, UINT[bits]
         locate = self.location(where, 64 if space == "global" else 32)
-        if space == "local":
-            return self._load_local(where, bits, count, writes, masked)
         if space == "global":
 
             def run(co: Cohort, mask: Mask) -> None:
@@ -994,7 +992,7 @@ class Compiler:
 
         return run_shared
 
-    def _load_parameter(self, where: Memory, bits: int, writes: Sequence[Any], masked: Any) -> Op:
+    def _load_parameter(self, where: Memory, bits: int, writes: Sequence[Any], masked: Any, finish: Any) -> Op:
         if not isinstance(where.base, Symbol):
             raise PtxError("parameters at computed addresses")
         at, size = self.program.parameters[where.base.name].offset + where.offset, bits // 8
@@ -1003,12 +1001,9 @@ class Compiler:
             mask = masked(co, mask)
             for n, write in enumerate(writes):
                 piece = co.launch.parameters[at + n * size : at + (n + 1) * size]
-                write(co, np.ascontiguousarray(piece).view(UINT[bits]).reshape(1, 1), mask)
+                write(co, finish(np.ascontiguousarray(piece).view(UINT[bits]).reshape(1, 1)), mask)
 
         return run
-
-    def _load_local(self, where: Memory, bits: int, count: int, writes: Sequence[Any], masked: Any) -> Op:
-        raise PtxError("local memory is not modelled")
 
     def op_st(self, ins: Instruction) -> Op:
         space, count, kind = self._access(ins)
